@@ -1,0 +1,95 @@
+"""First-order Taylor importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit.errors import NothingToPrune
+from dreamkit.model_state import eval_mode
+from dreamkit.types import ChannelGroup, PruningStep
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """First-order Taylor importance of gates after BatchNorm: (Σ gate·∂L/∂gate)².
+
+    Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. A gate of 1
+    multiplies each channel; its gradient is γ·∂L/∂γ + β·∂L/∂β of the BatchNorm before it, or
+    w·∂L/∂w + b·∂L/∂b summed over a filter without one. Gates of coupled channels add up, the sum is
+    squared for each batch, and the squares are averaged over batches.
+
+    Args:
+        loss: ``kl`` is KL(p_T ‖ p_pruned), which needs no labels. Its gradient is taken as the
+            expectation of the cross-entropy's over labels drawn from the teacher's softmax: at
+            first student and teacher are one, the KL is at its minimum and has no gradient, but
+            the squared gradients of the drawn labels average to its curvature (the Fisher
+            information), so the ranking holds from the first step. ``exact_kl`` is the plain
+            gradient. ``ce`` is cross-entropy to the images' labels.
+        temperature: of both softmaxes, for ``kl`` and ``exact_kl``.
+    """
+
+    loss: Literal["kl", "exact_kl", "ce"] = "kl"
+    temperature: Annotated[float, Field(gt=0)] = 3.0
+
+    def __call__(self, step: PruningStep) -> list[Tensor]:
+        """Return importances >= 0, one tensor (channels,) for each group."""
+        scores = [torch.zeros(group.channels) for group in step.groups]
+        parameters = [p for p in step.model.parameters() if p.requires_grad]
+        kept = [p.grad for p in parameters]
+        batches = 0
+        with eval_mode(step.model):
+            for images, labels in step.batches():
+                loss = self._loss(step, images, labels)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                for score, group in zip(scores, step.groups, strict=True):
+                    score += gate_gradients(step.model, group).square()
+                batches += 1
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        return [score / max(batches, 1) for score in scores]
+
+    def _loss(self, step: PruningStep, images: Tensor, labels: Tensor) -> Tensor:
+        logits = step.model(images)
+        if self.loss == "ce":
+            return F.cross_entropy(logits, labels)
+        with torch.no_grad():
+            target = F.softmax(step.teacher(images) / self.temperature, dim=1)
+        if self.loss == "exact_kl":
+            log_p = F.log_softmax(logits / self.temperature, dim=1)
+            return F.kl_div(log_p, target, reduction="batchmean")
+        drawn = torch.multinomial(target.cpu(), 1, generator=step.generator).squeeze(1)
+        return F.cross_entropy(logits / self.temperature, drawn.to(logits.device))
+
+
+def gate_gradients(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Return Σ gate·∂L/∂gate over a group's gates, (channels,) on the CPU, from ``.grad`` fields.
+
+    The gates stand after the group's BatchNorm layers, or after its convolutions and linear
+    layers where it has none.
+
+    Raises:
+        NothingToPrune: the group has no layer to put a gate behind.
+    """
+    members = [(member, model.get_submodule(member.layer)) for member in group.members]
+    producers = [(m, layer) for m, layer in members if m.axis == "out"]
+    norms = [(m, layer) for m, layer in producers if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    gated = norms or producers
+    if not gated:
+        raise NothingToPrune(f"the channel group {group.name} has no layer that makes its channels")
+    total = torch.zeros(group.channels)
+    for member, layer in gated:
+        per_channel = torch.zeros(len(layer.weight), device=layer.weight.device)
+        for parameter in (layer.weight, layer.bias):
+            if isinstance(parameter, Tensor) and parameter.grad is not None:
+                per_channel = per_channel + (parameter * parameter.grad).detach().flatten(1).sum(1) \
+                    if parameter.dim() > 1 else per_channel + (parameter * parameter.grad).detach()
+        total.index_add_(0, member.channel, per_channel.cpu().float()[member.index])
+    return total

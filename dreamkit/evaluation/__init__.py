@@ -1,0 +1,1 @@
+"""Evaluation: accuracy, agreement, and what a model costs."""

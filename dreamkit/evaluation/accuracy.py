@@ -1,0 +1,40 @@
+"""How often a model is right, and how often it agrees with another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.model_state import eval_mode
+from dreamkit.types import Card, Images
+
+_BATCH = 256
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, images: Images, card: Card, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the predicted class of every image (N,) and the labels (N,), in order, on the CPU."""
+    predicted, labels = [], []
+    with eval_mode(model):
+        for first in range(0, len(images), _BATCH):
+            stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
+            predicted.append(model(card.normalise(stored.to(device))).argmax(1).cpu())
+            labels.append(given)
+    return torch.cat(predicted), torch.cat(labels)
+
+
+def accuracy(model: nn.Module, images: Images, card: Card, device: torch.device) -> float:
+    """Return top-1 accuracy on labelled images, in [0, 1]."""
+    predicted, labels = predict(model, images, card, device)
+    return float((predicted == labels).float().mean())
+
+
+def agreement(
+    model: nn.Module, teacher: nn.Module, images: Images, card: Card, device: torch.device
+) -> float:
+    """Return how often two models predict the same class, in [0, 1]; labels are not used."""
+    ours, _ = predict(model, images, card, device)
+    theirs, _ = predict(teacher, images, card, device)
+    return float((ours == theirs).float().mean())

@@ -1,0 +1,39 @@
+"""What a model costs: parameters and FLOPs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dreamkit.fvcore import FlopCountAnalysis
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and FLOPs of one image with a multiply-add counted once.
+
+    ``uncounted`` lists operations that fvcore has no count for, with how often they occur.
+    """
+
+    params: int
+    flops: int
+    uncounted: dict[str, int]
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Count a model's cost for one image of (channels, height, width), with fvcore.
+
+    The model itself is not touched: tracing runs on a copy on the CPU.
+    """
+    twin = copy.deepcopy(model).cpu().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace, by which fvcore sees the graph
+        analysis = FlopCountAnalysis(twin, torch.zeros(1, *input_size))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        flops = int(analysis.total())
+        uncounted = {str(name): int(n) for name, n in analysis.unsupported_ops().items()}
+    return Cost(sum(p.numel() for p in model.parameters()), flops, uncounted)

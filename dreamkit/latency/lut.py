@@ -1,0 +1,163 @@
+"""Latency look-up tables: each distinct layer measured on the target, and interpolated.
+
+LAT of a model is the sum over its convolutions and linear layers (hardware-aware pruning,
+DeepInversion eq. 10; HALP, Shen et al. 2022).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.model_state import eval_mode
+from dreamkit.types import LatencyBackend, LayerShape, Timing
+
+FORMAT = 1
+
+
+class LookUpTable:
+    """Measured latencies of layers by shape; what is missing is measured when asked for.
+
+    Channel counts lie on a grid of a quarter octave (..., 64, 80, 96, 112, 128, 160, ...);
+    between its points the latency is interpolated linearly in both counts.
+
+    Args:
+        backend: how to measure.
+        points: measured before, on the same target.
+    """
+
+    def __init__(
+        self, backend: LatencyBackend, points: dict[LayerShape, Timing] | None = None
+    ) -> None:
+        self.backend = backend
+        self.points = dict(points or {})
+
+    def predict(self, shape: LayerShape) -> float:
+        """Return one layer's latency in milliseconds."""
+        corners = _corners(shape)
+        self.measure(corner for corner, _ in corners)
+        return sum(share * self.points[corner].median_ms for corner, share in corners)
+
+    def measure(self, shapes: Iterable[LayerShape]) -> None:
+        """Measure those shapes that are not in the table, in turn within one run."""
+        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
+        if missing:
+            built = [build_layer(shape, self.backend.batch_size) for shape in missing]
+            self.points |= dict(zip(missing, self.backend.time(built), strict=True))
+
+    def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
+        """Return the shape of every convolution and linear layer, by name, in forward order."""
+        return layer_shapes(model, input_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as JSON-safe data, with what its figures hold for."""
+        rows = [
+            {**dataclasses.asdict(shape), **dataclasses.asdict(timing)}
+            for shape, timing in self.points.items()
+        ]
+        return {"format": FORMAT, "target": self.backend.describe(), "points": rows}
+
+
+def read_table(path: Path, backend: LatencyBackend) -> LookUpTable:
+    """Read a table, or return an empty one if it is absent or was measured on another target."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT or data["target"] != backend.describe():
+            return LookUpTable(backend)
+        points = {}
+        for row in data["points"]:
+            timing = Timing(row.pop("median_ms"), row.pop("spread_ms"))
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+            points[LayerShape(**fields)] = timing
+    except (OSError, ValueError, KeyError, TypeError):
+        return LookUpTable(backend)  # a table is a cache: what cannot be read is measured again
+    return LookUpTable(backend, points)
+
+
+def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
+    """Return the shape of every convolution and linear layer that a forward pass calls."""
+    found: dict[str, LayerShape] = {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def see(name: str, module: nn.Module, x: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
+            found[name] = LayerShape(
+                kind="conv",
+                c_in=module.in_channels,
+                c_out=module.out_channels,
+                kernel=tuple(module.kernel_size),
+                stride=tuple(module.stride),
+                padding=tuple(padding),
+                dilation=tuple(module.dilation),
+                groups=module.groups,
+                bias=module.bias is not None,
+                feature_map=tuple(x.shape[2:]),
+            )
+        elif isinstance(module, nn.Linear):
+            bias = module.bias is not None
+            found[name] = LayerShape("linear", module.in_features, module.out_features, bias=bias)
+
+    handles = [
+        module.register_forward_pre_hook(lambda m, inputs, n=name: see(n, m, inputs[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        with torch.no_grad(), eval_mode(model):
+            model(torch.zeros(1, *input_size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def build_layer(shape: LayerShape, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """Return a layer of this shape and an input for it."""
+    if shape.kind == "linear":
+        layer: nn.Module = nn.Linear(shape.c_in, shape.c_out, bias=shape.bias)
+        return layer.eval(), torch.randn(batch_size, shape.c_in)
+    height, width = shape.feature_map
+    layer = nn.Conv2d(
+        shape.c_in,
+        shape.c_out,
+        (shape.kernel[0], shape.kernel[1]),
+        (shape.stride[0], shape.stride[1]),
+        (shape.padding[0], shape.padding[1]),
+        (shape.dilation[0], shape.dilation[1]),
+        shape.groups,
+        shape.bias,
+    )
+    return layer.eval(), torch.randn(batch_size, shape.c_in, height, width)
+
+
+def _grid(channels: int, multiple: int) -> list[tuple[int, float]]:
+    """Return the grid points around a channel count with their shares; one point if it is on it."""
+    units = channels / multiple
+    octave = 2 ** math.floor(math.log2(units)) if units >= 1 else 1
+    step = max(octave // 4, 1)
+    low = int(units // step) * step
+    share = (units - low) / step
+    points = [(low * multiple, 1 - share), ((low + step) * multiple, share)]
+    return [(point, part) for point, part in points if part > 0]
+
+
+def _corners(shape: LayerShape) -> list[tuple[LayerShape, float]]:
+    """Return the grid shapes around a shape, and the share of each in its latency."""
+    if shape.depthwise:
+        return [
+            (dataclasses.replace(shape, c_in=c, c_out=c, groups=c), share)
+            for c, share in _grid(shape.c_out, 1)
+        ]
+    return [
+        (dataclasses.replace(shape, c_in=c_in, c_out=c_out), share_in * share_out)
+        for c_in, share_in in _grid(shape.c_in, shape.groups)
+        for c_out, share_out in _grid(shape.c_out, shape.groups)
+    ]

@@ -1,0 +1,112 @@
+"""The plugin host: built-ins, installed distributions and single files, through one set of hooks.
+
+A third-party plugin that fails is named and reported, and the rest go on. A plugin that the
+recipe itself names must load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from dreamkit import hookspecs
+from dreamkit.errors import PluginError
+from dreamkit.registry import KINDS, PluginFailure, Registries
+
+ENTRY_POINT_GROUP = "dreamkit"
+BUILTIN_PROVIDER = "dreamkit"
+_BUILTIN_ROOMS = (
+    "dreamkit.regularizers",
+    "dreamkit.synthesizers",
+    "dreamkit.teachers",
+    "dreamkit.sources",
+    "dreamkit.criteria",
+    "dreamkit.latency",
+    "dreamkit.applications",
+    "dreamkit.trackers",
+)
+
+
+def build_registries(plugins: Iterable[str] = ()) -> Registries:
+    """Fill a fresh set of registries from built-ins, installed plugins and the named ones.
+
+    Args:
+        plugins: module names or paths of ``.py`` files, as in a recipe's ``plugins:``.
+
+    Returns:
+        The registries. Installed plugins that failed stand in ``failures``.
+
+    Raises:
+        PluginError: one of ``plugins`` cannot be loaded or registers a name that is taken.
+    """
+    registries = Registries()
+    for room in _BUILTIN_ROOMS:
+        _register(registries, importlib.import_module(room), BUILTIN_PROVIDER)
+    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=str):
+        provider = _provider_of(point)
+        try:
+            _register(registries, point.load(), provider)
+        except Exception as error:  # whatever a stranger's code raises
+            registries.withdraw(provider)
+            registries.failures.append(PluginFailure(provider, f"{type(error).__name__}: {error}"))
+    for reference in dict.fromkeys(plugins):
+        try:
+            _register(registries, _load(reference), reference)
+        except Exception as error:
+            raise PluginError(
+                f"plugin '{reference}' cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+    return registries
+
+
+def _register(registries: Registries, plugin: Any, provider: str) -> None:
+    """Call one plugin's hooks, alone in a manager, so that provenance and failures are its own."""
+    manager = pluggy.PluginManager("dreamkit")
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin)
+    manager.check_pending()  # a misspelt hook name is an error, not silence
+    hooks = [(kind, getattr(manager.hook, f"register_{kind}")) for kind in KINDS]
+    if not any(hook.get_hookimpls() for _, hook in hooks):
+        raise PluginError("it implements none of dreamkit's hooks (is '@hookimpl' missing?)")
+    for kind, hook in hooks:
+        hook(register=partial(registries[kind].register, provider=provider))
+    if provider not in registries.providers:
+        registries.providers.append(provider)
+
+
+def _provider_of(point: importlib.metadata.EntryPoint) -> str:
+    distribution = point.dist
+    if distribution is None:
+        return point.value
+    return f"{distribution.name} {distribution.version}"
+
+
+def _load(reference: str) -> ModuleType:
+    if not reference.endswith(".py"):
+        return importlib.import_module(reference)
+    path = Path(reference).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    # A name of its own, so that two files of the same name do not meet in sys.modules.
+    name = f"dreamkit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,1 @@
+"""Structured pruning: channel groups, surgery, and the choice of what goes."""

@@ -1,0 +1,316 @@
+"""From a node of a recipe to an object: a class's typed constructor is the schema of its options.
+
+Every problem is collected with its place; nothing is loaded or computed here beyond calling the
+constructors, which are cheap by contract.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from dreamkit.errors import OptionError, RecipeError, RecipePath, did_you_mean
+from dreamkit.recipe.yaml_nodes import Node
+from dreamkit.registry import (
+    EntriesOf,
+    EntryOf,
+    Registries,
+    Term,
+    TermsOf,
+    UnknownEntry,
+    name_key,
+)
+
+Marker = EntryOf | EntriesOf | TermsOf
+_ABSENT = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Option:
+    """One constructor parameter of an entry, which is one option in YAML."""
+
+    name: str
+    annotation: Any
+    default: Any
+    marker: Marker | None
+
+    @property
+    def required(self) -> bool:
+        """Whether a recipe must give it."""
+        return self.default is _ABSENT
+
+
+def options_of(cls: type[Any]) -> dict[str, Option]:
+    """Read a class's options off its constructor.
+
+    Raises:
+        TypeError: a parameter has no type annotation, or takes ``*args`` or ``**kwargs``.
+    """
+    if cls.__init__ is object.__init__:
+        return {}
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)
+    options = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
+            raise TypeError(f"{cls.__qualname__}: options cannot come from *{name}")
+        if name not in hints:
+            raise TypeError(f"{cls.__qualname__}: the parameter '{name}' has no type annotation")
+        options[name] = Option(name, hints[name], parameter.default, _marker(hints[name]))
+    return options
+
+
+def _marker(annotation: Any) -> Marker | None:
+    if typing.get_origin(annotation) is Annotated:
+        for extra in annotation.__metadata__:
+            if isinstance(extra, EntryOf | EntriesOf | TermsOf):
+                return extra
+    return None
+
+
+def describe(annotation: Any) -> str:
+    """Return an annotation the way a person would write it."""
+    if typing.get_origin(annotation) is Annotated:
+        marker = _marker(annotation)
+        if isinstance(marker, EntryOf):
+            return f"one of the {marker.kind}"
+        if marker is not None:
+            weighted = "weighted " if isinstance(marker, TermsOf) else ""
+            return f"list of {weighted}{marker.kind}"
+        limits = [
+            re.sub(r"annotated_types\.|\w+\((\w+=.*)\)", r"\1", str(limit))
+            for extra in annotation.__metadata__
+            for limit in (getattr(extra, "metadata", None) or [extra])
+        ]
+        return f"{describe(annotation.__origin__)} ({', '.join(limits)})"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(json.dumps(choice) for choice in arguments)
+    if origin in {typing.Union, types.UnionType}:
+        return " | ".join(describe(argument) for argument in arguments)
+    if annotation is type(None):
+        return "null"
+    if origin is not None:
+        inner = ", ".join("..." if a is Ellipsis else describe(a) for a in arguments)
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+@dataclass
+class Problems:
+    """Every problem found in a recipe, in the order of the file."""
+
+    found: dict[str, None] = field(default_factory=dict)
+
+    def add(self, place: object, path: RecipePath, message: str) -> None:
+        """Note one problem; the same one from several presets counts once."""
+        self.found[f"{place} {format_path(path)}: {message}"] = None
+
+    def raise_if_any(self) -> None:
+        """Raise all problems as one error.
+
+        Raises:
+            RecipeError: there is at least one.
+        """
+        if self.found:
+            raise RecipeError("\n".join(self.found))
+
+
+def format_path(path: RecipePath) -> str:
+    """Write a path as ``synthesis.regularizers[1].weight``."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".") or "recipe"
+
+
+@dataclass
+class Constructor:
+    """Builds the objects that a recipe describes, against one set of registries."""
+
+    registries: Registries
+    problems: Problems
+
+    def construct(
+        self, cls: type[Any], node: Node, path: RecipePath, skip: frozenset[str] = frozenset()
+    ) -> Any:
+        """Return ``cls`` built from the node's options, or None after noting the problems.
+
+        Args:
+            cls: the class; its constructor's parameters are the options allowed.
+            node: a mapping.
+            path: where the node stands in the recipe.
+            skip: keys of the mapping that are not options of the class.
+        """
+        if not isinstance(node.value, dict):
+            self.problems.add(node.where, path, f"should be a mapping, not {node.type_name}")
+            return None
+        before = len(self.problems.found)
+        options = options_of(cls)
+        self._refuse_unknown(node, path, options, skip)
+        values: dict[str, Any] = {}
+        for name, option in options.items():
+            if name not in node.value:
+                if option.required:
+                    self.problems.add(node.where, path, f"the option '{name}' is missing")
+                continue
+            if option.marker is not None:
+                values[name] = self._entries(option, node.value[name], (*path, name))
+        values |= self._scalars(cls, node, path, options)
+        if len(self.problems.found) > before:
+            return None
+        try:
+            return cls(**values)
+        except OptionError as error:
+            child = _descend(node, (error.option,))
+            self.problems.add(child.where, (*path, error.option), str(error))
+        except ValueError as error:
+            self.problems.add(node.where, path, str(error))
+        return None
+
+    def _refuse_unknown(
+        self, node: Node, path: RecipePath, options: dict[str, Option], skip: frozenset[str]
+    ) -> None:
+        allowed = [*options, *skip]
+        for key in node.value:
+            if key not in allowed:
+                hint = did_you_mean(key, allowed)
+                hint = hint or f" (options: {', '.join(sorted(allowed)) or 'none'})"
+                self.problems.add(node.keys[key], (*path, key), f"unknown option{hint}")
+
+    def _scalars(
+        self, cls: type[Any], node: Node, path: RecipePath, options: dict[str, Option]
+    ) -> dict[str, Any]:
+        """Validate the options that are not entries, strictly, by the constructor's types."""
+        plain = {name: o for name, o in options.items() if o.marker is None and name in node.value}
+        fields: dict[str, Any] = {name: (option.annotation, ...) for name, option in plain.items()}
+        model = create_model(
+            cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+        )
+        data = {name: node.value[name].plain() for name in plain}
+        try:
+            # JSON mode: strict about types, yet a YAML list may become a tuple, a string a Path.
+            made = model.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            for place, message in _messages(error, node):
+                self.problems.add(_descend(node, place).where, (*path, *place), message)
+            return {}
+        return {name: getattr(made, name) for name in plain}
+
+    def _entries(self, option: Option, node: Node, path: RecipePath) -> Any:
+        marker = option.marker
+        if node.value is None and not option.required and option.default is None:
+            return None
+        if isinstance(marker, EntryOf):
+            return self.entry(marker.kind, node, path)
+        assert marker is not None
+        if not isinstance(node.value, list):
+            self.problems.add(node.where, path, f"should be a list, not {node.type_name}")
+            return None
+        make = self.term if isinstance(marker, TermsOf) else self.entry
+        return tuple(make(marker.kind, n, (*path, i)) for i, n in enumerate(node.value))
+
+    def entry(
+        self, kind: str, node: Node, path: RecipePath, skip: frozenset[str] = frozenset()
+    ) -> Any:
+        """Return the registry entry that a mapping names, built with its options."""
+        key = name_key(kind)
+        if not isinstance(node.value, dict):
+            self.problems.add(node.where, path, f"should be a mapping, not {node.type_name}")
+            return None
+        named = node.value.get(key)
+        if named is None or not isinstance(named.value, str):
+            place = named.where if named else node.where
+            choices = ", ".join(self.registries[kind])
+            self.problems.add(place, path, f"'{key}' should name one of the {kind}: {choices}")
+            return None
+        try:
+            cls = self.registries[kind].resolve(named.value)
+        except UnknownEntry as error:
+            self.problems.add(named.where, (*path, key), str(error) + self._failed_plugins())
+            return None
+        return self.construct(cls, node, path, skip | {key})
+
+    def term(self, kind: str, node: Node, path: RecipePath) -> Term[Any] | None:
+        """Return a weighted entry; the weight defaults to 1 and cannot be negative."""
+        entry = self.entry(kind, node, path, frozenset({"weight"}))
+        weight = 1.0
+        if isinstance(node.value, dict) and "weight" in node.value:
+            given = node.value["weight"]
+            weight = given.value
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                message = f"should be a number, not {given.type_name} ({given.value!r})"
+                self.problems.add(given.where, (*path, "weight"), message)
+                return None
+            if not 0 <= weight < math.inf:
+                message = f"should be a finite number >= 0 (got {weight})"
+                self.problems.add(given.where, (*path, "weight"), message)
+                return None
+        if entry is None:
+            return None
+        return Term(node.value[name_key(kind)].value, float(weight), entry)
+
+    def _failed_plugins(self) -> str:
+        if not self.registries.failures:
+            return ""
+        failed = "; ".join(f"{f.plugin} ({f.reason})" for f in self.registries.failures)
+        return f"; plugins that failed to load: {failed}"
+
+
+def _descend(node: Node, path: RecipePath) -> Node:
+    """Return the deepest node that exists along ``path``."""
+    for step in path:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            node = value[step]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            node = value[step]
+        else:
+            break
+    return node
+
+
+def _messages(error: ValidationError, node: Node) -> Iterator[tuple[RecipePath, str]]:
+    """Yield each pydantic problem as the path inside the node and a plain message.
+
+    A union reports one problem for each of its branches, under one place; they become one line.
+    """
+    merged: dict[RecipePath, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        place = _real_path(node, problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            message = "unknown option"
+            place = (*place, str(problem["loc"][-1]))
+        elif problem["type"] == "missing":
+            message = f"the option '{problem['loc'][-1]}' is missing"
+        else:
+            message = problem["msg"].replace("Input should be", "should be")
+            message = message.removeprefix("Value error, ")
+        merged.setdefault(place, [])
+        if message not in merged[place]:
+            merged[place].append(message)
+    for place, messages in merged.items():
+        at = _descend(node, place)
+        got = "" if isinstance(at.value, dict | list) else f" (got {at.value!r})"
+        yield place, ", or ".join(messages) + got
+
+
+def _real_path(node: Node, location: tuple[str | int, ...]) -> RecipePath:
+    """Keep the steps of pydantic's location that exist in the recipe (it adds union branches)."""
+    path: list[str | int] = []
+    for step in location:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            node = value[step]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            node = value[step]
+        else:
+            continue
+        path.append(step)
+    return tuple(path)

@@ -1,0 +1,93 @@
+"""Laying presets and ``--set`` overrides over a recipe, each value keeping its own place."""
+
+from __future__ import annotations
+
+import re
+
+from dreamkit.errors import RecipeError, RecipePath
+from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
+
+_STEP = re.compile(r"([^.\[\]=\s]+)|\[(\d+)\]")
+
+
+def merge(base: Node, over: Node) -> Node:
+    """Return ``base`` with ``over`` laid on top.
+
+    Mappings merge key by key, anything else replaces. A mapping that names another entry
+    (``name`` or ``source`` differs) replaces too: the options of one entry mean nothing to another.
+    """
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    for key in ("name", "source"):
+        named = over.value.get(key)
+        if named is not None and key in base.value and named.value != base.value[key].value:
+            return over
+    merged = dict(base.value)
+    for key, child in over.value.items():
+        merged[key] = merge(merged[key], child) if key in merged else child
+    return Node(merged, base.where, {**base.keys, **over.keys})
+
+
+def parse_path(text: str) -> RecipePath:
+    """Split ``a.b[0].c`` (or ``a.b.0.c``) into its steps.
+
+    Raises:
+        RecipeError: the text is not such a path.
+    """
+    steps: list[str | int] = []
+    position = 0
+    while position < len(text):
+        if steps and text[position] == ".":
+            position += 1
+        match = _STEP.match(text, position)
+        if match is None:
+            raise RecipeError(f"--set {text}: not a path such as synthesis.regularizers[0].weight")
+        word, index = match.groups()
+        steps.append(int(index) if index is not None else int(word) if word.isdecimal() else word)
+        position = match.end()
+    return tuple(steps)
+
+
+def apply_override(root: Node, override: str) -> Node:
+    """Return ``root`` with one ``--set path=value`` applied; the value is read as YAML.
+
+    Raises:
+        RecipeError: no ``=``, a path that leads through a scalar, or a list index out of range.
+    """
+    path_text, equals, value_text = override.partition("=")
+    if not equals or not path_text:
+        raise RecipeError(f"--set {override}: write it as path=value, e.g. synthesis.images=64")
+    where = Position(f"--set {path_text}")
+    value = _moved(parse_yaml(value_text, f"--set {override}"), where)
+    return _put(root, parse_path(path_text), value, where, path_text)
+
+
+def _moved(node: Node, where: Position) -> Node:
+    """Return the node with every position inside it set to ``where``."""
+    if isinstance(node.value, dict):
+        children = {key: _moved(child, where) for key, child in node.value.items()}
+        return Node(children, where, dict.fromkeys(children, where))
+    if isinstance(node.value, list):
+        return Node([_moved(child, where) for child in node.value], where)
+    return Node(node.value, where)
+
+
+def _put(node: Node, path: RecipePath, value: Node, where: Position, text: str) -> Node:
+    if not path:
+        return merge(node, value)
+    step, rest = path[0], path[1:]
+    if isinstance(node.value, list):
+        if not isinstance(step, int) or step >= len(node.value):
+            raise RecipeError(
+                f"--set {text}: '{step}' is not an index of a list of {len(node.value)}"
+            )
+        children = list(node.value)
+        children[step] = _put(children[step], rest, value, where, text)
+        return Node(children, node.where)
+    if node.value is not None and not isinstance(node.value, dict):
+        raise RecipeError(f"--set {text}: '{step}' leads into {node.type_name}, not a mapping")
+    key = str(step)
+    mapping = dict(node.value or {})
+    missing = Node({} if rest else None, where)
+    child = _put(mapping.get(key, missing), rest, value, where, text)
+    return Node({**mapping, key: child}, node.where, {**node.keys, key: where})

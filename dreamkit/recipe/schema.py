@@ -1,0 +1,175 @@
+"""The recipe: what its top level holds, and how a file becomes one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from dreamkit.errors import DreamkitError, OptionError, RecipeError, RecipePath, did_you_mean
+from dreamkit.recipe.options import Constructor, Problems, format_path
+from dreamkit.recipe.overlay import apply_override, merge
+from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
+from dreamkit.registry import EntriesOf, EntryOf, Registries
+
+MAX_BYTES = 1_000_000
+"""A recipe is written by hand; a larger file is a mistake."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Entries are built, but nothing is loaded.
+
+    Args:
+        name: names the run directory.
+        teacher: where the trained network comes from.
+        application: what is done with it.
+        synthesis: how images are dreamed; may be left out where the application reads
+            its images elsewhere.
+        evaluation: real images to report accuracy on; without it only agreement with
+            the teacher is reported.
+        latency: the backend that times models; the device's own by default.
+        trackers: where records go besides ``log.jsonl``.
+        seed: makes the dreams and the training repeatable.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        description: a line for people.
+        plugins: modules or ``.py`` files to load first.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    teacher: Annotated[Any, EntryOf("teachers")]
+    application: Annotated[Any, EntryOf("applications")]
+    synthesis: Annotated[Any, EntryOf("synthesizers")] = None
+    evaluation: Annotated[Any, EntryOf("sources")] = None
+    latency: Annotated[Any, EntryOf("latency_backends")] = None
+    trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    description: str = ""
+    plugins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.synthesis is None and getattr(self.application, "needs_synthesis", False):
+            raise OptionError("application", "it uses dreams, so the recipe needs 'synthesis'")
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe with the nodes it was built from and the registries it was built by."""
+
+    recipe: Recipe
+    root: Node
+    preset: str | None
+    registries: Registries
+
+    def resolved_yaml(self) -> str:
+        """Return the recipe as it runs, presets and overrides applied."""
+        text = yaml.safe_dump(_json_safe(self.root.plain()), sort_keys=False, allow_unicode=True)
+        return str(text)
+
+    def locate(self, path: RecipePath) -> str:
+        """Return ``file:line:column path`` of a value, or of its nearest parent."""
+        node = self.root
+        for step in path:
+            try:
+                node = node.value[step]
+            except (KeyError, IndexError, TypeError):
+                break
+        return f"{node.where} {format_path(path)}"
+
+    def placed(self, error: DreamkitError) -> DreamkitError:
+        """Return the error with the place it concerns, if it has one, put before its message."""
+        if not error.path:
+            return error
+        return type(error)(f"{self.locate(error.path)}: {error.message}")
+
+
+def _json_safe(data: Any) -> Any:
+    return json.loads(json.dumps(data))
+
+
+def read_recipe(
+    file: str | Path,
+    build_registries: Callable[[Sequence[str]], Registries],
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedRecipe:
+    """Read and check a recipe whole: its base, the chosen preset, and the presets not chosen.
+
+    Args:
+        file: the YAML file.
+        build_registries: given the recipe's plugins, returns the registries to check against.
+        preset: a name under ``presets``.
+        overrides: ``path=value`` texts, as of ``--set``.
+
+    Raises:
+        RecipeError: every problem, one a line, each with its place and the fix.
+        PluginError: a plugin that the recipe names cannot be loaded.
+    """
+    base, presets = _split_presets(_read_nodes(Path(file)))
+    if preset is not None and preset not in presets:
+        choices = ", ".join(presets) or "none"
+        hint = did_you_mean(preset, presets)
+        raise RecipeError(f"{file}: no preset '{preset}'{hint} (presets: {choices})")
+    chosen = merge(base, presets[preset]) if preset else base
+    for override in overrides:
+        chosen = apply_override(chosen, override)
+    registries = build_registries(_plugin_names(chosen))
+    problems = Problems()
+    recipe = _construct(chosen, registries, problems)
+    for name, overlay in presets.items():
+        if name != preset:
+            _construct(merge(base, overlay), registries, problems)
+    problems.raise_if_any()
+    assert recipe is not None
+    return LoadedRecipe(recipe, chosen, preset, registries)
+
+
+def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:
+    made = Constructor(registries, problems).construct(Recipe, root, ())
+    assert made is None or isinstance(made, Recipe)
+    return made
+
+
+def _read_nodes(file: Path) -> Node:
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise RecipeError(f"{file}: {size} bytes is no recipe (limit {MAX_BYTES})")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not a UTF-8 text file") from error
+    root = parse_yaml(text, str(file))
+    if not isinstance(root.value, dict):
+        raise RecipeError(f"{root.where} recipe: should be a mapping, not {root.type_name}")
+    return root
+
+
+def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
+    root = copy.copy(root)
+    root.value = dict(root.value)
+    node = root.value.pop("presets", None)
+    if node is None or node.value is None:
+        return root, {}
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{node.where} presets: should be a mapping, not {node.type_name}")
+    for name, overlay in node.value.items():
+        if not isinstance(overlay.value, dict):
+            message = f"should be a mapping, not {overlay.type_name}"
+            raise RecipeError(f"{overlay.where} presets.{name}: {message}")
+    return root, node.value
+
+
+def _plugin_names(root: Node) -> list[str]:
+    node = root.value.get("plugins", Node([], Position("")))
+    if not isinstance(node.value, list) or not all(isinstance(n.value, str) for n in node.value):
+        raise RecipeError(f"{node.where} plugins: should be a list of modules or .py files")
+    return [child.value for child in node.value]

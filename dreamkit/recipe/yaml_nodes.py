@@ -1,0 +1,169 @@
+"""YAML with the place of every node kept, read by YAML 1.2's rules for plain scalars.
+
+PyYAML follows YAML 1.1: ``1e-5`` is a string there, ``no`` a boolean, and of two equal keys the
+last wins in silence. Here numbers are YAML 1.2's, booleans are ``true`` and ``false`` alone,
+equal keys are refused, and only the safe core tags are known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from dreamkit.errors import RecipeError
+
+MAX_NODES = 100_000
+"""More nodes than any recipe needs; an alias bomb passes it in a few lines."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a node was written: a file's line and column (from 1), or an option such as --set."""
+
+    source: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return self.source
+        return f"{self.source}:{self.line}:{self.column}"
+
+
+@dataclass
+class Node:
+    """A value and where it stands. ``value`` is a scalar, or a dict or list of nodes."""
+
+    value: Any
+    where: Position
+    keys: dict[str, Position] = field(default_factory=dict)
+
+    def plain(self) -> Any:
+        """Return the value as plain Python data."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    @property
+    def type_name(self) -> str:
+        """Return what a user calls this node's type."""
+        names = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean"}
+        names |= {int: "a number", float: "a number", type(None): "null"}
+        return names[type(self.value)]
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the YAML 1.2 core schema in place of the 1.1 one."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _CoreLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first
+    )
+
+
+def parse_yaml(text: str, source: str) -> Node:
+    """Parse one YAML document.
+
+    Args:
+        text: the document.
+        source: the name to report, a file or ``--set``.
+
+    Raises:
+        RecipeError: a syntax error, an equal key, an unknown tag or too many nodes, with its place.
+    """
+    try:
+        loader = _CoreLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise RecipeError(f"{source}: not a text file: {error.reason}") from error
+    try:
+        root = loader.get_single_node()
+        builder = _Builder(source, loader)
+        return builder.build(root) if root is not None else Node(None, Position(source, 1, 1))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = Position(source, mark.line + 1, mark.column + 1) if mark else Position(source)
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"{where} not valid YAML: {what}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{source}: nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+class _Builder:
+    """Turns PyYAML's node graph into ``Node``s, refusing what a recipe has no use for."""
+
+    def __init__(self, source: str, loader: _CoreLoader) -> None:
+        self.source = source
+        self.loader = loader
+        self.count = 0
+
+    def position(self, node: yaml.Node) -> Position:
+        return Position(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def build(self, node: yaml.Node) -> Node:
+        self.count += 1
+        where = self.position(node)
+        if self.count > MAX_NODES:
+            raise RecipeError(f"{where} more than {MAX_NODES} nodes after expanding aliases")
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self.mapping(node, where)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return Node([self.build(child) for child in node.value], where)
+        if isinstance(node, yaml.ScalarNode):
+            return Node(self.scalar(node, where), where)
+        raise RecipeError(f"{where} the tag {_short(node.tag)} is not allowed in a recipe")
+
+    def mapping(self, node: yaml.MappingNode, where: Position) -> Node:
+        values: dict[str, Node] = {}
+        keys: dict[str, Position] = {}
+        for key_node, value_node in node.value:
+            at = self.position(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{at} a key must be a plain word")
+            key = str(key_node.value)
+            if key in values:
+                raise RecipeError(f"{at} the key '{key}' stands twice; it was first at {keys[key]}")
+            keys[key] = at
+            values[key] = self.build(value_node)
+        return Node(values, where, keys)
+
+    def scalar(self, node: yaml.ScalarNode, where: Position) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        text = node.value
+        allowed = {"str", "null", "bool", "int", "float"}
+        if not node.tag.startswith("tag:yaml.org,2002:") or kind not in allowed:
+            raise RecipeError(f"{where} the tag {_short(node.tag)} is not allowed in a recipe")
+        try:
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return text.lower() == "true"
+            if kind == "int":
+                return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
+            if kind == "float":
+                return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+        except ValueError as error:
+            raise RecipeError(f"{where} '{text[:40]}' is not {kind}: {error}") from error
+        return text
+
+
+def _short(tag: str) -> str:
+    return tag.replace("tag:yaml.org,2002:", "!!")

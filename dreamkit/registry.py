@@ -1,0 +1,191 @@
+"""Registries: named entries of each kind, who provides them, and how a recipe refers to them.
+
+An entry is a class whose typed constructor parameters are its options in YAML. Built-ins
+register by reference (``"package.module:Class"``), so that listing them imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import pluggy
+
+from dreamkit.errors import DuplicateEntry, did_you_mean
+
+hookimpl = pluggy.HookimplMarker("dreamkit")
+"""Marks a function as an implementation of one of the hooks in ``dreamkit.hookspecs``."""
+
+T = TypeVar("T")
+
+KINDS: tuple[str, ...] = (
+    "regularizers",
+    "synthesizers",
+    "teachers",
+    "sources",
+    "criteria",
+    "latency_backends",
+    "applications",
+    "trackers",
+)
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+def name_key(kind: str) -> str:
+    """Return the YAML key that names an entry: ``source`` for things read from somewhere."""
+    return "source" if kind in {"teachers", "sources"} else "name"
+
+
+@dataclass(frozen=True)
+class EntryOf:
+    """Annotation marker: the option is one registry entry of this kind, as a mapping."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class EntriesOf:
+    """Annotation marker: the option is a list of registry entries of this kind."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class TermsOf:
+    """Annotation marker: the option is a list of weighted registry entries of this kind."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Term(Generic[T]):
+    """A weighted entry of a sum. The weight (>= 0) belongs to the recipe, never to the class."""
+
+    name: str
+    weight: float
+    entry: T
+
+
+class Register(Protocol):
+    """What a ``register_<kind>`` hook receives."""
+
+    def __call__(self, name: str, target: type[Any] | str) -> None:
+        """Add ``target``, a class or ``"package.module:Class"``, under ``name``."""
+
+
+@dataclass
+class Registered:
+    """One registered entry before it is resolved."""
+
+    target: type[Any] | str
+    provider: str
+
+
+class UnknownEntry(LookupError):
+    """A name that no provider registered; the message lists the choices."""
+
+
+@dataclass
+class Registry:
+    """The entries of one kind."""
+
+    kind: str
+    entries: dict[str, Registered] = field(default_factory=dict)
+
+    def register(self, name: str, target: type[Any] | str, provider: str) -> None:
+        """Add an entry.
+
+        Raises:
+            DuplicateEntry: the name is taken; the message names both providers.
+            ValueError: the name has characters other than ``a-z 0-9 _ . -``.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{self.kind} name {name!r}: use lower-case letters, digits, '_-.'")
+        if name in self.entries:
+            first = self.entries[name].provider
+            raise DuplicateEntry(
+                f"{self.kind} '{name}' is registered twice: by {first} and by {provider}"
+            )
+        self.entries[name] = Registered(target, provider)
+
+    def withdraw(self, provider: str) -> None:
+        """Remove every entry of one provider."""
+        self.entries = {n: e for n, e in self.entries.items() if e.provider != provider}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def _registered(self, name: str) -> Registered:
+        if name not in self.entries:
+            raise UnknownEntry(
+                f"no {name_key(self.kind)} '{name}' among the {self.kind}"
+                f"{did_you_mean(name, self)} (choices: {', '.join(self) or 'none'})"
+            )
+        return self.entries[name]
+
+    def provider(self, name: str) -> str:
+        """Return who registered ``name``."""
+        return self._registered(name).provider
+
+    def resolve(self, name: str) -> type[Any]:
+        """Return the class registered under ``name``, importing it if need be.
+
+        Raises:
+            UnknownEntry: nobody registered the name.
+        """
+        target = self._registered(name).target
+        if not isinstance(target, str):
+            return target
+        module, _, attribute = target.partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+        assert inspect.isclass(cls), f"{target} is not a class"
+        return cls
+
+    def summary(self, name: str) -> str:
+        """Return the first line of the entry's docstring, without importing its module."""
+        target = self._registered(name).target
+        if not isinstance(target, str):
+            return (inspect.getdoc(target) or "").partition("\n")[0]
+        module, _, attribute = target.partition(":")
+        spec = importlib.util.find_spec(module)
+        source = spec.loader.get_source(module) if spec and spec.loader else ""  # type: ignore[attr-defined]
+        for node in ast.parse(source or "").body:
+            if isinstance(node, ast.ClassDef) and node.name == attribute:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+        return ""
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """A plugin that could not be loaded; the rest go on without it."""
+
+    plugin: str
+    reason: str
+
+
+@dataclass
+class Registries:
+    """One registry for each kind, the providers that filled them, and those that failed."""
+
+    by_kind: dict[str, Registry] = field(
+        default_factory=lambda: {kind: Registry(kind) for kind in KINDS}
+    )
+    providers: list[str] = field(default_factory=list)
+    failures: list[PluginFailure] = field(default_factory=list)
+
+    def __getitem__(self, kind: str) -> Registry:
+        return self.by_kind[kind]
+
+    def withdraw(self, provider: str) -> None:
+        """Remove every entry that one provider registered."""
+        for registry in self.by_kind.values():
+            registry.withdraw(provider)

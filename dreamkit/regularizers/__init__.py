@@ -1,0 +1,12 @@
+"""Regularizers: the terms of R(x̂) in DeepInversion."""
+
+from dreamkit.registry import Register, hookimpl
+
+
+@hookimpl
+def register_regularizers(register: Register) -> None:
+    """Register the paper's terms."""
+    register("tv", "dreamkit.regularizers.tv:TotalVariation")
+    register("l2", "dreamkit.regularizers.l2:L2Norm")
+    register("bn_feature", "dreamkit.regularizers.bn_feature:BNFeature")
+    register("js_compete", "dreamkit.regularizers.js_compete:JSCompete")

@@ -1,0 +1,21 @@
+"""The ℓ2 norm of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dreamkit.types import InversionStep
+
+
+@dataclass(frozen=True)
+class L2Norm:
+    """ℓ2 norm of the normalised images over the whole batch.
+
+    DeepInversion (Yin et al., CVPR 2020), R_l2 of eq. 3.
+    """
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        """Return the term, >= 0, of shape ()."""
+        return step.images.norm()

@@ -1,0 +1,112 @@
+"""Images from a folder of class folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.types import Card, Images
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images in ``path/<class>/*``: real ones to evaluate on, or any to stand in for dreams.
+
+    Class folders in alphabetical order are the teacher's outputs in order, unless the folders
+    are named like the teacher's classes. Images are resized on the shorter side and cropped in
+    the centre to the teacher's input.
+
+    Args:
+        path: the folder.
+        resize: length of the shorter side before cropping, as a multiple of the crop
+            (256/224 is usual for ImageNet evaluation).
+        labelled: false where class folders mean nothing to the teacher (proxy images).
+    """
+
+    path: str
+    resize: float = 1.0
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_dir():
+            raise OptionError("path", f"no such folder: {self.path}")
+        if self.resize < 1:
+            raise OptionError("resize", f"should be at least 1 (got {self.resize})")
+
+    def open(self, card: Card) -> Images:
+        """Return the folder's images, decoded when a batch is asked for.
+
+        Raises:
+            DreamkitError: no images, or more classes than the teacher has outputs.
+        """
+        try:
+            found = ImageFolder(self.path)
+        except FileNotFoundError as error:
+            raise DreamkitError(f"{self.path}: {error}") from error
+        if not self.labelled:
+            labels = [0] * len(found)
+        elif card.class_names and set(found.classes) <= set(card.class_names):
+            outputs = [card.class_names.index(name) for name in found.classes]
+            labels = [outputs[target] for target in found.targets]
+        elif len(found.classes) > card.num_classes:
+            raise DreamkitError(
+                f"{self.path} has {len(found.classes)} class folders, {card.name} has "
+                f"{card.num_classes} outputs; with 'labelled: false' the classes are ignored"
+            )
+        else:
+            labels = list(found.targets)
+        return FolderImages([path for path, _ in found.samples], labels, card, self.resize)
+
+
+class FolderImages:
+    """Image files with labels, decoded by a few threads when asked for."""
+
+    def __init__(self, files: list[str], labels: list[int], card: Card, resize: float) -> None:
+        channels, height, width = card.input_size
+        self.files = files
+        self.labels = torch.tensor(labels)
+        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+        if self.mode is None:
+            raise DreamkitError(f"image files have 1, 3 or 4 channels; {card.name} takes {channels}")
+        self.transform = v2.Compose(
+            [
+                v2.Resize(round(min(height, width) * resize), antialias=True),
+                v2.CenterCrop((height, width)),
+                v2.PILToTensor(),
+            ]
+        )
+        self.exact = (width, height) if resize == 1 else None
+        self.to_tensor = v2.PILToTensor()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        chosen = [int(i) for i in indices]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            images = list(pool.map(lambda i: self._decode(self.files[i]), chosen))
+        return torch.stack(images), self.labels[chosen]
+
+    def _decode(self, file: str) -> Tensor:
+        try:
+            with Image.open(file) as image:
+                pixels = image.convert(self.mode)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DreamkitError(f"{file} cannot be decoded: {error}") from error
+        if pixels.size == self.exact:
+            tensor: Tensor = self.to_tensor(pixels)
+        else:
+            tensor = self.transform(pixels)
+        return tensor

@@ -1,0 +1,1 @@
+"""What dreamkit keeps on disk: dreams, run directories and student artifacts."""

@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dreamkit.errors import RunDirectoryError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any point leaves the old one or the new one.
+
+    Raises:
+        RunDirectoryError: the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"{path} cannot be written: {error.strerror}. Free space or choose another folder "
+            "with --out; what was finished is kept"
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())

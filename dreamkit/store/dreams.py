@@ -1,0 +1,181 @@
+"""The dream store: shards of synthesised images and a manifest that vouches for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dreamkit.errors import StoreError
+from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.types import StoredImages
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished batch, as the manifest lists it."""
+
+    index: int
+    file: str
+    images: int
+    sha256: str
+    seconds: float
+    loss: float
+    r_feature: float | None
+
+
+class DreamStore:
+    """A folder of safetensors shards, one for each batch, with a manifest.
+
+    A shard holds ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 and ``teacher_logits``
+    (N, K) float16. It counts once the manifest names it, and the manifest is replaced whole.
+
+    Args:
+        folder: where it lies; made when the first batch is written.
+        settings: what the dreams depend on; a store of other settings is refused. None to
+            read whatever is there.
+
+    Raises:
+        StoreError: the folder's dreams were made with other settings, or its manifest is damaged.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.settings = settings or {}
+        self.shards: dict[int, Shard] = {}
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            self._read(manifest, settings)
+        elif settings is None:
+            raise StoreError(f"{folder} holds no dreams (no {MANIFEST})")
+
+    def _read(self, manifest: Path, settings: dict[str, Any] | None) -> None:
+        try:
+            data = json.loads(manifest.read_text(encoding="utf-8"))
+            shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
+            stored = data["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{manifest} is damaged ({error}); remove the folder") from error
+        if settings is not None and stored != json.loads(json.dumps(settings)):
+            differing = sorted(k for k in {*stored, *settings} if stored.get(k) != settings.get(k))
+            raise StoreError(
+                f"{self.folder} holds dreams made with other settings ({', '.join(differing)}); "
+                "choose another folder with --out"
+            )
+        self.settings, self.shards = stored, shards
+
+    def __len__(self) -> int:
+        return sum(shard.images for shard in self.shards.values())
+
+    def __contains__(self, index: object) -> bool:
+        return index in self.shards
+
+    @property
+    def seconds(self) -> float:
+        """Time spent dreaming what is stored."""
+        return sum(shard.seconds for shard in self.shards.values())
+
+    @property
+    def r_feature(self) -> float | None:
+        """R_feature averaged over the stored images, where the teacher has BatchNorm."""
+        known = [(s.r_feature, s.images) for s in self.shards.values() if s.r_feature is not None]
+        if not known:
+            return None
+        return sum(value * n for value, n in known) / sum(n for _, n in known)
+
+    def write(
+        self,
+        index: int,
+        content: StoredImages,
+        seconds: float,
+        loss: float,
+        r_feature: float | None,
+    ) -> None:
+        """Add one batch, whole or not at all."""
+        assert content.teacher_logits is not None
+        tensors = {
+            "images": content.images.cpu().contiguous(),
+            "labels": content.labels.cpu().contiguous(),
+            "teacher_logits": content.teacher_logits.to("cpu", torch.float16).contiguous(),
+        }
+        blob = safetensors.torch.save(tensors)
+        name = f"shard-{index:06d}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be made: {error.strerror}") from error
+        write_atomically(self.folder / name, blob)
+        digest = hashlib.sha256(blob).hexdigest()
+        shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
+        self.shards[index] = shard
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        shards = [asdict(self.shards[index]) for index in sorted(self.shards)]
+        data = {"format": FORMAT, "settings": self.settings, "shards": shards}
+        write_json(self.folder / MANIFEST, data)
+
+    def load(self) -> StoredImages:
+        """Read every shard, in the order of the batches.
+
+        Raises:
+            StoreError: a shard is missing or is not what the manifest vouches for.
+        """
+        parts = [self._load_shard(self.shards[index]) for index in sorted(self.shards)]
+        if not parts:
+            raise StoreError(f"{self.folder} holds no dreams")
+        names = ("images", "labels", "teacher_logits")
+        return StoredImages(*(torch.cat([part[name] for part in parts]) for name in names))
+
+    def _load_shard(self, shard: Shard) -> dict[str, Tensor]:
+        path = self.folder / shard.file
+        try:
+            blob = path.read_bytes()
+            if hashlib.sha256(blob).hexdigest() != shard.sha256:
+                raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's")
+            return safetensors.torch.load(blob)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | None) -> int:
+    """Write dreams as PNG files, ``folder/<class>/<number>.png``, which ``ImageFolder`` reads.
+
+    Classes are named by zero-padded number, and by name where known, so that alphabetical
+    order is the teacher's output order.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        StoreError: the folder is not empty or cannot be written to.
+    """
+    content = store.load()
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise StoreError(f"{folder} is not empty; choose another folder")
+        classes = int(content.teacher_logits.shape[1]) if content.teacher_logits is not None else 1
+        digits = len(str(classes - 1))
+        for number, (image, label) in enumerate(zip(content.images, content.labels, strict=True)):
+            name = f"{int(label):0{digits}d}"
+            if class_names is not None:
+                safe = "".join(c if c.isalnum() else "_" for c in class_names[int(label)])
+                name = f"{name}_{safe}"
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{number:06d}.png")
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror}") from error
+    return len(content)

@@ -1,0 +1,78 @@
+"""The run directory: one recipe's results, and the proof of which recipe that was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dreamkit.errors import RunDirectoryError
+from dreamkit.store.atomic import write_atomically, write_json
+
+RECIPE = "recipe.resolved.yaml"
+REPORT = "report.json"
+
+
+class RunDirectory:
+    """A folder claimed by one resolved recipe.
+
+    Args:
+        folder: made if need be.
+        recipe_yaml: the recipe as it runs.
+
+    Raises:
+        RunDirectoryError: the folder holds another recipe's run or other files, or cannot be
+            written to. Nothing has been changed then.
+    """
+
+    def __init__(self, folder: Path, recipe_yaml: str) -> None:
+        self.folder = folder
+        present = self.recipe()
+        if present is not None and present != recipe_yaml:
+            raise RunDirectoryError(
+                f"{folder} already holds the run of another recipe (its {RECIPE} differs); "
+                "choose another folder with --out, or remove it"
+            )
+        if present is None and folder.is_dir() and any(folder.iterdir()):
+            raise RunDirectoryError(
+                f"{folder} is not empty and not a run; choose another folder with --out"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{folder} cannot be made: {error.strerror}; choose another folder with --out"
+            ) from error
+        if present is None:
+            write_atomically(folder / RECIPE, recipe_yaml.encode())
+
+    def recipe(self) -> str | None:
+        """Return the resolved recipe that claimed the folder, if one did."""
+        try:
+            return (self.folder / RECIPE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunDirectoryError(f"{self.folder} cannot be read: {error.strerror}") from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run's report has been written."""
+        return (self.folder / REPORT).is_file()
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write ``report.json``, which marks the run as finished."""
+        write_json(self.folder / REPORT, report)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Read a finished run's ``report.json``.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    try:
+        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} holds no finished run (no {REPORT})") from error
+    return report

@@ -1,0 +1,46 @@
+"""The dream store as a source of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreamkit.errors import OptionError, StoreError
+from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.types import Card, Images, RunContext
+
+
+def find_store(folder: Path) -> Path:
+    """Return the store in a run directory, or the folder itself if it is one."""
+    inside = folder / RunContext.DREAMS
+    return inside if (inside / MANIFEST).is_file() else folder
+
+
+@dataclass(frozen=True)
+class Dreams:
+    """Dreamed images: this run's own, or those of an earlier run.
+
+    Args:
+        path: an earlier run's directory (or its ``dreams`` folder); null dreams afresh.
+    """
+
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and not (find_store(Path(self.path)) / MANIFEST).is_file():
+            raise OptionError("path", f"no dreams in {self.path} (no {MANIFEST})")
+
+    def open(self, card: Card) -> Images:
+        """Return the dreams of the earlier run.
+
+        Raises:
+            StoreError: they are damaged or not of the teacher's channels.
+        """
+        assert self.path is not None, "a run's own dreams are opened by its application"
+        content = DreamStore(find_store(Path(self.path))).load()
+        if content.images.shape[1] != card.input_size[0]:
+            raise StoreError(
+                f"{self.path}: the dreams have {content.images.shape[1]} channels, "
+                f"{card.name} takes {card.input_size[0]}"
+            )
+        return content

@@ -1,0 +1,9 @@
+"""Synthesizers: ways to dream images from a teacher."""
+
+from dreamkit.registry import Register, hookimpl
+
+
+@hookimpl
+def register_synthesizers(register: Register) -> None:
+    """Register the built-in synthesizers."""
+    register("deepinversion", "dreamkit.synthesizers.deepinversion:DeepInversion")

@@ -1,0 +1,1 @@
+"""Training: distillation, its losses, and BatchNorm recalibration."""

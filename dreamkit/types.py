@@ -1,0 +1,395 @@
+"""What the rooms pass to one another: small dataclasses and the protocols of each kind of entry.
+
+Images are either *stored* (uint8, 0 to 255) or *normalised* (float, (pixel/255 - mean) / std per
+channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a trained model besides its weights.
+
+    Args:
+        name: for people, e.g. ``torchvision/resnet50``.
+        input_size: (channels, height, width).
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        num_classes: number of outputs.
+        origin: where the weights came from.
+        trained: False for random weights.
+        weights_sha256: hash over the state dict, None before it is known.
+        class_names: in output order, where known.
+        notes: anything else worth keeping, e.g. accuracy and training command.
+    """
+
+    name: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_classes: int
+    origin: str
+    trained: bool = True
+    weights_sha256: str | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        channels = self.input_size[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(
+                f"mean and std need one value for each of the {channels} input channels "
+                f"(got {len(self.mean)} and {len(self.std)})"
+            )
+
+    def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, device=like.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=like.device).view(1, -1, 1, 1)
+        return mean, std
+
+    def normalise(self, stored: Tensor) -> Tensor:
+        """Turn stored images (uint8) into normalised ones (float32)."""
+        mean, std = self._per_channel(stored)
+        return (stored.float() / 255 - mean) / std
+
+    def to_stored(self, images: Tensor) -> Tensor:
+        """Turn normalised images into stored ones: clipped to the valid range and rounded."""
+        mean, std = self._per_channel(images)
+        pixels = (images.float() * std + mean).clamp(0, 1) * 255
+        return pixels.round().to(torch.uint8)
+
+    def pixel_range(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what pixels 0 and 1 become, normalised; each of shape (1, C, 1, 1)."""
+        mean, std = self._per_channel(like)
+        return -mean / std, (1 - mean) / std
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as JSON-safe data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Card:
+        """Read a card written by ``to_json``."""
+        known = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return Card(**known)
+
+
+@dataclass
+class Teacher:
+    """A trained model in eval mode, its card, and the recipe entry that builds it unweighted."""
+
+    model: nn.Module
+    card: Card
+    builder: dict[str, Any]
+
+
+class TeacherSource(Protocol):
+    """An entry of ``teachers``. Its constructor checks names and paths, and loads nothing."""
+
+    def build(self) -> nn.Module:
+        """Return the architecture with random weights."""
+
+    def load(self, seed: int) -> Teacher:
+        """Return the trained model on the CPU; ``seed`` is for weights that are random."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one BatchNorm layer saw of a batch, and what it stores of its training; each (C,)."""
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+@dataclass(frozen=True)
+class InversionStep:
+    """One step of an inversion, as regularizers see it.
+
+    Args:
+        images: (N, C, H, W), normalised; gradients flow to it.
+        labels: (N,) int64, the class each image is to show.
+        teacher_logits: (N, K).
+        student_logits: (N, K), only when a regularizer needs them.
+        bn_statistics: one for each BatchNorm layer in forward order, only when needed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+    student_logits: Tensor | None = None
+    bn_statistics: tuple[LayerStatistics, ...] = ()
+
+
+class Regularizer(Protocol):
+    """An entry of ``regularizers``.
+
+    A class that needs more than images, labels and teacher logits declares it:
+    ``needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})`` (or ``"student_logits"``).
+    """
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        """Return the unweighted term, a scalar of shape ()."""
+
+
+def needs(entry: object) -> frozenset[str]:
+    """Return what an entry declares that it needs."""
+    declared: frozenset[str] = getattr(entry, "needs", frozenset())
+    return declared
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One unit of synthesis. Everything random in it comes from ``seed`` alone."""
+
+    index: int
+    first_image: int
+    size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Dream:
+    """One synthesised batch: normalised images (N, C, H, W), their labels (N,), the best loss."""
+
+    images: Tensor
+    labels: Tensor
+    loss: float
+
+
+OnStep = Callable[[int, Mapping[str, Tensor]], None]
+"""Called after each step with the steps done in this batch and the loss's detached terms."""
+
+
+class Dreamer(Protocol):
+    """A synthesizer bound to a teacher."""
+
+    def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
+        """Synthesise one batch."""
+
+
+class Synthesizer(Protocol):
+    """An entry of ``synthesizers``."""
+
+    images: int
+    batch_size: int
+
+    @property
+    def steps_per_batch(self) -> int:
+        """How often ``on_step`` is called for a batch."""
+
+    def session(self, teacher: Teacher, device: torch.device) -> AbstractContextManager[Dreamer]:
+        """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
+
+        Raises:
+            TeacherMismatch: an option asks of the teacher what it does not have.
+        """
+
+
+class Images(Protocol):
+    """A labelled set of stored images, all of one size."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images (N, C, H, W) and labels (N,) int64."""
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images held in memory: stored images (N, C, H, W) uint8, labels and teacher logits."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+class ImageSource(Protocol):
+    """An entry of ``sources``. Its constructor checks paths; ``open`` reads."""
+
+    def open(self, card: Card) -> Images:
+        """Return the images at the card's input size and channels."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer's share in a channel group.
+
+    ``index[i]`` is the layer's channel that belongs to the group's channel ``channel[i]``.
+    """
+
+    layer: str
+    axis: str  # "out" or "in"
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, e.g. those that meet in a residual sum."""
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class PruningStep:
+    """The state of a pruning run, as criteria see it before each removal.
+
+    Args:
+        model: the model being pruned.
+        teacher: the model it started from, in eval mode.
+        groups: what can be removed.
+        card: the teacher's card.
+        chunk: how many channels of a group would go together.
+        device: where the model is.
+        batches: yields normalised images (N, C, H, W) and labels (N,), a fixed few batches.
+        latency: times modules on the target.
+        generator: for anything random in a criterion.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    groups: Sequence[ChannelGroup]
+    card: Card
+    chunk: int
+    device: torch.device
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    latency: LatencyTable
+    generator: torch.Generator
+
+
+class Criterion(Protocol):
+    """An entry of ``criteria``."""
+
+    def __call__(self, step: PruningStep) -> list[Tensor]:
+        """Return for each group its channels' importance (channels,); the lowest go first."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A convolution or linear layer at one input: the key of a latency look-up table."""
+
+    kind: str  # "conv" or "linear"
+    c_in: int
+    c_out: int
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    feature_map: tuple[int, ...] = ()
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has a filter of its own."""
+        return self.kind == "conv" and self.groups > 1 and self.groups == self.c_in == self.c_out
+
+
+class LatencyTable(Protocol):
+    """Predicts how long a model takes on the target."""
+
+    def predict(self, shape: LayerShape) -> float:
+        """Return one layer's latency in milliseconds."""
+
+    def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
+        """Return the shape of every convolution and linear layer of a model, by name."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per forward pass: the median, and the middle half's width."""
+
+    median_ms: float
+    spread_ms: float
+
+
+class LatencyBackend(Protocol):
+    """An entry of ``latency_backends``."""
+
+    batch_size: int
+
+    def describe(self) -> dict[str, str]:
+        """Return what the figures hold for: processor, runtime, dtype, threads, batch."""
+
+    def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
+        """Time modules, each on its input, in turn within one run."""
+
+
+class Tracker(Protocol):
+    """An entry of ``trackers``."""
+
+    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        """Begin a run."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Take one record: ``stage``, ``step`` and numbers."""
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Take the final metrics and close."""
+
+
+class RunLog(Protocol):
+    """Where an application reports what it does."""
+
+    def record(self, stage: str, step: int, **numbers: float) -> None:
+        """Write one line to ``log.jsonl`` and to every tracker."""
+
+    def note(self, text: str) -> None:
+        """Say something the user must know; it also stands in the report."""
+
+    def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show progress of ``total`` units; the callable takes how many are done. Times it."""
+
+
+@dataclass
+class RunContext:
+    """What an application works with, and where it leaves its results."""
+
+    name: str
+    seed: int
+    device: torch.device
+    folder: Path
+    teacher: Teacher
+    synthesizer: Synthesizer | None
+    evaluation: Images | None
+    latency: LatencyBackend
+    log: RunLog
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    DREAMS: ClassVar[str] = "dreams"
+    STUDENT: ClassVar[str] = "student"
+
+
+class Application(Protocol):
+    """An entry of ``applications``.
+
+    ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused).
+    """
+
+    def run(self, context: RunContext) -> None:
+        """Do the work; numbers go to ``context.metrics``, files to ``context.folder``."""
