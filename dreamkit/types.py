@@ -190,12 +190,15 @@ class Synthesizer(Protocol):
     def steps_per_batch(self) -> int:
         """How often ``on_step`` is called for a batch."""
 
-    def session(self, teacher: Teacher, device: torch.device) -> AbstractContextManager[Dreamer]:
-        """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
+    def check(self, teacher: Teacher) -> None:
+        """Refuse a teacher that an option does not fit, before anything is written.
 
         Raises:
             TeacherMismatch: an option asks of the teacher what it does not have.
         """
+
+    def session(self, teacher: Teacher, device: torch.device) -> AbstractContextManager[Dreamer]:
+        """Bind to a teacher on ``device``; on leaving, the teacher is as it was."""
 
 
 class Images(Protocol):
@@ -367,9 +370,23 @@ class RunLog(Protocol):
 
 @dataclass
 class RunContext:
-    """What an application works with, and where it leaves its results."""
+    """What an application works with, and where it leaves its results.
 
-    name: str
+    Args:
+        recipe: the resolved recipe as plain data.
+        seed: the recipe's.
+        device: where models work.
+        folder: the run directory.
+        teacher: on ``device``, in eval mode.
+        synthesizer: None where the recipe has none.
+        evaluation: real images, None where the recipe has none.
+        latency: times models on the target.
+        log: records, notes and progress.
+        metrics: dotted names to numbers; accuracies in [0, 1], latencies in ms.
+        details: anything else worth keeping in ``report.json``.
+    """
+
+    recipe: Mapping[str, Any]
     seed: int
     device: torch.device
     folder: Path

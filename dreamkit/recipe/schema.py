@@ -173,3 +173,16 @@ def _plugin_names(root: Node) -> list[str]:
     if not isinstance(node.value, list) or not all(isinstance(n.value, str) for n in node.value):
         raise RecipeError(f"{node.where} plugins: should be a list of modules or .py files")
     return [child.value for child in node.value]
+
+
+def build_entry(registries: Registries, kind: str, data: dict[str, Any]) -> Any:
+    """Build one registry entry from plain data, validated as in a recipe.
+
+    Raises:
+        RecipeError: the name or an option is not valid.
+    """
+    problems = Problems()
+    node = parse_yaml(json.dumps(data), kind)
+    entry = Constructor(registries, problems).entry(kind, node, (kind,))
+    problems.raise_if_any()
+    return entry

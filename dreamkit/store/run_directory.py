@@ -14,15 +14,14 @@ REPORT = "report.json"
 
 
 class RunDirectory:
-    """A folder claimed by one resolved recipe.
+    """A folder for the run of one resolved recipe; nothing is written before ``claim``.
 
     Args:
-        folder: made if need be.
+        folder: need not exist.
         recipe_yaml: the recipe as it runs.
 
     Raises:
-        RunDirectoryError: the folder holds another recipe's run or other files, or cannot be
-            written to. Nothing has been changed then.
+        RunDirectoryError: the folder holds another recipe's run or other files.
     """
 
     def __init__(self, folder: Path, recipe_yaml: str) -> None:
@@ -37,14 +36,28 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{folder} is not empty and not a run; choose another folder with --out"
             )
+        self.recipe_yaml = recipe_yaml
+        self.started = present is not None
+
+    def claim(self) -> None:
+        """Make the folder and write the recipe into it.
+
+        Raises:
+            RunDirectoryError: the folder cannot be written to; nothing is left behind then.
+        """
+        made = not self.folder.is_dir()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirectoryError(
-                f"{folder} cannot be made: {error.strerror}; choose another folder with --out"
+                f"{self.folder} cannot be made: {error.strerror}; choose another folder with --out"
             ) from error
-        if present is None:
-            write_atomically(folder / RECIPE, recipe_yaml.encode())
+        try:
+            write_atomically(self.folder / RECIPE, self.recipe_yaml.encode())
+        except RunDirectoryError:
+            if made:
+                self.folder.rmdir()
+            raise
 
     def recipe(self) -> str | None:
         """Return the resolved recipe that claimed the folder, if one did."""

@@ -130,7 +130,7 @@ class DeepInversion:
     @contextmanager
     def session(self, teacher: Teacher, device: torch.device) -> Iterator[Inversion]:
         """Freeze the teacher and capture its statistics; on leaving it is as it was."""
-        self._check(teacher)
+        self.check(teacher)
         student: nn.Module | None = None
         if self.student is not None:
             student = self.student.load(seed=0).model.to(device)
@@ -144,7 +144,8 @@ class DeepInversion:
                 capture = stack.enter_context(captured_statistics(teacher.model))
             yield Inversion(self, teacher, student, capture, device)
 
-    def _check(self, teacher: Teacher) -> None:
+    def check(self, teacher: Teacher) -> None:
+        """Refuse a teacher without BatchNorm where a term needs it, and labels it does not have."""
         for index, term in enumerate(self.regularizers):
             if "bn_statistics" in needs(term.entry) and not batch_norm_layers(teacher.model):
                 raise TeacherMismatch(
@@ -219,7 +220,8 @@ class Inversion:
             better = loss.detach() < best_loss
             best = torch.where(better, before, best)
             best_loss = torch.where(better, loss.detach(), best_loss)
-            on_step(done + step + 1, {"loss": loss.detach(), **terms})
+            detached = {name: value.detach() for name, value in terms.items()}
+            on_step(done + step + 1, {"loss": loss.detach(), **detached})
         return best, best_loss
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,6 @@
+"""``python -m dreamkit``."""
+
+from dreamkit.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Teaching a student within a run: distillation with its progress and its record."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dreamkit.training.distillation import Distillation, distil
+from dreamkit.types import Images, RunContext
+
+_CURVE_POINTS = 200
+
+
+def train_student(
+    context: RunContext, student: nn.Module, images: Images, options: Distillation, stage: str
+) -> None:
+    """Distil the run's teacher into ``student`` on ``images``, reporting under ``stage``."""
+    total = options.steps(len(images))
+    every = max(1, total // _CURVE_POINTS)
+    with context.log.progress(stage, total) as advance:
+
+        def on_step(done: int, loss: float) -> None:
+            advance(done)
+            if done % every == 0 or done == total:
+                context.log.record(stage, done, loss=loss)
+
+        distil(
+            student,
+            context.teacher.model,
+            images,
+            context.teacher.card,
+            options,
+            context.device,
+            torch.Generator().manual_seed(context.seed),
+            on_step,
+        )

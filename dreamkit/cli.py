@@ -1,0 +1,256 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dreamkit.errors import DreamkitError, did_you_mean
+from dreamkit.plugins import build_registries
+from dreamkit.registry import KINDS, Registries, UnknownEntry
+from dreamkit.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Move knowledge out of a trained network when its training data is gone.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml")]
+Preset = Annotated[str | None, typer.Option(help="A preset of the recipe, e.g. smoke")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a value: synthesis.images=64 (repeatable)"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", help="Load this module or .py file too (repeatable)")
+]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit status 2."""
+    try:
+        app()
+    except DreamkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"dreamkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    """Hold options of the program itself."""
+
+
+def _registries(plugins: list[str] | None) -> Registries:
+    registries = build_registries(plugins or [])
+    _warn(registries)
+    return registries
+
+
+def _warn(registries: Registries) -> None:
+    for failure in registries.failures:
+        print(f"warning: plugin {failure.plugin} is left out: {failure.reason}", file=sys.stderr)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    preset: Preset = None,
+    set_: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; runs/NAME[-PRESET] if not given")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Refuse to start afresh")] = False,
+) -> None:
+    """Run a recipe; an interrupted run of the same recipe is continued.
+
+    Examples:
+
+        dreamkit run recipes/quickstart.yaml
+
+        dreamkit run recipes/prune_resnet50_ha.yaml --preset smoke --set teacher.weights=null
+
+        dreamkit run my.yaml --set synthesis.images=64 --out runs/try
+    """
+    from dreamkit.recipe import read_recipe
+    from dreamkit.runner import default_folder
+    from dreamkit.runner import run as run_recipe
+
+    loaded = read_recipe(recipe, build_registries, preset, set_ or [])
+    _warn(loaded.registries)
+    run_recipe(loaded, out or default_folder(loaded), Console(), resume)
+
+
+@app.command()
+def validate(recipe: RecipeFile, preset: Preset = None, set_: Overrides = None) -> None:
+    """Check a recipe whole, with every preset, and load nothing.
+
+    Examples:
+
+        dreamkit validate recipes/quickstart.yaml
+
+        dreamkit validate my.yaml --preset paper --set synthesis.images=64
+    """
+    from dreamkit.recipe import read_recipe
+
+    loaded = read_recipe(recipe, build_registries, preset, set_ or [])
+    _warn(loaded.registries)
+    print(f"{recipe} is valid")
+
+
+@app.command("list")
+def list_entries(
+    kind: Annotated[str | None, typer.Argument(help=f"One of {', '.join(KINDS)}")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """List the registered entries, what they are and who provides them.
+
+    Examples:
+
+        dreamkit list
+
+        dreamkit list regularizers --json
+    """
+    kinds = [_checked(kind)] if kind else list(KINDS)
+    registries = _registries(plugin)
+    rows = [
+        {
+            "kind": k,
+            "name": name,
+            "provider": registries[k].provider(name),
+            "summary": registries[k].summary(name),
+        }
+        for k in kinds
+        for name in registries[k]
+    ]
+    _print_rows(rows, as_json)
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}")],
+    name: Annotated[str, typer.Argument(help="An entry's name")],
+    plugin: Plugins = None,
+) -> None:
+    """Show an entry: what it does and its options.
+
+    Examples:
+
+        dreamkit show regularizers bn_feature
+
+        dreamkit show applications prune
+    """
+    from dreamkit.recipe.options import describe, options_of
+
+    registry = _registries(plugin)[_checked(kind)]
+    try:
+        cls = registry.resolve(name)
+    except UnknownEntry as error:
+        raise DreamkitError(str(error)) from error
+    console = Console()
+    console.print(f"{kind} {name} (from {registry.provider(name)})\n", highlight=False)
+    console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
+    options = options_of(cls)
+    if options:
+        table = Table("option", "type", "default")
+        for option in options.values():
+            default = "required" if option.required else _plain(option.default)
+            table.add_row(option.name, describe(option.annotation), default)
+        console.print(table)
+
+
+@app.command()
+def plugins(as_json: AsJson = False, plugin: Plugins = None) -> None:
+    """List who provides entries, and the plugins that could not be loaded.
+
+    Examples:
+
+        dreamkit plugins
+
+        dreamkit plugins --plugin plugins/high_freq.py
+    """
+    registries = _registries(plugin)
+    rows: list[dict[str, Any]] = [
+        {
+            "provider": provider,
+            "status": "loaded",
+            "entries": ", ".join(
+                f"{kind}: {name}"
+                for kind in KINDS
+                for name in registries[kind]
+                if registries[kind].provider(name) == provider
+            ),
+        }
+        for provider in registries.providers
+    ]
+    rows += [
+        {"provider": f.plugin, "status": "failed", "entries": f.reason} for f in registries.failures
+    ]
+    _print_rows(rows, as_json)
+
+
+@app.command("export-dreams")
+def export_dreams(
+    run_directory: Annotated[Path, typer.Argument(help="A run directory, or its dreams folder")],
+    out: Annotated[Path, typer.Argument(help="An empty or new folder")],
+) -> None:
+    """Write a run's dreams as PNG files, one folder a class, as torchvision's ImageFolder reads.
+
+    Example:
+
+        dreamkit export-dreams runs/quickstart digits_dreamed
+    """
+    from dreamkit.store.dreams import DreamStore
+    from dreamkit.store.dreams import export_dreams as export
+    from dreamkit.store.run_directory import read_report
+    from dreamkit.store.source import find_store
+
+    folder = find_store(run_directory)
+    names = None
+    if folder != run_directory and (run_directory / "report.json").is_file():
+        names = read_report(run_directory)["teacher"]["class_names"]
+    print(f"{export(DreamStore(folder), out, names)} images written to {out}")
+
+
+def _checked(kind: str) -> str:
+    if kind not in KINDS:
+        hint = did_you_mean(kind, KINDS)
+        raise DreamkitError(f"no kind '{kind}'{hint} (kinds: {', '.join(KINDS)})")
+    return kind
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, default=repr)
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        Console().print(table)

@@ -1,0 +1,1 @@
+"""Reporting: progress, records, figures and the HTML page."""

@@ -1,0 +1,59 @@
+"""``report.html``: one page that holds everything, without a file or a server beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from dreamkit.report.figures import curves
+from dreamkit.report.tables import summary_rows
+
+_NO_CURVE = {"r_feature by layer"}
+
+
+def render(
+    report: Mapping[str, Any],
+    records: Mapping[str, Sequence[dict[str, Any]]],
+    recipe_yaml: str,
+    picture: Image.Image | None,
+) -> str:
+    """Return the page.
+
+    Args:
+        report: the content of ``report.json``.
+        records: of ``log.jsonl``, by stage.
+        recipe_yaml: the recipe as it ran.
+        picture: the grid of dreams, if there are any.
+    """
+    header, rows = summary_rows(report["metrics"])
+    environment = Environment(
+        loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        header=header,
+        rows=rows,
+        picture=_data_uri(picture) if picture is not None else None,
+        stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
+        layers=_layer_means(records.get("r_feature by layer", ())),
+        recipe_yaml=recipe_yaml,
+    )
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _layer_means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return R_feature of each layer, averaged over batches."""
+    if not records:
+        return {}
+    layers = [name for name in records[0] if name != "step"]
+    return {name: sum(r[name] for r in records) / len(records) for name in layers}

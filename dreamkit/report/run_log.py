@@ -1,0 +1,134 @@
+"""A run's records, notes and progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dreamkit.errors import RunDirectoryError
+from dreamkit.types import Tracker
+
+_PLAIN_LINE_SECONDS = 5.0
+
+
+class FileLog:
+    """Writes ``log.jsonl``, feeds the trackers, and shows progress on a console.
+
+    Args:
+        folder: the run directory; an earlier part of the same run is continued.
+        console: where people look.
+        trackers: fed every record.
+    """
+
+    def __init__(self, folder: Path, console: Console, trackers: Sequence[Tracker] = ()) -> None:
+        self.path = folder / "log.jsonl"
+        self.console = console
+        self.trackers = trackers
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close ``log.jsonl``."""
+        self._file.close()
+
+    def record(self, stage: str, step: int, **numbers: float) -> None:
+        """Write one line; numbers that are not finite are written as null."""
+        finite = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
+        line = {"stage": stage, "step": step, **finite}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for tracker in self.trackers:
+            tracker.record(line)
+
+    def note(self, text: str) -> None:
+        """Show a note at once and keep it for the report."""
+        self.notes.append(text)
+        self.console.print(f"note: {text}", markup=False, highlight=False)
+
+    @contextmanager
+    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar with the time left on a terminal, a line every few seconds elsewhere."""
+        start = time.perf_counter()
+        try:
+            if self.console.is_terminal:
+                with _bar(self.console) as bar:
+                    task = bar.add_task(stage, total=total)
+                    yield lambda done: bar.update(task, completed=done)
+            else:
+                yield _PlainProgress(self.console, stage, total)
+        finally:
+            seconds = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        if not self.console.is_terminal:
+            self.console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _PlainProgress:
+    """Progress for a log file: a line now and then, with the time left."""
+
+    def __init__(self, console: Console, stage: str, total: int) -> None:
+        self.console = console
+        self.stage = stage
+        self.total = total
+        self.start = time.perf_counter()
+        self.last = self.start
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if now - self.last < _PLAIN_LINE_SECONDS or done >= self.total or done < 1:
+            return
+        self.last = now
+        left = (now - self.start) / done * (self.total - done)
+        share = 100 * done / self.total
+        self.console.print(
+            f"{self.stage}: {share:.0f} % ({done}/{self.total}), {left:.0f} s left", highlight=False
+        )
+
+
+def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of ``log.jsonl`` by stage, in order of step.
+
+    A step that a resumed run did again counts once, as it was the last time; a line cut short by
+    a crash is passed over.
+    """
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        stages.setdefault(line.pop("stage"), {})[line["step"]] = line
+    return {name: [lines[step] for step in sorted(lines)] for name, lines in stages.items()}

@@ -1,0 +1,190 @@
+"""Running a recipe: build the pieces it names, run its application, write the run directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dreamkit.errors import DreamkitError, RunDirectoryError
+from dreamkit.latency.torch_eager import processor_name
+from dreamkit.recipe import LoadedRecipe
+from dreamkit.report.figures import grid
+from dreamkit.report.html import render
+from dreamkit.report.run_log import FileLog, read_records
+from dreamkit.report.tables import summary_rows
+from dreamkit.store.atomic import write_atomically
+from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.run_directory import RunDirectory, read_report
+from dreamkit.types import LatencyBackend, RunContext, Teacher
+from dreamkit.version import __version__
+
+_VERSIONS = ("torch", "torchvision", "timm", "torch-pruning", "numpy")
+
+
+def default_folder(loaded: LoadedRecipe) -> Path:
+    """Return where a recipe runs if nothing else is said: ``runs/<name>[-<preset>]``."""
+    name = loaded.recipe.name
+    return Path("runs") / (f"{name}-{loaded.preset}" if loaded.preset else name)
+
+
+def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = False) -> Path:
+    """Run a recipe in a folder, going on with what an interrupted run of it left.
+
+    Args:
+        loaded: the checked recipe.
+        folder: the run directory.
+        console: where progress and the result are shown.
+        resume: refuse to start afresh.
+
+    Returns:
+        The run directory. A finished run is left as it is.
+
+    Raises:
+        DreamkitError: anything that the user can put right, with its place in the recipe.
+    """
+    directory = RunDirectory(folder, loaded.resolved_yaml())
+    if resume and not directory.started:
+        raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
+    if directory.finished:
+        console.print(f"{folder} already holds this recipe's finished run:", highlight=False)
+        show(read_report(folder), folder, console)
+        return folder
+    try:
+        _run(loaded, directory, console)
+    except DreamkitError as error:
+        raise loaded.placed(error) from error
+    return folder
+
+
+def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> None:
+    recipe, folder = loaded.recipe, directory.folder
+    device = choose_device(recipe.device)
+    teacher: Teacher = recipe.teacher.load(recipe.seed)
+    if recipe.synthesis is not None:
+        recipe.synthesis.check(teacher)
+    evaluation = recipe.evaluation.open(teacher.card) if recipe.evaluation is not None else None
+    teacher.model.to(device)
+    directory.claim()
+    data = loaded.root.plain()
+    log = FileLog(folder, console, recipe.trackers)
+    try:
+        for tracker in recipe.trackers:
+            tracker.start(folder, data)
+        context = RunContext(
+            recipe=data,
+            seed=recipe.seed,
+            device=device,
+            folder=folder,
+            teacher=teacher,
+            synthesizer=recipe.synthesis,
+            evaluation=evaluation,
+            latency=recipe.latency or default_backend(loaded, device),
+            log=log,
+        )
+        console.print(
+            f"{recipe.name}: teacher {teacher.card.name} ({teacher.card.origin}), on {device}, "
+            f"into {folder}",
+            highlight=False,
+        )
+        _note_limits(context)
+        recipe.application.run(context)
+        for tracker in recipe.trackers:
+            tracker.finish(context.metrics)
+    finally:
+        log.close()
+    report = _report(loaded, context, log)
+    _write_pages(report, directory, context)
+    show(report, folder, console)
+
+
+def _note_limits(context: RunContext) -> None:
+    if not context.teacher.card.trained:
+        context.log.note(
+            "the teacher's weights are random: this run shows the mechanics only, and its "
+            "pictures and accuracies mean nothing"
+        )
+    if context.evaluation is None:
+        context.log.note(
+            "no evaluation images: accuracy on real data is unknown; 'agrees with teacher' is "
+            "measured on the images the student was trained on"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a recipe asks for; ``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        DreamkitError: torch does not see the device that was asked for.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    seen = {"cpu": True, "mps": torch.backends.mps.is_available()}
+    available = seen.get(device.type, (device.index or 0) < torch.cuda.device_count())
+    if not available:
+        raise DreamkitError(f"torch sees no device '{name}'; use auto or cpu", ("device",))
+    return device
+
+
+def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBackend:
+    """Return the latency backend of the device a recipe runs on."""
+    name = "torch-cuda" if device.type == "cuda" else "torch-cpu"
+    backend: LatencyBackend = loaded.registries["latency_backends"].resolve(name)()
+    return backend
+
+
+def _report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:
+    versions = {"dreamkit": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _VERSIONS}
+    device = context.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {
+        "name": loaded.recipe.name,
+        "description": loaded.recipe.description,
+        "preset": loaded.preset,
+        "application": context.recipe["application"]["name"],
+        "seed": context.seed,
+        "device": f"{device} ({name}), {torch.get_num_threads()} threads",
+        "teacher": context.teacher.card.to_json(),
+        "metrics": dict(sorted(context.metrics.items())),
+        "notes": log.notes,
+        "seconds": log.seconds,
+        "details": context.details,
+        "versions": versions,
+    }
+
+
+def _write_pages(report: dict[str, Any], directory: RunDirectory, context: RunContext) -> None:
+    folder = directory.folder
+    picture: Image.Image | None = None
+    dreams = folder / RunContext.DREAMS
+    if (dreams / MANIFEST).is_file():
+        content = DreamStore(dreams).load()
+        picture = grid(content.images, content.labels)
+        picture.save(folder / "dreams.png")
+    page = render(report, read_records(folder), directory.recipe() or "", picture)
+    write_atomically(folder / "report.html", page.encode())
+    directory.write_report(report)
+
+
+def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Print a report's table and where its files are."""
+    header, rows = summary_rows(report["metrics"])
+    if rows:
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

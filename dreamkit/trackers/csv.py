@@ -1,0 +1,48 @@
+"""Records as a table for a spreadsheet."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamkit.errors import OptionError
+
+
+@dataclass
+class CSVTracker:
+    """Write every number of a run to ``log.csv``: stage, step, name, value.
+
+    Args:
+        file: name of the file in the run directory.
+    """
+
+    file: str = "log.csv"
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file:
+            raise OptionError("file", "a name without folders: it lies in the run directory")
+        self._path: Path | None = None
+
+    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        """Begin the file; a resumed run adds to it."""
+        self._path = folder / self.file
+        if not self._path.is_file():
+            self._write([("stage", "step", "name", "value")])
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Write one record's numbers."""
+        place = (record["stage"], record["step"])
+        numbers = {k: v for k, v in record.items() if k not in {"stage", "step"}}
+        self._write([(*place, name, value) for name, value in numbers.items()])
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Write the final metrics under the stage ``final``."""
+        self._write([("final", 0, name, value) for name, value in metrics.items()])
+
+    def _write(self, rows: list[tuple[Any, ...]]) -> None:
+        assert self._path is not None, "start comes first"
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
