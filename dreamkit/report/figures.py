@@ -14,7 +14,8 @@ from torch import Tensor
 
 _GRID_ROWS = 8
 _CELL_PIXELS = 64
-_GAP = 2
+_GAP = 6
+_GAP_GREY = 128
 
 
 def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Image.Image:
@@ -33,7 +34,7 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Image.Image:
     channels, height, width = images.shape[1:]
     scale = max(1, _CELL_PIXELS // max(height, width))
     cell_height, cell_width = height * scale + _GAP, width * scale + _GAP
-    sheet = torch.full((channels, rows * cell_height + _GAP, len(classes) * cell_width + _GAP), 255)
+    sheet = torch.full((channels, rows * cell_height + _GAP, len(classes) * cell_width + _GAP), _GAP_GREY)
     for column, label in enumerate(classes):
         for row, image in enumerate(images[labels == label][:rows]):
             large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
