@@ -77,7 +77,7 @@ def train(epochs: int, seed: int) -> tuple[SmallResNet, Card, float]:
         x = adversarial(model, card.normalise(stored), labels)
         loss = F.cross_entropy(model(x), labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     model.eval()
@@ -85,7 +85,9 @@ def train(epochs: int, seed: int) -> tuple[SmallResNet, Card, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=PACKAGE_FOLDER, help="where to write")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import sys
@@ -162,8 +163,6 @@ def show(
 
         dreamkit show applications prune
     """
-    from dreamkit.recipe.options import describe, options_of
-
     registry = _registries(plugin)[_checked(kind)]
     try:
         cls = registry.resolve(name)
@@ -172,13 +171,25 @@ def show(
     console = Console()
     console.print(f"{kind} {name} (from {registry.provider(name)})\n", highlight=False)
     console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
-    options = options_of(cls)
-    if options:
-        table = Table("option", "type", "default")
-        for option in options.values():
-            default = "required" if option.required else _plain(option.default)
-            table.add_row(option.name, describe(option.annotation), default)
-        console.print(table)
+    _print_options(cls, console)
+
+
+def _print_options(cls: type[Any], console: Console) -> None:
+    from dreamkit.recipe.options import describe, nested_options, options_of
+
+    options = options_of(cls).values()
+    if not options:
+        return
+    table = Table("option", "type", "default")
+    for option in options:
+        default = "required" if option.required else _plain(option.default)
+        table.add_row(option.name, describe(option.annotation), default)
+    console.print(table)
+    for nested in (c for option in options for c in nested_options(option.annotation)):
+        console.print(
+            f"\n{nested.__name__}: {inspect.getdoc(nested)}", markup=False, highlight=False
+        )
+        _print_options(nested, console)
 
 
 @app.command()
@@ -242,7 +253,9 @@ def _checked(kind: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value, default=repr)
+    if dataclasses.is_dataclass(value):
+        return "its own defaults"
+    return json.dumps(value, default=_plain)
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -80,7 +80,9 @@ class Card:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Card:
         """Read a card written by ``to_json``."""
-        known = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        known: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in data.items()
+        }
         return Card(**known)
 
 

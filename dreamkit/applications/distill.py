@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Annotated
 
-
 from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
@@ -34,7 +33,7 @@ class Distill:
     """
 
     student: Annotated[TeacherSource, EntryOf("teachers")]
-    training: Distillation = Distillation()
+    training: Distillation = Distillation()  # noqa: RUF009
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
 
     @property
@@ -65,5 +64,3 @@ class Distill:
             card, name=made.card.name, origin=f"distilled from {card.name}", weights_sha256=None
         )
         write_artifact(student_folder(context), student, kept, made.builder, {})
-
-

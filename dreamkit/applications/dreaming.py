@@ -1,4 +1,4 @@
-"""From a source in a recipe to images: dreaming into the store where the source is the run's own."""
+"""From a source in a recipe to images: dreamed first where the source is the run's own."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def _dream(
         for number, plan in enumerate(plans):
 
             def on_step(
-                done: int, terms: Mapping[str, Tensor], number: int = number, index: int = plan.index
+                done: int,
+                terms: Mapping[str, Tensor],
+                number: int = number,
+                index: int = plan.index,
             ) -> None:
                 advance(number * steps + done)
                 if done % every == 0 or done == steps:

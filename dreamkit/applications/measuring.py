@@ -12,7 +12,9 @@ from dreamkit.evaluation.cost import count
 from dreamkit.types import Images, RunContext
 
 
-def measure_quality(context: RunContext, name: str, model: nn.Module, dreams: Images | None) -> None:
+def measure_quality(
+    context: RunContext, name: str, model: nn.Module, dreams: Images | None
+) -> None:
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
     Agreement is how often the model predicts the teacher's class; it needs no real data.

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -62,8 +62,6 @@ class Target:
     channels: Ratio | None = None
     latency: Ratio | None = None
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     def __post_init__(self) -> None:
         if not self.goals:
             raise ValueError("give at least one of flops, params, channels, latency")
@@ -76,6 +74,14 @@ class Target:
     def met(self, shares: dict[str, float]) -> bool:
         """Whether every goal is reached."""
         return all(shares[name] <= goal for name, goal in self.goals.items())
+
+
+@dataclass(frozen=True)
+class Recovery(Distillation):
+    """Distillation with defaults for a network that is nearly right already."""
+
+    temperature: Annotated[float, Field(gt=0)] = 5.0
+    lr: Annotated[float, Field(gt=0)] = 0.01
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,8 @@ class Prune:
 
     criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
     target: Target
-    recovery: Distillation = Distillation(epochs=30, lr=0.01, temperature=5)
-    limits: Limits = Limits()
+    recovery: Recovery = Recovery()
+    limits: Limits = Limits()  # noqa: RUF009
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=2)] = 64
@@ -192,7 +198,11 @@ class _Pruning:
             while not options.target.met(shares):
                 groups, _ = self.graph.groups()
                 chosen = choose(
-                    groups, self.importance(groups, images), self.originals, options.limits, per_step
+                    groups,
+                    self.importance(groups, images),
+                    self.originals,
+                    options.limits,
+                    per_step,
                 )
                 if not chosen:
                     self._give_up(shares)
@@ -261,7 +271,8 @@ class _Pruning:
         """Return FLOPs, parameters, prunable channels and, if it is a goal, predicted latency."""
         cost = count(self.student, self.card.input_size)
         channels = sum(group.channels for group in groups)
-        amounts = {"flops": cost.flops, "params": cost.params, "channels": channels}
+        amounts: dict[str, float] = {"channels": channels}
+        amounts |= {"flops": cost.flops, "params": cost.params}
         if "latency" in self.options.target.goals:
             shapes = self.table.shapes(self.student, self.card.input_size)
             amounts["latency"] = sum(self.table.predict(shape) for shape in shapes.values())

@@ -52,8 +52,8 @@ class Taylor:
                 for score, group in zip(scores, step.groups, strict=True):
                     score += gate_gradients(step.model, group).square()
                 batches += 1
-        for parameter, gradient in zip(parameters, kept, strict=True):
-            parameter.grad = gradient
+        for parameter, before in zip(parameters, kept, strict=True):
+            parameter.grad = before
         return [score / max(batches, 1) for score in scores]
 
     def _loss(self, step: PruningStep, images: Tensor, labels: Tensor) -> Tensor:
@@ -80,16 +80,24 @@ def gate_gradients(model: nn.Module, group: ChannelGroup) -> Tensor:
     """
     members = [(member, model.get_submodule(member.layer)) for member in group.members]
     producers = [(m, layer) for m, layer in members if m.axis == "out"]
-    norms = [(m, layer) for m, layer in producers if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    norms = [
+        (m, layer) for m, layer in producers if isinstance(layer, nn.modules.batchnorm._NormBase)
+    ]
     gated = norms or producers
     if not gated:
         raise NothingToPrune(f"the channel group {group.name} has no layer that makes its channels")
     total = torch.zeros(group.channels)
     for member, layer in gated:
-        per_channel = torch.zeros(len(layer.weight), device=layer.weight.device)
-        for parameter in (layer.weight, layer.bias):
-            if isinstance(parameter, Tensor) and parameter.grad is not None:
-                per_channel = per_channel + (parameter * parameter.grad).detach().flatten(1).sum(1) \
-                    if parameter.dim() > 1 else per_channel + (parameter * parameter.grad).detach()
-        total.index_add_(0, member.channel, per_channel.cpu().float()[member.index])
+        total.index_add_(0, member.channel, _layer_gates(layer)[member.index])
     return total
+
+
+def _layer_gates(layer: nn.Module) -> Tensor:
+    """Return Σ parameter·∂L/∂parameter for each output channel of a layer, on the CPU."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    gates = torch.zeros(len(weight))
+    for parameter in (weight, getattr(layer, "bias", None)):
+        if isinstance(parameter, Tensor) and parameter.grad is not None:
+            gates += (parameter * parameter.grad).detach().reshape(len(weight), -1).sum(1).cpu()
+    return gates

@@ -74,7 +74,9 @@ def read_table(path: Path, backend: LatencyBackend) -> LookUpTable:
         points = {}
         for row in data["points"]:
             timing = Timing(row.pop("median_ms"), row.pop("spread_ms"))
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+            fields: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
+            }
             points[LayerShape(**fields)] = timing
     except (OSError, ValueError, KeyError, TypeError):
         return LookUpTable(backend)  # a table is a cache: what cannot be read is measured again

@@ -115,7 +115,7 @@ def _kept_axes(name: str, positions: Tensor, shape: tuple[int, ...]) -> Axes:
     axes: Axes = []
     first = positions[(0,) * positions.dim()]
     stride = 1
-    strides = []
+    strides: list[int] = []
     for size in reversed(shape):
         strides.insert(0, stride)
         stride *= size
@@ -159,7 +159,8 @@ def _sizes_of(module: nn.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(module).items()
-        if not key.startswith("_") and not isinstance(value, bool)
+        if not key.startswith("_")
+        and not isinstance(value, bool)
         and (
             isinstance(value, int)
             or (isinstance(value, tuple) and value and all(type(v) is int for v in value))

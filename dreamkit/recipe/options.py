@@ -6,6 +6,7 @@ constructors, which are cheap by contract.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, ValidationError, create_model
 
 from dreamkit.errors import OptionError, RecipeError, RecipePath, did_you_mean
-from dreamkit.recipe.yaml_nodes import Node
+from dreamkit.recipe.yaml_nodes import Node, Position
 from dreamkit.registry import (
     EntriesOf,
     EntryOf,
@@ -76,6 +77,14 @@ def _marker(annotation: Any) -> Marker | None:
     return None
 
 
+def nested_options(annotation: Any) -> list[type[Any]]:
+    """Return the dataclasses inside an annotation: mappings with options of their own."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return [annotation]
+    found = [nested_options(argument) for argument in typing.get_args(annotation)]
+    return list(dict.fromkeys(cls for classes in found for cls in classes))
+
+
 def describe(annotation: Any) -> str:
     """Return an annotation the way a person would write it."""
     if typing.get_origin(annotation) is Annotated:
@@ -108,11 +117,13 @@ def describe(annotation: Any) -> str:
 class Problems:
     """Every problem found in a recipe, in the order of the file."""
 
-    found: dict[str, None] = field(default_factory=dict)
+    found: dict[str, Position] = field(default_factory=dict)
+    noted: int = 0
 
-    def add(self, place: object, path: RecipePath, message: str) -> None:
+    def add(self, place: Position, path: RecipePath, message: str) -> None:
         """Note one problem; the same one from several presets counts once."""
-        self.found[f"{place} {format_path(path)}: {message}"] = None
+        self.noted += 1
+        self.found[f"{place} {format_path(path)}: {message}"] = place
 
     def raise_if_any(self) -> None:
         """Raise all problems as one error.
@@ -121,7 +132,11 @@ class Problems:
             RecipeError: there is at least one.
         """
         if self.found:
-            raise RecipeError("\n".join(self.found))
+            raise RecipeError("\n".join(sorted(self.found, key=self._order)))
+
+    def _order(self, line: str) -> tuple[str, int, int]:
+        place = self.found[line]
+        return (place.source, place.line or 0, place.column or 0)
 
 
 def format_path(path: RecipePath) -> str:
@@ -151,7 +166,7 @@ class Constructor:
         if not isinstance(node.value, dict):
             self.problems.add(node.where, path, f"should be a mapping, not {node.type_name}")
             return None
-        before = len(self.problems.found)
+        before = self.problems.noted
         options = options_of(cls)
         self._refuse_unknown(node, path, options, skip)
         values: dict[str, Any] = {}
@@ -163,7 +178,7 @@ class Constructor:
             if option.marker is not None:
                 values[name] = self._entries(option, node.value[name], (*path, name))
         values |= self._scalars(cls, node, path, options)
-        if len(self.problems.found) > before:
+        if self.problems.noted > before:
             return None
         try:
             return cls(**values)
@@ -189,6 +204,7 @@ class Constructor:
     ) -> dict[str, Any]:
         """Validate the options that are not entries, strictly, by the constructor's types."""
         plain = {name: o for name, o in options.items() if o.marker is None and name in node.value}
+        # The configuration holds for dataclasses inside too: unknown keys are refused everywhere.
         fields: dict[str, Any] = {name: (option.annotation, ...) for name, option in plain.items()}
         model = create_model(
             cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
@@ -198,8 +214,8 @@ class Constructor:
             # JSON mode: strict about types, yet a YAML list may become a tuple, a string a Path.
             made = model.model_validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            for place, message in _messages(error, node):
-                self.problems.add(_descend(node, place).where, (*path, *place), message)
+            for where, place, message in _messages(error, node, options):
+                self.problems.add(where, (*path, *place), message)
             return {}
         return {name: getattr(made, name) for name in plain}
 
@@ -266,51 +282,51 @@ class Constructor:
 def _descend(node: Node, path: RecipePath) -> Node:
     """Return the deepest node that exists along ``path``."""
     for step in path:
-        value = node.value
-        if isinstance(value, dict) and step in value:
-            node = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            node = value[step]
-        else:
+        below = node.child(step)
+        if below is None:
             break
+        node = below
     return node
 
 
-def _messages(error: ValidationError, node: Node) -> Iterator[tuple[RecipePath, str]]:
-    """Yield each pydantic problem as the path inside the node and a plain message.
+def _messages(
+    error: ValidationError, node: Node, options: dict[str, Option]
+) -> Iterator[tuple[Position, RecipePath, str]]:
+    """Yield each pydantic problem as its place, its path inside the node and a plain message.
 
     A union reports one problem for each of its branches, under one place; they become one line.
     """
     merged: dict[RecipePath, list[str]] = {}
     for problem in error.errors(include_url=False):
         place = _real_path(node, problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            message = "unknown option"
-            place = (*place, str(problem["loc"][-1]))
+        message = problem["msg"].replace("Input should be", "should be")
+        message = message.removeprefix("Value error, ")
+        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            classes = nested_options(options[str(problem["loc"][0])].annotation)
+            known = [name for cls in classes for name in options_of(cls)]
+            hint = did_you_mean(str(place[-1]), known) or f" (options: {', '.join(known)})"
+            message = f"unknown option{hint}"
         elif problem["type"] == "missing":
             message = f"the option '{problem['loc'][-1]}' is missing"
-        else:
-            message = problem["msg"].replace("Input should be", "should be")
-            message = message.removeprefix("Value error, ")
         merged.setdefault(place, [])
         if message not in merged[place]:
             merged[place].append(message)
     for place, messages in merged.items():
-        at = _descend(node, place)
-        got = "" if isinstance(at.value, dict | list) else f" (got {at.value!r})"
-        yield place, ", or ".join(messages) + got
+        if any(other[: len(place)] == place != other for other in merged):
+            continue  # what is wrong inside explains what is wrong outside
+        parent, at = _descend(node, place[:-1]), _descend(node, place)
+        unknown = messages[0].startswith("unknown option")
+        where = parent.keys[str(place[-1])] if unknown else at.where
+        shown = not unknown and not isinstance(at.value, dict | list)
+        yield where, place, ", or ".join(messages) + (f" (got {at.value!r})" if shown else "")
 
 
 def _real_path(node: Node, location: tuple[str | int, ...]) -> RecipePath:
     """Keep the steps of pydantic's location that exist in the recipe (it adds union branches)."""
     path: list[str | int] = []
     for step in location:
-        value = node.value
-        if isinstance(value, dict) and step in value:
-            node = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            node = value[step]
-        else:
-            continue
-        path.append(step)
+        below = node.child(step)
+        if below is not None:
+            node = below
+            path.append(step)
     return tuple(path)

@@ -77,10 +77,10 @@ class LoadedRecipe:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
         node = self.root
         for step in path:
-            try:
-                node = node.value[step]
-            except (KeyError, IndexError, TypeError):
+            below = node.child(step)
+            if below is None:
                 break
+            node = below
         return f"{node.where} {format_path(path)}"
 
     def placed(self, error: DreamkitError) -> DreamkitError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -48,6 +48,15 @@ class Node:
         if isinstance(self.value, list):
             return [child.plain() for child in self.value]
         return self.value
+
+    def child(self, step: str | int) -> Node | None:
+        """Return what stands under a key or an index, or None."""
+        if isinstance(self.value, dict):
+            found: Node | None = self.value.get(step)
+            return found
+        if isinstance(self.value, list) and isinstance(step, int) and step < len(self.value):
+            return cast(Node, self.value[step])
+        return None
 
     @property
     def type_name(self) -> str:

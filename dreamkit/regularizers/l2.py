@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dreamkit.types import InversionStep
@@ -18,4 +19,5 @@ class L2Norm:
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
-        return step.images.norm()
+        norm: Tensor = torch.linalg.vector_norm(step.images)
+        return norm

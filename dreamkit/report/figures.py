@@ -34,7 +34,9 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Image.Image:
     channels, height, width = images.shape[1:]
     scale = max(1, _CELL_PIXELS // max(height, width))
     cell_height, cell_width = height * scale + _GAP, width * scale + _GAP
-    sheet = torch.full((channels, rows * cell_height + _GAP, len(classes) * cell_width + _GAP), _GAP_GREY)
+    sheet = torch.full(
+        (channels, rows * cell_height + _GAP, len(classes) * cell_width + _GAP), _GAP_GREY
+    )
     for column, label in enumerate(classes):
         for row, image in enumerate(images[labels == label][:rows]):
             large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

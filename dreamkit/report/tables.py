@@ -15,7 +15,7 @@ _COLUMNS = (
 
 
 def summary_rows(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Return the table's header and rows; columns and rows that nothing was measured for are left out.
+    """Return the table's header and rows, without those that nothing was measured for.
 
     A cell that does not apply is a dash.
     """

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.types import Card, Images
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 _THREADS = 4
 
@@ -78,7 +78,9 @@ class FolderImages:
         self.labels = torch.tensor(labels)
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
         if self.mode is None:
-            raise DreamkitError(f"image files have 1, 3 or 4 channels; {card.name} takes {channels}")
+            raise DreamkitError(
+                f"image files have 1, 3 or 4 channels; {card.name} takes {channels}"
+            )
         self.transform = v2.Compose(
             [
                 v2.Resize(round(min(height, width) * resize), antialias=True),

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import v2
 
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean
 from dreamkit.types import Card, Images
-from torchvision import datasets
-from torchvision.transforms import v2
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TorchvisionDataset:
         except Exception as error:  # each data set raises its own
             reason = str(error).strip().partition("\n")[0][:200]
             raise DreamkitError(
-                f"torchvision's {self.dataset} cannot be opened ({type(error).__name__}: {reason}). "
+                f"torchvision's {self.dataset} does not open ({type(error).__name__}: {reason}). "
                 f"Put its files under {self.root}, or use an image folder: "
                 "{source: folder, path: ...}"
             ) from error

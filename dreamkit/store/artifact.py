@@ -78,7 +78,9 @@ def read_artifact(folder: Path) -> Artifact:
             )
         blob = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(blob).hexdigest() != specification["weights_sha256"]:
-            raise ArtifactError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the recorded one")
+            raise ArtifactError(
+                f"{folder / WEIGHTS} is damaged: its SHA-256 is not the recorded one"
+            )
         return Artifact(
             specification["builder"],
             Card.from_json(specification["card"]),
@@ -86,6 +88,8 @@ def read_artifact(folder: Path) -> Artifact:
             safetensors.torch.load(blob),
         )
     except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} holds no student (no {Path(error.filename).name})") from error
+        raise ArtifactError(
+            f"{folder} holds no student (no {Path(error.filename).name})"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} cannot be read as a student: {error}") from error

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -54,8 +54,6 @@ class Stage:
     steps: Annotated[int, Field(ge=1)]
     size: Size | tuple[Size, Size] | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def resolution(self, card: Card) -> tuple[int, int]:
         """Return (height, width)."""
@@ -123,7 +121,9 @@ class DeepInversion:
         """Return a batch's labels (N,); those dealt in turn go on from the batch before."""
         if self.labels == "random":
             return torch.randint(num_classes, (plan.size,), generator=generator)
-        classes = torch.arange(num_classes) if self.labels == "balanced" else torch.tensor(self.labels)
+        classes = (
+            torch.arange(num_classes) if self.labels == "balanced" else torch.tensor(self.labels)
+        )
         turn = torch.arange(plan.first_image, plan.first_image + plan.size)
         return classes[turn % len(classes)]
 

@@ -36,7 +36,9 @@ class BundledTeacher:
             raise OptionError("model", f"no bundled '{self.model}'{hint} ({', '.join(names)})")
 
     def _file(self, suffix: str) -> bytes:
-        return (resources.files("dreamkit.teachers") / "weights" / f"{self.model}{suffix}").read_bytes()
+        return (
+            resources.files("dreamkit.teachers") / "weights" / f"{self.model}{suffix}"
+        ).read_bytes()
 
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""
@@ -45,7 +47,9 @@ class BundledTeacher:
     def load(self, seed: int) -> Teacher:
         """Return the model in eval mode with its card."""
         model = self.build()
-        load_into(model, safetensors.torch.load(self._file(".safetensors")), f"bundled {self.model}")
+        load_into(
+            model, safetensors.torch.load(self._file(".safetensors")), f"bundled {self.model}"
+        )
         card = Card.from_json(
             json.loads(self._file(".json"))["card"] | {"weights_sha256": hash_weights(model)}
         )

@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import timm
 from pydantic import Field
 from torch import nn
 
-import timm
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.weights import (
     check_file,

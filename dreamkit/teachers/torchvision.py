@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
+from torchvision import models
 
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.weights import (
@@ -20,7 +21,6 @@ from dreamkit.teachers.weights import (
     seeded,
 )
 from dreamkit.types import Card, Teacher
-from torchvision import models
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -97,7 +97,9 @@ class TorchvisionTeacher:
     def _card(self, model: nn.Module, origin: str) -> Card:
         named = self.weights is not None and not is_weights_file(self.weights)
         choices = models.get_model_weights(self.model)
-        entry = choices[str(self.weights)] if named and self.weights != "default" else choices.DEFAULT
+        entry = (
+            choices[str(self.weights)] if named and self.weights != "default" else choices.DEFAULT
+        )
         preset = entry.transforms()
         crop = preset.crop_size[0]
         categories = tuple(entry.meta["categories"])

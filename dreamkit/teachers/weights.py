@@ -63,7 +63,7 @@ def read_state_dict(path: str, key: str | None = None, prefix: str = "") -> dict
             found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else ""
             raise DreamkitError(f"{path}: no key '{step}' (of key: {key}); it holds: {found}")
         content = content[step]
-    tensors = isinstance(content, Mapping) and {k: v for k, v in content.items()}
+    tensors = isinstance(content, Mapping) and dict(content)
     if not tensors or not all(isinstance(v, Tensor) for v in tensors.values()):
         keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else ""
         raise DreamkitError(
@@ -107,7 +107,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     complaints = [
         f"{len(keys)} {what}: {', '.join(keys[:_SHOWN_KEYS])}"
         + (", ..." if len(keys) > _SHOWN_KEYS else "")
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of other shape", shapes))
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of other shape", shapes),
+        )
         if keys
     ]
     if complaints:

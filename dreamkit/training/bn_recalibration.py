@@ -15,7 +15,12 @@ from dreamkit.types import Card, Images
 
 
 def recalibrate(
-    model: nn.Module, images: Images, card: Card, device: torch.device, batches: int, batch_size: int
+    model: nn.Module,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    batches: int,
+    batch_size: int,
 ) -> None:
     """Recompute every BatchNorm's running statistics over some batches of images.
 

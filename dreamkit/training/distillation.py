@@ -41,8 +41,6 @@ class Distillation:
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip_norm: Annotated[float, Field(gt=0)] | None = None
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-
     def steps(self, images: int) -> int:
         """Return how many optimizer steps a run over this many images takes."""
         full, rest = divmod(images, self.batch_size)
@@ -92,7 +90,7 @@ def distil(
                 target = teacher(x)
             loss = distillation_loss(student(x), target, options.temperature)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             optimizer.step()
@@ -101,7 +99,7 @@ def distil(
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Return the factor on the learning rate: linear up over ``warmup`` steps, then half a cosine."""
+    """Return the learning rate's factor: up over ``warmup`` steps, then half a cosine."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
