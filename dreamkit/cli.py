@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dreamkit.errors import DreamkitError, did_you_mean
@@ -183,7 +184,7 @@ def _print_options(cls: type[Any], console: Console) -> None:
     table = Table("option", "type", "default")
     for option in options:
         default = "required" if option.required else _plain(option.default)
-        table.add_row(option.name, describe(option.annotation), default)
+        table.add_row(option.name, escape(describe(option.annotation)), escape(default))
     console.print(table)
     for nested in (c for option in options for c in nested_options(option.annotation)):
         console.print(
@@ -265,5 +266,5 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     if rows:
         table = Table(*rows[0])
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(escape(str(value)) for value in row.values()))
         Console().print(table)

@@ -300,6 +300,7 @@ def _messages(
     for problem in error.errors(include_url=False):
         place = _real_path(node, problem["loc"])
         message = problem["msg"].replace("Input should be", "should be")
+        message = message.replace("a valid array", "a list").replace("Tuple", "a list")
         message = message.removeprefix("Value error, ")
         if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             classes = nested_options(options[str(problem["loc"][0])].annotation)
