@@ -114,10 +114,12 @@ def validate(recipe: RecipeFile, preset: Preset = None, set_: Overrides = None) 
 
         dreamkit validate my.yaml --preset paper --set synthesis.images=64
     """
-    from dreamkit.recipe import read_recipe
+    from dreamkit.recipe import validate_recipe
 
-    loaded = read_recipe(recipe, build_registries, preset, set_ or [])
-    _warn(loaded.registries)
+    registries, missing = validate_recipe(recipe, build_registries, preset, set_ or [])
+    _warn(registries)
+    for line in missing:
+        print(f"warning: {line} (needed to run)", file=sys.stderr)
     print(f"{recipe} is valid")
 
 

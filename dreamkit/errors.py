@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 RecipePath = tuple[str | int, ...]
@@ -38,6 +39,10 @@ class OptionError(ValueError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(message)
         self.option = option
+
+
+class MissingPath(OptionError):
+    """Raised for a file or folder that is not there: the recipe is sound, this machine lacks it."""
 
 
 class TeacherMismatch(DreamkitError):
@@ -74,6 +79,21 @@ class DuplicateEntry(DreamkitError):
 
 class PluginError(DreamkitError):
     """A plugin that the recipe asks for cannot be loaded."""
+
+
+@contextlib.contextmanager
+def placed(*path: str | int, always: bool = True) -> Iterator[None]:
+    """Put ``path`` before the place of any error raised in the block.
+
+    What an entry raises is placed relative to its own options; who holds the entry adds where it
+    stands. With ``always`` false, errors that concern no option stay without a place.
+    """
+    try:
+        yield
+    except DreamkitError as error:
+        if always or error.path:
+            error.path = (*path, *error.path)
+        raise
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

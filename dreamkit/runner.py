@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dreamkit.errors import DreamkitError, RunDirectoryError
+from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.torch_eager import processor_name
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import grid
@@ -26,6 +26,8 @@ from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.types import LatencyBackend, RunContext, Teacher
 from dreamkit.version import __version__
 
+_PICTURED = 512
+"""Images that the grid is picked from."""
 _VERSIONS = ("torch", "torchvision", "timm", "torch-pruning", "numpy")
 
 
@@ -67,10 +69,13 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
 def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> None:
     recipe, folder = loaded.recipe, directory.folder
     device = choose_device(recipe.device)
-    teacher: Teacher = recipe.teacher.load(recipe.seed)
-    if recipe.synthesis is not None:
-        recipe.synthesis.check(teacher)
-    evaluation = recipe.evaluation.open(teacher.card) if recipe.evaluation is not None else None
+    with placed("teacher"):
+        teacher: Teacher = recipe.teacher.load(recipe.seed)
+    with placed("synthesis"):
+        if recipe.synthesis is not None:
+            recipe.synthesis.check(teacher)
+    with placed("evaluation"):
+        evaluation = recipe.evaluation.open(teacher.card) if recipe.evaluation else None
     teacher.model.to(device)
     directory.claim()
     data = loaded.root.plain()
@@ -95,7 +100,8 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
             highlight=False,
         )
         _note_limits(context)
-        recipe.application.run(context)
+        with placed("application", always=False):
+            recipe.application.run(context)
         for tracker in recipe.trackers:
             tracker.finish(context.metrics)
     finally:
@@ -169,8 +175,8 @@ def _write_pages(report: dict[str, Any], directory: RunDirectory, context: RunCo
     picture: Image.Image | None = None
     dreams = folder / RunContext.DREAMS
     if (dreams / MANIFEST).is_file():
-        content = DreamStore(dreams).load()
-        picture = grid(content.images, content.labels)
+        content = DreamStore(dreams).open()
+        picture = grid(*content.batch(range(min(len(content), _PICTURED))))
         picture.save(folder / "dreams.png")
     page = render(report, read_records(folder), directory.recipe() or "", picture)
     write_atomically(folder / "report.html", page.encode())

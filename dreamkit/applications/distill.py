@@ -13,7 +13,7 @@ from typing import Annotated
 from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.training.distillation import Distillation
@@ -44,14 +44,15 @@ class Distill:
     def run(self, context: RunContext) -> None:
         """Dream, teach, evaluate and save."""
         teacher, card = context.teacher, context.teacher.card
-        made = self.student.load(context.seed)
+        with placed("student"):
+            made = self.student.load(context.seed)
         student = made.model.to(context.device)
         if made.card.num_classes != card.num_classes or made.card.input_size != card.input_size:
             raise DreamkitError(
                 f"the student {made.card.name} takes {made.card.input_size} and has "
                 f"{made.card.num_classes} outputs; the teacher {card.name} takes "
                 f"{card.input_size} and has {card.num_classes}",
-                ("application", "student"),
+                ("student",),
             )
         images = images_for(context, self.images)
         measure_quality(context, "teacher", teacher.model, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.store.dreams import DreamStore
@@ -43,12 +43,13 @@ def images_for(context: RunContext, source: ImageSource | None) -> Images:
         DreamkitError: the source is empty.
     """
     if is_own_dreams(source):
-        images: Images = dream_into_store(context).load()
+        images: Images = dream_into_store(context).open()
     else:
         assert source is not None
-        images = source.open(context.teacher.card)
+        with placed("images"):
+            images = source.open(context.teacher.card)
     if len(images) == 0:
-        raise DreamkitError("the source of training images is empty", ("application", "images"))
+        raise DreamkitError("the source of training images is empty", ("images",))
     return images
 
 
@@ -75,8 +76,7 @@ def dream_into_store(context: RunContext) -> DreamStore:
     context.metrics["synthesis.images_per_second"] = len(store) / max(store.seconds, 1e-9)
     if store.r_feature is not None:
         context.metrics["synthesis.r_feature"] = store.r_feature
-    content = store.load()
-    assert content.teacher_logits is not None
+    content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
     context.metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
     return store

@@ -180,9 +180,7 @@ class _Pruning:
                 for g in groups
             ]
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
-            raise NothingToPrune(
-                f"nothing of {self.card.name} can be pruned:{listed}", ("application", "limits")
-            )
+            raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
     def reach_target(self, images: Images) -> None:
         """Rank and remove until the target is met.
@@ -191,34 +189,40 @@ class _Pruning:
             NothingToPrune: the limits are reached before the target.
         """
         options, log = self.options, self.context.log
-        per_step = max(1, round(options.step * sum(self.originals.values())))
-        rounds = 0
+        most = amount = max(1, round(options.step * sum(self.originals.values())))
         shares = dict.fromkeys(self.before, 1.0)
+        reached, rounds = 0.0, 0
         with log.progress("pruning", 1000) as advance:
             while not options.target.met(shares):
-                groups, _ = self.graph.groups()
-                chosen = choose(
-                    groups,
-                    self.importance(groups, images),
-                    self.originals,
-                    options.limits,
-                    per_step,
-                )
-                if not chosen:
-                    self._give_up(shares)
-                self._remove(groups, chosen)
-                self._recalibrate(images)
-                rounds += 1
+                removed = self._round(images, amount, shares)
                 amounts = self._amounts(self.graph.groups()[0])
                 shares = {name: amounts[name] / self.before[name] for name in amounts}
-                removed = sum(len(channels) for channels in chosen.values())
+                before, reached = reached, self._progress(shares)
+                # The last round removes about what is still missing, at this round's rate.
+                missing = (1 - reached) / max(reached - before, 1e-6) * removed
+                amount = max(1, min(most, round(missing)))
+                rounds += 1
                 log.record("pruning", rounds, removed_channels=removed, **shares)
-                advance(min(1000, round(1000 * self._progress(shares))))
+                advance(min(1000, round(1000 * reached)))
         for name, share in shares.items():
             self.context.metrics[f"pruned.{name}_ratio"] = share
         self.context.metrics["pruned.rounds"] = rounds
         if self.table.points:
             write_json(self.context.folder / LUT_FILE, self.table.to_json())
+
+    def _round(self, images: Images, amount: int, shares: dict[str, float]) -> int:
+        """Rank, remove about ``amount`` channels, recalibrate; return how many went."""
+        groups, _ = self.graph.groups()
+        scores = self.importance(groups, images)
+        chosen = choose(groups, scores, self.originals, self.options.limits, amount)
+        if not chosen:
+            self._give_up(shares)
+        with self.surgery.recorded(self.student):
+            for group in groups:
+                if group.name in chosen:
+                    self.graph.remove(group, chosen[group.name])
+        self._recalibrate(images)
+        return sum(len(channels) for channels in chosen.values())
 
     def importance(self, groups: list[ChannelGroup], images: Images) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
@@ -249,12 +253,6 @@ class _Pruning:
             in_order(images, options.batch_size), options.ranking_batches
         ):
             yield self.card.normalise(stored.to(device)), labels.to(device)
-
-    def _remove(self, groups: list[ChannelGroup], chosen: dict[str, list[int]]) -> None:
-        with self.surgery.recorded(self.student):
-            for group in groups:
-                if group.name in chosen:
-                    self.graph.remove(group, chosen[group.name])
 
     def _recalibrate(self, images: Images) -> None:
         options = self.options
@@ -290,5 +288,5 @@ class _Pruning:
         raise NothingToPrune(
             f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
             "lower limits.min_channels or limits.chunk, or set an easier target",
-            ("application", "target"),
+            ("target",),
         )

@@ -100,8 +100,7 @@ class TorchCUDA:
         if not torch.cuda.is_available():
             raise DreamkitError(
                 "the latency backend torch-cuda needs a CUDA device, and torch sees none; "
-                "use {name: torch-cpu}",
-                ("latency",),
+                "use latency: {name: torch-cpu}"
             )
 
 

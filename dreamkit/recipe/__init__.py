@@ -1,5 +1,5 @@
 """Recipes: YAML with places kept, presets and overrides, validated against the registries."""
 
-from dreamkit.recipe.schema import LoadedRecipe, Recipe, build_entry, read_recipe
+from dreamkit.recipe.schema import LoadedRecipe, Recipe, build_entry, read_recipe, validate_recipe
 
-__all__ = ["LoadedRecipe", "Recipe", "build_entry", "read_recipe"]
+__all__ = ["LoadedRecipe", "Recipe", "build_entry", "read_recipe", "validate_recipe"]

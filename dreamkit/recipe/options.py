@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from dreamkit.errors import OptionError, RecipeError, RecipePath, did_you_mean
+from dreamkit.errors import MissingPath, OptionError, RecipeError, RecipePath, did_you_mean
 from dreamkit.recipe.yaml_nodes import Node, Position
 from dreamkit.registry import (
     EntriesOf,
@@ -118,12 +118,20 @@ class Problems:
     """Every problem found in a recipe, in the order of the file."""
 
     found: dict[str, Position] = field(default_factory=dict)
+    missing: dict[str, Position] = field(default_factory=dict)
     noted: int = 0
 
-    def add(self, place: Position, path: RecipePath, message: str) -> None:
-        """Note one problem; the same one from several presets counts once."""
+    def add(self, place: Position, path: RecipePath, message: str, missing: bool = False) -> None:
+        """Note one problem; the same one from several presets counts once.
+
+        Args:
+            place: where it was written.
+            path: what it concerns.
+            message: what is wrong and how to mend it.
+            missing: the recipe is sound, but a file it names is not on this machine.
+        """
         self.noted += 1
-        self.found[f"{place} {format_path(path)}: {message}"] = place
+        (self.missing if missing else self.found)[f"{place} {format_path(path)}: {message}"] = place
 
     def raise_if_any(self) -> None:
         """Raise all problems as one error.
@@ -131,12 +139,9 @@ class Problems:
         Raises:
             RecipeError: there is at least one.
         """
-        if self.found:
-            raise RecipeError("\n".join(sorted(self.found, key=self._order)))
-
-    def _order(self, line: str) -> tuple[str, int, int]:
-        place = self.found[line]
-        return (place.source, place.line or 0, place.column or 0)
+        every = {**self.found, **self.missing}
+        if every:
+            raise RecipeError("\n".join(sorted(every, key=lambda line: every[line].order)))
 
 
 def format_path(path: RecipePath) -> str:
@@ -183,8 +188,9 @@ class Constructor:
         try:
             return cls(**values)
         except OptionError as error:
-            child = _descend(node, (error.option,))
-            self.problems.add(child.where, (*path, error.option), str(error))
+            where = _descend(node, (error.option,)).where
+            lacking = isinstance(error, MissingPath)
+            self.problems.add(where, (*path, error.option), str(error), lacking)
         except ValueError as error:
             self.problems.add(node.where, path, str(error))
         return None

@@ -109,9 +109,43 @@ def read_recipe(
         overrides: ``path=value`` texts, as of ``--set``.
 
     Raises:
-        RecipeError: every problem, one a line, each with its place and the fix.
+        RecipeError: every problem, one a line, each with its place and the fix; a file that the
+            chosen preset names and that is not there is one.
         PluginError: a plugin that the recipe names cannot be loaded.
     """
+    chosen, registries, problems, recipe = _check(file, build_registries, preset, overrides)
+    problems.raise_if_any()
+    assert recipe is not None
+    return LoadedRecipe(recipe, chosen, preset, registries)
+
+
+def validate_recipe(
+    file: str | Path,
+    build_registries: Callable[[Sequence[str]], Registries],
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Registries, list[str]]:
+    """Check a recipe as ``read_recipe`` does, but let files be missing.
+
+    Returns:
+        The registries, and a line for each file that a run would need and that is not there.
+
+    Raises:
+        RecipeError: every other problem.
+        PluginError: a plugin that the recipe names cannot be loaded.
+    """
+    _, registries, problems, _ = _check(file, build_registries, preset, overrides)
+    missing, problems.missing = list(problems.missing), {}
+    problems.raise_if_any()
+    return registries, missing
+
+
+def _check(
+    file: str | Path,
+    build_registries: Callable[[Sequence[str]], Registries],
+    preset: str | None,
+    overrides: Sequence[str],
+) -> tuple[Node, Registries, Problems, Recipe | None]:
     base, presets = _split_presets(_read_nodes(Path(file)))
     if preset is not None and preset not in presets:
         choices = ", ".join(presets) or "none"
@@ -125,10 +159,10 @@ def read_recipe(
     recipe = _construct(chosen, registries, problems)
     for name, overlay in presets.items():
         if name != preset:
-            _construct(merge(base, overlay), registries, problems)
-    problems.raise_if_any()
-    assert recipe is not None
-    return LoadedRecipe(recipe, chosen, preset, registries)
+            others = Problems()
+            _construct(merge(base, overlay), registries, others)
+            problems.found |= others.found  # the files of a preset not chosen are not needed
+    return chosen, registries, problems, recipe
 
 
 def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:

@@ -27,6 +27,11 @@ class Position:
     line: int | None = None
     column: int | None = None
 
+    @property
+    def order(self) -> tuple[str, int, int]:
+        """Sorts places as they stand in their file."""
+        return (self.source, self.line or 0, self.column or 0)
+
     def __str__(self) -> str:
         if self.line is None:
             return self.source

@@ -13,37 +13,40 @@ from PIL import Image
 from torch import Tensor
 
 _GRID_ROWS = 8
+_GRID_COLUMNS = 10
 _CELL_PIXELS = 64
 _GAP = 6
 _GAP_GREY = 128
 
 
-def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Image.Image:
-    """Arrange stored images in a grid, a class a column as far as there are columns.
+def grid(images: Tensor, labels: Tensor) -> Image.Image:
+    """Arrange stored images in a grid: a class a column if there are at most ten, else in order.
 
     Args:
         images: (N, C, H, W) uint8.
         labels: (N,).
-        columns: classes shown, those that come first.
 
     Returns:
         The picture; small images are enlarged without smoothing.
     """
-    classes = sorted(set(labels.tolist()))[:columns]
-    rows = min(_GRID_ROWS, max(int((labels == label).sum()) for label in classes))
+    classes = sorted(set(labels.tolist()))
+    if len(classes) <= _GRID_COLUMNS:
+        columns = [images[labels == label][:_GRID_ROWS] for label in classes]
+    else:
+        shown = images[: _GRID_ROWS * _GRID_COLUMNS]
+        columns = [shown[column::_GRID_COLUMNS] for column in range(_GRID_COLUMNS)]
+    rows = max(len(column) for column in columns)
     channels, height, width = images.shape[1:]
     scale = max(1, _CELL_PIXELS // max(height, width))
     cell_height, cell_width = height * scale + _GAP, width * scale + _GAP
-    sheet = torch.full(
-        (channels, rows * cell_height + _GAP, len(classes) * cell_width + _GAP), _GAP_GREY
-    )
-    for column, label in enumerate(classes):
-        for row, image in enumerate(images[labels == label][:rows]):
+    size = (rows * cell_height + _GAP, len(columns) * cell_width + _GAP)
+    sheet = torch.full((channels, *size), _GAP_GREY, dtype=torch.uint8)
+    for number, column in enumerate(columns):
+        for row, image in enumerate(column):
             large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-            top, left = row * cell_height + _GAP, column * cell_width + _GAP
+            top, left = row * cell_height + _GAP, number * cell_width + _GAP
             sheet[:, top : top + height * scale, left : left + width * scale] = large
-    pixels = sheet.to(torch.uint8)
-    array = pixels[0] if channels == 1 else pixels[:3].permute(1, 2, 0)
+    array = sheet[0] if channels == 1 else sheet[:3].permute(1, 2, 0)
     return Image.fromarray(array.numpy())
 
 

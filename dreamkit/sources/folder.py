@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.errors import DreamkitError, MissingPath, OptionError
 from dreamkit.types import Card, Images
 
 _THREADS = 4
@@ -40,7 +40,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
-            raise OptionError("path", f"no such folder: {self.path}")
+            raise MissingPath("path", f"no such folder: {self.path}")
         if self.resize < 1:
             raise OptionError("resize", f"should be at least 1 (got {self.resize})")
 

@@ -127,27 +127,56 @@ class DreamStore:
         data = {"format": FORMAT, "settings": self.settings, "shards": shards}
         write_json(self.folder / MANIFEST, data)
 
-    def load(self) -> StoredImages:
-        """Read every shard, in the order of the batches.
+    def open(self) -> ShardedImages:
+        """Verify every shard and return their images in the order of the batches.
 
         Raises:
-            StoreError: a shard is missing or is not what the manifest vouches for.
+            StoreError: there is none, or one is missing or not what the manifest vouches for.
         """
-        parts = [self._load_shard(self.shards[index]) for index in sorted(self.shards)]
-        if not parts:
+        if not self.shards:
             raise StoreError(f"{self.folder} holds no dreams")
-        names = ("images", "labels", "teacher_logits")
-        return StoredImages(*(torch.cat([part[name] for part in parts]) for name in names))
+        return ShardedImages([self._open_shard(self.shards[i]) for i in sorted(self.shards)])
 
-    def _load_shard(self, shard: Shard) -> dict[str, Tensor]:
+    def _open_shard(self, shard: Shard) -> dict[str, Tensor]:
         path = self.folder / shard.file
         try:
-            blob = path.read_bytes()
-            if hashlib.sha256(blob).hexdigest() != shard.sha256:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard.sha256:
                 raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's")
-            return safetensors.torch.load(blob)
+            return safetensors.torch.load_file(path)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+class ShardedImages:
+    """The images of a store. They are mapped from disk, so that they need not fit in memory.
+
+    Args:
+        shards: the tensors of each shard.
+    """
+
+    def __init__(self, shards: Sequence[dict[str, Tensor]]) -> None:
+        self._images = [shard["images"] for shard in shards]
+        self._place = [(s, row) for s, part in enumerate(self._images) for row in range(len(part))]
+        self.labels = torch.cat([shard["labels"] for shard in shards])
+        """(N,) int64."""
+        self.teacher_logits = torch.cat([shard["teacher_logits"] for shard in shards])
+        """(N, K) float16."""
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image."""
+        return tuple(self._images[0].shape[1:])
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images (N, C, H, W) uint8 and labels (N,)."""
+        rows = [self._place[index] for index in indices]
+        images = torch.stack([self._images[shard][row] for shard, row in rows])
+        return images, self.labels[torch.as_tensor(indices)]
 
 
 def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | None) -> int:
@@ -162,13 +191,13 @@ def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | 
     Raises:
         StoreError: the folder is not empty or cannot be written to.
     """
-    content = store.load()
+    content = store.open()
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise StoreError(f"{folder} is not empty; choose another folder")
-        classes = int(content.teacher_logits.shape[1]) if content.teacher_logits is not None else 1
-        digits = len(str(classes - 1))
-        for number, (image, label) in enumerate(zip(content.images, content.labels, strict=True)):
+        digits = len(str(content.teacher_logits.shape[1] - 1))
+        for number in range(len(content)):
+            (image,), (label,) = (part.unbind() for part in content.batch([number]))
             name = f"{int(label):0{digits}d}"
             if class_names is not None:
                 safe = "".join(c if c.isalnum() else "_" for c in class_names[int(label)])

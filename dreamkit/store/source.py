@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamkit.errors import OptionError, StoreError
+from dreamkit.errors import MissingPath, StoreError
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.types import Card, Images, RunContext
 
@@ -28,7 +28,7 @@ class Dreams:
 
     def __post_init__(self) -> None:
         if self.path is not None and not (find_store(Path(self.path)) / MANIFEST).is_file():
-            raise OptionError("path", f"no dreams in {self.path} (no {MANIFEST})")
+            raise MissingPath("path", f"no dreams in {self.path} (no {MANIFEST})")
 
     def open(self, card: Card) -> Images:
         """Return the dreams of the earlier run.
@@ -37,10 +37,10 @@ class Dreams:
             StoreError: they are damaged or not of the teacher's channels.
         """
         assert self.path is not None, "a run's own dreams are opened by its application"
-        content = DreamStore(find_store(Path(self.path))).load()
-        if content.images.shape[1] != card.input_size[0]:
+        content = DreamStore(find_store(Path(self.path))).open()
+        if content.shape[0] != card.input_size[0]:
             raise StoreError(
-                f"{self.path}: the dreams have {content.images.shape[1]} channels, "
+                f"{self.path}: the dreams have {content.shape[0]} channels, "
                 f"{card.name} takes {card.input_size[0]}"
             )
         return content

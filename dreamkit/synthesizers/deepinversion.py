@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import OptionError, TeacherMismatch
+from dreamkit.errors import OptionError, TeacherMismatch, placed
 from dreamkit.model_state import frozen
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.synthesizers.bn_statistics import (
@@ -133,7 +133,8 @@ class DeepInversion:
         self.check(teacher)
         student: nn.Module | None = None
         if self.student is not None:
-            student = self.student.load(seed=0).model.to(device)
+            with placed("student"):
+                student = self.student.load(seed=0).model.to(device)
         needed = frozenset().union(*(needs(term.entry) for term in self.regularizers))
         with ExitStack() as stack:
             stack.enter_context(frozen(teacher.model))
@@ -153,7 +154,7 @@ class DeepInversion:
                     "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
                     "out (DeepDream: tv and l2), or train on proxy images "
                     "({source: folder, path: ...})",
-                    ("synthesis", "regularizers", index),
+                    ("regularizers", index),
                 )
         if not isinstance(self.labels, str):
             wrong = [label for label in self.labels if not 0 <= label < teacher.card.num_classes]
@@ -161,7 +162,7 @@ class DeepInversion:
                 raise TeacherMismatch(
                     f"label {wrong[0]} is none of the teacher's {teacher.card.num_classes} classes "
                     f"(0 to {teacher.card.num_classes - 1})",
-                    ("synthesis", "labels"),
+                    ("labels",),
                 )
 
 

@@ -77,12 +77,12 @@ class CheckpointTeacher:
         except Exception as error:  # the user's function may raise anything
             raise DreamkitError(
                 f"the builder {self.builder} failed: {type(error).__name__}: {error}",
-                ("teacher", "builder"),
+                ("builder",),
             ) from error
         if not isinstance(model, nn.Module):
             made = type(model).__name__
             raise DreamkitError(
-                f"the builder {self.builder} returned {made}, not a module", ("teacher", "builder")
+                f"the builder {self.builder} returned {made}, not a module", ("builder",)
             )
         return model
 
@@ -130,9 +130,9 @@ def import_builder(reference: str) -> Callable[..., Any]:
     except Exception as error:  # importing runs the user's code
         raise DreamkitError(
             f"the builder's module {place} cannot be imported: {type(error).__name__}: {error}",
-            ("teacher", "builder"),
+            ("builder",),
         ) from error
     if not callable(getattr(module, name, None)):
-        raise DreamkitError(f"{place} has no function '{name}'", ("teacher", "builder"))
+        raise DreamkitError(f"{place} has no function '{name}'", ("builder",))
     function: Callable[..., Any] = getattr(module, name)
     return function

@@ -28,7 +28,8 @@ class TimmTeacher:
     """Any timm classifier; size, mean, std and classes are read off timm's own metadata.
 
     Args:
-        model: a name of ``timm.list_models()``, with or without a pretrained tag.
+        model: a name of ``timm.list_models()``, with or without a pretrained tag, or
+            ``hf-hub:owner/name``.
         weights: ``default``, a pretrained tag such as ``a1_in1k``, a path to .safetensors or
             .pth, or null for random weights.
         num_classes: outputs of a model whose weights are a file or random.
@@ -42,7 +43,7 @@ class TimmTeacher:
 
     def __post_init__(self) -> None:
         name = self.model.partition(".")[0]
-        if not timm.is_model(name):
+        if not name.startswith("hf-hub:") and not timm.is_model(name):
             hint = did_you_mean(name, timm.list_models())
             raise OptionError("model", f"timm has no model '{name}'{hint}")
         if is_weights_file(self.weights):

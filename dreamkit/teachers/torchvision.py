@@ -88,9 +88,12 @@ class TorchvisionTeacher:
         options: dict[str, Any] = {}
         if self.num_classes is not None:
             options["num_classes"] = self.num_classes
-        if self.model in {"googlenet", "inception_v3"} and weights is None:
-            # Training-only heads; random initialisation by scipy-like truncation takes a minute.
-            options |= {"aux_logits": False, "init_weights": False}
+        if self.model in {"googlenet", "inception_v3"}:
+            # Heads for training only; and the input scaling that torchvision switches on with its
+            # weights, which a student rebuilt without them needs just the same.
+            options |= {"aux_logits": False, "transform_input": True}
+            if weights is None:
+                options["init_weights"] = False  # drawing truncated normals takes a minute
         model: nn.Module = models.get_model(self.model, weights=weights, **options)
         return model
 

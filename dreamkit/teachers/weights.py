@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dreamkit.errors import DreamkitError, OptionError, WeightsMismatch, WeightsUnavailable
+from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
 _SHOWN_KEYS = 4
@@ -30,10 +30,10 @@ def check_file(option: str, path: str) -> None:
     """Refuse a path that is no file.
 
     Raises:
-        OptionError: naming the option.
+        MissingPath: naming the option.
     """
     if not Path(path).is_file():
-        raise OptionError(option, f"no such file: {path}")
+        raise MissingPath(option, f"no such file: {path}")
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -142,7 +142,8 @@ def download(what: str, fetch: Callable[[], M]) -> M:
             "  1. With a network (or HTTPS_PROXY set), run the same command again; the weights "
             "are cached after the first time.\n"
             "  2. Fetch the file on another machine and give its path: "
-            "--set teacher.weights=path/to/weights.safetensors (or .pth)\n"
-            "  3. To try the mechanics with random weights: --set teacher.weights=null",
-            ("teacher", "weights"),
+            "weights: path/to/weights.safetensors (or .pth)\n"
+            "  3. To try the mechanics with random weights, leave them out: weights: null "
+            "(for a teacher: --set teacher.weights=null)",
+            ("weights",),
         ) from error
