@@ -180,7 +180,10 @@ def show(
 def _print_options(cls: type[Any], console: Console) -> None:
     from dreamkit.recipe.options import describe, nested_options, options_of
 
-    options = options_of(cls).values()
+    try:
+        options = options_of(cls).values()
+    except TypeError as error:
+        raise DreamkitError(f"its options cannot be read: {error}") from error
     if not options:
         return
     table = Table("option", "type", "default")

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -52,21 +53,37 @@ def build_registries(plugins: Iterable[str] = ()) -> Registries:
     registries = Registries()
     for room in _BUILTIN_ROOMS:
         _register(registries, importlib.import_module(room), BUILTIN_PROVIDER)
-    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=str):
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    loaded: list[Any] = []
+    for point in sorted(points, key=lambda point: (_provider_of(point), point.name)):
         provider = _provider_of(point)
         try:
-            _register(registries, point.load(), provider)
-        except Exception as error:  # whatever a stranger's code raises
+            plugin = point.load()
+            _register(registries, plugin, provider)
+            loaded.append(plugin)
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
             registries.withdraw(provider)
-            registries.failures.append(PluginFailure(provider, f"{type(error).__name__}: {error}"))
-    for reference in dict.fromkeys(plugins):
+            registries.failures.append(PluginFailure(provider, _one_line(error)))
+    for reference in dict.fromkeys(_canonical(name) for name in plugins):
         try:
-            _register(registries, _load(reference), reference)
-        except Exception as error:
+            plugin = _load(reference)
+            if plugin not in loaded:  # a recipe may state that it needs an installed plugin
+                _register(registries, plugin, reference)
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"plugin '{reference}' cannot be loaded: {type(error).__name__}: {error}"
+                f"plugin '{reference}' cannot be loaded: {_one_line(error)}"
             ) from error
     return registries
+
+
+def _one_line(error: BaseException) -> str:
+    reason = " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def _canonical(reference: str) -> str:
+    """Return a file's path in one spelling, so that ``x.py`` and ``./x.py`` are one plugin."""
+    return os.path.normpath(reference) if reference.endswith(".py") else reference
 
 
 def _register(registries: Registries, plugin: Any, provider: str) -> None:
@@ -88,7 +105,8 @@ def _provider_of(point: importlib.metadata.EntryPoint) -> str:
     distribution = point.dist
     if distribution is None:
         return point.value
-    return f"{distribution.name} {distribution.version}"
+    name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+    return f"{name} {version}" if version else str(name)
 
 
 def _load(reference: str) -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
 
-from dreamkit.errors import DuplicateEntry, did_you_mean
+from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
 
 hookimpl = pluggy.HookimplMarker("dreamkit")
 """Marks a function as an implementation of one of the hooks in ``dreamkit.hookspecs``."""
@@ -35,6 +35,7 @@ KINDS: tuple[str, ...] = (
     "trackers",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_TARGET = re.compile(r"[\w.]+:\w+")
 
 
 def name_key(kind: str) -> str:
@@ -104,7 +105,10 @@ class Registry:
         Raises:
             DuplicateEntry: the name is taken; the message names both providers.
             ValueError: the name has characters other than ``a-z 0-9 _ . -``.
+            TypeError: the target is neither a class nor ``"package.module:Class"``.
         """
+        if not (inspect.isclass(target) or (isinstance(target, str) and _TARGET.fullmatch(target))):
+            raise TypeError(f"{self.kind} '{name}': register a class or 'package.module:Class'")
         if not _NAME.fullmatch(name):
             raise ValueError(f"{self.kind} name {name!r}: use lower-case letters, digits, '_-.'")
         if name in self.entries:
@@ -141,24 +145,39 @@ class Registry:
 
         Raises:
             UnknownEntry: nobody registered the name.
+            PluginError: the class its provider registered by reference cannot be imported.
         """
-        target = self._registered(name).target
-        if not isinstance(target, str):
-            return target
-        module, _, attribute = target.partition(":")
-        cls = getattr(importlib.import_module(module), attribute)
-        assert inspect.isclass(cls), f"{target} is not a class"
+        found = self._registered(name)
+        if not isinstance(found.target, str):
+            return found.target
+        module, _, attribute = found.target.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as error:  # importing runs the provider's code
+            raise PluginError(
+                f"{self.kind} '{name}' of {found.provider} cannot be loaded from {found.target}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not inspect.isclass(cls):
+            raise PluginError(f"{self.kind} '{name}' of {found.provider} is no class")
         return cls
 
     def summary(self, name: str) -> str:
-        """Return the first line of the entry's docstring, without importing its module."""
+        """Return the first line of the entry's docstring, without importing its module.
+
+        A module that is not there has none; the error comes when the entry is used.
+        """
         target = self._registered(name).target
         if not isinstance(target, str):
             return (inspect.getdoc(target) or "").partition("\n")[0]
         module, _, attribute = target.partition(":")
-        spec = importlib.util.find_spec(module)
-        source = spec.loader.get_source(module) if spec and spec.loader else ""  # type: ignore[attr-defined]
-        for node in ast.parse(source or "").body:
+        try:
+            spec = importlib.util.find_spec(module)
+            source = spec.loader.get_source(module) if spec and spec.loader else ""  # type: ignore[attr-defined]
+            body = ast.parse(source or "").body
+        except (ImportError, SyntaxError, ValueError, AttributeError):
+            return ""
+        for node in body:
             if isinstance(node, ast.ClassDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n")[0]
         return ""
@@ -186,6 +205,7 @@ class Registries:
         return self.by_kind[kind]
 
     def withdraw(self, provider: str) -> None:
-        """Remove every entry that one provider registered."""
+        """Remove a provider and every entry that it registered."""
+        self.providers = [known for known in self.providers if known != provider]
         for registry in self.by_kind.values():
             registry.withdraw(provider)

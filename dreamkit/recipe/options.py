@@ -257,6 +257,21 @@ class Constructor:
         except UnknownEntry as error:
             self.problems.add(named.where, (*path, key), str(error) + self._failed_plugins())
             return None
+        try:
+            taken = sorted({*skip, key} & options_of(cls).keys())
+        except TypeError as error:
+            provider = self.registries[kind].provider(named.value)
+            self.problems.add(
+                named.where, path, f"'{named.value}' of {provider} is unusable: {error}"
+            )
+            return None
+        if taken:
+            self.problems.add(
+                named.where,
+                path,
+                f"'{named.value}' has an option '{taken[0]}', which recipes reserve",
+            )
+            return None
         return self.construct(cls, node, path, skip | {key})
 
     def term(self, kind: str, node: Node, path: RecipePath) -> Term[Any] | None:

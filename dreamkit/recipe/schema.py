@@ -160,7 +160,11 @@ def _check(
     for name, overlay in presets.items():
         if name != preset:
             others = Problems()
-            _construct(merge(base, overlay), registries, others)
+            other = merge(base, overlay)
+            same = _plugin_names(other) == _plugin_names(chosen)
+            _construct(
+                other, registries if same else build_registries(_plugin_names(other)), others
+            )
             problems.found |= others.found  # the files of a preset not chosen are not needed
     return chosen, registries, problems, recipe
 

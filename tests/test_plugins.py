@@ -1,0 +1,481 @@
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dreamkit import cli, hookimpl, hookspecs, types
+from dreamkit.errors import DuplicateEntry, PluginError, RecipeError
+from dreamkit.plugins import BUILTIN_PROVIDER, ENTRY_POINT_GROUP, build_registries
+from dreamkit.recipe import read_recipe
+from dreamkit.recipe.options import options_of
+from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
+from dreamkit.types import InversionStep
+
+ROOT = Path(__file__).resolve().parents[1]
+HIGH_FREQ = ROOT / "plugins" / "high_freq.py"
+EXAMPLE = ROOT / "plugins" / "dreamkit-example"
+HOOKS = sorted(
+    name
+    for name, member in vars(hookspecs).items()
+    if inspect.isfunction(member) and hasattr(member, "dreamkit_spec")
+)
+
+GOOD = """
+from dreamkit import hookimpl
+
+class Fine:
+    "Works."
+
+@hookimpl
+def register_regularizers(register):
+    register("fine", Fine)
+"""
+
+BROKEN = {
+    "import": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    "syntax": ("def :", "SyntaxError: invalid syntax"),
+    "hook_raises": (
+        """
+from dreamkit import hookimpl
+
+@hookimpl
+def register_regularizers(register):
+    register("early", int)
+
+@hookimpl
+def register_criteria(register):
+    register("early", int)
+    raise RuntimeError("the cable is out")
+""",
+        "RuntimeError: the cable is out",
+    ),
+    "misspelt_hook": (
+        "from dreamkit import hookimpl\n@hookimpl\ndef register_regularisers(register): ...",
+        "PluginValidationError: unknown hook 'register_regularisers'",
+    ),
+    "wrong_argument": (
+        "from dreamkit import hookimpl\n@hookimpl\ndef register_criteria(registry): ...",
+        "PluginValidationError: ",
+    ),
+    "no_hook": (
+        "def register_regularizers(register): ...",
+        "PluginError: it implements none of dreamkit's hooks (is '@hookimpl' missing?)",
+    ),
+    "bad_name": (
+        GOOD.replace('"fine"', '"Not Fine"'),
+        "ValueError: regularizers name 'Not Fine'",
+    ),
+    "duplicate": (
+        GOOD.replace('"fine"', '"tv"'),
+        "DuplicateEntry: regularizers 'tv' is registered twice: by dreamkit and by ",
+    ),
+}
+
+
+class Site:
+    """A folder of installed distributions, the only ones that dreamkit sees in a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.modules: list[str] = []
+
+    def install(self, name: str, code: str) -> str:
+        """Install version 1.0 of a distribution with one module; return its provider's name."""
+        module = name.replace("-", "_")
+        self.modules.append(module)
+        (self.folder / f"{module}.py").write_text(code)
+        info = self.folder / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\nplugin = {module}\n")
+        importlib.invalidate_caches()
+        return f"{name} 1.0"
+
+    def entry_points(self) -> list[importlib.metadata.EntryPoint]:
+        """Return what is installed, as importlib.metadata reads it off the folder."""
+        found = importlib.metadata.distributions(path=[str(self.folder)])
+        return [point for distribution in found for point in distribution.entry_points]
+
+
+@pytest.fixture(autouse=True)
+def site(tmp_path, monkeypatch):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    made = Site(folder)
+    everything = importlib.metadata.entry_points
+
+    def entry_points(**wanted):
+        # torch looks for entry points of its own when it is imported.
+        if wanted == {"group": ENTRY_POINT_GROUP}:
+            return made.entry_points()
+        return everything(**wanted)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    yield made
+    for module in made.modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``dreamkit ARGUMENTS``; return its exit status, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dreamkit", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return stopped.value.code, out, err
+
+    return run
+
+
+def recipe_with(folder: Path, plugins: list[str], regularizer: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(
+        f"""\
+name: plugged
+plugins: {json.dumps(plugins)}
+teacher: {{source: bundled, model: digits_resnet8}}
+synthesis:
+  name: deepinversion
+  images: 4
+  regularizers:
+    - {regularizer}
+application: {{name: synthesize}}
+"""
+    )
+    return file
+
+
+def entries(registries: Registries) -> set[tuple[str, str, str]]:
+    return {
+        (kind, name, registries[kind].provider(name)) for kind in KINDS for name in registries[kind]
+    }
+
+
+def step_of(images: torch.Tensor) -> InversionStep:
+    return InversionStep(images, torch.zeros(len(images), dtype=torch.int64), torch.zeros(1, 2))
+
+
+# Every hook has a test and a description.
+
+
+def test_there_is_one_hook_for_each_kind():
+    assert sorted(f"register_{kind}" for kind in KINDS) == HOOKS
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_registers_its_entry_with_its_provenance(hook, monkeypatch):
+    class Entry:
+        """An entry of a plugin."""
+
+    @hookimpl
+    def implementation(register):
+        register("mine", Entry)
+
+    plugin = ModuleType("dreamkit_test_plugin")
+    setattr(plugin, hook, implementation)
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+
+    registries = build_registries([plugin.__name__])
+
+    kind = hook.removeprefix("register_")
+    new = entries(registries) - entries(build_registries())
+    assert new == {(kind, "mine", plugin.__name__)}
+    assert registries[kind].resolve("mine") is Entry
+    assert registries[kind].summary("mine") == "An entry of a plugin."
+    assert registries.providers == [BUILTIN_PROVIDER, plugin.__name__]
+    assert registries.failures == []
+
+
+def documented_hooks() -> dict[str, tuple[str, str, str, str]]:
+    row = re.compile(r"^\| `(register_\w+)` \| (.+) \| `(\w+)` \| \[`(\S+)`\]\((\S+)\) \|$", re.M)
+    text = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
+    return {hook: tuple(rest) for hook, *rest in row.findall(text)}
+
+
+def test_readme_describes_every_hook_and_no_other():
+    assert sorted(documented_hooks()) == HOOKS
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_readme_names_the_protocol_and_an_example_of_a_hook(hook):
+    what, protocol, example, link = documented_hooks()[hook]
+    kind = hook.removeprefix("register_")
+    assert what.strip()
+    assert f"An entry of ``{kind}``" in getattr(types, protocol).__doc__
+    cls = build_registries()[kind].resolve(example)
+    assert Path(inspect.getfile(cls)).resolve() == (ROOT / "plugins" / link).resolve()
+
+
+# Built-ins come through the same hooks.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_builtin_has_a_summary_a_docstring_and_readable_options(kind):
+    registry = build_registries()[kind]
+    assert list(registry)
+    for name in registry:
+        assert registry.provider(name) == BUILTIN_PROVIDER
+        summary = registry.summary(name)
+        cls = registry.resolve(name)
+        doc = inspect.cleandoc(cls.__doc__ or "")
+        assert summary, f"{kind} {name} has no docstring"
+        assert doc.startswith(summary)
+        options = options_of(cls)
+        for option in options:
+            assert re.search(rf"^ *{option}: ", doc, re.M), f"{kind} {name}: describe '{option}'"
+        assert name_key(kind) not in options
+        if kind in {"regularizers", "criteria"}:
+            assert "weight" not in options, "weights belong to the recipe"
+
+
+def test_build_registries_returns_a_fresh_set():
+    first, second = build_registries(), build_registries()
+    first["regularizers"].register("mine", int, "me")
+    assert "mine" in first["regularizers"]
+    assert "mine" not in second["regularizers"]
+
+
+def test_listing_imports_no_torch():
+    code = (
+        "import sys; from dreamkit.plugins import build_registries; r = build_registries();"
+        "[k.summary(n) for k in r.by_kind.values() for n in k]; sys.exit('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+# Single files and modules that a recipe names.
+
+
+def test_single_file_is_loaded_with_its_path_as_provenance(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    registries = build_registries(["plugins/high_freq.py"])
+    assert registries["regularizers"].provider("high_freq") == "plugins/high_freq.py"
+    summary = "Mean squared vertical second difference of the images."
+    assert registries["regularizers"].summary("high_freq") == summary
+    assert "high_freq" not in build_registries()["regularizers"]
+
+
+def test_single_file_serves_a_recipe_and_its_regularizer_works(tmp_path):
+    file = recipe_with(tmp_path, [str(HIGH_FREQ)], "{name: high_freq, weight: 0.5}")
+
+    recipe = read_recipe(file, build_registries).recipe
+
+    (term,) = recipe.synthesis.regularizers
+    assert (term.name, term.weight) == ("high_freq", 0.5)
+    # One column, four rows: second differences 0 - 2·0 + 1 = 1 and 0 - 2·1 + 0 = -2.
+    images = torch.tensor([0.0, 0.0, 1.0, 0.0]).reshape(1, 1, 4, 1).requires_grad_(True)
+    value = term.entry(step_of(images))
+    assert value.shape == ()
+    assert value.item() == 2.5  # (1 + 4) / 2
+    (gradient,) = torch.autograd.grad(value, [images])
+    assert gradient.flatten().tolist() == [1.0, -4.0, 5.0, -2.0]
+    ramp = torch.arange(5.0).reshape(1, 1, 5, 1).expand(2, 3, 5, 4)
+    assert term.entry(step_of(ramp)).item() == 0
+
+
+def test_options_of_a_plugin_are_validated_with_their_place(tmp_path):
+    file = recipe_with(tmp_path, [str(HIGH_FREQ)], "{name: high_freq, power: 2}")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:8:25 .*\[0\]\.power: unknown option"):
+        read_recipe(file, build_registries)
+
+
+def test_entry_of_a_plugin_that_is_not_named_is_unknown(tmp_path):
+    file = recipe_with(tmp_path, [], "{name: high_freq}")
+    with pytest.raises(RecipeError, match="no name 'high_freq' among the regularizers"):
+        read_recipe(file, build_registries)
+
+
+def test_plugin_named_twice_is_loaded_once():
+    registries = build_registries([str(HIGH_FREQ), str(HIGH_FREQ)])
+    assert registries.providers == [BUILTIN_PROVIDER, str(HIGH_FREQ)]
+
+
+def test_files_of_one_name_do_not_meet(tmp_path):
+    files = []
+    for folder in ("one", "two"):
+        file = tmp_path / folder / "plugin.py"
+        file.parent.mkdir()
+        file.write_text(GOOD.replace('"fine"', f'"{folder}"').replace("Works", f"From {folder}"))
+        files.append(str(file))
+    registry = build_registries(files)["regularizers"]
+    assert registry.summary("one") == "From one."
+    assert registry.summary("two") == "From two."
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_plugin_that_a_recipe_names_is_an_error(case, tmp_path):
+    code, reason = BROKEN[case]
+    file = tmp_path / "broken.py"
+    file.write_text(code)
+    recipe = recipe_with(tmp_path, [str(file)], "{name: tv}")
+    with pytest.raises(PluginError) as caught:
+        read_recipe(recipe, build_registries)
+    assert caught.value.message.startswith(f"plugin '{file}' cannot be loaded: {reason}")
+
+
+def test_missing_plugin_is_an_error_that_names_where_it_was_sought(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PluginError, match=re.escape(str(tmp_path / "gone.py"))):
+        build_registries(["gone.py"])
+    with pytest.raises(PluginError, match="No module named 'gone_module'"):
+        build_registries(["gone_module"])
+
+
+def test_broken_plugin_on_the_command_line_is_one_message_and_status_2(command, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_module")
+    status, out, err = command("list", "--plugin", str(file))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: plugin '{file}' cannot be loaded: ModuleNotFoundError")
+
+
+# Installed distributions.
+
+
+def test_installed_plugin_is_loaded_with_its_distribution_as_provenance(site):
+    provider = site.install("dk-good", GOOD)
+    registries = build_registries()
+    assert provider == "dk-good 1.0"
+    assert ("regularizers", "fine", provider) in entries(registries)
+    assert registries.providers == [BUILTIN_PROVIDER, provider]
+    assert registries.failures == []
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_installed_plugin_is_named_and_left_out_and_others_go_on(case, site):
+    builtin = entries(build_registries())
+    code, reason = BROKEN[case]
+    # Entry points are sorted: one good plugin is loaded before the broken one, one after.
+    before = site.install("dk-a-good", GOOD.replace('"fine"', '"before"'))
+    broken = site.install("dk-broken", code)
+    after = site.install("dk-z-good", GOOD.replace('"fine"', '"after"'))
+
+    registries = build_registries()
+
+    (failure,) = registries.failures
+    assert failure.plugin == broken
+    assert failure.reason.startswith(reason)
+    good = {("regularizers", "before", before), ("regularizers", "after", after)}
+    assert entries(registries) == builtin | good
+    assert registries.providers == [BUILTIN_PROVIDER, before, after]
+
+
+def test_list_warns_of_a_broken_plugin_and_goes_on(site, command):
+    broken = site.install("dk-broken", BROKEN["hook_raises"][0])
+    status, out, err = command("list", "regularizers", "--json")
+    assert status == 0
+    assert err == f"warning: plugin {broken} is left out: RuntimeError: the cable is out\n"
+    names = [row["name"] for row in json.loads(out)]
+    assert "tv" in names
+    assert "early" not in names
+
+
+def test_plugins_command_lists_providers_and_failures(site, command):
+    good = site.install("dk-good", GOOD)
+    broken = site.install("dk-broken", "import no_such_module")
+    status, out, _ = command("plugins", "--json")
+    assert status == 0
+    rows = {row["provider"]: (row["status"], row["entries"]) for row in json.loads(out)}
+    assert set(rows) == {BUILTIN_PROVIDER, good, broken}
+    assert rows[good] == ("loaded", "regularizers: fine")
+    assert rows[broken][0] == "failed"
+    assert "no_such_module" in rows[broken][1]
+
+
+def test_recipe_that_asks_for_an_entry_of_a_broken_plugin_hears_of_it(site, tmp_path):
+    broken = site.install("dk-broken", BROKEN["hook_raises"][0])
+    file = recipe_with(tmp_path, [], "{name: early}")
+    expected = re.escape(f"plugins that failed to load: {broken} (RuntimeError: the cable is out)")
+    with pytest.raises(RecipeError, match=expected):
+        read_recipe(file, build_registries)
+
+
+# Names are never overwritten.
+
+
+def test_duplicate_name_raises_and_names_both_providers():
+    registry = Registry("regularizers")
+    registry.register("tv", int, "the first 1.0")
+    with pytest.raises(DuplicateEntry) as caught:
+        registry.register("tv", float, "the second 2.0")
+    message = "regularizers 'tv' is registered twice: by the first 1.0 and by the second 2.0"
+    assert caught.value.message == message
+    assert registry.resolve("tv") is int
+    assert registry.provider("tv") == "the first 1.0"
+
+
+def test_second_installed_plugin_with_a_taken_name_is_a_failure(site):
+    first = site.install("dk-first", GOOD)
+    second = site.install("dk-second", GOOD)
+    registries = build_registries()
+    assert registries["regularizers"].provider("fine") == first
+    reason = f"DuplicateEntry: regularizers 'fine' is registered twice: by {first} and by {second}"
+    assert registries.failures == [PluginFailure(second, reason)]
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "two words", "-dash", "naïve", "a/b"])
+def test_names_are_lower_case_words(name):
+    with pytest.raises(ValueError, match="use lower-case letters"):
+        Registry("regularizers").register(name, int, "me")
+
+
+# The example, as a user installs it.
+
+
+@pytest.mark.slow
+def test_example_distribution_installs_and_serves_a_recipe(tmp_path):
+    for needed in ("pip", "setuptools"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed, and the example is built without network")
+    # Building leaves folders behind, so a copy is built.
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    source = shutil.copytree(EXAMPLE, tmp_path / "source", ignore=ignored)
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
+    offline = ["--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    installed = subprocess.run([*pip, *offline], capture_output=True, text=True, check=False)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+
+    def dreamkit(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dreamkit", *arguments],
+            env=os.environ | {"PYTHONPATH": str(target)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    rows = {(row["kind"], row["name"]): row for row in json.loads(dreamkit("list", "--json"))}
+    for entry in (("regularizers", "color_balance"), ("criteria", "weight_std")):
+        assert rows[entry]["provider"] == "dreamkit-example 0.1.0"
+        assert rows[entry]["summary"]
+
+    file = recipe_with(tmp_path, [], "{name: color_balance, weight: 0.1, power: 1}")
+    criteria = "application: {name: prune, criteria: [{name: weight_std}], target: {flops: 0.5}}"
+    file.write_text(file.read_text().replace("application: {name: synthesize}", criteria))
+    assert "color_balance" in file.read_text()
+    assert "weight_std" in file.read_text()
+    assert dreamkit("validate", file.name) == f"{file.name} is valid\n"
