@@ -101,7 +101,11 @@ def run(
 
     loaded = read_recipe(recipe, build_registries, preset, set_ or [])
     _warn(loaded.registries)
-    run_recipe(loaded, out or default_folder(loaded), Console(), resume)
+    try:
+        run_recipe(loaded, out or default_folder(loaded), Console(), resume)
+    except KeyboardInterrupt:
+        print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -261,7 +265,7 @@ def _checked(kind: str) -> str:
 def _plain(value: Any) -> str:
     if dataclasses.is_dataclass(value):
         return "its own defaults"
-    return json.dumps(value, default=_plain)
+    return json.dumps(value, default=repr)
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

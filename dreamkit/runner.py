@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from dreamkit.report.tables import summary_rows
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory, read_report
+from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import LatencyBackend, RunContext, Teacher
 from dreamkit.version import __version__
 
@@ -71,6 +73,7 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
     device = choose_device(recipe.device)
     with placed("teacher"):
         teacher: Teacher = recipe.teacher.load(recipe.seed)
+        check_outputs(teacher)
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
@@ -104,6 +107,10 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
             recipe.application.run(context)
         for tracker in recipe.trackers:
             tracker.finish(context.metrics)
+    except DreamkitError:
+        log.close()
+        directory.withdraw()
+        raise
     finally:
         log.close()
     report = _report(loaded, context, log)
@@ -177,7 +184,9 @@ def _write_pages(report: dict[str, Any], directory: RunDirectory, context: RunCo
     if (dreams / MANIFEST).is_file():
         content = DreamStore(dreams).open()
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
-        picture.save(folder / "dreams.png")
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_atomically(folder / "dreams.png", buffer.getvalue())
     page = render(report, read_records(folder), directory.recipe() or "", picture)
     write_atomically(folder / "report.html", page.encode())
     directory.write_report(report)

@@ -51,6 +51,10 @@ class Card:
                 f"mean and std need one value for each of the {channels} input channels "
                 f"(got {len(self.mean)} and {len(self.std)})"
             )
+        if min(self.input_size) < 1:
+            raise ValueError(f"input_size should be at least 1 everywhere (got {self.input_size})")
+        if min(self.std) <= 0:
+            raise ValueError(f"std should be greater than 0 (got {self.std})")
 
     def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean, device=like.device).view(1, -1, 1, 1)

@@ -330,7 +330,8 @@ def test_broken_plugin_that_a_recipe_names_is_an_error(case, tmp_path):
     recipe = recipe_with(tmp_path, [str(file)], "{name: tv}")
     with pytest.raises(PluginError) as caught:
         read_recipe(recipe, build_registries)
-    assert caught.value.message.startswith(f"plugin '{file}' cannot be loaded: {reason}")
+    place = f"{tmp_path / 'recipe.yaml'}:2:10 plugins: "
+    assert caught.value.message.startswith(f"{place}plugin '{file}' cannot be loaded: {reason}")
 
 
 def test_missing_plugin_is_an_error_that_names_where_it_was_sought(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from dreamkit.applications.teaching import train_student
 from dreamkit.errors import DreamkitError, placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
+from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.distillation import Distillation
 from dreamkit.types import ImageSource, RunContext, TeacherSource
 
@@ -46,6 +47,7 @@ class Distill:
         teacher, card = context.teacher, context.teacher.card
         with placed("student"):
             made = self.student.load(context.seed)
+            check_outputs(made)
         student = made.model.to(context.device)
         if made.card.num_classes != card.num_classes or made.card.input_size != card.input_size:
             raise DreamkitError(

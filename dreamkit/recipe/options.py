@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from dreamkit.errors import MissingPath, OptionError, RecipeError, RecipePath, did_you_mean
 from dreamkit.recipe.yaml_nodes import Node, Position
@@ -59,13 +59,19 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
     if cls.__init__ is object.__init__:
         return {}
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
+    factories = {
+        f.name: f.default_factory
+        for f in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+        if f.default_factory is not dataclasses.MISSING
+    }
     options = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
             raise TypeError(f"{cls.__qualname__}: options cannot come from *{name}")
         if name not in hints:
             raise TypeError(f"{cls.__qualname__}: the parameter '{name}' has no type annotation")
-        options[name] = Option(name, hints[name], parameter.default, _marker(hints[name]))
+        default = factories[name]() if name in factories else parameter.default
+        options[name] = Option(name, hints[name], default, _marker(hints[name]))
     return options
 
 
@@ -211,7 +217,11 @@ class Constructor:
         """Validate the options that are not entries, strictly, by the constructor's types."""
         plain = {name: o for name, o in options.items() if o.marker is None and name in node.value}
         # The configuration holds for dataclasses inside too: unknown keys are refused everywhere.
-        fields: dict[str, Any] = {name: (option.annotation, ...) for name, option in plain.items()}
+        # Fields go by number, since a model has attributes of its own that names could hide.
+        fields: dict[str, Any] = {
+            f"option_{number}": (option.annotation, Field(..., alias=option.name))
+            for number, option in enumerate(plain.values())
+        }
         model = create_model(
             cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
         )
@@ -223,7 +233,7 @@ class Constructor:
             for where, place, message in _messages(error, node, options):
                 self.problems.add(where, (*path, *place), message)
             return {}
-        return {name: getattr(made, name) for name in plain}
+        return {name: getattr(made, f"option_{number}") for number, name in enumerate(plain)}
 
     def _entries(self, option: Option, node: Node, path: RecipePath) -> Any:
         marker = option.marker
@@ -277,21 +287,22 @@ class Constructor:
     def term(self, kind: str, node: Node, path: RecipePath) -> Term[Any] | None:
         """Return a weighted entry; the weight defaults to 1 and cannot be negative."""
         entry = self.entry(kind, node, path, frozenset({"weight"}))
-        weight = 1.0
-        if isinstance(node.value, dict) and "weight" in node.value:
-            given = node.value["weight"]
-            weight = given.value
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                message = f"should be a number, not {given.type_name} ({given.value!r})"
-                self.problems.add(given.where, (*path, "weight"), message)
-                return None
-            if not 0 <= weight < math.inf:
-                message = f"should be a finite number >= 0 (got {weight})"
-                self.problems.add(given.where, (*path, "weight"), message)
-                return None
-        if entry is None:
+        given = node.child("weight")
+        weight = 1.0 if given is None else self._weight(given, (*path, "weight"))
+        if entry is None or weight is None:
             return None
-        return Term(node.value[name_key(kind)].value, float(weight), entry)
+        return Term(node.value[name_key(kind)].value, weight, entry)
+
+    def _weight(self, node: Node, path: RecipePath) -> float | None:
+        if isinstance(node.value, bool) or not isinstance(node.value, int | float):
+            shown = "" if isinstance(node.value, dict | list) else f" ({node.value!r})"
+            message = f"should be a number, not {node.type_name}{shown}"
+        elif not 0 <= node.value <= sys.float_info.max:
+            message = f"should be a finite number >= 0 (got {str(node.value)[:40]})"
+        else:
+            return float(node.value)
+        self.problems.add(node.where, path, message)
+        return None
 
     def _failed_plugins(self) -> str:
         if not self.registries.failures:
@@ -334,13 +345,25 @@ def _messages(
         if message not in merged[place]:
             merged[place].append(message)
     for place, messages in merged.items():
-        if any(other[: len(place)] == place != other for other in merged):
-            continue  # what is wrong inside explains what is wrong outside
+        inside = [
+            m for other in merged if other[: len(place)] == place != other for m in merged[other]
+        ]
+        if inside and not _tell_more(inside, messages):
+            continue
         parent, at = _descend(node, place[:-1]), _descend(node, place)
         unknown = messages[0].startswith("unknown option")
         where = parent.keys[str(place[-1])] if unknown else at.where
         shown = not unknown and not isinstance(at.value, dict | list)
         yield where, place, ", or ".join(messages) + (f" (got {at.value!r})" if shown else "")
+
+
+def _tell_more(inside: list[str], messages: list[str]) -> bool:
+    """Return whether a value's problems say more than those inside it: an option is missing.
+
+    It is not missing where the one inside is its misspelling.
+    """
+    missing = [m.split("'")[1] for m in messages if m.endswith("is missing")]
+    return any(not any(f"mean '{name}'" in m for m in inside) for name in missing)
 
 
 def _real_path(node: Node, location: tuple[str | int, ...]) -> RecipePath:

@@ -7,18 +7,20 @@ import re
 from dreamkit.errors import RecipeError, RecipePath
 from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
 
-_STEP = re.compile(r"([^.\[\]=\s]+)|\[(\d+)\]")
+_STEP = re.compile(r"([^.\[\]=\s]{1,100})|\[(\d{1,9})\]")
+_MAX_STEPS = 50
 
 
-def merge(base: Node, over: Node) -> Node:
+def merge(base: Node, over: Node, root: bool = False) -> Node:
     """Return ``base`` with ``over`` laid on top.
 
     Mappings merge key by key, anything else replaces. A mapping that names another entry
     (``name`` or ``source`` differs) replaces too: the options of one entry mean nothing to another.
+    At the ``root`` a name is the recipe's own.
     """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    for key in ("name", "source"):
+    for key in () if root else ("name", "source"):
         named = over.value.get(key)
         if named is not None and key in base.value and named.value != base.value[key].value:
             return over
@@ -37,13 +39,21 @@ def parse_path(text: str) -> RecipePath:
     steps: list[str | int] = []
     position = 0
     while position < len(text):
+        if len(steps) == _MAX_STEPS:
+            raise RecipeError(f"--set {text[:60]}...: more than {_MAX_STEPS} steps")
         if steps and text[position] == ".":
             position += 1
         match = _STEP.match(text, position)
         if match is None:
             raise RecipeError(f"--set {text}: not a path such as synthesis.regularizers[0].weight")
         word, index = match.groups()
-        steps.append(int(index) if index is not None else int(word) if word.isdecimal() else word)
+        steps.append(
+            int(index)
+            if index is not None
+            else int(word)
+            if word.isdecimal() and len(word) < 10
+            else word
+        )
         position = match.end()
     return tuple(steps)
 

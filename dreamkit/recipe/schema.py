@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from dreamkit.errors import DreamkitError, OptionError, RecipeError, RecipePath, did_you_mean
+from dreamkit.errors import (
+    DreamkitError,
+    OptionError,
+    PluginError,
+    RecipeError,
+    RecipePath,
+    did_you_mean,
+)
 from dreamkit.recipe.options import Constructor, Problems, format_path
 from dreamkit.recipe.overlay import apply_override, merge
-from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
+from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml
 from dreamkit.registry import EntriesOf, EntryOf, Registries
 
 MAX_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake."""
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError("use letters, digits and '_.-': it names the run directory")
+    return name
+
+
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise ValueError("should be auto, cpu, cuda, cuda:N or mps")
+    return device
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Recipe:
         plugins: modules or ``.py`` files to load first.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, AfterValidator(_check_name)]
     teacher: Annotated[Any, EntryOf("teachers")]
     application: Annotated[Any, EntryOf("applications")]
     synthesis: Annotated[Any, EntryOf("synthesizers")] = None
@@ -50,7 +69,7 @@ class Recipe:
     latency: Annotated[Any, EntryOf("latency_backends")] = None
     trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_check_device)] = "auto"
     description: str = ""
     plugins: tuple[str, ...] = ()
 
@@ -70,8 +89,7 @@ class LoadedRecipe:
 
     def resolved_yaml(self) -> str:
         """Return the recipe as it runs, presets and overrides applied."""
-        text = yaml.safe_dump(_json_safe(self.root.plain()), sort_keys=False, allow_unicode=True)
-        return str(text)
+        return dump_yaml(self.root.plain())
 
     def locate(self, path: RecipePath) -> str:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
@@ -88,10 +106,6 @@ class LoadedRecipe:
         if not error.path:
             return error
         return type(error)(f"{self.locate(error.path)}: {error.message}")
-
-
-def _json_safe(data: Any) -> Any:
-    return json.loads(json.dumps(data))
 
 
 def read_recipe(
@@ -151,22 +165,29 @@ def _check(
         choices = ", ".join(presets) or "none"
         hint = did_you_mean(preset, presets)
         raise RecipeError(f"{file}: no preset '{preset}'{hint} (presets: {choices})")
-    chosen = merge(base, presets[preset]) if preset else base
+    chosen = merge(base, presets[preset], root=True) if preset else base
     for override in overrides:
         chosen = apply_override(chosen, override)
-    registries = build_registries(_plugin_names(chosen))
+    registries = _registries(chosen, build_registries)
     problems = Problems()
     recipe = _construct(chosen, registries, problems)
     for name, overlay in presets.items():
         if name != preset:
             others = Problems()
-            other = merge(base, overlay)
+            other = merge(base, overlay, root=True)
             same = _plugin_names(other) == _plugin_names(chosen)
             _construct(
                 other, registries if same else build_registries(_plugin_names(other)), others
             )
             problems.found |= others.found  # the files of a preset not chosen are not needed
     return chosen, registries, problems, recipe
+
+
+def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registries]) -> Registries:
+    try:
+        return build_registries(_plugin_names(root))
+    except PluginError as error:
+        raise PluginError(f"{root.value['plugins'].where} plugins: {error}") from error
 
 
 def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:

@@ -15,6 +15,8 @@ import yaml
 
 from dreamkit.errors import RecipeError
 
+MAX_DEPTH = 50
+MAX_NUMBER_LENGTH = 4000
 MAX_NODES = 100_000
 """More nodes than any recipe needs; an alias bomb passes it in a few lines."""
 
@@ -77,19 +79,39 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
+_CORE = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
     ),
-):
-    _CoreLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})\\Z"), _first
-    )
+}
+"""Plain scalars of the YAML 1.2 core schema, in the order they are tried."""
+_FIRST = {"null": ["~", "n", "N", ""], "bool": list("tTfF"), "int": list("-+0123456789")}
+_FIRST["float"] = [*_FIRST["int"], "."]
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes every string that the loader above, or PyYAML's own, would read as something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: list(resolvers)
+        for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _kind, _pattern in _CORE.items():
+    _tag, _whole = f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern.pattern})\\Z")
+    _CoreLoader.add_implicit_resolver(_tag, _whole, _FIRST[_kind])
+    _CoreDumper.add_implicit_resolver(_tag, _whole, _FIRST[_kind])
+
+
+def dump_yaml(data: Any) -> str:
+    """Write plain data as YAML that reads back the same."""
+    text = yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
+    return str(text)
 
 
 def parse_yaml(text: str, source: str) -> Node:
@@ -115,6 +137,8 @@ def parse_yaml(text: str, source: str) -> Node:
         where = Position(source, mark.line + 1, mark.column + 1) if mark else Position(source)
         what = " ".join(part for part in (error.context, error.problem) if part)
         raise RecipeError(f"{where} not valid YAML: {what}") from error
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(f"{source}: not valid YAML: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"{source}: nested too deeply") from error
     finally:
@@ -132,20 +156,22 @@ class _Builder:
     def position(self, node: yaml.Node) -> Position:
         return Position(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def build(self, node: yaml.Node) -> Node:
+    def build(self, node: yaml.Node, depth: int = 0) -> Node:
         self.count += 1
         where = self.position(node)
+        if depth > MAX_DEPTH:
+            raise RecipeError(f"{where} nested more than {MAX_DEPTH} deep")
         if self.count > MAX_NODES:
             raise RecipeError(f"{where} more than {MAX_NODES} nodes after expanding aliases")
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-            return self.mapping(node, where)
+            return self.mapping(node, where, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-            return Node([self.build(child) for child in node.value], where)
+            return Node([self.build(child, depth + 1) for child in node.value], where)
         if isinstance(node, yaml.ScalarNode):
             return Node(self.scalar(node, where), where)
         raise RecipeError(f"{where} the tag {_short(node.tag)} is not allowed in a recipe")
 
-    def mapping(self, node: yaml.MappingNode, where: Position) -> Node:
+    def mapping(self, node: yaml.MappingNode, where: Position, depth: int) -> Node:
         values: dict[str, Node] = {}
         keys: dict[str, Position] = {}
         for key_node, value_node in node.value:
@@ -156,7 +182,7 @@ class _Builder:
             if key in values:
                 raise RecipeError(f"{at} the key '{key}' stands twice; it was first at {keys[key]}")
             keys[key] = at
-            values[key] = self.build(value_node)
+            values[key] = self.build(value_node, depth + 1)
         return Node(values, where, keys)
 
     def scalar(self, node: yaml.ScalarNode, where: Position) -> Any:
@@ -165,18 +191,20 @@ class _Builder:
         allowed = {"str", "null", "bool", "int", "float"}
         if not node.tag.startswith("tag:yaml.org,2002:") or kind not in allowed:
             raise RecipeError(f"{where} the tag {_short(node.tag)} is not allowed in a recipe")
-        try:
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return text.lower() == "true"
-            if kind == "int":
-                return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
-            if kind == "float":
-                return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
-        except ValueError as error:
-            raise RecipeError(f"{where} '{text[:40]}' is not {kind}: {error}") from error
-        return text
+        if kind == "str":
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RecipeError(f"{where} half of a surrogate pair is no text")
+            return text
+        # The tag may have been written out (!!bool maybe), so the text is held against it.
+        if len(text) > MAX_NUMBER_LENGTH or not _CORE[kind].fullmatch(text):
+            raise RecipeError(f"{where} '{text[:40]}' is not {kind}")
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            return int(text, 0) if text[:2] in {"0o", "0x"} else int(text)
+        return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
 
 
 def _short(tag: str) -> str:

@@ -55,10 +55,16 @@ class FileLog:
         """Write one line; numbers that are not finite are written as null."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         line = {"stage": stage, "step": step, **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for tracker in self.trackers:
-            tracker.record(line)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for tracker in self.trackers:
+                tracker.record(line)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"the log in {self.path.parent} cannot be written: {error.strerror}; what was "
+                "finished is kept"
+            ) from error
 
     def note(self, text: str) -> None:
         """Show a note at once and keep it for the report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dreamkit.store.atomic import write_atomically, write_json
 
 RECIPE = "recipe.resolved.yaml"
 REPORT = "report.json"
+_ELSEWHERE = "choose another folder with --out"
 
 
 class RunDirectory:
@@ -30,12 +32,17 @@ class RunDirectory:
         if present is not None and present != recipe_yaml:
             raise RunDirectoryError(
                 f"{folder} already holds the run of another recipe (its {RECIPE} differs); "
-                "choose another folder with --out, or remove it"
+                f"{_ELSEWHERE}, or remove it. Its dreams can be used again: "
+                f"application.images={{source: dreams, path: {folder}}}"
             )
-        if present is None and folder.is_dir() and any(folder.iterdir()):
+        try:
+            foreign = present is None and folder.is_dir() and any(folder.iterdir())
+        except OSError as error:
             raise RunDirectoryError(
-                f"{folder} is not empty and not a run; choose another folder with --out"
-            )
+                f"{folder} cannot be read: {error.strerror}; {_ELSEWHERE}"
+            ) from error
+        if foreign:
+            raise RunDirectoryError(f"{folder} is not empty and not a run; {_ELSEWHERE}")
         self.recipe_yaml = recipe_yaml
         self.started = present is not None
 
@@ -45,19 +52,28 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder cannot be written to; nothing is left behind then.
         """
-        made = not self.folder.is_dir()
+        missing = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{self.folder} cannot be made: {error.strerror}; choose another folder with --out"
-            ) from error
-        try:
             write_atomically(self.folder / RECIPE, self.recipe_yaml.encode())
-        except RunDirectoryError:
-            if made:
-                self.folder.rmdir()
-            raise
+        except (OSError, RunDirectoryError) as error:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if isinstance(error, RunDirectoryError):
+                raise
+            raise RunDirectoryError(
+                f"{self.folder} cannot be made: {error.strerror}; {_ELSEWHERE}"
+            ) from error
+
+    def withdraw(self) -> None:
+        """Give up a claim of this process whose run came to nothing: no dreams, no student."""
+        made_now = {RECIPE, "log.jsonl"}
+        if self.started or {entry.name for entry in self.folder.iterdir()} - made_now:
+            return
+        for name in made_now:
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def recipe(self) -> str | None:
         """Return the resolved recipe that claimed the folder, if one did."""
@@ -65,8 +81,11 @@ class RunDirectory:
             return (self.folder / RECIPE).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise RunDirectoryError(f"{self.folder} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "its recipe is damaged"
+            raise RunDirectoryError(
+                f"{self.folder} cannot be used: {reason}; {_ELSEWHERE}"
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -85,7 +104,11 @@ def read_report(folder: Path) -> dict[str, Any]:
         RunDirectoryError: there is none.
     """
     try:
-        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunDirectoryError(f"{folder} holds no finished run (no {REPORT})") from error
+    except ValueError as error:
+        raise RunDirectoryError(f"{folder / REPORT} is damaged; remove it to run again") from error
+    if not isinstance(report, dict) or not isinstance(report.get("metrics"), dict):
+        raise RunDirectoryError(f"{folder / REPORT} is damaged; remove it to run again")
     return report

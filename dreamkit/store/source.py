@@ -34,9 +34,13 @@ class Dreams:
         """Return the dreams of the earlier run.
 
         Raises:
-            StoreError: they are damaged or not of the teacher's channels.
+            StoreError: no path was given, or they are damaged or not of the teacher's channels.
         """
-        assert self.path is not None, "a run's own dreams are opened by its application"
+        if self.path is None:
+            raise StoreError(
+                "give the path of an earlier run: a run's own dreams are only for training",
+                ("path",),
+            )
         content = DreamStore(find_store(Path(self.path))).open()
         if content.shape[0] != card.input_size[0]:
             raise StoreError(

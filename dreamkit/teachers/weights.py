@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
@@ -77,15 +77,17 @@ def _read(path: str) -> Any:
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols; what matters is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DreamkitError(
             f"{path}: refused: it pickles more than tensors, and loading that would run its code. "
             "Save the state dict alone: torch.save(model.state_dict(), path) or, better, "
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise DreamkitError(f"{path}: cannot be read as weights: {reason}") from error
 
 

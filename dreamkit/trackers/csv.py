@@ -22,8 +22,9 @@ class CSVTracker:
     file: str = "log.csv"
 
     def __post_init__(self) -> None:
-        if Path(self.file).name != self.file:
-            raise OptionError("file", "a name without folders: it lies in the run directory")
+        path = Path(self.file)
+        if path.name != self.file or path.suffix != ".csv":
+            raise OptionError("file", "should be a name ending in .csv, without folders")
         self._path: Path | None = None
 
     def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:

@@ -1,0 +1,36 @@
+"""Holding a model against its card."""
+
+from __future__ import annotations
+
+import torch
+
+from dreamkit.errors import TeacherMismatch
+from dreamkit.model_state import eval_mode
+from dreamkit.types import Teacher
+
+
+@torch.no_grad()
+def check_outputs(teacher: Teacher) -> None:
+    """Run one blank image through a model.
+
+    Raises:
+        TeacherMismatch: it does not take images of the card's size, or does not return one logit
+            for each of the card's classes.
+    """
+    card = teacher.card
+    device = next((p.device for p in teacher.model.parameters()), torch.device("cpu"))
+    try:
+        with eval_mode(teacher.model):
+            logits = teacher.model(torch.zeros(1, *card.input_size, device=device))
+    except Exception as error:  # the model may be anyone's code
+        reason = " ".join(str(error).split())[:200]
+        raise TeacherMismatch(
+            f"{card.name} does not take an image of input_size {card.input_size}: {reason}"
+        ) from error
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, card.num_classes):
+        found = f"shape {shape}" if shape else type(logits).__name__
+        raise TeacherMismatch(
+            f"{card.name} returns {found} for one image; with num_classes {card.num_classes} it "
+            f"should be logits of shape (1, {card.num_classes})"
+        )

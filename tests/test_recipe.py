@@ -1,0 +1,615 @@
+"""Reading a recipe: every problem at once, each with its place and the fix; nothing is loaded."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dreamkit.errors import DreamkitError, RecipeError
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import build_entry, read_recipe, validate_recipe
+from dreamkit.recipe.schema import MAX_BYTES
+from dreamkit.registry import Registries
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+Write = Callable[..., Path]
+BROKEN = """\
+name: tiny
+sede: 3
+device: cpu
+teacher: {source: bundeld, model: digits_resnet8}
+synthesis:
+  name: deepinversion
+  images: "4"
+  stages:
+    - {stpes: 1}
+    - {steps: 0}
+  regularizers:
+    - {name: tv, weight: -1}
+    - {name: tv, norn: l1}
+application:
+  name: prune
+  criteria: [{name: taylor}]
+  target: {flosp: 0.5}
+  limits: {max_ration: 0.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def registries() -> Registries:
+    return build_registries()
+
+
+def problems(path: Path, **options: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, build_registries, **options)
+    return caught.value.message.split("\n")
+
+
+def put(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Set what stands at a dotted path."""
+    *steps, last = [int(step) if step.isdecimal() else step for step in path.split(".")]
+    inside: Any = data
+    for step in steps:
+        inside = inside[step]
+    inside[last] = value
+    return data
+
+
+def prune(**options: Any) -> dict[str, Any]:
+    return {"name": "prune", "criteria": [{"name": "taylor"}], "target": {"flops": 0.5}, **options}
+
+
+def test_a_valid_recipe_becomes_its_objects(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["synthesis"]["stages"] = [{"steps": 1, "size": [8, 4]}]
+    recipe = read_recipe(recipe_file(tiny), build_registries).recipe
+    assert recipe.name == "tiny"
+    assert recipe.seed == 0
+    assert recipe.teacher.model == "digits_resnet8"
+    assert recipe.synthesis.stages[0].size == (8, 4)
+    (term,) = recipe.synthesis.regularizers
+    assert (term.name, term.weight) == ("tv", 1e-3)
+    assert recipe.evaluation is None
+    assert recipe.trackers == ()
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file: Write) -> None:
+    path = recipe_file(BROKEN)
+    found = problems(path)
+    places = []
+    for line in found:
+        match = re.fullmatch(rf"{re.escape(str(path))}:(\d+):(\d+) ([^ :]+): (.+)", line)
+        assert match is not None, line
+        places.append((int(match[1]), int(match[2])))
+    assert places == sorted(places)
+    assert [line.removeprefix(f"{path}:") for line in found] == [
+        "2:1 sede: unknown option; did you mean 'seed'?",
+        "4:19 teacher.source: no source 'bundeld' among the teachers; did you mean 'bundled'? "
+        "(choices: bundled, checkpoint, timm, torchvision)",
+        "7:11 synthesis.images: should be a valid integer (got '4')",
+        "9:8 synthesis.stages[0].stpes: unknown option; did you mean 'steps'?",
+        "10:15 synthesis.stages[1].steps: should be greater than or equal to 1 (got 0)",
+        "12:26 synthesis.regularizers[0].weight: should be a finite number >= 0 (got -1)",
+        "13:18 synthesis.regularizers[1].norn: unknown option; did you mean 'norm'?",
+        "17:12 application.target.flosp: unknown option; did you mean 'flops'?",
+        "18:12 application.limits.max_ration: unknown option; did you mean 'max_ratio'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("seed", "1", "seed: should be a valid integer (got '1')"),
+        ("seed", True, "seed: should be a valid integer (got True)"),
+        ("seed", 1.5, "seed: should be a valid integer (got 1.5)"),
+        ("seed", 1.0, "seed: should be a valid integer (got 1.0)"),
+        ("seed", -1, "seed: should be greater than or equal to 0 (got -1)"),
+        ("name", 3, "name: should be a valid string (got 3)"),
+        ("name", "a b", "name: "),
+        ("device", "tpu", "device: "),
+        ("description", None, "description: should be a valid string"),
+        ("synthesis.lr", "0.1", "synthesis.lr: should be a valid number (got '0.1')"),
+        ("synthesis.lr", True, "synthesis.lr: should be a valid number (got True)"),
+        ("synthesis.lr", float("inf"), "synthesis.lr: should be a finite number (got inf)"),
+        ("synthesis.lr", float("nan"), "synthesis.lr: should be a finite number (got nan)"),
+        ("synthesis.clip", "no", "synthesis.clip: should be a valid boolean (got 'no')"),
+        ("synthesis.clip", 1, "synthesis.clip: should be a valid boolean (got 1)"),
+        ("synthesis.stages", 3, "synthesis.stages: should be a list"),
+        ("synthesis.stages", [], "synthesis.stages: "),
+        ("synthesis.labels", "all", "synthesis.labels: should be 'balanced' or 'random'"),
+        ("synthesis.betas", [0.9], "synthesis.betas"),
+        ("synthesis.schedule", "cosin", "synthesis.schedule: should be 'constant' or 'cosine'"),
+        ("synthesis.regularizers", {}, "synthesis.regularizers: should be a list, not a mapping"),
+        ("synthesis.regularizers", None, "synthesis.regularizers: should be a list, not null"),
+        (
+            "synthesis.regularizers.0",
+            "tv",
+            "synthesis.regularizers[0]: should be a mapping, not a string",
+        ),
+        ("teacher", None, "teacher: should be a mapping, not null"),
+        ("teacher", {"name": "bundled"}, "teacher: 'source' should name one of the teachers: "),
+        ("teacher", {"source": "bundled"}, "teacher: the option 'model' is missing"),
+        ("plugins", "mine.py", "plugins: should be a list of modules or .py files"),
+        (
+            "trackers",
+            [{"name": "csv", "file": "a/b.csv"}],
+            "trackers[0].file: should be a name ending in .csv",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused(
+    tiny: dict[str, Any], recipe_file: Write, path: str, value: Any, message: str
+) -> None:
+    (line,) = problems(recipe_file(put(tiny, path, value)))
+    assert line.partition(" ")[2].startswith(message)
+
+
+def test_an_integer_serves_as_a_number(tiny: dict[str, Any], recipe_file: Write) -> None:
+    loaded = read_recipe(recipe_file(put(tiny, "synthesis.lr", 1)), build_registries)
+    assert loaded.recipe.synthesis.lr == 1.0
+
+
+@pytest.mark.parametrize("weight", ["-1e-9", "-3", ".inf", "-.inf", ".nan"])
+def test_a_weight_is_finite_and_not_negative(recipe_file: Write, weight: str) -> None:
+    text = f"regularizers:\n    - {{name: tv, weight: {weight}}}"
+    path = recipe_file(RUNNABLE.replace("regularizers: []", text))
+    (line,) = problems(path)
+    place = f"{path}:7:26 synthesis.regularizers[0].weight: should be a finite number >= 0 (got "
+    assert line.startswith(place)
+
+
+RUNNABLE = """\
+name: tiny
+teacher: {source: bundled, model: digits_resnet8}
+synthesis:
+  name: deepinversion
+  images: 4
+  regularizers: []
+application: {name: synthesize}
+"""
+
+
+@pytest.mark.parametrize("weight", [None, True, "1", "heavy", [1], {"a": 1}])
+def test_a_weight_is_a_number(tiny: dict[str, Any], recipe_file: Write, weight: Any) -> None:
+    (line,) = problems(recipe_file(put(tiny, "synthesis.regularizers.0.weight", weight)))
+    assert " synthesis.regularizers[0].weight: should be a number, not " in line
+    assert "Node" not in line
+
+
+@pytest.mark.parametrize("weight", ["1" + "0" * 400, "0x" + "F" * 400, "-1" + "0" * 400])
+def test_a_weight_beyond_any_float_is_refused(recipe_file: Write, weight: str) -> None:
+    text = f"regularizers: [{{name: tv, weight: {weight}}}]"
+    (line,) = problems(recipe_file(RUNNABLE.replace("regularizers: []", text)))
+    assert " synthesis.regularizers[0].weight: " in line
+
+
+@pytest.mark.parametrize("seed", ["9" * 4000, "0x" + "F" * 5000])
+def test_a_seed_of_thousands_of_digits_is_refused(recipe_file: Write, seed: str) -> None:
+    found = problems(recipe_file(RUNNABLE + f"seed: {seed}\n"))
+    assert len(found) == 1
+    assert ":8:7 " in found[0]
+
+
+def test_a_value_nested_too_deeply_is_refused_where_it_stands(recipe_file: Write) -> None:
+    text = f"evaluation: {{source: torchvision, dataset: CIFAR10, arguments: {{a: {'[' * 300}"
+    (line,) = problems(recipe_file(RUNNABLE + text + "]" * 300 + "}}\n"))
+    assert ":8:" in line
+    assert "JSON" not in line
+
+
+def test_unhappy_constructors_are_placed_at_the_option(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    tiny["teacher"]["model"] = "digits_resnet9"
+    path = recipe_file(tiny)
+    (line,) = problems(path)
+    assert line.startswith(f"{path}:5:10 teacher.model: no bundled 'digits_resnet9'; did you mean ")
+
+
+def test_dreaming_without_synthesis_is_refused(tiny: dict[str, Any], recipe_file: Write) -> None:
+    del tiny["synthesis"]
+    (line,) = problems(recipe_file(tiny))
+    assert line.endswith("application: it uses dreams, so the recipe needs 'synthesis'")
+
+
+@pytest.mark.parametrize("kind", ["required", "null"])
+def test_a_target_is_required(tiny: dict[str, Any], recipe_file: Write, kind: str) -> None:
+    tiny["application"] = prune(target=None)
+    if kind == "required":
+        del tiny["application"]["target"]
+    (line,) = problems(recipe_file(tiny))
+    assert "target" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": {}}, "application.target: give at least one of flops, params, channels"),
+        ({"target": {"flops": 1.5}}, "application.target.flops: should be less than 1 (got 1.5)"),
+        (
+            {"recovery": {"epohcs": 1}},
+            "application.recovery.epohcs: unknown option; did you mean 'epochs'?",
+        ),
+        ({"criteria": []}, "application: criteria: give at least one criterion"),
+    ],
+)
+def test_options_inside_options(
+    tiny: dict[str, Any], recipe_file: Write, options: dict[str, Any], message: str
+) -> None:
+    tiny["application"] = prune(**options)
+    (line,) = problems(recipe_file(tiny))
+    assert line.partition(" ")[2].startswith(message)
+
+
+def test_a_preset_is_laid_over_the_recipe(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["presets"] = {"big": {"synthesis": {"images": 99}, "seed": 5}, "other": {"seed": 6}}
+    path = recipe_file(tiny)
+    assert read_recipe(path, build_registries).recipe.synthesis.images == 4
+    loaded = read_recipe(path, build_registries, preset="big")
+    assert (loaded.preset, loaded.recipe.synthesis.images, loaded.recipe.seed) == ("big", 99, 5)
+    assert loaded.recipe.synthesis.batch_size == 4
+
+
+def test_a_preset_may_rename_the_recipe(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["presets"] = {"big": {"name": "tiny_big", "seed": 5}}
+    loaded = read_recipe(recipe_file(tiny), build_registries, preset="big")
+    assert (loaded.recipe.name, loaded.recipe.seed) == ("tiny_big", 5)
+    assert loaded.recipe.teacher.model == "digits_resnet8"
+
+
+def test_an_override_comes_after_the_preset(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["presets"] = {"big": {"synthesis": {"images": 99}}}
+    overrides = ["synthesis.images=7", "seed=3"]
+    loaded = read_recipe(recipe_file(tiny), build_registries, "big", overrides)
+    assert (loaded.recipe.synthesis.images, loaded.recipe.seed) == (7, 3)
+
+
+def test_problems_of_a_preset_that_was_not_chosen_are_found(recipe_file: Write) -> None:
+    presets = "presets:\n  good: {seed: 3}\n  bad: {synthesis: {imags: 3}}\n"
+    path = recipe_file(RUNNABLE + presets)
+    expected = [f"{path}:10:21 synthesis.imags: unknown option; did you mean 'images'?"]
+    for preset in (None, "good", "bad"):
+        assert problems(path, preset=preset) == expected
+
+
+def test_a_problem_of_the_base_counts_once_with_many_presets(recipe_file: Write) -> None:
+    path = recipe_file(RUNNABLE + "sede: 1\npresets: {a: {seed: 3}, b: {seed: 4}}\n")
+    assert problems(path) == [f"{path}:8:1 sede: unknown option; did you mean 'seed'?"]
+
+
+def test_an_unknown_preset(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["presets"] = {"smoke": {"seed": 1}, "full": {"seed": 2}}
+    path = recipe_file(tiny)
+    expected = f"{path}: no preset 'smkoe'; did you mean 'smoke'? (presets: smoke, full)"
+    assert problems(path, preset="smkoe") == [expected]
+    del tiny["presets"]
+    assert problems(recipe_file(tiny), preset="smoke")[0].endswith("(presets: none)")
+
+
+@pytest.mark.parametrize(
+    ("presets", "message"),
+    [
+        ("3", ":8:10 presets: should be a mapping, not a number"),
+        ("[a]", ":8:10 presets: should be a mapping, not a list"),
+        ("{a: null}", ":8:14 presets.a: should be a mapping, not null"),
+        ("{a: [1]}", ":8:14 presets.a: should be a mapping, not a list"),
+    ],
+)
+def test_presets_that_are_no_mappings(recipe_file: Write, presets: str, message: str) -> None:
+    path = recipe_file(RUNNABLE + f"presets: {presets}\n")
+    assert problems(path) == [f"{path}{message}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "synthesis.imags=3",
+            "--set synthesis.imags synthesis.imags: unknown option; did you mean 'images'?",
+        ),
+        (
+            "synthesis.stages[0].stpes=3",
+            "--set synthesis.stages[0].stpes synthesis.stages[0].stpes: unknown option; "
+            "did you mean 'steps'?",
+        ),
+        (
+            "synthesis.images=few",
+            "--set synthesis.images synthesis.images: should be a valid integer (got 'few')",
+        ),
+        (
+            "synthesis.regularizers[0].weight=-1",
+            "--set synthesis.regularizers[0].weight synthesis.regularizers[0].weight: "
+            "should be a finite number >= 0 (got -1)",
+        ),
+        (
+            "synthesis.stages[5].steps=3",
+            "--set synthesis.stages[5].steps: '5' is not an index of a list of 1",
+        ),
+    ],
+)
+def test_a_wrong_override_names_the_option(
+    tiny: dict[str, Any], recipe_file: Write, override: str, message: str
+) -> None:
+    assert problems(recipe_file(tiny), overrides=[override]) == [message]
+
+
+def test_a_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    assert problems(path) == [f"{path}: cannot be read: No such file or directory"]
+    assert problems(tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("- a\n- b\n", "a list"), ("just words\n", "a string"), ("", "null")]
+)
+def test_a_recipe_that_is_no_mapping(recipe_file: Write, text: str, kind: str) -> None:
+    path = recipe_file(text)
+    assert problems(path) == [f"{path}:1:1 recipe: should be a mapping, not {kind}"]
+
+
+def test_a_file_too_large_to_be_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    path.write_text(RUNNABLE + "#" * MAX_BYTES)
+    assert problems(path) == [
+        f"{path}: {path.stat().st_size} bytes is no recipe (limit {MAX_BYTES})"
+    ]
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00name")
+    assert problems(path) == [f"{path}: not a UTF-8 text file"]
+
+
+def test_a_plugin_that_is_not_there_is_a_mistake_of_the_user(recipe_file: Write) -> None:
+    path = recipe_file(RUNNABLE + "plugins: [no_such_module_here]\n")
+    with pytest.raises(DreamkitError, match="plugin 'no_such_module_here' cannot be loaded"):
+        read_recipe(path, build_registries)
+
+
+def test_validating_loads_nothing(
+    tmp_path: Path, recipe_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was loaded while a recipe was validated")
+
+    for place in (
+        "torch.load",
+        "timm.create_model",
+        "torchvision.models.get_model",
+        "safetensors.torch.load",
+        "safetensors.torch.load_file",
+        "sklearn.datasets.load_digits",
+        "torchvision.datasets.CIFAR10.__init__",
+    ):
+        monkeypatch.setattr(place, refuse)
+    (tmp_path / "net.py").write_text("raise AssertionError('the builder was imported')\n")
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    shape = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "num_classes": 10}
+    teachers: list[dict[str, Any]] = [
+        {"source": "bundled", "model": "digits_resnet8"},
+        {"source": "timm", "model": "resnet18"},
+        {"source": "torchvision", "model": "resnet18"},
+        {"source": "torchvision", "model": "resnet18", "weights": str(tmp_path / "w.pth")},
+        {"source": "checkpoint", "builder": f"{tmp_path / 'net.py'}:build", **shape}
+        | {"path": str(tmp_path / "w.pth")},
+    ]
+    sources: list[dict[str, Any]] = [
+        {"source": "digits"},
+        {"source": "torchvision", "dataset": "CIFAR10"},
+        {"source": "folder", "path": str(tmp_path)},
+    ]
+    presets: dict[str, Any] = {f"t{i}": {"teacher": t} for i, t in enumerate(teachers)}
+    presets |= {f"s{i}": {"evaluation": source} for i, source in enumerate(sources)}
+    path = recipe_file(yaml.safe_load(RUNNABLE) | {"presets": presets})
+    loaded = read_recipe(path, build_registries, preset="t4")
+    assert loaded.recipe.teacher.path == str(tmp_path / "w.pth")
+    assert sorted(path.parent.iterdir()) == [tmp_path / "net.py", path, tmp_path / "w.pth"]
+
+
+def test_a_missing_file_is_no_problem_to_validate_but_one_to_run(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    tiny["evaluation"] = {"source": "folder", "path": "no/such/folder"}
+    path = recipe_file(tiny)
+    (line,) = problems(path)
+    assert line.startswith(f"{path}:19:9 evaluation.path: no such folder: no/such/folder")
+    _, missing = validate_recipe(path, build_registries)
+    assert missing == [line]
+
+
+def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    tiny["description"] = "8×8 digits: «ä»"
+    tiny["presets"] = {"big": {"synthesis": {"images": 99, "lr": 1e-5}}}
+    loaded = read_recipe(recipe_file(tiny), build_registries, "big", ["seed=3", "device=auto"])
+    text = loaded.resolved_yaml()
+    data = yaml.safe_load(text)
+    assert "presets" not in data
+    assert (data["synthesis"]["images"], data["seed"], data["device"]) == (99, 3, "auto")
+    assert data["description"] == "8×8 digits: «ä»"
+    again = read_recipe(recipe_file(text, "again.yaml"), build_registries)
+    assert again.recipe == loaded.recipe
+    assert again.resolved_yaml() == text
+
+
+def test_the_resolved_recipe_keeps_strings_that_look_like_something_else(
+    recipe_file: Write,
+) -> None:
+    for word in ["1e5", "0o17", "no", "2020-01-01", "0x1F", "null", "true", ".inf", "1_000", "~"]:
+        loaded = read_recipe(recipe_file(RUNNABLE + f"description: '{word}'\n"), build_registries)
+        again = read_recipe(recipe_file(loaded.resolved_yaml(), "again.yaml"), build_registries)
+        assert again.recipe.description == word
+
+
+def test_a_later_error_is_placed_in_the_recipe(tiny: dict[str, Any], recipe_file: Write) -> None:
+    path = recipe_file(tiny)
+    loaded = read_recipe(path, build_registries, overrides=["seed=3"])
+    error = loaded.placed(DreamkitError("will not do", ("teacher", "model")))
+    assert str(error) == f"{path}:5:10 teacher.model: will not do"
+    # An option that was left out is placed at its nearest parent.
+    error = loaded.placed(DreamkitError("will not do", ("teacher", "weights")))
+    assert str(error) == f"{path}:4:3 teacher.weights: will not do"
+    assert str(loaded.placed(DreamkitError("no", ("seed",)))) == "--set seed seed: no"
+    assert str(loaded.placed(DreamkitError("no place"))) == "no place"
+
+
+def recipes_with_presets() -> list[Any]:
+    found = []
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        presets = yaml.safe_load(path.read_text(encoding="utf-8")).get("presets") or {}
+        for preset in (None, *presets):
+            name = f"{path.relative_to(RECIPES)}-{preset or 'base'}"
+            found.append(pytest.param(path, preset, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("path", "preset"), recipes_with_presets())
+def test_every_recipe_of_the_repository_is_valid(
+    path: Path, preset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RECIPES.parent)  # recipes name plugins and data from there
+    _, missing = validate_recipe(path, build_registries, preset)
+    assert all("no such" in line for line in missing)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES / "quickstart.yaml" in RECIPES.rglob("*.yaml")
+
+
+def test_build_entry(registries: Registries) -> None:
+    entry = build_entry(registries, "teachers", {"source": "bundled", "model": "digits_resnet8"})
+    assert entry.model == "digits_resnet8"
+    entry = build_entry(registries, "regularizers", {"name": "bn_feature", "first_layer_scale": 3})
+    assert entry.first_layer_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        ("teachers", {"source": "bundeld"}, "teachers.source: no source 'bundeld' among"),
+        ("teachers", {"source": "bundled"}, "teachers: the option 'model' is missing"),
+        ("teachers", {}, "teachers: 'source' should name one of the teachers: "),
+        ("regularizers", {"name": "tv", "nrom": "l1"}, "regularizers.nrom: unknown option; did "),
+        ("regularizers", {"name": "tv", "weight": 1}, "regularizers.weight: unknown option"),
+    ],
+)
+def test_build_entry_refuses_what_a_recipe_would(
+    registries: Registries, kind: str, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_entry(registries, kind, data)
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["copy", "json", "schema", "validate", "dict", "model_fields"])
+def test_an_option_of_a_plugin_may_have_any_name(name: str) -> None:
+    made = build_registries()
+    made["regularizers"].register("mine", make_dataclass("Mine", [(name, int, 3)]), "me")
+    assert getattr(build_entry(made, "regularizers", {"name": "mine", name: 5}), name) == 5
+
+
+VALID: dict[str, Any] = {
+    **yaml.safe_load(RUNNABLE),
+    "seed": 0,
+    "device": "cpu",
+    "description": "words",
+    "synthesis": {
+        "name": "deepinversion",
+        "images": 4,
+        "stages": [{"steps": 1, "size": [8, 8]}, {"steps": 2, "lr": 0.1}],
+        "betas": [0.5, 0.9],
+        "labels": [1, 2],
+        "regularizers": [{"name": "tv", "weight": 0.1}, {"name": "bn_feature"}],
+    },
+    "application": prune(limits={"chunk": 2}, recovery={"epochs": 1}),
+    "latency": {"name": "torch-cpu"},
+    "evaluation": {"source": "torchvision", "dataset": "CIFAR10", "arguments": {"train": False}},
+    "trackers": [{"name": "csv"}],
+    "presets": {"smoke": {"synthesis": {"images": 1}}, "other": {"seed": 1}},
+}
+WORDS = ["name", "source", "weight", "steps", "size", "images", "presets", "tv", "timm", "resnet18"]
+KEYS = st.one_of(st.sampled_from(WORDS), st.text(max_size=6))
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(WORDS),
+)
+VALUES = st.one_of(
+    SCALARS,
+    st.recursive(
+        SCALARS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+        max_leaves=5,
+    ),
+    st.sampled_from([10**400, -(10**400), 2**63, 1e308, "\ud800"]),
+    st.sampled_from(["js_compete", "bn_feature", "tv", "csv"]).map(lambda name: {"name": name}),
+)
+
+
+def places(data: Any) -> list[tuple[Any, Any]]:
+    """Return every (container, key) inside nested data."""
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(data, dict | list):
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        for key in keys:
+            pairs += [(data, key), *places(data[key])]
+    return pairs
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_recipe_is_read_or_refused_with_a_message(
+    data: st.DataObject, tmp_path: Path, registries: Registries
+) -> None:
+    recipe = copy.deepcopy(VALID)
+    for _ in range(data.draw(st.integers(1, 3), label="changes")):
+        container, key = data.draw(st.sampled_from(places(recipe)), label="place")
+        action = data.draw(st.sampled_from(["replace", "delete", "insert"]), label="action")
+        if action == "delete":
+            del container[key]
+        elif action == "replace":
+            container[key] = data.draw(VALUES)
+        elif isinstance(container, dict):
+            container[data.draw(KEYS)] = data.draw(VALUES)
+        else:
+            container.insert(key, data.draw(VALUES))
+        if not places(recipe):
+            break
+    path = tmp_path / "mutated.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    preset = data.draw(st.sampled_from([None, "smoke", "nope"]), label="preset")
+    try:
+        loaded = read_recipe(path, lambda plugins: registries, preset)
+    except DreamkitError as error:
+        message = str(error)
+    else:
+        message = "read"
+        assert yaml.safe_load(loaded.resolved_yaml())["name"] == loaded.recipe.name
+    assert message.strip()
+    assert "Node(" not in message
+
+
+def test_the_registries_of_the_package_can_all_be_resolved(registries: Registries) -> None:
+    for kind, registry in registries.by_kind.items():
+        for name in registry:
+            assert importlib.import_module(registry.resolve(name).__module__), (kind, name)
