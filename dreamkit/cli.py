@@ -182,7 +182,7 @@ def show(
 
 
 def _print_options(cls: type[Any], console: Console) -> None:
-    from dreamkit.recipe.options import describe, nested_options, options_of
+    from dreamkit.recipe.signature import describe, nested_options, options_of
 
     try:
         options = options_of(cls).values()

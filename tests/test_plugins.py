@@ -20,7 +20,7 @@ from dreamkit import cli, hookimpl, hookspecs, types
 from dreamkit.errors import DuplicateEntry, PluginError, RecipeError
 from dreamkit.plugins import BUILTIN_PROVIDER, ENTRY_POINT_GROUP, build_registries
 from dreamkit.recipe import read_recipe
-from dreamkit.recipe.options import options_of
+from dreamkit.recipe.signature import options_of
 from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
 from dreamkit.types import InversionStep
 

@@ -20,7 +20,7 @@ from dreamkit.errors import (
     RecipePath,
     did_you_mean,
 )
-from dreamkit.recipe.options import Constructor, Problems, format_path
+from dreamkit.recipe.construct import Constructor, Problems, format_path
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml
 from dreamkit.registry import EntriesOf, EntryOf, Registries
