@@ -1,0 +1,183 @@
+"""Recipes run whole, through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import dreamkit
+from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.sources.digits import Digits
+from dreamkit.store.artifact import read_artifact
+from dreamkit.synthesizers.deepinversion import Inversion
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+FLAGSHIP = ROOT / "recipes" / "prune_resnet50_ha.yaml"
+CONTRACT = {
+    *(f"{model}.accuracy" for model in ("teacher", "pruned", "student")),
+    *(f"{m}.{k}" for m in ("teacher", "student") for k in ("params", "flops", "latency_ms")),
+    *(f"synthesis.{k}" for k in ("images", "seconds", "images_per_second", "r_feature")),
+    "training.seconds",
+}
+SMALL = ("--set", "synthesis.images=40", "--set", "synthesis.batch_size=16")
+SMALL += ("--set", "synthesis.stages=[{steps: 5}]", "--set", "application.recovery.epochs=1")
+
+FRESH_PROCESS = """
+import pickle, sys
+def refuse(*args, **kwargs): raise AssertionError("pickle")
+pickle.load = pickle.loads = pickle.Unpickler = refuse
+import dreamkit, torch, safetensors.torch
+model = dreamkit.load_student(sys.argv[1])
+x = safetensors.torch.load_file(sys.argv[2])["x"]
+with torch.no_grad():
+    safetensors.torch.save_file({"y": model(x)}, sys.argv[3])
+assert "torch_pruning" not in sys.modules
+"""
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((folder / "report.json").read_text())["metrics"]
+    return metrics
+
+
+def test_the_quickstart(tmp_path, invoke):
+    pytest.importorskip("sklearn", reason="the quickstart is judged on scikit-learn's digits")
+    start = time.perf_counter()
+    code, out, _ = invoke("run", str(QUICKSTART), "--out", str(tmp_path / "run"))
+    seconds = time.perf_counter() - start
+    folder = tmp_path / "run"
+    assert code == 0
+    assert "teacher" in out
+    assert "student" in out
+    assert seconds < 150
+
+    metrics = metrics_of(folder)
+    assert metrics.keys() >= CONTRACT
+    assert metrics["synthesis.images"] >= 512
+    assert metrics["teacher.accuracy"] >= 0.97
+    assert metrics["pruned.accuracy"] < metrics["student.accuracy"]
+    assert metrics["student.accuracy"] >= 0.98 * metrics["teacher.accuracy"]
+    assert metrics["student.flops"] <= 0.5 * metrics["teacher.flops"]
+    assert metrics["student.params"] < metrics["teacher.params"]
+
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert page.count("<svg") >= 3  # synthesis, pruning, recovery
+    assert "deepinversion" in page
+    with Image.open(folder / "dreams.png") as picture:
+        assert min(picture.size) > 300
+
+    student = dreamkit.load_student(folder / "student")
+    card = read_artifact(folder / "student").card
+    held_out = Digits("test").open(card)
+    measured = accuracy(student, held_out, card, torch.device("cpu"))
+    assert measured == pytest.approx(metrics["student.accuracy"])
+    x = card.normalise(held_out.batch(range(8))[0])
+    safetensors.torch.save_file({"x": x}, tmp_path / "x.safetensors")
+    files = [folder / "student", tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *map(str, files)], check=True)
+    with torch.no_grad():
+        assert torch.equal(safetensors.torch.load_file(files[2])["y"], student(x))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, invoke):
+    command = ("run", str(QUICKSTART), *SMALL, "--out", str(tmp_path / "run"))
+    assert invoke(*command)[0] == 0
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
+    code, out, _ = invoke(*command)
+    assert code == 0
+    assert "already holds this recipe's finished run" in out
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")} == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_dreams(tmp_path, invoke, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert invoke("run", str(QUICKSTART), *SMALL, "--out", str(whole))[0] == 0
+
+    dreamed: list[int] = []
+    original = Inversion.dream
+
+    def interrupted(self, plan, on_step):
+        if plan.index == 1 and not dreamed.count(1):
+            dreamed.append(1)
+            raise KeyboardInterrupt
+        dreamed.append(plan.index)
+        return original(self, plan, on_step)
+
+    monkeypatch.setattr(Inversion, "dream", interrupted)
+    command = ("run", str(QUICKSTART), *SMALL, "--out", str(parts))
+    code, _, err = invoke(*command)
+    assert code == 130
+    assert "the same command goes on" in err
+    code, out, _ = invoke(*command, "--resume")
+    assert code == 0
+    assert "1 of 3 batches kept" in out
+    assert dreamed == [0, 1, 1, 2]  # batch 0 once; batch 1 was in hand when it was interrupted
+    for shard in sorted((whole / "dreams").glob("*.safetensors")):
+        assert (parts / "dreams" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_distillation_and_later_runs_on_its_dreams(tmp_path, invoke):
+    recipe = str(ROOT / "recipes" / "digits" / "distill.yaml")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert invoke("run", recipe, "--preset", "smoke", "--out", str(first))[0] == 0
+    assert metrics_of(first)["student.params"] < metrics_of(first)["teacher.params"]
+    again = f"application.images={{source: dreams, path: {first}}}"
+    options = ("--preset", "smoke", "--set", again, "--set", "synthesis=null", "--out", str(second))
+    assert invoke("run", recipe, *options)[0] == 0
+    assert not (second / "dreams").exists()
+    assert metrics_of(second)["student.agreement"] == metrics_of(first)["student.agreement"]
+
+
+def test_dreams_are_exported_as_an_image_folder(tmp_path, invoke):
+    run, images = tmp_path / "run", tmp_path / "images"
+    options = ("--preset", "smoke", "--set", "application={name: synthesize}", "--out", str(run))
+    assert invoke("run", str(QUICKSTART), *options)[0] == 0
+    code, out, _ = invoke("export-dreams", str(run), str(images))
+    assert code == 0
+    assert "64 images" in out
+    found = ImageFolder(str(images))
+    assert len(found) == 64
+    assert found.classes == [f"{digit}_{digit}" for digit in range(10)]
+    code, _, err = invoke("export-dreams", str(run), str(images))
+    assert code == 2
+    assert "not empty" in err
+
+
+def test_the_flagships_mechanics_at_a_small_size(tmp_path, invoke):
+    overrides = ["teacher.weights=null", "teacher.input_size=[3, 64, 64]", "synthesis.images=4"]
+    overrides += ["synthesis.stages=[{size: 32, steps: 2}, {size: 64, steps: 1}]"]
+    overrides += ["synthesis.batch_size=4", "application.batch_size=4", "application.step=0.3"]
+    options = [word for override in overrides for word in ("--set", override)]
+    out_folder = tmp_path / "run"
+    code, out, _ = invoke(
+        "run", str(FLAGSHIP), "--preset", "smoke", *options, "--out", str(out_folder)
+    )
+    assert code == 0
+    assert "random: this run shows the mechanics only" in " ".join(out.split())
+    metrics = metrics_of(out_folder)
+    assert metrics["student.flops"] <= 0.63 * metrics["teacher.flops"]
+    assert (out_folder / "latency_lut.json").is_file()
+    model = dreamkit.load_student(out_folder / "student")
+    assert sum(p.numel() for p in model.parameters()) == metrics["student.params"]
+
+
+@pytest.mark.slow
+def test_the_flagships_smoke_preset_whole(tmp_path):
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "dreamkit", "run", str(FLAGSHIP), "--preset", "smoke"]
+    command += ["--set", "teacher.weights=null", "--out", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert time.perf_counter() - start < 300
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["student.flops"] <= 0.63 * metrics["teacher.flops"]
