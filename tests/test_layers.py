@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
     {"types", "errors", "version"},
-    {"recipe", "registry", "model_state", "fvcore"},
+    {"recipe", "registry", "model_state"},
     {
         *("regularizers", "teachers", "criteria", "sources", "latency", "pruning", "training"),
         *("store", "evaluation", "report", "trackers"),

@@ -40,20 +40,23 @@ class Taylor:
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return importances >= 0, one tensor (channels,) for each group."""
         scores = [torch.zeros(group.channels) for group in step.groups]
-        parameters = [p for p in step.model.parameters() if p.requires_grad]
-        kept = [p.grad for p in parameters]
+        kept = [(p, p.grad, p.requires_grad) for p in step.model.parameters()]
+        parameters = [p.requires_grad_(True) for p, _, _ in kept]
         batches = 0
-        with eval_mode(step.model):
-            for images, labels in step.batches():
-                loss = self._loss(step, images, labels)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                for score, group in zip(scores, step.groups, strict=True):
-                    score += gate_gradients(step.model, group).square()
-                batches += 1
-        for parameter, before in zip(parameters, kept, strict=True):
-            parameter.grad = before
+        try:
+            with eval_mode(step.model):
+                for images, labels in step.batches():
+                    loss = self._loss(step, images, labels)
+                    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.grad = gradient
+                    for score, group in zip(scores, step.groups, strict=True):
+                        score += gate_gradients(step.model, group).square()
+                    batches += 1
+        finally:
+            for parameter, before, required in kept:
+                parameter.requires_grad_(required)
+                parameter.grad = before
         return [score / max(batches, 1) for score in scores]
 
     def _loss(self, step: PruningStep, images: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dreamkit.fvcore import FlopCountAnalysis
+with warnings.catch_warnings():
+    # fvcore scripts its losses at import, which newer torch calls deprecated.
+    warnings.simplefilter("ignore")
+    from fvcore.nn import FlopCountAnalysis
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,13 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
 
     def see(name: str, module: nn.Module, x: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
             found[name] = LayerShape(
                 kind="conv",
                 c_in=module.in_channels,
                 c_out=module.out_channels,
                 kernel=tuple(module.kernel_size),
                 stride=tuple(module.stride),
-                padding=tuple(padding),
+                padding=_padding(module),
                 dilation=tuple(module.dilation),
                 groups=module.groups,
                 bias=module.bias is not None,
@@ -119,6 +118,16 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         for handle in handles:
             handle.remove()
     return found
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Return a convolution's padding in pixels, also where it is given as a word."""
+    if not isinstance(layer.padding, str):
+        return tuple(layer.padding)
+    if layer.padding == "valid":
+        return (0, 0)
+    pairs = zip(layer.kernel_size, layer.dilation, strict=True)
+    return tuple(dilation * (kernel - 1) // 2 for kernel, dilation in pairs)
 
 
 def build_layer(shape: LayerShape, batch_size: int) -> tuple[nn.Module, Tensor]:

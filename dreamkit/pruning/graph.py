@@ -10,11 +10,31 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.model_state import eval_mode
 from dreamkit.types import ChannelGroup, Member
 
 _LAYERS = (nn.Conv2d, nn.Linear)
+
+
+class FrozenBatchNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Cuts torchvision's frozen BatchNorm, whose weights are buffers."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Remove some channels from every buffer."""
+        buffers = dict(layer.named_buffers(recurse=False))
+        keep = sorted(set(range(self.get_out_channels(layer))) - set(idxs))
+        for name, buffer in buffers.items():
+            setattr(layer, name, buffer[keep])
+        return layer
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """Return how many channels the layer normalises."""
+        return len(dict(layer.named_buffers(recurse=False))["weight"])
+
+    prune_in_channels = prune_out_channels
+    get_in_channels = get_out_channels
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,12 @@ class ChannelGraph:
                 parameter.requires_grad_(True)
             with eval_mode(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
+                self._graph = tp.DependencyGraph().build_dependency(
+                    model,
+                    example,
+                    verbose=False,
+                    customized_pruners={FrozenBatchNorm2d: FrozenBatchNormPruner()},
+                )
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)

@@ -45,6 +45,9 @@ class Surgery:
     @contextmanager
     def recorded(self, model: nn.Module) -> Iterator[None]:
         """Note what is cut from ``model`` in the block, on top of what was cut before."""
+        for parameter in model.parameters():
+            parameter.grad = None  # of the old shape
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         before = _tensors(model)
         values = {name: tensor.detach() for name, tensor in before.items()}
         sizes = _sizes(model)
@@ -56,6 +59,8 @@ class Surgery:
         finally:
             current = _tensors(model)
             for name, tensor in current.items():
+                if name in frozen:
+                    tensor.requires_grad_(False)
                 if tensor.shape == values[name].shape:
                     tensor.data = values[name]
         for name, positions in after.items():

@@ -57,7 +57,7 @@ def curves(stage: str, records: Sequence[dict[str, Any]]) -> str:
         An SVG element.
     """
     names = list(dict.fromkeys(name for record in records for name in record if name != "step"))
-    across = min(3, len(names))
+    across = max(1, min(3, len(names)))
     down = -(-len(names) // across)
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "svg.hashsalt": stage}):
         figure = Figure(figsize=(3.4 * across, 2.2 * down), layout="constrained")

@@ -56,4 +56,5 @@ def _layer_means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     if not records:
         return {}
     layers = [name for name in records[0] if name != "step"]
-    return {name: sum(r[name] for r in records) / len(records) for name in layers}
+    known = {name: [r[name] for r in records if r.get(name) is not None] for name in layers}
+    return {name: sum(v) / len(v) for name, v in known.items() if v}

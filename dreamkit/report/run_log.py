@@ -43,7 +43,10 @@ class FileLog:
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         try:
+            cut_short = self.path.is_file() and self.path.read_bytes()[-1:] not in {b"", b"\n"}
             self._file = self.path.open("a", encoding="utf-8")
+            if cut_short:  # by a crash: what follows must not be lost with it
+                self._file.write("\n")
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from error
 

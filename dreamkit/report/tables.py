@@ -45,7 +45,8 @@ def _cell(key: str, value: float | None) -> str:
 
 def quantity(value: float) -> str:
     """Write a count with three significant digits and k, M, G."""
+    rounded = float(f"{value:.3g}")
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
+        if rounded >= size:
+            return f"{rounded / size:.3g} {unit}"
+    return f"{rounded:.3g}"

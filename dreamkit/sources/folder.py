@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
+from dreamkit.sources.fitting import fitted
 from dreamkit.types import Card, Images
 
 _THREADS = 4
@@ -81,15 +81,8 @@ class FolderImages:
             raise DreamkitError(
                 f"image files have 1, 3 or 4 channels; {card.name} takes {channels}"
             )
-        self.transform = v2.Compose(
-            [
-                v2.Resize(round(min(height, width) * resize), antialias=True),
-                v2.CenterCrop((height, width)),
-                v2.PILToTensor(),
-            ]
-        )
-        self.exact = (width, height) if resize == 1 else None
-        self.to_tensor = v2.PILToTensor()
+        self.size = (height, width)
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,8 +100,4 @@ class FolderImages:
                 pixels = image.convert(self.mode)
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DreamkitError(f"{file} cannot be decoded: {error}") from error
-        if pixels.size == self.exact:
-            tensor: Tensor = self.to_tensor(pixels)
-        else:
-            tensor = self.transform(pixels)
-        return tensor
+        return fitted(pixels, self.size, self.resize)

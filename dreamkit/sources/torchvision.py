@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms import v2
 
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean
+from dreamkit.sources.fitting import fitted
 from dreamkit.types import Card, Images
 
 
@@ -43,10 +43,13 @@ class TorchvisionDataset:
         """
         cls = getattr(datasets, self.dataset)
         arguments = dict(self.arguments)
-        if "download" in inspect.signature(cls.__init__).parameters:
+        parameters = inspect.signature(cls.__init__).parameters
+        if "download" in parameters:
             arguments.setdefault("download", True)
         try:
-            found = cls(self.root, **arguments)
+            if "root" in parameters:
+                arguments = {"root": self.root} | arguments
+            found = cls(**arguments)
         except Exception as error:  # each data set raises its own
             reason = str(error).strip().partition("\n")[0][:200]
             raise DreamkitError(
@@ -62,16 +65,8 @@ class DatasetImages:
 
     def __init__(self, dataset: Any, card: Card) -> None:
         self.dataset = dataset
-        self.card = card
-        channels, height, width = card.input_size
-        self.transform = v2.Compose(
-            [
-                v2.Grayscale(1) if channels == 1 else v2.RGB(),
-                v2.Resize(min(height, width), antialias=True),
-                v2.CenterCrop((height, width)),
-                v2.PILToTensor(),
-            ]
-        )
+        self.mode = "L" if card.input_size[0] == 1 else "RGB"
+        self.size = card.input_size[1:]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -81,6 +76,6 @@ class DatasetImages:
         images, labels = [], []
         for index in indices:
             image, label = self.dataset[int(index)]
-            images.append(self.transform(image))
+            images.append(fitted(image.convert(self.mode), self.size))
             labels.append(int(label))
         return torch.stack(images), torch.tensor(labels)

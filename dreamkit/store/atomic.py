@@ -24,9 +24,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise RunDirectoryError(
             f"{path} cannot be written: {error.strerror}. Free space or choose another folder "
             "with --out; what was finished is kept"

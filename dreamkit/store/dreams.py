@@ -66,9 +66,14 @@ class DreamStore:
             data = json.loads(manifest.read_text(encoding="utf-8"))
             shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
             stored = data["settings"]
+            if data["format"] != FORMAT:
+                raise StoreError(
+                    f"{manifest}: format {data['format']}, this version reads {FORMAT}"
+                )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{manifest} is damaged ({error}); remove the folder") from error
-        if settings is not None and stored != json.loads(json.dumps(settings)):
+        settings = None if settings is None else json.loads(json.dumps(settings))
+        if settings is not None and stored != settings:
             differing = sorted(k for k in {*stored, *settings} if stored.get(k) != settings.get(k))
             raise StoreError(
                 f"{self.folder} holds dreams made with other settings ({', '.join(differing)}); "
@@ -119,13 +124,11 @@ class DreamStore:
         write_atomically(self.folder / name, blob)
         digest = hashlib.sha256(blob).hexdigest()
         shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
-        self.shards[index] = shard
-        self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        shards = [asdict(self.shards[index]) for index in sorted(self.shards)]
-        data = {"format": FORMAT, "settings": self.settings, "shards": shards}
+        shards = self.shards | {index: shard}
+        listed = [asdict(shards[index]) for index in sorted(shards)]
+        data = {"format": FORMAT, "settings": self.settings, "shards": listed}
         write_json(self.folder / MANIFEST, data)
+        self.shards = shards
 
     def open(self) -> ShardedImages:
         """Verify every shard and return their images in the order of the batches.

@@ -47,7 +47,9 @@ class BatchNormCapture:
         running_mean, running_var = module.running_mean, module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
-        self._layers.append(LayerStatistics(name, mean, var, running_mean, running_var))
+        calls = sum(layer.name.partition("#")[0] == name for layer in self._layers)
+        label = f"{name}#{calls + 1}" if calls else name  # a layer that is used more than once
+        self._layers.append(LayerStatistics(label, mean, var, running_mean, running_var))
 
 
 @contextmanager

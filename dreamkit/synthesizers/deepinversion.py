@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import OptionError, TeacherMismatch, placed
+from dreamkit.errors import DreamkitError, OptionError, TeacherMismatch, placed
 from dreamkit.model_state import frozen
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.synthesizers.bn_statistics import (
@@ -188,6 +188,11 @@ class Inversion:
             images = F.interpolate(images, size=stage.resolution(card), mode="nearest")
             images, loss = self._stage(images, labels, stage, generator, done, on_step)
             done += stage.steps
+        if not math.isfinite(loss):
+            raise DreamkitError(
+                f"the loss of batch {plan.index} was never finite: lower the learning rate or the "
+                "weights of the regularizers"
+            )
         return Dream(images, labels, float(loss))
 
     def _stage(
@@ -201,8 +206,10 @@ class Inversion:
     ) -> tuple[Tensor, Tensor]:
         """Optimise at one resolution; return the best images and their loss."""
         options = self.options
+        low, high = self.teacher.card.pixel_range(start)
+        if options.clip:
+            start = start.clamp(low, high)
         images = start.clone().requires_grad_(True)
-        low, high = self.teacher.card.pixel_range(images)
         optimizer = torch.optim.Adam([images], lr=stage.lr or options.lr, betas=options.betas)
         shift = self._jitter(stage)
         best, best_loss = start.clone(), torch.tensor(math.inf, device=self.device)

@@ -24,6 +24,8 @@ from dreamkit.types import Card, Teacher
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+"""Heads for training only: the published weights have them, the models here do not."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class TorchvisionTeacher:
             name = self.weights.upper() if self.weights == "default" else self.weights
             model = download(origin, lambda: self._create(name))
         if is_weights_file(self.weights):
-            load_into(model, read_state_dict(str(self.weights)), str(self.weights))
+            state = read_state_dict(str(self.weights))
+            if self.model in _AUXILIARY:
+                state = {k: v for k, v in state.items() if not k.startswith(_AUXILIARY[self.model])}
+            load_into(model, state, str(self.weights))
             origin = str(self.weights)
         card = self._card(model, "random weights" if self.weights is None else origin)
         builder = dataclasses.asdict(self) | {"source": "torchvision", "weights": None}
@@ -88,8 +93,8 @@ class TorchvisionTeacher:
         options: dict[str, Any] = {}
         if self.num_classes is not None:
             options["num_classes"] = self.num_classes
-        if self.model in {"googlenet", "inception_v3"}:
-            # Heads for training only; and the input scaling that torchvision switches on with its
+        if self.model in _AUXILIARY:
+            # No training heads; and the input scaling that torchvision switches on with its
             # weights, which a student rebuilt without them needs just the same.
             options |= {"aux_logits": False, "transform_input": True}
             if weights is None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dreamkit.fvcore import update_bn_stats
 from dreamkit.model_state import eval_mode
 from dreamkit.training.batches import in_order
 from dreamkit.types import Card, Images
 
 
+@torch.no_grad()
 def recalibrate(
     model: nn.Module,
     images: Images,
@@ -24,8 +25,10 @@ def recalibrate(
 ) -> None:
     """Recompute every BatchNorm's running statistics over some batches of images.
 
-    Pruned channels shift what later layers see; accuracy read before this is meaningless. Uses
-    fvcore's precise BN (Wu and Johnson 2021): population statistics, not a running average.
+    Pruned channels shift what later layers see; accuracy read before this is meaningless. These
+    are population statistics (precise BN, Wu and Johnson 2021), each layer fed by layers that
+    normalise with their batch's own. fvcore's version takes E[x²] - E[x]² in float32, which turns
+    negative for channels of large mean; here moments are merged as Chan et al. (1983) do.
 
     Args:
         model: changed in its BatchNorm buffers alone; modes are kept.
@@ -33,16 +36,52 @@ def recalibrate(
         card: how to normalise them.
         device: where the model is.
         batches: how many batches at the most.
-        batch_size: images in each.
+        batch_size: images in each; a last batch of one image is left out.
     """
-    logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
-    count = min(batches, -(-len(images) // batch_size))
-    inputs = (
-        card.normalise(stored.to(device))
-        for stored, _ in itertools.islice(in_order(images, batch_size), count)
-    )
-    with eval_mode(model):
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
-        update_bn_stats(model, inputs, count)
+    layers = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    seen = {layer: _Moments() for layer in layers}
+    momenta = [layer.momentum for layer in layers]
+    handles = [layer.register_forward_pre_hook(partial(_see, seen[layer])) for layer in layers]
+    try:
+        with eval_mode(model):
+            for layer in layers:
+                layer.train()
+                layer.momentum = 0.0  # the forward pass itself leaves what is stored alone
+            for stored, _ in itertools.islice(in_order(images, batch_size), batches):
+                if len(stored) > 1 or len(images) == 1:
+                    model(card.normalise(stored.to(device)))
+    finally:
+        for layer, momentum, handle in zip(layers, momenta, handles, strict=True):
+            layer.momentum = momentum
+            handle.remove()
+    for layer, moments in seen.items():
+        if moments.count:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.copy_(moments.mean)
+            layer.running_var.copy_(moments.squares / moments.count)
+
+
+def _see(moments: _Moments, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    moments.add(inputs[0].float())
+
+
+class _Moments:
+    """Channels' means and sums of squared deviations, merged batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        count = x.numel() // x.shape[1]
+        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
+        total = self.count + count
+        shift = mean - self.mean.to(mean)
+        between = shift.square() * (self.count * count / total)
+        self.squares = self.squares.to(mean) + var * count + between
+        self.mean = self.mean.to(mean) + shift * (count / total)
+        self.count = total

@@ -1,0 +1,147 @@
+"""BatchNorm statistics: which layers, which numbers, and that the hooks go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers, captured_statistics
+
+
+def pattern(*shape):
+    total = int(torch.tensor(shape).prod())
+    return (torch.arange(total) * 37 % 101).float().view(shape) / 10 - 3
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_by_hand():
+    # Channel 0 holds 1, 3 | 5, 7: mean 4, biased variance (9+1+1+9)/4 = 5 (unbiased 20/3).
+    # Channel 1 holds 2, 2 | 2, 6: mean 3, biased variance (1+1+1+9)/4 = 3.
+    x = torch.tensor([[[[1.0, 3]], [[2.0, 2]]], [[[5.0, 7]], [[2.0, 6]]]])
+    bn = nn.BatchNorm2d(2).eval()
+    with captured_statistics(bn) as capture:
+        bn(x)
+        (layer,) = capture.take()
+    assert layer.mean.tolist() == [4, 3]
+    assert layer.var.tolist() == [5, 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(5), (7, 5)),
+        (nn.BatchNorm1d(5), (7, 5, 3)),
+        (nn.BatchNorm2d(5), (4, 5, 3, 6)),
+        (BatchNormAct2d(5), (4, 5, 3, 6)),
+        (FrozenBatchNorm2d(5), (4, 5, 3, 6)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_equal_to_a_direct_float64_computation(layer, shape):
+    x = pattern(*shape)
+    layer.eval()
+    with captured_statistics(layer) as capture:
+        layer(x)
+        (seen,) = capture.take()
+    rows = x.double().transpose(0, 1).reshape(5, -1)
+    mean = rows.sum(1) / rows.shape[1]
+    var = ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
+    torch.testing.assert_close(seen.mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(seen.var.double(), var, rtol=1e-6, atol=1e-6)
+    assert seen.running_mean is layer.running_mean
+    assert seen.running_var is layer.running_var
+
+
+def test_layers_of_a_network_in_forward_order_with_their_inputs(toys):
+    model = toys.two_bn()
+    x = pattern(4, 3, 8, 8)
+    with captured_statistics(model) as capture:
+        model(x)
+        first, second = capture.take()
+        assert capture.take() == (), "what was taken is forgotten"
+    assert (first.name, second.name) == ("bn1", "bn2")
+    seen = model.conv1(x)
+    torch.testing.assert_close(first.mean, seen.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    seen = model.conv2(model.bn1(seen).relu())
+    torch.testing.assert_close(second.var, seen.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_forward_order_is_not_order_of_definition():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.BatchNorm2d(2)
+            self.early = nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.late(self.early(x))
+
+    model = Backwards().eval()
+    with captured_statistics(model) as capture:
+        model(pattern(2, 2, 3, 3))
+        assert [layer.name for layer in capture.take()] == ["early", "late"]
+
+
+def test_bfloat16_inputs_give_float32_statistics():
+    bn = nn.BatchNorm2d(2).eval().to(torch.bfloat16)
+    x = (1000 + pattern(8, 2, 16, 16)).to(torch.bfloat16)
+    with captured_statistics(bn) as capture:
+        bn(x)
+        (layer,) = capture.take()
+    assert layer.mean.dtype == layer.var.dtype == torch.float32
+    exact = x.double().mean((0, 2, 3))
+    torch.testing.assert_close(layer.mean.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_which_layers_count():
+    model = nn.ModuleDict(
+        {
+            "bn1d": nn.BatchNorm1d(2),
+            "bn2d": nn.BatchNorm2d(2),
+            "timm": BatchNormAct2d(2),
+            "frozen": FrozenBatchNorm2d(2),
+            "sync": nn.SyncBatchNorm(2),
+            "instance": nn.InstanceNorm2d(2, track_running_stats=True),
+            "group": nn.GroupNorm(1, 2),
+            "layer": nn.LayerNorm(2),
+            "no_statistics": nn.BatchNorm2d(2, track_running_stats=False),
+        }
+    )
+    found = [name for name, _ in batch_norm_layers(model)]
+    assert found == ["bn1d", "bn2d", "timm", "frozen", "sync"]
+
+
+def test_hooks_are_removed_after_the_block(toys):
+    model = toys.two_bn()
+    with captured_statistics(model):
+        assert hooks(model) == 2
+    assert hooks(model) == 0
+
+
+def test_hooks_are_removed_after_an_exception(toys):
+    model = toys.two_bn()
+
+    def fail():
+        with captured_statistics(model):
+            model(torch.zeros(1, 99, 8, 8))
+
+    with pytest.raises(RuntimeError, match="channels"):
+        fail()
+    assert hooks(model) == 0
+
+
+def test_two_captures_at_once_do_not_disturb_one_another(toys):
+    model = toys.two_bn()
+    x = pattern(2, 3, 8, 8)
+    with captured_statistics(model) as outer:
+        with captured_statistics(model) as inner:
+            model(x)
+        assert len(inner.take()) == 2
+        model(x)
+        assert len(outer.take()) == 4

@@ -1,0 +1,321 @@
+"""Importance criteria against explicit gates and a table whose every entry is known."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dreamkit.criteria.latency_lut import LatencyLUT, without
+from dreamkit.criteria.taylor import Taylor, gate_gradients
+from dreamkit.errors import NothingToPrune
+from dreamkit.latency.lut import layer_shapes
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.types import ChannelGroup, LayerShape, Member, PruningStep
+
+CPU = torch.device("cpu")
+
+
+class ProductTable:
+    """A layer takes 0.001·c_in·c_out milliseconds, whatever else it is."""
+
+    def predict(self, shape):
+        return 0.001 * shape.c_in * shape.c_out
+
+    def shapes(self, model, input_size):
+        return layer_shapes(model, input_size)
+
+
+def two_batches(toys, labels=3):
+    images = toys.card().normalise(toys.images(8).images)
+    targets = torch.arange(8) % labels
+    return [(images[:5], targets[:5]), (images[5:], targets[5:])]
+
+
+def step_of(toys, model, teacher=None, batches=None, groups=None, chunk=1, size=(3, 8, 8), seed=7):
+    given = two_batches(toys) if batches is None else batches
+    found = ChannelGraph(model, size, 3).groups()[0] if groups is None else groups
+    return PruningStep(
+        model=model,
+        teacher=toys.copy(model) if teacher is None else teacher,
+        groups=found,
+        card=toys.card(size=size),
+        chunk=chunk,
+        device=CPU,
+        batches=lambda: iter(given),
+        latency=ProductTable(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@contextlib.contextmanager
+def gated(model, layers):
+    """Multiply the outputs of some layers by ones that have gradients."""
+    gates, handles = {}, []
+    for name in layers:
+        layer = model.get_submodule(name)
+        gates[name] = torch.ones(layer.weight.shape[0], requires_grad=True)
+        handles.append(
+            layer.register_forward_hook(
+                lambda m, i, out, g=gates[name]: out * g.view(1, -1, *[1] * (out.dim() - 2))
+            )
+        )
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def explicit(model, batches, coupled, loss):
+    """Return the mean over batches of (Σ of coupled gates' gradients)²."""
+    total = 0
+    for images, labels in batches:
+        with gated(model, coupled) as gates:
+            value = loss(model(images), images, labels)
+            gradients = torch.autograd.grad(value, list(gates.values()))
+        total = total + sum(gradients).square()
+    return total / len(batches)
+
+
+def cross_entropy(logits, images, labels):
+    return F.cross_entropy(logits, labels)
+
+
+def by_name(step, scores):
+    return {group.name: score for group, score in zip(step.groups, scores, strict=True)}
+
+
+# --- taylor -----------------------------------------------------------------------------------
+
+
+def test_gates_after_batch_norm(toys):
+    model = toys.two_bn()
+    step = step_of(toys, model)
+    scores = by_name(step, Taylor(loss="ce")(step))
+    assert set(scores) == {"conv1", "conv2"}
+    for group, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+        expected = explicit(model, two_batches(toys), [bn], cross_entropy)
+        assert expected.max() > 0
+        torch.testing.assert_close(scores[group], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_gates_after_convolutions_where_there_is_no_batch_norm(toys):
+    model = toys.plain()
+    step = step_of(toys, model)
+    scores = by_name(step, Taylor(loss="ce")(step))
+    for name in ("conv1", "conv2"):
+        expected = explicit(model, two_batches(toys), [name], cross_entropy)
+        torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_coupled_gates_add_up_before_the_square(toys):
+    model = toys.residual()
+    step = step_of(toys, model)
+    scores = by_name(step, Taylor(loss="ce")(step))
+    (coupled,) = [score for score in scores.values() if len(score) == 4]
+    together = explicit(model, two_batches(toys), ["bn1", "bn2"], cross_entropy)
+    apart = explicit(model, two_batches(toys), ["bn1"], cross_entropy) + explicit(
+        model, two_batches(toys), ["bn2"], cross_entropy
+    )
+    assert not torch.allclose(together, apart, rtol=1e-2), "else this would show nothing"
+    torch.testing.assert_close(coupled, together, rtol=1e-4, atol=1e-9)
+
+
+def test_gates_of_a_depthwise_pair(toys):
+    model = toys.depthwise()
+    step = step_of(toys, model)
+    (score,) = [s for s in Taylor(loss="ce")(step) if len(s) == 4]
+    expected = explicit(model, two_batches(toys), ["bn1", "bn2"], cross_entropy)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_squares_are_averaged_over_batches_not_gradients(toys):
+    model, batches = toys.two_bn(), two_batches(toys)
+    alone = []
+    for batch in batches:
+        step = step_of(toys, model, batches=[batch])
+        alone.append(by_name(step, Taylor(loss="ce")(step))["conv1"])
+    step = step_of(toys, model)
+    both = by_name(step, Taylor(loss="ce")(step))["conv1"]
+    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-12)
+
+
+def test_exact_kl_is_zero_where_student_and_teacher_are_one_and_kl_is_not(toys):
+    model = toys.two_bn()
+    step = step_of(toys, model)
+    exact = torch.cat(Taylor(loss="exact_kl")(step))
+    sampled = torch.cat(Taylor(loss="kl")(step))
+    assert exact.max() < 1e-12
+    assert sampled.min() >= 0
+    assert sampled.max() > 1e-6
+
+
+def test_exact_kl_equals_gates_on_the_divergence(toys):
+    model, teacher, tau = toys.two_bn(), toys.residual(), 2.0
+
+    def divergence(logits, images, labels):
+        p = F.softmax(teacher(images) / tau, dim=1).detach()
+        log_q = F.log_softmax(logits / tau, dim=1)
+        return (p * (p.log() - log_q)).sum(1).mean()
+
+    step = step_of(toys, model, teacher)
+    scores = by_name(step, Taylor(loss="exact_kl", temperature=tau)(step))
+    expected = explicit(model, two_batches(toys), ["bn2"], divergence)
+    torch.testing.assert_close(scores["conv2"], expected, rtol=1e-4, atol=1e-10)
+
+
+def test_kl_draws_labels_from_the_teachers_softmax(toys):
+    # A teacher that is certain of the labels makes the draw certain: kl is then ce at τ.
+    class Certain(nn.Module):
+        def forward(self, x):
+            rows = [labels for images, labels in two_batches(toys) if len(images) == len(x)]
+            return 1e4 * F.one_hot(rows[0], 3).float()
+
+    model, tau = toys.two_bn(), 2.0
+    step = step_of(toys, model, Certain())
+    scores = by_name(step, Taylor(loss="kl", temperature=tau)(step))
+    expected = explicit(
+        model, two_batches(toys), ["bn1"], lambda z, x, y: F.cross_entropy(z / tau, y)
+    )
+    torch.testing.assert_close(scores["conv1"], expected, rtol=1e-4, atol=1e-10)
+
+
+def test_kl_is_a_function_of_the_steps_generator(toys):
+    model = toys.two_bn()
+    runs = [torch.cat(Taylor()(step_of(toys, model, seed=seed))) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_kl_averages_to_the_curvature(toys):
+    # One image: the expected square of the drawn labels' gradient is Σ_k p_k (∂(-log p_k)/∂g)².
+    model, tau = toys.two_bn(), 3.0
+    image = toys.card().normalise(toys.images(1).images)
+    with gated(model, ["bn1"]) as gates:
+        log_p = F.log_softmax(model(image) / tau, dim=1)[0]
+        rows = [
+            torch.autograd.grad(-log_p[k], gates["bn1"], retain_graph=True)[0] for k in range(3)
+        ]
+    fisher = sum(log_p[k].exp() * rows[k].square() for k in range(3)).detach()
+    step = step_of(toys, model, batches=[(image, torch.tensor([0]))] * 600)
+    score = by_name(step, Taylor(temperature=tau)(step))["conv1"]
+    torch.testing.assert_close(score, fisher, rtol=0.15, atol=1e-7)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_gradients_and_modes_are_restored(toys, fails):
+    model = toys.two_bn()
+    model.bn1.train()
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    batches = two_batches(toys)
+    if fails:
+        batches.append((torch.zeros(1, 99, 8, 8), torch.tensor([0])))
+    step = step_of(toys, model, batches=batches)
+    before = toys.state(model)
+    with pytest.raises(RuntimeError, match="channels") if fails else contextlib.nullcontext():
+        Taylor(loss="ce")(step)
+    toys.assert_same_state(model, before)
+    assert torch.equal(model.conv1.weight.grad, torch.ones_like(model.conv1.weight))
+    assert model.fc.weight.grad is None
+
+
+def test_gradients_are_restored_when_a_group_has_nothing_to_gate(toys):
+    model = toys.two_bn()
+    consumer = Member("conv2", "in", torch.arange(4), torch.arange(4))
+    step = step_of(toys, model, groups=[ChannelGroup("odd", 4, (consumer,))])
+    before = toys.state(model)
+    with pytest.raises(NothingToPrune, match="odd"):
+        Taylor(loss="ce")(step)
+    toys.assert_same_state(model, before)
+
+
+def test_frozen_weights_count_too(toys):
+    # A teacher fine-tuned with frozen BatchNorm is as easy to rank as any other.
+    model = toys.two_bn()
+    step = step_of(toys, model)
+    free = by_name(step, Taylor(loss="ce")(step))["conv1"]
+    model.bn1.weight.requires_grad_(False)
+    step = step_of(toys, model)
+    torch.testing.assert_close(by_name(step, Taylor(loss="ce")(step))["conv1"], free)
+    assert not model.bn1.weight.requires_grad
+
+
+def test_gate_gradients_by_hand():
+    # One BatchNorm with γ = (2, 3), β = (1, -1), ∂L/∂γ = (5, 7), ∂L/∂β = (11, 13):
+    # γ·∂γ + β·∂β = (10 + 11, 21 - 13) = (21, 8), dealt to group channels 1 and 0.
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([2.0, 3]))
+        model[0].bias.copy_(torch.tensor([1.0, -1]))
+    model[0].weight.grad = torch.tensor([5.0, 7])
+    model[0].bias.grad = torch.tensor([11.0, 13])
+    member = Member("0", "out", torch.tensor([0, 1]), torch.tensor([1, 0]))
+    assert gate_gradients(model, ChannelGroup("g", 2, (member,))).tolist() == [8, 21]
+
+
+# --- latency_lut ------------------------------------------------------------------------------
+
+
+def latency(toys, model, chunk=1, size=(3, 8, 8)):
+    step = step_of(toys, model, batches=[], chunk=chunk, size=size)
+    return by_name(step, LatencyLUT()(step))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_conv_bn_conv(toys, chunk):
+    # conv1 3→4, conv2 4→6, fc 6→3. A channel of conv1 is 3 inputs' and 6 outputs' worth:
+    # -0.001·(3 + 6); one of conv2: -0.001·(4 + 3). Linear, so a chunk changes nothing.
+    saved = latency(toys, toys.two_bn(), chunk)
+    assert saved["conv1"].tolist() == pytest.approx([-0.009] * 4)
+    assert saved["conv2"].tolist() == pytest.approx([-0.007] * 6)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [
+        # conv1 3→4, conv2 4→4, conv3 4→5, before 12 + 16 + 20 = 48.
+        (1, -0.001 * (48 - (9 + 9 + 15))),  # three channels left: 3·3 + 3·3 + 3·5 = 33
+        (2, -0.001 * (48 - (6 + 4 + 10)) / 2),  # two left: 3·2 + 2·2 + 2·5 = 20
+        (9, -0.001 * (48 - (3 + 1 + 5)) / 3),  # one always stays: 3 + 1 + 5 = 9
+    ],
+)
+def test_residual_group(toys, chunk, expected):
+    saved = latency(toys, toys.residual(), chunk)
+    (group,) = [score for score in saved.values() if len(score) == 4]
+    assert group.tolist() == pytest.approx([expected] * 4)
+
+
+def test_depthwise(toys):
+    # conv1 3→4, depthwise 4, pointwise 4→6: one channel less saves 3, 16-9 = 7 and 6.
+    saved = latency(toys, toys.depthwise())
+    (group,) = [score for score in saved.values() if len(score) == 4]
+    assert group.tolist() == pytest.approx([-0.016] * 4)
+
+
+def test_flattened_channels_are_several_inputs(toys):
+    # 4×4 images, stride 2: each of conv1's 4 channels is 2·2 inputs of fc1 (16→5):
+    # 3 + 4·5 = 23.
+    saved = latency(toys, toys.flattened(), size=(3, 4, 4))
+    assert saved["conv1"].tolist() == pytest.approx([-0.023] * 4)
+
+
+def test_concatenation(toys):
+    # left 3→4 and right 3→5 into merge 9→6: a channel of either saves 3 + 6.
+    saved = latency(toys, toys.concatenated())
+    assert saved["left"].tolist() == pytest.approx([-0.009] * 4)
+    assert saved["right"].tolist() == pytest.approx([-0.009] * 5)
+
+
+def test_without():
+    conv = LayerShape("conv", 8, 16, feature_map=(4, 4))
+    assert (without(conv, "out", 3).c_in, without(conv, "out", 3).c_out) == (8, 13)
+    assert (without(conv, "in", 3).c_in, without(conv, "in", 3).c_out) == (5, 16)
+    assert without(conv, "in", 99).c_in == 1
+    depthwise = LayerShape("conv", 8, 8, groups=8, feature_map=(4, 4))
+    both = without(without(depthwise, "out", 3), "in", 3)
+    assert (both.c_in, both.c_out, both.groups) == (5, 5, 5)
+    assert without(without(depthwise, "in", 3), "out", 3) == both

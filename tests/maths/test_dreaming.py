@@ -1,0 +1,304 @@
+"""From a recipe's numbers to a filled store: plans, seeds, the judge, and resuming."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from dreamkit.applications.dreaming import (
+    batch_plans,
+    batch_seed,
+    dream_into_store,
+    images_for,
+    is_own_dreams,
+    judge,
+)
+from dreamkit.errors import DreamkitError, StoreError
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.store.source import Dreams
+from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.types import BatchPlan, Dream, RunContext
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Counting:
+    """DeepInversion that notes which batches were dreamed."""
+
+    inner: DeepInversion
+    dreamed: list = field(default_factory=list)
+    stop_before: int | None = None
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    @contextmanager
+    def session(self, teacher, device):
+        counting = self
+
+        class Dreamer:
+            def __init__(self, session):
+                self.session = session
+
+            def dream(self, plan, on_step):
+                if plan.index == counting.stop_before:
+                    raise KeyboardInterrupt
+                counting.dreamed.append(plan.index)
+                return self.session.dream(plan, on_step)
+
+        with self.inner.session(teacher, device) as session:
+            yield Dreamer(session)
+
+
+def synthesizer(images=7, batch_size=3, steps=2):
+    return Counting(
+        DeepInversion(
+            images=images,
+            batch_size=batch_size,
+            regularizers=(Term("bn_feature", 1.0, BNFeature()),),
+            stages=(Stage(steps),),
+        )
+    )
+
+
+@pytest.fixture
+def context(toys, silent_log, tmp_path):
+    card = toys.card(weights_sha256="abc")
+    return RunContext(
+        recipe={"synthesis": {"name": "deepinversion", "images": 7}},
+        seed=3,
+        device=CPU,
+        folder=tmp_path,
+        teacher=toys.teacher(toys.two_bn(), card),
+        synthesizer=synthesizer(),
+        evaluation=None,
+        latency=None,
+        log=silent_log,
+    )
+
+
+def shards(context):
+    return {p.name: p.read_bytes() for p in (context.folder / "dreams").glob("*.safetensors")}
+
+
+# --- plans and seeds --------------------------------------------------------------------------
+
+
+def test_batch_plans_by_hand():
+    plans = batch_plans(synthesizer(images=7, batch_size=3), seed=11)
+    assert [(p.index, p.first_image, p.size) for p in plans] == [(0, 0, 3), (1, 3, 3), (2, 6, 1)]
+    assert [p.seed for p in plans] == [batch_seed(11, i) for i in range(3)]
+
+
+def test_batch_plans_without_a_remainder():
+    assert [p.size for p in batch_plans(synthesizer(6, 3), 0)] == [3, 3]
+    assert [p.size for p in batch_plans(synthesizer(2, 3), 0)] == [2]
+
+
+def test_a_longer_run_begins_with_the_batches_of_a_shorter_one():
+    short, long = batch_plans(synthesizer(6, 3), 5), batch_plans(synthesizer(12, 3), 5)
+    assert long[:2] == short
+
+
+@pytest.mark.parametrize(
+    ("seed", "index", "expected"),
+    [
+        # The first 8 bytes of SHA-256("<seed>:<index>"), big-endian, without the lowest bit.
+        (0, 0, 6213027144842677344),
+        (0, 1, 8613600020916457518),
+        (7, 3, 616456930342725979),
+    ],
+)
+def test_batch_seed_is_stable(seed, index, expected):
+    assert batch_seed(seed, index) == expected
+
+
+def test_batch_seeds_are_distinct_and_fit_a_generator():
+    seeds = {batch_seed(seed, index) for seed in range(40) for index in range(200)}
+    assert len(seeds) == 40 * 200
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**63
+    torch.Generator().manual_seed(max(seeds))
+
+
+# --- judge ------------------------------------------------------------------------------------
+
+
+def test_judge_measures_what_is_stored_by_hand(toys):
+    model = toys.two_bn()
+    teacher = toys.teacher(model)
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    content, per_layer = judge(Dream(images, labels, 1.0), teacher)
+
+    mean = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
+    std = torch.tensor([0.25, 0.5, 0.125]).view(1, 3, 1, 1)
+    stored = ((images * std + mean).clamp(0, 1) * 255).round()
+    assert content.images.dtype == torch.uint8
+    assert torch.equal(content.images, stored.to(torch.uint8))
+    assert torch.equal(content.labels, labels)
+
+    model = model.double()
+    z1 = model.conv1((stored.double() / 255 - mean.double()) / std.double())
+    z2 = model.conv2(model.bn1(z1).relu())
+    for z, name, bn in ((z1, "bn1", model.bn1), (z2, "bn2", model.bn2)):
+        rows = z.transpose(0, 1).reshape(z.shape[1], -1)
+        distance = (rows.mean(1) - bn.running_mean).norm()
+        distance += (rows.var(1, correction=0) - bn.running_var).norm()
+        assert per_layer[name] == pytest.approx(distance.item(), rel=1e-5)
+    logits = model.fc(model.bn2(z2).relu().mean((2, 3)))
+    torch.testing.assert_close(content.teacher_logits.double(), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_judge_leaves_the_teacher_as_it_was(toys):
+    model = toys.two_bn().train()
+    before = toys.state(model)
+    judge(Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0), toys.teacher(model))
+    toys.assert_same_state(model, before)
+
+
+def test_judge_without_batch_norm_has_no_r_feature(toys):
+    dreamed = Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0)
+    content, per_layer = judge(dreamed, toys.teacher(toys.plain()))
+    assert per_layer == {}
+    assert content.teacher_logits.shape == (2, 3)
+
+
+# --- the store fills --------------------------------------------------------------------------
+
+
+def test_a_run_fills_the_store_and_reports(context):
+    store = dream_into_store(context)
+    assert context.synthesizer.dreamed == [0, 1, 2]
+    assert len(store) == 7
+    metrics = context.metrics
+    assert metrics["synthesis.images"] == 7
+    assert metrics["synthesis.seconds"] == pytest.approx(sum(s.seconds for s in _all(store)))
+    rate = 7 / metrics["synthesis.seconds"]
+    assert metrics["synthesis.images_per_second"] == pytest.approx(rate)
+    # Averaged over images: batches of 3, 3 and 1.
+    parts = [s.r_feature for s in _all(store)]
+    weighted = (3 * parts[0] + 3 * parts[1] + parts[2]) / 7
+    assert metrics["synthesis.r_feature"] == pytest.approx(weighted)
+    content = store.open()
+    assert content.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    right = (content.teacher_logits.argmax(1) == content.labels).float().mean().item()
+    assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
+
+
+def _all(store):
+    return [store.shards[index] for index in sorted(store.shards)]
+
+
+def test_records_of_a_run(context):
+    dream_into_store(context)
+    by_stage = {}
+    for stage, step, numbers in context.log.records:
+        by_stage.setdefault(stage, []).append((step, numbers))
+    # Three batches of two steps, numbered on through the run.
+    assert [step for step, _ in by_stage["synthesis"]] == [1, 2, 3, 4, 5, 6]
+    assert set(by_stage["synthesis"][0][1]) == {"loss", "cross_entropy", "bn_feature"}
+    assert [step for step, _ in by_stage["batches"]] == [0, 1, 2]
+    layers = by_stage["r_feature by layer"][0][1]
+    assert set(layers) == {"bn1", "bn2"}
+    assert by_stage["batches"][0][1]["r_feature"] == pytest.approx(sum(layers.values()))
+
+
+def test_a_finished_batch_is_never_dreamed_again(context):
+    dream_into_store(context)
+    before = shards(context)
+    dream_into_store(context)
+    assert context.synthesizer.dreamed == [0, 1, 2], "the second run dreamed nothing"
+    assert shards(context) == before
+
+
+def test_a_batch_missing_from_the_manifest_is_dreamed_again_byte_for_byte(context):
+    dream_into_store(context)
+    before = shards(context)
+    manifest = context.folder / "dreams" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    digests = {entry["index"]: entry["sha256"] for entry in data["shards"]}
+    data["shards"] = [entry for entry in data["shards"] if entry["index"] != 1]
+    manifest.write_text(json.dumps(data))
+    context.synthesizer.dreamed.clear()
+    store = dream_into_store(context)
+    assert context.synthesizer.dreamed == [1]
+    assert shards(context) == before
+    assert {i: s.sha256 for i, s in store.shards.items()} == digests
+    assert any("2 of 3 batches kept" in note for note in context.log.notes)
+
+
+def test_an_interrupted_run_keeps_its_finished_batches(context):
+    context.synthesizer.stop_before = 2
+    with pytest.raises(KeyboardInterrupt):
+        dream_into_store(context)
+    kept = shards(context)
+    assert len(kept) == 2
+    context.synthesizer.stop_before = None
+    context.synthesizer.dreamed.clear()
+    assert len(dream_into_store(context)) == 7
+    assert context.synthesizer.dreamed == [2]
+    assert kept.items() <= shards(context).items()
+
+
+@pytest.mark.parametrize("change", ["seed", "teacher", "synthesis"])
+def test_a_store_of_another_run_is_refused(context, toys, change):
+    dream_into_store(context)
+    if change == "seed":
+        context.seed = 4
+    elif change == "teacher":
+        context.teacher.card = toys.card(weights_sha256="other")
+    else:
+        context.recipe = {"synthesis": {"name": "deepinversion", "images": 8}}
+    with pytest.raises(StoreError, match=change):
+        dream_into_store(context)
+
+
+# --- sources of training images ---------------------------------------------------------------
+
+
+def test_own_dreams_or_those_of_another_run(context, tmp_path):
+    assert is_own_dreams(None)
+    assert is_own_dreams(Dreams())
+    own = images_for(context, None)
+    other = Dreams(path=str(tmp_path))
+    assert not is_own_dreams(other)
+    context.synthesizer.dreamed.clear()
+    theirs = images_for(context, other)
+    assert context.synthesizer.dreamed == []
+    assert torch.equal(own.batch(range(7))[0], theirs.batch(range(7))[0])
+
+
+def test_an_empty_source_is_refused(context, toys):
+    class Nothing:
+        def open(self, card):
+            return toys.images(0)
+
+    with pytest.raises(DreamkitError, match="empty"):
+        images_for(context, Nothing())
+
+
+def test_plans_reach_the_dreamer(context):
+    plans = []
+
+    class Recorder:
+        images, batch_size, steps_per_batch = 5, 2, 1
+
+        @contextmanager
+        def session(self, teacher, device):
+            yield self
+
+        def dream(self, plan, on_step):
+            plans.append(plan)
+            return Dream(torch.zeros(plan.size, 3, 8, 8), torch.zeros(plan.size).long(), 0.5)
+
+    context.synthesizer = Recorder()
+    store = dream_into_store(context)
+    assert plans == [BatchPlan(i, 2 * i, s, batch_seed(3, i)) for i, s in enumerate((2, 2, 1))]
+    assert [shard.loss for shard in _all(store)] == [0.5, 0.5, 0.5]

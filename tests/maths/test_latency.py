@@ -1,0 +1,299 @@
+"""Look-up tables that interpolate exactly, and a clock that leaves no trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
+from dreamkit.latency.torch_eager import TorchCPU, processor_name
+from dreamkit.types import LayerShape, Timing
+
+MAP = (6, 6)
+
+
+class Bilinear:
+    """A target on which a layer takes 2 + 3·c_in + 5·c_out + 7·c_in·c_out ms."""
+
+    batch_size = 2
+
+    def __init__(self, name="bilinear"):
+        self.name = name
+        self.asked = []
+
+    def describe(self):
+        return {"device": self.name}
+
+    def time(self, modules):
+        timings = []
+        for module, x in modules:
+            module(x)  # the input fits the layer
+            assert x.shape[0] == self.batch_size
+            if isinstance(module, nn.Conv2d):
+                key = (module.in_channels, module.out_channels)
+            else:
+                key = (module.in_features, module.out_features)
+            self.asked.append(key)
+            timings.append(Timing(self.exact(*key), 0.5))
+        return timings
+
+    @staticmethod
+    def exact(c_in, c_out):
+        return 2 + 3 * c_in + 5 * c_out + 7 * c_in * c_out
+
+
+def conv(c_in, c_out, **changes):
+    return LayerShape("conv", c_in, c_out, feature_map=MAP, **changes)
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [conv(70, 100), conv(64, 100), conv(3, 17), conv(9, 9), LayerShape("linear", 67, 1000)],
+    ids=lambda shape: f"{shape.kind} {shape.c_in} {shape.c_out}",
+)
+def test_interpolation_is_exact_for_a_bilinear_target(shape):
+    expected = Bilinear.exact(shape.c_in, shape.c_out)
+    assert LookUpTable(Bilinear()).predict(shape) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("channels", "points"),
+    [
+        # Every count to 8, then a quarter of an octave: 10 12 14 16, 20 24 28 32, 40 ... 64, 80 ...
+        (1, {1}),
+        (5, {5}),
+        (7, {7}),
+        (8, {8}),
+        (9, {8, 10}),
+        (13, {12, 14}),
+        (15, {14, 16}),
+        (33, {32, 40}),
+        (64, {64}),
+        (70, {64, 80}),
+        (127, {112, 128}),
+    ],
+)
+def test_grid_points(channels, points):
+    backend = Bilinear()
+    LookUpTable(backend).predict(conv(4, channels))
+    assert {c_out for _, c_out in backend.asked} == points
+    assert {c_in for c_in, _ in backend.asked} == {4}
+
+
+def test_grid_of_a_grouped_convolution_keeps_to_multiples():
+    # groups 3: 33 channels are 11 units, between 10 and 12 units: 30 and 36 (not 32 and 40).
+    backend = Bilinear()
+    value = LookUpTable(backend).predict(conv(33, 18, groups=3))
+    assert set(backend.asked) == {(30, 18), (36, 18)}
+    assert value == pytest.approx(Bilinear.exact(33, 18))
+
+
+def test_a_depthwise_layer_moves_along_one_axis():
+    # 18 lies midway between 16 and 20: the mean of both, not the bilinear value at 18.
+    backend = Bilinear()
+    shape = conv(18, 18, groups=18)
+    assert shape.depthwise
+    value = LookUpTable(backend).predict(shape)
+    assert set(backend.asked) == {(16, 16), (20, 20)}
+    mean = (Bilinear.exact(16, 16) + Bilinear.exact(20, 20)) / 2
+    assert value == pytest.approx(mean)
+
+
+def test_a_point_is_measured_once():
+    backend = Bilinear()
+    table = LookUpTable(backend)
+    table.predict(conv(70, 100))
+    first = len(backend.asked)
+    table.predict(conv(71, 98))
+    table.predict(conv(64, 96))
+    assert first == 4
+    assert len(backend.asked) == 4
+
+
+def test_shapes_that_differ_in_anything_are_different_points():
+    backend = Bilinear()
+    table = LookUpTable(backend)
+    shapes = [
+        conv(4, 4),
+        conv(4, 4, kernel=(3, 3)),
+        conv(4, 4, stride=(2, 2)),
+        conv(4, 4, bias=True),
+        LayerShape("conv", 4, 4, feature_map=(5, 6)),
+        LayerShape("linear", 4, 4),
+    ]
+    table.measure([*shapes, *shapes])
+    assert len(backend.asked) == 6
+    assert set(table.points) == set(shapes)
+
+
+def test_build_layer():
+    shape = conv(6, 9, kernel=(3, 2), stride=(2, 1), padding=(1, 0), groups=3, bias=True)
+    layer, x = build_layer(shape, 5)
+    assert x.shape == (5, 6, 6, 6)
+    # (6 + 2·1 - 3) // 2 + 1 = 3 rows, 6 - 2 + 1 = 5 columns
+    assert layer(x).shape == (5, 9, 3, 5)
+    assert layer.weight.shape == (9, 2, 3, 2)
+    assert layer.bias is not None
+    layer, x = build_layer(LayerShape("linear", 7, 2), 5)
+    assert layer(x).shape == (5, 2)
+    assert layer.bias is None
+
+
+# --- on disk ----------------------------------------------------------------------------------
+
+
+def saved(tmp_path, backend):
+    table = LookUpTable(backend)
+    table.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
+    table.predict(LayerShape("linear", 3, 3, bias=True))
+    path = tmp_path / "lut.json"
+    path.write_text(json.dumps(table.to_json()))
+    return table, path
+
+
+def test_round_trip(tmp_path):
+    table, path = saved(tmp_path, Bilinear())
+    backend = Bilinear()
+    again = read_table(path, backend)
+    assert again.points == table.points
+    assert len(again.points) == 3
+    again.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
+    assert backend.asked == [], "nothing is measured twice"
+
+
+def test_a_table_of_another_target_is_not_used(tmp_path):
+    _, path = saved(tmp_path, Bilinear("old machine"))
+    assert read_table(path, Bilinear("new machine")).points == {}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 99}', '{"format": 1}'], ids=repr)
+def test_a_table_that_cannot_be_read_is_empty(tmp_path, text):
+    path = tmp_path / "lut.json"
+    if text is not None:
+        path.write_text(text)
+    assert read_table(path, Bilinear()).points == {}
+
+
+# --- shapes of a model ------------------------------------------------------------------------
+
+
+def test_layer_shapes_by_hand(toys):
+    three = {"kernel": (3, 3), "padding": (1, 1)}
+    assert layer_shapes(toys.depthwise(), (3, 8, 10)) == {
+        "conv1": LayerShape("conv", 3, 4, **three, feature_map=(8, 10)),
+        "depthwise": LayerShape("conv", 4, 4, **three, groups=4, feature_map=(8, 10)),
+        "pointwise": LayerShape("conv", 4, 6, bias=True, feature_map=(8, 10)),
+        "fc": LayerShape("linear", 6, 3, bias=True),
+    }
+
+
+def test_layer_shapes_see_the_input_of_each_layer(toys):
+    shapes = layer_shapes(toys.flattened(), (3, 4, 4))
+    assert list(shapes) == ["conv1", "fc1", "fc2"], "in forward order"
+    assert shapes["conv1"].stride == (2, 2)
+    assert shapes["conv1"].feature_map == (4, 4)
+    assert (shapes["fc1"].c_in, shapes["fc1"].c_out) == (16, 5)
+
+
+def test_padding_given_as_a_word():
+    # 'same' for a kernel of 3 is one pixel each way, 2 for one of 5; 'valid' is none.
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, (5, 3), padding="same"),
+        nn.Conv2d(2, 2, 3, padding="valid"),
+    )
+    shapes = layer_shapes(model, (2, 8, 8))
+    assert [shape.padding for shape in shapes.values()] == [(1, 1), (2, 1), (0, 0)]
+
+
+def test_layer_shapes_leaves_the_model_as_it_was(toys):
+    model = toys.two_bn().train()
+    before = toys.state(model)
+    layer_shapes(model, (3, 8, 8))
+    toys.assert_same_state(model, before)
+    with pytest.raises(RuntimeError, match="channels"):
+        layer_shapes(model, (2, 8, 8))
+    toys.assert_same_state(model, before)
+
+
+# --- the clock --------------------------------------------------------------------------------
+
+
+class Slow(nn.Module):
+    """Takes some milliseconds, and notes the threads and mode it ran with."""
+
+    def __init__(self, ms, threads):
+        super().__init__()
+        self.ms = ms
+        self.threads = threads
+        self.calls = 0
+
+    def forward(self, x):
+        import time
+
+        self.calls += 1
+        self.threads.add((torch.get_num_threads(), self.training, torch.is_grad_enabled()))
+        time.sleep(self.ms / 1e3)
+        return x
+
+
+def test_one_timing_for_each_module_in_order():
+    seen = set()
+    modules = [(Slow(ms, seen), torch.zeros(1)) for ms in (6, 1, 3)]
+    timings = TorchCPU(threads=2, warmup=1, repeats=5).time(modules)
+    # Sleeping takes no less than it was told to; a busy machine takes longer.
+    assert timings[0].median_ms >= 6
+    assert timings[1].median_ms >= 1
+    assert timings[2].median_ms >= 3
+    assert timings[0].median_ms > timings[1].median_ms
+    assert all(timing.spread_ms >= 0 for timing in timings)
+    assert seen == {(2, False, False)}, "pinned threads, eval mode, no gradients"
+    # Two to settle on the calls of a sample (one, as each lasts over 0.5 ms), 1 + 5 samples.
+    assert [module.calls for module, _ in modules] == [8, 8, 8]
+
+
+def test_threads_and_modes_are_restored(toys):
+    before = torch.get_num_threads()
+    model = toys.two_bn().train()
+    model.bn1.eval()
+    state = toys.state(model)
+    (timing,) = TorchCPU(threads=before + 1, warmup=0, repeats=3).time(
+        [(model, torch.zeros(1, 3, 8, 8))]
+    )
+    assert timing.median_ms > 0
+    assert torch.get_num_threads() == before
+    toys.assert_same_state(model, state)
+
+
+def test_threads_and_modes_are_restored_after_an_exception(toys):
+    before = torch.get_num_threads()
+    model = toys.two_bn().train()
+    state = toys.state(model)
+    with pytest.raises(RuntimeError, match="channels"):
+        TorchCPU(threads=before + 1).time([(model, torch.zeros(1, 2, 8, 8))])
+    assert torch.get_num_threads() == before
+    toys.assert_same_state(model, state)
+
+
+def test_describe_names_what_the_figures_hold_for():
+    stated = TorchCPU(batch_size=4, threads=3).describe()
+    assert stated == {
+        "device": processor_name(),
+        "runtime": f"torch {torch.__version__} eager",
+        "dtype": "float32",
+        "threads": "3",
+        "batch_size": "4",
+    }
+    assert TorchCPU(threads=1).describe() != TorchCPU(threads=2).describe()
+    assert TorchCPU().describe()["threads"] == str(torch.get_num_threads())
+
+
+def test_the_real_clock_feeds_the_table():
+    table = LookUpTable(TorchCPU(warmup=0, repeats=3))
+    assert table.predict(conv(3, 4, kernel=(3, 3))) > 0

@@ -1,0 +1,368 @@
+"""Channel groups, the choice of what goes, and surgery that can be repeated elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
+
+from dreamkit.errors import ArtifactError
+from dreamkit.pruning.graph import ChannelGraph, classifier_layers
+from dreamkit.pruning.selection import Limits, choose
+from dreamkit.pruning.surgery import Surgery
+from dreamkit.types import ChannelGroup
+
+SIZE = (3, 8, 8)
+
+
+def groups_of(model, size=SIZE):
+    return {group.name: group for group in ChannelGraph(model, size, 3).groups()[0]}
+
+
+def members(group):
+    return {(member.layer, member.axis) for member in group.members}
+
+
+def prune(model, removals, surgery=None, size=SIZE):
+    """Remove channels by group name; return the record."""
+    surgery = Surgery() if surgery is None else surgery
+    graph = ChannelGraph(model, size, 3)
+    with surgery.recorded(model):
+        for group in graph.groups()[0]:
+            if group.name in removals:
+                graph.remove(group, removals[group.name])
+    return surgery
+
+
+def images(count=2, size=SIZE):
+    total = count * size[0] * size[1] * size[2]
+    return torch.sin(torch.arange(total) * 0.37).view(count, *size)
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+def test_groups_of_a_chain(toys):
+    groups = groups_of(toys.two_bn())
+    assert {name: group.channels for name, group in groups.items()} == {"conv1": 4, "conv2": 6}
+    assert members(groups["conv1"]) == {("conv1", "out"), ("bn1", "out"), ("conv2", "in")}
+    assert members(groups["conv2"]) == {("conv2", "out"), ("bn2", "out"), ("fc", "in")}
+    for member in groups["conv1"].members:
+        assert member.index.tolist() == member.channel.tolist() == [0, 1, 2, 3]
+
+
+def test_residual_sums_couple_layers(toys):
+    groups = groups_of(toys.residual())
+    assert sorted(group.channels for group in groups.values()) == [4, 5]
+    (coupled,) = [group for group in groups.values() if group.channels == 4]
+    assert members(coupled) == {
+        ("conv1", "out"),
+        ("bn1", "out"),
+        ("conv2", "in"),
+        ("conv2", "out"),
+        ("bn2", "out"),
+        ("conv3", "in"),
+    }
+
+
+def test_flattened_channels(toys):
+    groups = groups_of(toys.flattened(), (3, 4, 4))
+    assert {name: group.channels for name, group in groups.items()} == {"conv1": 4, "fc1": 5}
+    (fc,) = [m for m in groups["conv1"].members if m.layer == "fc1"]
+    # Channel c is inputs 4c to 4c+3 of fc1.
+    pairs = sorted(zip(fc.index.tolist(), fc.channel.tolist(), strict=True))
+    assert pairs == [(i, i // 4) for i in range(16)]
+
+
+def test_concatenated_channels(toys):
+    groups = groups_of(toys.concatenated())
+    assert {n: g.channels for n, g in groups.items()} == {"left": 4, "right": 5, "merge": 6}
+    for name, offset in (("left", 0), ("right", 4)):
+        (merge,) = [m for m in groups[name].members if m.layer == "merge"]
+        pairs = set(zip(merge.index.tolist(), merge.channel.tolist(), strict=True))
+        assert pairs == {(offset + i, i) for i in range(groups[name].channels)}
+
+
+def test_depthwise_layers_follow_their_channels(toys):
+    (group,) = [g for g in groups_of(toys.depthwise()).values() if g.channels == 4]
+    assert {"conv1", "bn1", "depthwise", "bn2", "pointwise"} == {m.layer for m in group.members}
+
+
+@pytest.mark.parametrize(("toy", "classifier"), [("two_bn", "fc"), ("conv_head", "head")])
+def test_the_classifier_is_left_alone(toys, toy, classifier):
+    model = getattr(toys, toy)()
+    found, skipped = ChannelGraph(model, SIZE, 3).groups()
+    assert classifier_layers(model, torch.zeros(1, *SIZE), 3) == [classifier]
+    assert classifier not in {group.name for group in found}
+    assert (classifier, "out") not in {pair for group in found for pair in members(group)}
+    assert (classifier, "makes the model's outputs") in {(s.group, s.reason) for s in skipped}
+
+
+def test_what_cannot_be_pruned_is_named_with_the_reason():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.grouped = nn.Conv2d(4, 8, 1, groups=2)
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.grouped(self.stem(x)).mean((2, 3)))
+
+    found, skipped = ChannelGraph(Grouped(), SIZE, 3).groups()
+    assert found == []
+    reasons = {s.group: s.reason for s in skipped}
+    assert reasons["stem"] == "grouped is a grouped convolution"
+
+
+def test_tracing_leaves_the_model_as_it_was(toys):
+    model = toys.two_bn()
+    model.bn1.train()
+    model.conv1.weight.requires_grad_(False)
+    before = toys.state(model)
+    ChannelGraph(model, SIZE, 3).groups()
+    toys.assert_same_state(model, before)
+
+
+# --- surgery ----------------------------------------------------------------------------------
+
+
+def test_cut_values_equal_slicing_by_hand(toys):
+    whole, cut = toys.two_bn(), toys.two_bn()
+    prune(cut, {"conv1": [1, 2], "conv2": [0]})
+    first, second = [0, 3], [1, 2, 3, 4, 5]
+    w, c = whole.state_dict(), cut.state_dict()
+    assert torch.equal(c["conv1.weight"], w["conv1.weight"][first])
+    assert torch.equal(c["conv2.weight"], w["conv2.weight"][second][:, first])
+    assert torch.equal(c["fc.weight"], w["fc.weight"][:, second])
+    assert torch.equal(c["fc.bias"], w["fc.bias"])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(c[f"bn1.{name}"], w[f"bn1.{name}"][first])
+        assert torch.equal(c[f"bn2.{name}"], w[f"bn2.{name}"][second])
+    assert (cut.conv1.out_channels, cut.conv2.in_channels, cut.conv2.out_channels) == (2, 2, 5)
+    assert (cut.bn1.num_features, cut.fc.in_features) == (2, 5)
+    assert {p.dtype for p in cut.parameters()} == {torch.float32}
+
+
+def test_removed_channels_are_as_if_their_gates_were_shut(toys):
+    # relu(BN) set to zero by γ = β = 0 leaves the later layers what removal leaves them.
+    whole, cut = toys.two_bn(), toys.two_bn()
+    prune(cut, {"conv1": [1]})
+    with torch.no_grad():
+        whole.bn1.weight[1] = 0
+        whole.bn1.bias[1] = 0
+    torch.testing.assert_close(cut(images()), whole(images()), rtol=1e-5, atol=1e-6)
+
+
+REMOVALS = {
+    "two_bn": {"conv1": [0, 3], "conv2": [2]},
+    "residual": {"conv1": [1], "conv2": [1], "conv3": [4]},
+    "plain": {"conv1": [2], "conv2": [0, 1]},
+    "depthwise": {"conv1": [0], "depthwise": [0], "pointwise": [5]},
+    "concatenated": {"left": [3], "right": [0, 2], "merge": [1]},
+    "conv_head": {"conv1": [2]},
+    "flattened": {"conv1": [1], "fc1": [0]},
+}
+
+
+@pytest.mark.parametrize("toy", REMOVALS)
+def test_rebuilt_from_json_the_outputs_are_identical(toys, toy):
+    size = (3, 4, 4) if toy == "flattened" else SIZE
+    cut, fresh = getattr(toys, toy)(), getattr(toys, toy)()
+    before = sum(p.numel() for p in cut.parameters())
+    surgery = prune(cut, REMOVALS[toy], size=size)
+    assert sum(p.numel() for p in cut.parameters()) < before
+    with torch.no_grad():  # the weights move on after surgery, as in recovery
+        for parameter in cut.parameters():
+            parameter.mul_(1.1)
+    Surgery.from_json(json.loads(json.dumps(surgery.to_json()))).rebuild(fresh)
+    fresh.load_state_dict(cut.state_dict())
+    x = images(size=size)
+    assert torch.equal(fresh(x), cut(x))
+    assert str(fresh) == str(cut), "sizes in attributes are restored too"
+
+
+def test_two_rounds_compose(toys):
+    whole, cut, fresh = toys.two_bn(), toys.two_bn(), toys.two_bn()
+    surgery = prune(cut, {"conv1": [1], "conv2": [0, 5]})
+    # conv1 keeps 0 2 3, of which the second round drops the middle one: 0 3 are left.
+    # conv2 keeps 1 2 3 4, of which the second round drops the first: 2 3 4 are left.
+    prune(cut, {"conv1": [1], "conv2": [0]}, surgery)
+    assert surgery.kept["conv2.weight"] == [[2, 3, 4], [0, 3], None, None]
+    expected = whole.conv2.weight[[2, 3, 4]][:, [0, 3]]
+    assert torch.equal(cut.conv2.weight, expected)
+    Surgery.from_json(json.loads(json.dumps(surgery.to_json()))).rebuild(fresh)
+    assert torch.equal(fresh(images()), cut(images()))
+
+
+def test_surgery_keeps_which_weights_are_frozen(toys):
+    model = toys.two_bn()
+    model.conv1.weight.requires_grad_(False)
+    prune(model, {"conv1": [0]})
+    assert not model.conv1.weight.requires_grad
+    assert model.conv2.weight.requires_grad
+
+
+def test_surgery_on_a_model_that_has_gradients(toys):
+    model = toys.two_bn()
+    model(images()).sum().backward()  # .grad fields are filled, as after a recovery epoch
+    prune(model, {"conv1": [0]})
+    model.zero_grad()
+    model(images()).sum().backward()
+    assert model.conv1.weight.grad.shape == (3, 3, 3, 3)
+
+
+def test_an_exception_in_the_block_leaves_the_values(toys):
+    model = toys.two_bn()
+    before = toys.state(model)
+
+    def fail():
+        with Surgery().recorded(model):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    toys.assert_same_state(model, before)
+
+
+def test_a_block_that_removes_nothing_records_nothing(toys):
+    model = toys.two_bn()
+    before = toys.state(model)
+    surgery = prune(model, {})
+    assert surgery.to_json() == {"kept": {}, "attributes": {}}
+    toys.assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("wrong", ["conv_head", "flattened"])
+def test_rebuild_on_another_architecture_is_refused(toys, wrong):
+    surgery = prune(toys.two_bn(), {"conv2": [0]})
+    with pytest.raises(ArtifactError, match=r"no tensor .conv2\.weight."):
+        surgery.rebuild(getattr(toys, wrong)())
+
+
+def test_rebuild_on_a_smaller_model_is_refused(toys):
+    surgery = prune(toys.residual(), {"conv3": [0]})  # keeps 1 to 4 of conv3's 5
+    small = nn.Module()
+    small.conv3 = nn.Conv2d(4, 3, 3)
+    small.bn3 = nn.BatchNorm2d(3)
+    small.fc = nn.Linear(3, 3)
+    with pytest.raises(ArtifactError, match="do not exist"):
+        surgery.rebuild(small)
+
+
+def test_rebuild_with_a_size_the_module_does_not_have_is_refused(toys):
+    surgery = Surgery({}, {"conv1": {"no_such_size": 3}})
+    with pytest.raises(ArtifactError, match="no_such_size"):
+        surgery.rebuild(toys.two_bn())
+
+
+class Normed(nn.Module):
+    """conv1 → a normalisation layer → relu → fc."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 1, bias=False)
+        self.norm = norm
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.norm(self.conv1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [BatchNormAct2d, nn.BatchNorm2d, lambda c: nn.BatchNorm2d(c, affine=False), FrozenBatchNorm2d],
+    ids=["timm", "torch", "not affine", "frozen"],
+)
+def test_every_kind_of_batch_norm_is_cut_or_the_group_is_skipped(norm):
+    model = Normed(norm(4)).eval()
+    with torch.no_grad():
+        model.norm.running_mean.copy_(torch.tensor([0.0, 1, 2, 3]))
+    found, skipped = ChannelGraph(model, SIZE, 3).groups()
+    if not found:
+        assert skipped[0].group == "conv1"
+        return
+    prune(model, {"conv1": [0, 2]})
+    assert model.norm.running_mean.tolist() == [1, 3]
+    assert model(images()).shape == (2, 3)
+
+
+# --- selection --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "original", "now", "expected"),
+    [
+        (Limits(), 16, 16, 14),  # a tenth of 16 is 1.6: 14 of 16 may go, 2 stay
+        (Limits(), 10, 10, 8),  # nine of ten may go, but never fewer than 2 are left
+        (Limits(chunk=4), 16, 16, 12),  # 14 spare, in fours
+        (Limits(chunk=4), 16, 5, 0),  # 3 spare, no whole chunk
+        (Limits(max_ratio=0.5), 16, 12, 4),  # floor 8
+        (Limits(max_ratio=0.5), 16, 8, 0),
+        (Limits(max_ratio=0.5), 16, 6, 0),  # below the floor already
+        (Limits(min_channels=7), 16, 16, 9),
+        (Limits(max_ratio=0.29), 100, 100, 29),  # 0.29·100 is 28.999… in floating point
+        (Limits(max_ratio=1, min_channels=1), 8, 8, 7),
+        (Limits(max_ratio=1, min_channels=1, chunk=8), 8, 8, 0),
+    ],
+)
+def test_spare(limits, original, now, expected):
+    assert limits.spare(original, now) == expected
+
+
+def group(name, channels):
+    return ChannelGroup(name, channels, ())
+
+
+A, B = group("a", 4), group("b", 4)
+SCORES = [torch.tensor([5.0, 1, 3, 2]), torch.tensor([0.5, 9, 2.5, 8])]
+FREE = Limits(max_ratio=1, min_channels=1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        (1, {"b": [0]}),  # 0.5
+        (3, {"b": [0], "a": [1, 3]}),  # 0.5, 1, 2
+        (5, {"b": [0, 2], "a": [1, 3, 2]}),  # 0.5, 1, 2, 2.5, 3
+        (99, {"b": [0, 2, 3], "a": [1, 3, 2]}),  # one of each stays
+    ],
+)
+def test_choose_takes_the_lowest_scores_of_all_groups(channels, expected):
+    assert choose([A, B], SCORES, {"a": 4, "b": 4}, FREE, channels) == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        # Chunks of two, by mean: a {1,3} 1.5, b {0,2} 1.5, then none (one must stay).
+        (1, {"a": [1, 3]}),  # at least one chunk
+        (3, {"a": [1, 3]}),  # a second chunk would make four
+        (4, {"a": [1, 3], "b": [0, 2]}),
+        (99, {"a": [1, 3], "b": [0, 2]}),
+    ],
+)
+def test_choose_in_chunks(channels, expected):
+    limits = Limits(chunk=2, max_ratio=1, min_channels=1)
+    assert choose([A, B], SCORES, {"a": 4, "b": 4}, limits, channels) == expected
+
+
+def test_choose_minds_what_was_removed_before():
+    # a had 8 channels, of which half may go: none is spare at 4. b may lose 2 of 4.
+    chosen = choose([A, B], SCORES, {"a": 8, "b": 4}, Limits(max_ratio=0.5), 99)
+    assert chosen == {"b": [0, 2]}
+
+
+def test_choose_nothing_where_the_limits_leave_nothing():
+    assert choose([A, B], SCORES, {"a": 4, "b": 4}, Limits(min_channels=4), 3) == {}
+
+
+def test_choose_takes_negative_scores_first():
+    scores = [torch.tensor([0.0, 1, 2, 3]), torch.tensor([-1.0, -3, -2, 4])]
+    chosen = choose([A, B], scores, {"a": 4, "b": 4}, FREE, 3)
+    assert chosen == {"b": [1, 2, 0]}

@@ -1,0 +1,427 @@
+"""Reports: pictures to the pixel, records that survive a crash, a page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from dreamkit.errors import OptionError, RunDirectoryError
+from dreamkit.report import run_log
+from dreamkit.report.figures import curves, grid
+from dreamkit.report.html import render
+from dreamkit.report.run_log import FileLog, read_records
+from dreamkit.report.tables import quantity, summary_rows
+from dreamkit.trackers.csv import CSVTracker
+
+# --- the grid ---------------------------------------------------------------------------------
+
+
+def flat(values, channels=1, side=8):
+    return torch.stack([torch.full((channels, side, side), v, dtype=torch.uint8) for v in values])
+
+
+def test_grid_puts_a_class_in_a_column():
+    # 8×8 images are enlarged 8 times to 64×64; with a gap of 6: 70 each, and 6 at the end.
+    # Class 2 has two images and class 5 one: 2 rows and 2 columns.
+    picture = grid(flat([10, 20, 30]), torch.tensor([5, 2, 2]))
+    assert picture.size == (2 * 70 + 6, 2 * 70 + 6)
+    array = np.array(picture)
+    assert (array[6:70, 6:70] == 20).all()  # row 1: the first of class 2 ...
+    assert (array[6:70, 76:140] == 10).all()  # ... and of class 5
+    assert (array[76:140, 6:70] == 30).all()  # row 2: the second of class 2
+    assert (array[76:140, 76:140] == 128).all()  # and none
+    assert (array[:6] == 128).all()
+    assert (array[:, 70:76] == 128).all()
+
+
+def test_grid_enlarges_without_smoothing():
+    image = torch.tensor([[[0, 255], [100, 7]]], dtype=torch.uint8).unsqueeze(0)
+    array = np.array(grid(image, torch.tensor([0])))
+    assert array.shape == (76, 76)  # 2×2, 32 times
+    assert (array[6:38, 6:38] == 0).all()
+    assert (array[6:38, 38:70] == 255).all()
+    assert (array[38:70, 6:38] == 100).all()
+
+
+def test_grid_of_colours_that_are_not_square():
+    image = torch.zeros(1, 3, 16, 32, dtype=torch.uint8)
+    image[:, 0] = 200
+    picture = grid(image, torch.tensor([0]))
+    assert picture.mode == "RGB"
+    assert picture.size == (32 * 2 + 12, 16 * 2 + 12)  # twice: 64 across at the most
+    assert picture.getpixel((6, 6)) == (200, 0, 0)
+
+
+def test_grid_shows_eight_rows_at_the_most():
+    assert grid(flat([1] * 9), torch.zeros(9)).size == (76, 8 * 70 + 6)
+
+
+def test_grid_of_more_than_ten_classes_is_in_order():
+    # Eleven images of eleven classes: ten columns, the last image begins the second row.
+    array = np.array(grid(flat(range(11)), torch.arange(11)))
+    assert array.shape == (2 * 70 + 6, 10 * 70 + 6)
+    assert [int(array[6, 6 + 70 * c]) for c in range(10)] == list(range(10))
+    assert array[76, 6] == 10
+    assert array[76, 76] == 128
+
+
+def test_grid_of_large_images_is_not_enlarged():
+    assert grid(torch.zeros(1, 1, 100, 100, dtype=torch.uint8), torch.tensor([0])).size == (
+        112,
+        112,
+    )
+
+
+# --- curves -----------------------------------------------------------------------------------
+
+RECORDS = [{"step": s, "loss": 5.0 / s, "tv": 0.1 * s, "r": 1.0} for s in range(1, 6)]
+
+
+def test_curves_are_an_svg_with_a_panel_for_each_number():
+    svg = curves("synthesis", RECORDS)
+    assert svg.startswith("<svg")
+    root = ElementTree.fromstring(svg)
+    texts = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"loss", "tv", "r"} <= texts
+    panels = [n for n in root.iter() if re.fullmatch(r"axes_\d+", n.get("id", ""))]
+    assert len(panels) == 3
+
+
+def test_curves_are_the_same_every_time_and_leave_matplotlib_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    assert curves("synthesis", RECORDS) == curves("synthesis", RECORDS)
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"step": 1, "x": None}],
+        [{"step": 1, "x": 1.0}, {"step": 2, "x": None, "y": 2.0}],
+        [{"step": 1, "x": 0.0}, {"step": 2, "x": -1.0}],
+        [{"step": 1}],
+    ],
+    ids=["all missing", "some missing", "negative", "no numbers"],
+)
+def test_curves_take_what_a_log_may_hold(records):
+    ElementTree.fromstring(curves("x", records))
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1234, "1.23 k"),
+        (25_557_032, "25.6 M"),
+        (4.09e9, "4.09 G"),
+        (999_999, "1 M"),
+        (999.7, "1 k"),
+        (999_999_999, "1 G"),
+    ],
+)
+def test_quantity(value, expected):
+    assert quantity(value) == expected
+
+
+def test_summary_rows_by_hand():
+    header, rows = summary_rows(
+        {
+            "teacher.accuracy": 0.98765,
+            "student.accuracy": 0.5,
+            "student.agreement": 1,
+            "pruned.accuracy": 0.25,
+            "teacher.params": 1234,
+            "student.params": 999,
+            "teacher.latency_ms": 1.23456,
+            "synthesis.images": 8,
+        }
+    )
+    assert header == ["model", "accuracy", "agrees with teacher", "parameters", "latency"]
+    assert rows == [
+        ["teacher", "0.9877", "-", "1.23 k", "1.235 ms"],
+        ["pruned, before recovery", "0.2500", "-", "-", "-"],
+        ["student", "0.5000", "1.0000", "999", "-"],
+    ]
+
+
+def test_summary_of_a_run_that_measured_nothing():
+    assert summary_rows({"synthesis.images": 8}) == (["model"], [])
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+REPORT = {
+    "name": "a <run>",
+    "description": "of & all",
+    "teacher": {"name": "toy", "origin": "tests"},
+    "seed": 3,
+    "device": "cpu",
+    "notes": ["mind <this>"],
+    "metrics": {"teacher.accuracy": 0.5, "synthesis.images": 4},
+    "details": {},
+    "versions": {"torch": "2"},
+}
+
+
+def page(**records):
+    picture = grid(flat([1, 2]), torch.tensor([0, 1]))
+    return render(REPORT, records, "name: <x>\n", picture)
+
+
+def test_the_page_needs_nothing_else():
+    text = page(synthesis=RECORDS, training=RECORDS)
+    for attribute in ("src", "href", "xlink:href", "action", "data", "poster"):
+        for value in re.findall(rf'[\s:]{attribute}\s*=\s*["\']([^"\']*)', text):
+            assert value.startswith(("data:", "#")), value
+    assert not re.search(r"url\((?!['\"]?#)", text)
+    for tag in ("<script", "<link", "<iframe", "<object", "@import"):
+        assert tag not in text
+    # What addresses are left only name XML's vocabularies and the program that drew the curves.
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    named = ("http://www.w3.org/", "http://purl.org/", "http://creativecommons.org/ns#")
+    assert all(a.startswith((*named, "https://matplotlib.org/")) for a in addresses), addresses
+
+
+def test_drawings_on_one_page_do_not_share_what_they_refer_to():
+    text = page(synthesis=RECORDS, training=[{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}])
+    referred = set(re.findall(r'(?:url\(#|xlink:href="#)([\w-]+)', text))
+    assert referred
+    for identity in referred:
+        assert text.count(f'id="{identity}"') == 1, identity
+
+
+def test_the_page_shows_what_was_run():
+    text = page(synthesis=RECORDS)
+    for escaped in ("a &lt;run&gt;", "of &amp; all", "mind &lt;this&gt;", "name: &lt;x&gt;"):
+        assert escaped in text
+    assert "<td>0.5000</td>" in text
+    assert text.count("<svg") == 1
+    assert 'src="data:image/png;base64,' in text
+    without = render(REPORT, {}, "", None)
+    assert "<img" not in without
+    assert "<svg" not in without
+
+
+def test_layers_are_averaged_over_batches_and_not_drawn():
+    layers = [{"step": 0, "bn1": 1.0, "bn2": 4.0}, {"step": 1, "bn1": 2.0, "bn2": 8.0}]
+    text = page(**{"r_feature by layer": layers})
+    assert "<td>bn1</td><td>1.5000</td>" in text
+    assert "<td>bn2</td><td>6.0000</td>" in text
+    assert "<svg" not in text
+
+
+def test_a_layer_whose_statistics_overflowed_does_not_lose_the_page():
+    # A number that was not finite is written to the log as null.
+    layers = [{"step": 0, "bn1": None, "bn2": 4.0}, {"step": 1, "bn1": 2.0, "bn2": 8.0}]
+    assert "<td>bn2</td><td>6.0000</td>" in page(**{"r_feature by layer": layers})
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def log(tmp_path):
+    opened = FileLog(tmp_path, console())
+    yield opened
+    opened.close()
+
+
+def test_records_by_stage_in_order_of_step(log, tmp_path):
+    log.record("a", 2, loss=2.0)
+    log.record("b", 1, x=9.0)
+    log.record("a", 1, loss=1.0)
+    assert read_records(tmp_path) == {
+        "a": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}],
+        "b": [{"step": 1, "x": 9.0}],
+    }
+
+
+def test_a_step_done_again_counts_once_as_it_was_last(log, tmp_path):
+    log.record("a", 1, loss=1.0)
+    log.record("a", 2, loss=2.0)
+    log.record("a", 1, loss=7.0)
+    assert read_records(tmp_path)["a"] == [{"step": 1, "loss": 7.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_numbers_that_are_not_finite_are_null(log, tmp_path):
+    log.record("a", 1, x=float("nan"), y=float("inf"), z=1.0)
+    line = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "stage": "a",
+        "step": 1,
+        "x": None,
+        "y": None,
+        "z": 1.0,
+    }
+
+
+def test_a_line_cut_short_is_passed_over(log, tmp_path):
+    log.record("a", 1, loss=1.0)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "a", "step": 2, "lo')
+    assert read_records(tmp_path) == {"a": [{"step": 1, "loss": 1.0}]}
+
+
+def test_a_resumed_run_does_not_write_into_the_line_cut_short(log, tmp_path):
+    log.record("a", 1, loss=1.0)
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"stage": "a", "step": 2, "lo')
+    resumed = FileLog(tmp_path, console())
+    resumed.record("a", 2, loss=2.0)
+    resumed.record("a", 3, loss=3.0)
+    resumed.close()
+    assert [record["step"] for record in read_records(tmp_path)["a"]] == [1, 2, 3]
+
+
+def test_a_resumed_run_goes_on_in_the_same_file(log, tmp_path):
+    log.record("a", 1, loss=1.0)
+    log.close()
+    resumed = FileLog(tmp_path, console())
+    resumed.record("a", 2, loss=2.0)
+    resumed.close()
+    assert len(read_records(tmp_path)["a"]) == 2
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"log\.jsonl cannot be written"):
+        FileLog(tmp_path, console())
+
+
+def test_trackers_get_every_record(tmp_path):
+    class Tracker:
+        def __init__(self):
+            self.seen = []
+
+        def record(self, record):
+            self.seen.append(dict(record))
+
+    tracker = Tracker()
+    log = FileLog(tmp_path, console(), [tracker, tracker])
+    log.record("a", 1, loss=1.0)
+    log.close()
+    assert tracker.seen == [{"stage": "a", "step": 1, "loss": 1.0}] * 2
+
+
+def test_notes_are_shown_and_kept(log):
+    log.note("mind [this]")
+    assert log.notes == ["mind [this]"]
+    assert log.console.file.getvalue() == "note: mind [this]\n"
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+def test_plain_progress(log, monkeypatch):
+    monkeypatch.setattr(run_log, "_PLAIN_LINE_SECONDS", 0.0)
+    with log.progress("dreaming", 4) as advance:
+        for done in range(5):
+            advance(done)
+    lines = log.console.file.getvalue().splitlines()
+    assert [line.partition(",")[0] for line in lines[:-1]] == [
+        "dreaming: 25 % (1/4)",
+        "dreaming: 50 % (2/4)",
+        "dreaming: 75 % (3/4)",
+    ]
+    assert all(re.search(r", \d+ s left$", line) for line in lines[:-1])
+    assert re.fullmatch(r"dreaming: done in \d+\.\d s", lines[-1])
+
+
+def test_plain_progress_is_silent_between_its_lines(log):
+    with log.progress("dreaming", 1000) as advance:
+        for done in range(1000):
+            advance(done)
+    assert log.console.file.getvalue().count("\n") == 1
+
+
+def test_plain_progress_tells_the_time_left(log, monkeypatch):
+    now = iter([0.0, 0.0, 10.0, 12.0])  # start, the progress's own start, one step, the end
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))
+    with log.progress("dreaming", 4) as advance:
+        advance(1)  # one of four in 10 s: three more take 30 s
+    text = log.console.file.getvalue()
+    assert text == "dreaming: 25 % (1/4), 30 s left\ndreaming: done in 12.0 s\n"
+    assert log.seconds == {"dreaming": 12.0}
+
+
+def test_a_failing_stage_is_timed_but_not_done(log):
+    with pytest.raises(KeyboardInterrupt), log.progress("dreaming", 4):
+        raise KeyboardInterrupt
+    assert "done" not in log.console.file.getvalue()
+    assert "dreaming" in log.seconds
+
+
+def test_a_stage_entered_twice_adds_up(log, monkeypatch):
+    now = iter([0.0, 0.0, 2.0, 5.0, 5.0, 8.0])
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))
+    for _ in range(2):
+        with log.progress("a", 1):
+            pass
+    assert log.seconds == {"a": 5.0}
+
+
+def test_progress_on_a_terminal(tmp_path):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    log = FileLog(tmp_path, terminal)
+    with log.progress("dreaming", 4) as advance:
+        advance(4)
+    log.close()
+    text = terminal.file.getvalue()
+    assert "4/4" in text
+    assert "100%" in text
+
+
+# --- csv --------------------------------------------------------------------------------------
+
+
+def rows(folder, name="log.csv"):
+    with (folder / name).open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_csv_tracker(tmp_path):
+    tracker = CSVTracker()
+    tracker.start(tmp_path, {})
+    tracker.record({"stage": "a", "step": 3, "loss": 1.5, "tv": None})
+    tracker.finish({"student.accuracy": 0.5})
+    assert rows(tmp_path) == [
+        ["stage", "step", "name", "value"],
+        ["a", "3", "loss", "1.5"],
+        ["a", "3", "tv", ""],
+        ["final", "0", "student.accuracy", "0.5"],
+    ]
+
+
+def test_csv_tracker_goes_on_after_a_resume(tmp_path):
+    for step in (1, 2):
+        tracker = CSVTracker(file="x.csv")
+        tracker.start(tmp_path, {})
+        tracker.record({"stage": "a", "step": step, "loss": 0.0})
+    assert [row[1] for row in rows(tmp_path, "x.csv")] == ["step", "1", "2"]
+
+
+def test_csv_tracker_stays_in_the_run_directory():
+    with pytest.raises(OptionError) as caught:
+        CSVTracker(file="../x.csv")
+    assert caught.value.option == "file"

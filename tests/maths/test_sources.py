@@ -1,0 +1,219 @@
+"""Sources of images: sizes, labels and pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.sources.digits import Digits
+from dreamkit.sources.folder import Folder
+from dreamkit.sources.torchvision import TorchvisionDataset
+
+
+def pixels(height, width, seed=0):
+    total = height * width * 3
+    return (np.arange(total) * 31 % 256 + seed).astype(np.uint8).reshape(height, width, 3)
+
+
+def write(folder, name, array):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(folder / name)
+    return torch.from_numpy(array).permute(2, 0, 1) if array.ndim == 3 else torch.from_numpy(array)
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def test_folders_in_alphabetical_order_are_outputs_in_order(toys, tmp_path):
+    second = write(tmp_path / "b", "0.png", pixels(8, 8, 1))
+    first = [write(tmp_path / "a", f"{i}.png", pixels(8, 8, 2 + i)) for i in range(2)]
+    images = Folder(str(tmp_path)).open(toys.card())
+    assert len(images) == 3
+    stored, labels = images.batch([0, 1, 2])
+    assert labels.tolist() == [0, 0, 1]
+    assert labels.dtype == torch.int64
+    assert stored.dtype == torch.uint8
+    assert torch.equal(stored, torch.stack([*first, second])), "exact where the size is right"
+    stored, labels = images.batch([2, 0])
+    assert torch.equal(stored, torch.stack([second, first[0]]))
+    assert labels.tolist() == [1, 0]
+
+
+def test_folders_named_like_the_teachers_classes_are_mapped(toys, tmp_path):
+    for name in ("cat", "zebra"):
+        write(tmp_path / name, "0.png", pixels(8, 8))
+    card = toys.card(class_names=("zebra", "dog", "cat"))
+    assert Folder(str(tmp_path)).open(card).labels.tolist() == [2, 0]
+    write(tmp_path / "unknown", "0.png", pixels(8, 8))  # then it is by order
+    assert Folder(str(tmp_path)).open(card).labels.tolist() == [0, 1, 2]
+
+
+def test_the_centre_is_cropped(toys, tmp_path):
+    # 8 high and 14 wide: nothing is resized, and 3 columns go on either side.
+    whole = write(tmp_path / "a", "0.png", pixels(8, 14))
+    stored, _ = Folder(str(tmp_path)).open(toys.card()).batch([0])
+    assert torch.equal(stored[0], whole[:, :, 3:11])
+
+
+def test_resize_is_a_multiple_of_the_crop(toys, tmp_path):
+    # resize 2: the shorter side becomes 16, which it is, and the middle 8×8 is cut out.
+    whole = write(tmp_path / "a", "0.png", pixels(16, 20))
+    stored, _ = Folder(str(tmp_path), resize=2.0).open(toys.card()).batch([0])
+    assert torch.equal(stored[0], whole[:, 4:12, 6:14])
+
+
+def test_larger_images_are_resized(toys, tmp_path):
+    # Left half black, right half white: so it stays, away from the seam.
+    array = np.zeros((32, 32, 3), np.uint8)
+    array[:, 16:] = 255
+    write(tmp_path / "a", "0.png", array)
+    stored, _ = Folder(str(tmp_path)).open(toys.card()).batch([0])
+    assert stored.shape == (1, 3, 8, 8)
+    assert (stored[..., :3] < 8).all()
+    assert (stored[..., 5:] > 247).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (8, 16), (32, 8), (5, 5)], ids=["square", "fits", "tall", "small"]
+)
+def test_a_card_that_is_not_square_is_filled(toys, tmp_path, shape):
+    # A white image is white at any size: there is no border of another colour.
+    write(tmp_path / "a", "0.png", np.full((*shape, 3), 255, np.uint8))
+    card = toys.card(size=(3, 8, 16))
+    stored, _ = Folder(str(tmp_path)).open(card).batch([0])
+    assert stored.shape == (1, 3, 8, 16)
+    assert (stored == 255).all()
+    images = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(card)
+    assert (images.batch([0])[0] == 255).all()
+
+
+def test_grey_and_colour(toys, tmp_path):
+    grey = write(tmp_path / "a", "0.png", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    one = Folder(str(tmp_path)).open(toys.card(size=(1, 8, 8))).batch([0])[0]
+    assert torch.equal(one, grey.view(1, 1, 8, 8))
+    three = Folder(str(tmp_path)).open(toys.card()).batch([0])[0]
+    assert torch.equal(three, grey.expand(1, 3, 8, 8))
+    write(tmp_path / "b", "0.png", np.full((8, 8, 3), (255, 0, 0), np.uint8))
+    red = Folder(str(tmp_path)).open(toys.card(size=(1, 8, 8))).batch([1])[0]
+    assert red.unique().tolist() == [76]  # ITU-R 601: 0.299·255
+
+
+def test_too_many_classes(toys, tmp_path):
+    for name in "abcd":
+        write(tmp_path / name, "0.png", pixels(8, 8))
+    with pytest.raises(DreamkitError, match="4 class folders, toy has 3 outputs"):
+        Folder(str(tmp_path)).open(toys.card())
+    proxies = Folder(str(tmp_path), labelled=False).open(toys.card())
+    assert proxies.labels.tolist() == [0, 0, 0, 0]
+
+
+def test_folder_refusals(toys, tmp_path):
+    with pytest.raises(OptionError, match="no such folder") as caught:
+        Folder(str(tmp_path / "none"))
+    assert caught.value.option == "path"
+    with pytest.raises(OptionError, match="at least 1") as caught:
+        Folder(str(tmp_path), resize=0.5)
+    assert caught.value.option == "resize"
+    with pytest.raises(DreamkitError, match=str(tmp_path)):
+        Folder(str(tmp_path)).open(toys.card())  # no class folders
+    write(tmp_path / "a", "0.png", pixels(8, 8))
+    with pytest.raises(DreamkitError, match="1, 3 or 4 channels"):
+        Folder(str(tmp_path)).open(toys.card(size=(2, 8, 8), mean=(0, 0), std=(1, 1)))
+
+
+def test_a_file_that_is_no_image_is_named(toys, tmp_path):
+    write(tmp_path / "a", "0.png", pixels(8, 8))
+    (tmp_path / "a" / "0.png").write_bytes(b"not a picture")
+    with pytest.raises(DreamkitError, match=r"0\.png cannot be decoded"):
+        Folder(str(tmp_path)).open(toys.card()).batch([0])
+
+
+# --- digits -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits(toys):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn (dreamkit[demo])")
+    card = toys.card(size=(1, 8, 8), classes=10)
+    return {split: Digits(split).open(card) for split in ("train", "test")}
+
+
+def test_digits_are_split_without_overlap_or_loss(digits):
+    from sklearn.datasets import load_digits
+
+    train, test = digits["train"], digits["test"]
+    assert (len(train), len(test)) == (1257, 540)  # 30 % of 1797, rounded up
+    data = load_digits()
+    whole = sorted((row.tobytes(), int(y)) for row, y in zip(data.images, data.target, strict=True))
+    assert len(set(whole)) == 1797, "no image occurs twice, so sets tell splits apart"
+
+    def rows(part):
+        return {
+            (x.numpy().tobytes(), int(y)) for x, y in zip(part.images, part.labels, strict=True)
+        }
+
+    assert not rows(train) & rows(test)
+    assert len(rows(train) | rows(test)) == 1797
+
+
+def test_digits_are_stratified(digits):
+    train, test = (torch.bincount(digits[s].labels, minlength=10) for s in ("train", "test"))
+    share = test / (train + test)
+    assert ((share > 0.29) & (share < 0.31)).all()
+
+
+def test_digits_are_stored_over_the_whole_range(digits, toys):
+    # scikit-learn counts 0 to 16: 16 is 255, 8 is 127.5, which rounds to even, 128.
+    images = digits["test"].images
+    assert images.dtype == torch.uint8
+    assert images.shape == (540, 1, 8, 8)
+    values = images.unique().tolist()
+    assert values == [round(v * 255 / 16) for v in range(17)]
+    again = Digits("test").open(toys.card(size=(1, 8, 8), classes=10))
+    assert torch.equal(again.images, images), "the split is fixed"
+
+
+def test_digits_do_not_fit_another_teacher(toys):
+    with pytest.raises(DreamkitError, match=r"\(1, 8, 8\)"):
+        Digits().open(toys.card())
+
+
+# --- torchvision ------------------------------------------------------------------------------
+
+
+def test_torchvision_fake_data(toys):
+    # FakeData has no folder: its first parameter is how many images there are.
+    source = TorchvisionDataset(
+        "FakeData", arguments={"size": 5, "image_size": [3, 8, 8], "num_classes": 3}
+    )
+    images = source.open(toys.card())
+    assert len(images) == 5
+    stored, labels = images.batch([4, 0])
+    assert stored.shape == (2, 3, 8, 8)
+    assert stored.dtype == torch.uint8
+    assert labels.dtype == torch.int64
+    assert 0 <= labels.min() <= labels.max() < 3
+    assert torch.equal(images.batch([0])[0][0], stored[1])
+
+
+def test_torchvision_image_folder(toys, tmp_path):
+    whole = write(tmp_path / "b", "0.png", pixels(8, 14))
+    write(tmp_path / "a", "0.png", pixels(8, 8))
+    images = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(toys.card())
+    stored, labels = images.batch([1])
+    assert labels.tolist() == [1]
+    assert torch.equal(stored[0], whole[:, :, 3:11])
+    grey = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(toys.card(size=(1, 8, 8)))
+    assert grey.batch([0, 1])[0].shape == (2, 1, 8, 8)
+
+
+def test_torchvision_refusals(toys, tmp_path):
+    with pytest.raises(OptionError, match="did you mean 'CIFAR10'") as caught:
+        TorchvisionDataset("CIFAR1O")
+    assert caught.value.option == "dataset"
+    source = TorchvisionDataset("CIFAR10", root=str(tmp_path), arguments={"download": False})
+    with pytest.raises(DreamkitError, match="CIFAR10 does not open"):
+        source.open(toys.card())

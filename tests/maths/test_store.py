@@ -1,0 +1,343 @@
+"""The dream store on disk: what it holds, what it refuses, and that writes are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torchvision.datasets import ImageFolder
+
+from dreamkit.errors import OptionError, RunDirectoryError, StoreError
+from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.store.dreams import DreamStore, export_dreams
+from dreamkit.store.run_directory import RunDirectory, read_report
+from dreamkit.store.source import Dreams
+from dreamkit.types import Card, StoredImages
+
+SETTINGS = {"seed": 1, "teacher_sha256": "t", "synthesis": {"images": 4, "size": [8, 8]}}
+
+
+def content(first=0, count=2, channels=3):
+    total = count * channels * 4 * 5
+    pixels = ((torch.arange(total) + 17 * first) % 256).to(torch.uint8)
+    logits = torch.linspace(-3, 3, count * 3).view(count, 3)
+    return StoredImages(pixels.view(count, channels, 4, 5), torch.arange(count) % 3, logits)
+
+
+def filled(folder, count=2):
+    store = DreamStore(folder, SETTINGS)
+    for index in range(count):
+        store.write(index, content(index), seconds=1.5, loss=0.25, r_feature=2.0 + index)
+    return store
+
+
+def all_images(store):
+    images = store.open()
+    return images.batch(range(len(images)))[0]
+
+
+def leftovers(folder):
+    return [p.name for p in folder.rglob("*") if ".tmp" in p.name]
+
+
+# --- shards and manifest ----------------------------------------------------------------------
+
+
+def test_shard_content_and_dtypes(tmp_path):
+    filled(tmp_path)
+    shard = safetensors.torch.load_file(tmp_path / "shard-000001.safetensors")
+    expected = content(1)
+    assert {k: v.dtype for k, v in shard.items()} == {
+        "images": torch.uint8,
+        "labels": torch.int64,
+        "teacher_logits": torch.float16,
+    }
+    assert torch.equal(shard["images"], expected.images)
+    assert torch.equal(shard["labels"], expected.labels)
+    assert torch.equal(shard["teacher_logits"], expected.teacher_logits.half())
+
+
+def test_manifest_vouches_for_the_shards(tmp_path):
+    filled(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_text())
+    assert data["format"] == 1
+    assert data["settings"] == SETTINGS
+    for index, entry in enumerate(data["shards"]):
+        blob = (tmp_path / entry["file"]).read_bytes()
+        assert entry == {
+            "index": index,
+            "file": f"shard-{index:06d}.safetensors",
+            "images": 2,
+            "sha256": hashlib.sha256(blob).hexdigest(),
+            "seconds": 1.5,
+            "loss": 0.25,
+            "r_feature": 2.0 + index,
+        }
+
+
+def test_read_again(tmp_path):
+    filled(tmp_path, 3)
+    store = DreamStore(tmp_path)
+    assert len(store) == 6
+    assert 2 in store
+    assert 3 not in store
+    assert store.seconds == pytest.approx(4.5)
+    opened = store.open()
+    assert len(opened) == 6
+    assert opened.shape == (3, 4, 5)
+    assert opened.labels.tolist() == [0, 1] * 3
+    assert opened.teacher_logits.dtype == torch.float16
+    assert torch.equal(opened.teacher_logits[2:4], content(1).teacher_logits.half())
+    assert torch.equal(all_images(store), torch.cat([content(i).images for i in range(3)]))
+
+
+def test_batches_cross_shards_in_any_order(tmp_path):
+    images, labels = filled(tmp_path, 3).open().batch([5, 0, 2])
+    expected = [content(2).images[1], content(0).images[0], content(1).images[0]]
+    assert torch.equal(images, torch.stack(expected))
+    assert labels.tolist() == [1, 0, 0]
+
+
+def test_loads_in_the_order_of_batches_not_of_writing(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    for index in (2, 0, 1):
+        store.write(index, content(index), 1.0, 0.0, None)
+    expected = torch.cat([content(i).images for i in range(3)])
+    assert torch.equal(all_images(store), expected)
+    assert torch.equal(all_images(DreamStore(tmp_path)), expected)
+
+
+def test_r_feature_is_averaged_over_images(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    assert store.r_feature is None
+    store.write(0, content(count=3), 1.0, 0.0, 10.0)
+    store.write(1, content(count=1), 1.0, 0.0, 2.0)
+    assert store.r_feature == pytest.approx((3 * 10 + 1 * 2) / 4)
+    store.write(2, content(count=5), 1.0, 0.0, None)  # unknown: left out
+    assert store.r_feature == pytest.approx(8)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    filled(tmp_path)
+    path = tmp_path / "shard-000001.safetensors"
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(StoreError, match=r"shard-000001\.safetensors is damaged"):
+        DreamStore(tmp_path).open()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    filled(tmp_path)
+    (tmp_path / "shard-000000.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"shard-000000.safetensors cannot be read"):
+        DreamStore(tmp_path).open()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"settings": {}, "shards": [{"index": 0}]}'], ids=repr
+)
+def test_a_damaged_manifest_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=r"manifest.json is damaged"):
+        DreamStore(tmp_path, SETTINGS)
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path):
+    filled(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(StoreError, match="format"):
+        DreamStore(tmp_path)
+
+
+def test_no_dreams(tmp_path):
+    with pytest.raises(StoreError, match="holds no dreams"):
+        DreamStore(tmp_path)
+    with pytest.raises(StoreError, match="holds no dreams"):
+        DreamStore(tmp_path, SETTINGS).open()
+
+
+def test_other_settings_are_refused_naming_those_that_differ(tmp_path):
+    filled(tmp_path)
+    other = SETTINGS | {"seed": 2, "extra": 1}
+    with pytest.raises(StoreError, match=r"\(extra, seed\)"):
+        DreamStore(tmp_path, other)
+
+
+def test_settings_that_differ_only_before_json_are_the_same(tmp_path):
+    filled(tmp_path)
+    tuples = SETTINGS | {"synthesis": {"images": 4, "size": (8, 8)}}
+    assert len(DreamStore(tmp_path, tuples)) == 4
+    with pytest.raises(StoreError, match=r"\(seed\)"):  # and not synthesis too
+        DreamStore(tmp_path, tuples | {"seed": 2})
+
+
+# --- whole or not at all ----------------------------------------------------------------------
+
+
+def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Path, "replace"), (os, "fsync")], ids=["replace", "fsync"]
+)
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, owner, name):
+    path = tmp_path / "x.json"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_an_interrupted_write_leaves_no_other_file(tmp_path, monkeypatch):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "x.json", b"new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_json(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, 2.5], "b": None})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2.5], "b": None}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["the shard", "the manifest"])
+def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatch, at):
+    store = filled(tmp_path, 1)
+    calls = []
+    replace = Path.replace
+
+    def fail_once(self, target):
+        calls.append(target)
+        if len(calls) == at + 1:
+            fail()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        store.write(1, content(1), 1.0, 0.0, None)
+    assert 1 not in store
+    assert leftovers(tmp_path) == []
+    again = DreamStore(tmp_path, SETTINGS)
+    assert len(again) == 2
+    assert torch.equal(all_images(again), content(0).images)
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_export_is_read_by_image_folder_with_equal_pixels(tmp_path, channels):
+    store = DreamStore(tmp_path / "dreams", SETTINGS)
+    store.write(0, content(0, 4, channels), 1.0, 0.0, None)
+    store.write(1, content(9, 2, channels), 1.0, 0.0, None)
+    assert export_dreams(store, tmp_path / "out", None) == 6
+    expected = all_images(store)
+    # Labels are 0 1 2 0 | 0 1, and ImageFolder lists class by class, in order of file name.
+    order = [0, 3, 4, 1, 5, 2]
+    found = ImageFolder(str(tmp_path / "out"))
+    assert found.classes == ["0", "1", "2"]
+    assert found.targets == [0, 0, 0, 1, 1, 2]
+    for (image, _), number in zip(found, order, strict=True):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(pixels, expected[number].expand(3, 4, 5))
+
+
+def test_export_names_classes_so_that_their_order_is_the_teachers(tmp_path):
+    store = DreamStore(tmp_path / "dreams", SETTINGS)
+    logits = torch.zeros(3, 12)
+    labels = torch.tensor([2, 10, 0])
+    store.write(0, StoredImages(content(0, 3).images, labels, logits), 1.0, 0.0, None)
+    names = [f"c/{12 - i}" for i in range(12)]  # not alphabetical, and no name for a folder
+    export_dreams(store, tmp_path / "out", names)
+    assert sorted(os.listdir(tmp_path / "out")) == ["00_c_12", "02_c_10", "10_c_2"]
+
+
+def test_export_refuses_a_folder_that_is_not_empty(tmp_path):
+    store = filled(tmp_path / "dreams")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(StoreError, match="not empty"):
+        export_dreams(store, out, None)
+    assert os.listdir(out) == ["mine.txt"]
+
+
+# --- as a source ------------------------------------------------------------------------------
+
+
+def card(channels):
+    return Card("toy", (channels, 4, 5), (0.5,) * channels, (0.5,) * channels, 3, "tests")
+
+
+def test_dreams_of_an_earlier_run(tmp_path):
+    filled(tmp_path / "dreams")
+    for path in (tmp_path, tmp_path / "dreams"):
+        images = Dreams(str(path)).open(card(3))
+        assert len(images) == 4
+        chosen, labels = images.batch([3, 0])
+        assert torch.equal(chosen, torch.stack([content(1).images[1], content(0).images[0]]))
+        assert labels.tolist() == [1, 0]
+
+
+def test_dreams_that_are_not_there_or_do_not_fit(tmp_path):
+    with pytest.raises(OptionError, match="no dreams") as caught:
+        Dreams(str(tmp_path))
+    assert caught.value.option == "path"
+    filled(tmp_path / "dreams")
+    with pytest.raises(StoreError, match="3 channels"):
+        Dreams(str(tmp_path)).open(card(1))
+
+
+# --- run directories --------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_claimed_by_one_recipe(tmp_path):
+    folder = tmp_path / "run"
+    first = RunDirectory(folder, "name: a\n")
+    assert not folder.exists(), "nothing is written before claim"
+    assert not first.started
+    first.claim()
+    assert first.recipe() == "name: a\n"
+    assert RunDirectory(folder, "name: a\n").started
+    with pytest.raises(RunDirectoryError, match="another recipe"):
+        RunDirectory(folder, "name: b\n")
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError, match="not empty and not a run"):
+        RunDirectory(tmp_path, "name: a\n")
+
+
+def test_claim_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunDirectoryError, match="No space"):
+        directory.claim()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_report_marks_a_run_as_finished(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    directory.claim()
+    assert not directory.finished
+    with pytest.raises(RunDirectoryError, match="no finished run"):
+        read_report(tmp_path / "run")
+    directory.write_report({"metrics": {"x": 1}})
+    assert directory.finished
+    assert read_report(tmp_path / "run") == {"metrics": {"x": 1}}

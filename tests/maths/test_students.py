@@ -1,0 +1,197 @@
+"""Saved students: the same outputs in a fresh process, without pickle and torch-pruning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+import dreamkit
+from dreamkit.errors import ArtifactError, DreamkitError
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.surgery import Surgery
+from dreamkit.store.artifact import read_artifact, write_artifact
+from dreamkit.teachers.bundled import BundledTeacher
+
+FRESH = """
+import pickle
+import sys
+
+import safetensors.torch
+import torch
+
+def refuse(*args, **kwargs):
+    raise AssertionError("pickle was used")
+
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+torch.set_num_threads(1)
+import dreamkit
+
+student, inputs, outputs = sys.argv[1:]
+model = dreamkit.load_student(student)
+assert not model.training
+with torch.no_grad():
+    logits = model(safetensors.torch.load_file(inputs)["x"])
+safetensors.torch.save_file({"logits": logits}, outputs)
+assert "torch_pruning" not in sys.modules, "the pruning library was imported"
+print("loaded")
+"""
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """Return a pruned digits teacher and the folder it is saved in."""
+    teacher = BundledTeacher("digits_resnet8").load(0)
+    model, surgery = teacher.model, Surgery()
+    for _ in range(2):  # two rounds
+        graph = ChannelGraph(model, (1, 8, 8), 10)
+        with surgery.recorded(model):
+            for group in graph.groups()[0]:
+                graph.remove(group, range(0, group.channels, 4))
+    with torch.no_grad():  # as recovery does
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    folder = tmp_path_factory.mktemp("run") / "student"
+    write_artifact(folder, model, teacher.card, teacher.builder, surgery.to_json())
+    return model, folder
+
+
+def test_a_fresh_process_gives_identical_outputs(pruned, tmp_path):
+    model, folder = pruned
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    safetensors.torch.save_file({"x": x}, tmp_path / "x.safetensors")
+    command = [sys.executable, "-c", FRESH, folder, tmp_path / "x.safetensors", tmp_path / "y"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "loaded"
+    with torch.no_grad():
+        expected = model(x)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "y")["logits"], expected)
+
+
+def test_the_pruned_student_is_smaller(pruned):
+    model, folder = pruned
+    whole = BundledTeacher("digits_resnet8").build()
+    # Of 16, 32 and 64 channels go 4, 8, 16 and then a quarter of the rest (3, 6, 12).
+    assert (whole.fc.in_features, model.fc.in_features) == (64, 36)
+    assert dreamkit.load_student(folder).conv1.weight.shape == (9, 1, 3, 3)
+
+
+def test_what_lies_on_disk(pruned):
+    _, folder = pruned
+    assert sorted(path.name for path in folder.iterdir()) == ["artifact.json", "model.safetensors"]
+    specification = json.loads((folder / "artifact.json").read_text())
+    assert specification["builder"] == {"source": "bundled", "model": "digits_resnet8"}
+    artifact = read_artifact(folder)
+    assert artifact.card.input_size == (1, 8, 8)
+    assert artifact.state["conv1.weight"].shape == (9, 1, 3, 3)
+
+
+def copied(pruned, tmp_path):
+    for path in pruned[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def edited(folder, **changes):
+    path = folder / "artifact.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_damaged_weights(pruned, tmp_path):
+    folder = copied(pruned, tmp_path)
+    blob = bytearray((folder / "model.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(blob)
+    with pytest.raises(ArtifactError, match=r"model.safetensors is damaged"):
+        dreamkit.load_student(folder)
+
+
+@pytest.mark.parametrize("name", ["artifact.json", "model.safetensors"])
+def test_a_missing_file_is_named(pruned, tmp_path, name):
+    folder = copied(pruned, tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(ArtifactError, match=f"no {name}"):
+        dreamkit.load_student(folder)
+
+
+def test_no_student_at_all(tmp_path):
+    with pytest.raises(ArtifactError, match="holds no student"):
+        dreamkit.load_student(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"], ids=repr)
+def test_a_damaged_specification(pruned, tmp_path, text):
+    folder = copied(pruned, tmp_path)
+    (folder / "artifact.json").write_text(text)
+    with pytest.raises(ArtifactError, match="cannot be read as a student"):
+        dreamkit.load_student(folder)
+
+
+def test_another_format(pruned, tmp_path):
+    with pytest.raises(ArtifactError, match="format 2, this version reads 1"):
+        dreamkit.load_student(edited(copied(pruned, tmp_path), format=2))
+
+
+def test_a_record_that_does_not_fit_the_builder(pruned, tmp_path):
+    surgery = {"kept": {"conv9.weight": [[0], None]}, "attributes": {}}
+    with pytest.raises(ArtifactError, match="conv9"):
+        dreamkit.load_student(edited(copied(pruned, tmp_path), surgery=surgery))
+
+
+def test_weights_that_do_not_fit_the_record(pruned, tmp_path):
+    with pytest.raises(DreamkitError, match="does not fit the model"):
+        dreamkit.load_student(edited(copied(pruned, tmp_path), surgery={}))
+
+
+def test_an_unknown_builder(pruned, tmp_path):
+    builder = {"source": "bundled", "model": "no_such_model"}
+    with pytest.raises(ArtifactError, match="its builder cannot be used"):
+        dreamkit.load_student(edited(copied(pruned, tmp_path), builder=builder))
+
+
+def test_a_builder_of_the_callers_own(pruned):
+    model, folder = pruned
+    loaded = dreamkit.load_student(folder, builder=BundledTeacher("digits_resnet8").build)
+    x = torch.ones(2, 1, 8, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_the_artifacts_own_code_runs_only_if_allowed(toys, tmp_path):
+    code = tmp_path / "net.py"
+    code.write_text(
+        "import pathlib\nfrom torch import nn\n\n"
+        f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n\n"
+        "def make(width):\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, width))\n"
+    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    builder = {
+        "source": "checkpoint",
+        "builder": f"{code}:make",
+        "arguments": {"width": 3},
+        "input_size": (3, 8, 8),
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "num_classes": 3,
+    }
+    write_artifact(tmp_path / "student", model, toys.card(), builder, {})
+    with pytest.raises(ArtifactError, match="allow_builder"):
+        dreamkit.load_student(tmp_path / "student")
+    assert not (tmp_path / "ran").exists()
+    loaded = dreamkit.load_student(tmp_path / "student", allow_builder=True)
+    assert (tmp_path / "ran").exists()
+    x = torch.ones(2, 3, 8, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_tied_weights_are_saved(toys, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    write_artifact(tmp_path, model, toys.card(), {}, {})
+    state = read_artifact(tmp_path).state
+    assert torch.equal(state["0.weight"], state["1.weight"])
