@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.card import Card
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.torch_eager import processor_name
 from dreamkit.sources.digits import SIZE, Digits
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.batches import epochs_of
-from dreamkit.types import Card
 
 NAME = "digits_resnet8"
 ARCHITECTURE = {"depth": 8, "num_classes": 10, "in_channels": 1, "width": 16}

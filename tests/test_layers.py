@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "errors", "version"},
+    {"types", "card", "errors", "version"},
     {"recipe", "registry", "model_state"},
     {
         *("regularizers", "teachers", "criteria", "sources", "latency", "pruning", "training"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dreamkit.card import Card
 from dreamkit.model_state import eval_mode
-from dreamkit.types import Card, Images
+from dreamkit.types import Images
 
 _BATCH = 256
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, import_extra
-from dreamkit.types import Card, Images, StoredImages
+from dreamkit.types import Images, StoredImages
 
 SIZE = (1, 8, 8)
 TEST_FRACTION = 0.3

@@ -12,9 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
 from dreamkit.sources.fitting import fitted
-from dreamkit.types import Card, Images
+from dreamkit.types import Images
 
 _THREADS = 4
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean
 from dreamkit.sources.fitting import fitted
-from dreamkit.types import Card, Images
+from dreamkit.types import Images
 
 
 @dataclass(frozen=True)

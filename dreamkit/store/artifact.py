@@ -16,9 +16,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dreamkit.card import Card
 from dreamkit.errors import ArtifactError
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.types import Card
 
 FORMAT = 1
 SPECIFICATION = "artifact.json"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dreamkit.card import Card
 from dreamkit.errors import MissingPath, StoreError
 from dreamkit.store.dreams import MANIFEST, DreamStore
-from dreamkit.types import Card, Images, RunContext
+from dreamkit.types import Images, RunContext
 
 
 def find_store(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, TeacherMismatch, placed
 from dreamkit.model_state import frozen
 from dreamkit.registry import EntryOf, Term, TermsOf
@@ -28,7 +29,6 @@ from dreamkit.synthesizers.bn_statistics import (
 )
 from dreamkit.types import (
     BatchPlan,
-    Card,
     Dream,
     InversionStep,
     OnStep,

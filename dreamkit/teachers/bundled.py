@@ -9,10 +9,11 @@ from importlib import resources
 import safetensors.torch
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.weights import hash_weights, load_into
-from dreamkit.types import Card, Teacher
+from dreamkit.types import Teacher
 
 
 @dataclass(frozen=True)

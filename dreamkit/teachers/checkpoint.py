@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.teachers.weights import (
     check_file,
@@ -22,7 +23,7 @@ from dreamkit.teachers.weights import (
     read_state_dict,
     seeded,
 )
-from dreamkit.types import Card, Teacher
+from dreamkit.types import Teacher
 
 
 @dataclass(frozen=True)

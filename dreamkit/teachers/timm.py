@@ -10,6 +10,7 @@ import timm
 from pydantic import Field
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.weights import (
     check_file,
@@ -20,7 +21,7 @@ from dreamkit.teachers.weights import (
     read_state_dict,
     seeded,
 )
-from dreamkit.types import Card, Teacher
+from dreamkit.types import Teacher
 
 
 @dataclass(frozen=True)

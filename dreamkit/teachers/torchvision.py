@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 from torchvision import models
 
+from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.weights import (
     check_file,
@@ -20,7 +21,7 @@ from dreamkit.teachers.weights import (
     read_state_dict,
     seeded,
 )
-from dreamkit.types import Card, Teacher
+from dreamkit.types import Teacher
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)

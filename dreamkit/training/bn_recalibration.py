@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dreamkit.card import Card
 from dreamkit.model_state import eval_mode
 from dreamkit.training.batches import in_order
-from dreamkit.types import Card, Images
+from dreamkit.types import Images
 
 
 @torch.no_grad()

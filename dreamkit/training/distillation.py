@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.model_state import frozen
 from dreamkit.training.batches import epochs_of
 from dreamkit.training.losses import distillation_loss
-from dreamkit.types import Card, Images
+from dreamkit.types import Images
 
 
 @dataclass(frozen=True)

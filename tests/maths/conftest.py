@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit.types import Card, StoredImages, Teacher
+from dreamkit.card import Card
+from dreamkit.types import StoredImages, Teacher
 
 
 @pytest.fixture(autouse=True)

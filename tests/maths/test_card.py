@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dreamkit.types import Card
+from dreamkit.card import Card
 
 
 def imagenet():

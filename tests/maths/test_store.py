@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 from torchvision.datasets import ImageFolder
 
+from dreamkit.card import Card
 from dreamkit.errors import OptionError, RunDirectoryError, StoreError
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.store.dreams import DreamStore, export_dreams
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.store.source import Dreams
-from dreamkit.types import Card, StoredImages
+from dreamkit.types import StoredImages
 
 SETTINGS = {"seed": 1, "teacher_sha256": "t", "synthesis": {"images": 4, "size": [8, 8]}}
 

@@ -14,11 +14,12 @@ from dreamkit_example.color_balance import ColorBalance
 from dreamkit_example.weight_std import WeightStd, filter_std
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.errors import RecipeError
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
-from dreamkit.types import Card, ChannelGroup, InversionStep, Member, PruningStep
+from dreamkit.types import ChannelGroup, InversionStep, Member, PruningStep
 
 EXAMPLE = Path(__file__).resolve().parents[1]
 
