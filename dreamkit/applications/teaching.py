@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.training.distillation import Distillation, distil
 from dreamkit.types import Images, RunContext
@@ -19,10 +19,10 @@ def train_student(
     every = max(1, total // _CURVE_POINTS)
     with context.log.progress(stage, total) as advance:
 
-        def on_step(done: int, loss: float) -> None:
+        def on_step(done: int, loss: Tensor) -> None:
             advance(done)
             if done % every == 0 or done == total:
-                context.log.record(stage, done, loss=loss)
+                context.log.record(stage, done, loss=float(loss))
 
         distil(
             student,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -44,7 +45,7 @@ def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Return JS(p_T, p_S) in nats, averaged over the batch; in [0, ln 2]."""
     log_p = F.log_softmax(teacher_logits, dim=1)
     log_q = F.log_softmax(student_logits, dim=1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     kl_p = (log_p.exp() * (log_p - log_m)).sum(1)
     kl_q = (log_q.exp() * (log_q - log_m)).sum(1)
     return (0.5 * (kl_p + kl_q)).mean()

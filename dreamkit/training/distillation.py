@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.model_state import frozen
@@ -56,7 +56,7 @@ def distil(
     options: Distillation,
     device: torch.device,
     generator: torch.Generator,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, Tensor], None],
 ) -> None:
     """Train ``student`` in place on the teacher's outputs; it is left in eval mode.
 
@@ -68,7 +68,7 @@ def distil(
         options: hyper-parameters.
         device: where both models are.
         generator: orders the images.
-        on_step: called with the steps done and the loss.
+        on_step: called with the steps done and the loss, which it may leave on the device.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -95,7 +95,7 @@ def distil(
             if options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             optimizer.step()
-            on_step(step + 1, float(loss.detach()))
+            on_step(step + 1, loss.detach())
     student.eval()
 
 
