@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5 epochs")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    if options.quick and options.folder == PACKAGE_FOLDER:
+        parser.error("--quick trains a worse teacher: give it a --folder of its own")
     start = time.perf_counter()
     model, card, test_accuracy = train(5 if options.quick else options.epochs, options.seed)
     seconds = time.perf_counter() - start

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -32,3 +34,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in gradients:
             parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def hooked(
+    modules: Iterable[tuple[str, nn.Module]], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Show ``see`` the name, the module and its first input before each forward of some modules."""
+
+    def before(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        see(name, module, inputs[0])
+
+    handles = [m.register_forward_pre_hook(partial(before, name)) for name, m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's global generators by ``seed``, and leave them as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's weights are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

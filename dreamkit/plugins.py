@@ -6,15 +6,11 @@ recipe itself names must load.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import os
-import sys
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +18,7 @@ import pluggy
 
 from dreamkit import hookspecs
 from dreamkit.errors import PluginError
+from dreamkit.importing import import_file
 from dreamkit.registry import KINDS, PluginFailure, Registries
 
 ENTRY_POINT_GROUP = "dreamkit"
@@ -54,16 +51,19 @@ def build_registries(plugins: Iterable[str] = ()) -> Registries:
     for room in _BUILTIN_ROOMS:
         _register(registries, importlib.import_module(room), BUILTIN_PROVIDER)
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    loaded: list[Any] = []
+    installed: list[tuple[str, Any]] = []
     for point in sorted(points, key=lambda point: (_provider_of(point), point.name)):
         provider = _provider_of(point)
         try:
             plugin = point.load()
             _register(registries, plugin, provider)
-            loaded.append(plugin)
+            installed.append((provider, plugin))
         except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-            registries.withdraw(provider)
             registries.failures.append(PluginFailure(provider, _one_line(error)))
+    failed = {failure.plugin for failure in registries.failures}
+    for provider in failed:  # a distribution is there as a whole or not at all
+        registries.withdraw(provider)
+    loaded = [plugin for provider, plugin in installed if provider not in failed]
     for reference in dict.fromkeys(_canonical(name) for name in plugins):
         try:
             plugin = _load(reference)
@@ -110,21 +110,6 @@ def _provider_of(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _load(reference: str) -> ModuleType:
-    if not reference.endswith(".py"):
-        return importlib.import_module(reference)
-    path = Path(reference).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    # A name of its own, so that two files of the same name do not meet in sys.modules.
-    name = f"dreamkit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    if reference.endswith(".py"):
+        return import_file(reference)
+    return importlib.import_module(reference)

@@ -25,7 +25,7 @@ from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.types import LatencyBackend, RunContext, Teacher
+from dreamkit.types import NO_LABEL, Images, LatencyBackend, RunContext, Teacher
 from dreamkit.version import __version__
 
 _PICTURED = 512
@@ -58,7 +58,9 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
-        console.print(f"{folder} already holds this recipe's finished run:", highlight=False)
+        console.print(
+            f"{folder} already holds this recipe's finished run:", highlight=False, markup=False
+        )
         show(read_report(folder), folder, console)
         return folder
     try:
@@ -77,8 +79,9 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
-    with placed("evaluation"):
-        evaluation = recipe.evaluation.open(teacher.card) if recipe.evaluation else None
+    evaluation = _open_evaluation(loaded, teacher)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what times models asks for the current device
     teacher.model.to(device)
     directory.claim()
     data = loaded.root.plain()
@@ -101,6 +104,7 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
             f"{recipe.name}: teacher {teacher.card.name} ({teacher.card.origin}), on {device}, "
             f"into {folder}",
             highlight=False,
+            markup=False,
         )
         _note_limits(context)
         with placed("application", always=False):
@@ -118,6 +122,17 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
     show(report, folder, console)
 
 
+def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
+    source = loaded.recipe.evaluation
+    if source is None:
+        return None
+    with placed("evaluation"):
+        images: Images = source.open(teacher.card)
+        if len(images) == 0 or int(images.batch([0])[1][0]) == NO_LABEL:
+            raise DreamkitError("evaluation needs images with labels")
+        return images
+
+
 def _note_limits(context: RunContext) -> None:
     if not context.teacher.card.trained:
         context.log.note(
@@ -126,8 +141,8 @@ def _note_limits(context: RunContext) -> None:
         )
     if context.evaluation is None:
         context.log.note(
-            "no evaluation images: accuracy on real data is unknown; 'agrees with teacher' is "
-            "measured on the images the student was trained on"
+            "no evaluation images: accuracy on real data is unknown; how often the student agrees "
+            "with the teacher is measured on the images it was trained on"
         )
 
 
@@ -150,7 +165,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBackend:
-    """Return the latency backend of the device a recipe runs on."""
+    """Return the latency backend of the device a recipe runs on; on MPS it is the CPU's."""
     name = "torch-cuda" if device.type == "cuda" else "torch-cpu"
     backend: LatencyBackend = loaded.registries["latency_backends"].resolve(name)()
     return backend
@@ -158,7 +173,7 @@ def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBacken
 
 def _report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:
     versions = {"dreamkit": __version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _VERSIONS}
+    versions |= {name: _version(name) for name in _VERSIONS}
     device = context.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
@@ -177,12 +192,19 @@ def _report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def _write_pages(report: dict[str, Any], directory: RunDirectory, context: RunContext) -> None:
     folder = directory.folder
     picture: Image.Image | None = None
     dreams = folder / RunContext.DREAMS
     if (dreams / MANIFEST).is_file():
-        content = DreamStore(dreams).open()
+        content = DreamStore(dreams).open(_PICTURED)
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
@@ -202,4 +224,6 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
+    )

@@ -135,8 +135,12 @@ class Synthesizer(Protocol):
         """Bind to a teacher on ``device``; on leaving, the teacher is as it was."""
 
 
+NO_LABEL = -1
+"""Stands for the class of an image whose class is not known."""
+
+
 class Images(Protocol):
-    """A labelled set of stored images, all of one size."""
+    """A set of stored images, all of one size, with labels (or ``NO_LABEL``)."""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -282,8 +286,8 @@ class Tracker(Protocol):
     def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         """Begin a run."""
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Take one record: ``stage``, ``step`` and numbers."""
+    def record(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
+        """Take one record; a number that is not finite comes as None."""
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Take the final metrics and close."""
@@ -292,8 +296,11 @@ class Tracker(Protocol):
 class RunLog(Protocol):
     """Where an application reports what it does."""
 
-    def record(self, stage: str, step: int, **numbers: float) -> None:
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Write one line to ``log.jsonl`` and to every tracker."""
+
+    def begin(self, stage: str) -> None:
+        """Forget what an interrupted try recorded under a stage that starts afresh."""
 
     def note(self, text: str) -> None:
         """Say something the user must know; it also stands in the report."""

@@ -59,7 +59,8 @@ class Distill:
         images = images_for(context, self.images)
         measure_quality(context, "teacher", teacher.model, None)
         start = time.perf_counter()
-        train_student(context, student, images, self.training, "training")
+        with placed("training", always=False):
+            train_student(context, student, images, self.training, "training")
         context.metrics["training.seconds"] = time.perf_counter() - start
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})

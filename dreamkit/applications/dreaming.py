@@ -13,9 +13,9 @@ from torch import Tensor
 from dreamkit.errors import DreamkitError, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.store.dreams import DreamStore
+from dreamkit.store.dreams import DreamStore, ShardedImages
 from dreamkit.store.source import Dreams
-from dreamkit.synthesizers.bn_statistics import captured_statistics
+from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import (
     BatchPlan,
     Dream,
@@ -43,7 +43,7 @@ def images_for(context: RunContext, source: ImageSource | None) -> Images:
         DreamkitError: the source is empty.
     """
     if is_own_dreams(source):
-        images: Images = dream_into_store(context).open()
+        images: Images = dream_into_store(context)
     else:
         assert source is not None
         with placed("images"):
@@ -53,10 +53,15 @@ def images_for(context: RunContext, source: ImageSource | None) -> Images:
     return images
 
 
-def dream_into_store(context: RunContext) -> DreamStore:
-    """Dream every batch that the run's store does not hold yet, and report on all of them."""
+def dream_into_store(context: RunContext) -> ShardedImages:
+    """Dream every batch that the run's store does not hold yet, and report on all of them.
+
+    Raises:
+        DreamkitError: the recipe has no ``synthesis``.
+    """
     synthesizer = context.synthesizer
-    assert synthesizer is not None, "a recipe without 'synthesis' is refused before it runs"
+    if synthesizer is None:
+        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
     store = DreamStore(
         context.folder / RunContext.DREAMS,
         {
@@ -79,7 +84,7 @@ def dream_into_store(context: RunContext) -> DreamStore:
     content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
     context.metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
-    return store
+    return content
 
 
 def batch_plans(synthesizer: Synthesizer, seed: int) -> list[BatchPlan]:
@@ -117,7 +122,7 @@ def _dream(
                 advance(number * steps + done)
                 if done % every == 0 or done == steps:
                     values = {name: float(value) for name, value in terms.items()}
-                    context.log.record("synthesis", index * steps + done, **values)
+                    context.log.record("synthesis", index * steps + done, values)
 
             start = time.perf_counter()
             dream = dreamer.dream(plan, on_step)
@@ -126,8 +131,8 @@ def _dream(
             seconds = time.perf_counter() - start
             store.write(plan.index, content, seconds, dream.loss, r_feature)
             if r_feature is not None:
-                context.log.record("batches", plan.index, r_feature=r_feature)
-                context.log.record("r_feature by layer", plan.index, **per_layer)
+                context.log.record("batches", plan.index, {"r_feature": r_feature})
+                context.log.record("r_feature by layer", plan.index, per_layer)
 
 
 @torch.no_grad()
@@ -138,9 +143,9 @@ def judge(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, float
     """
     stored = teacher.card.to_stored(dream.images)
     images = teacher.card.normalise(stored)
-    with eval_mode(teacher.model), captured_statistics(teacher.model) as capture:
-        logits = teacher.model(images)
-        step = InversionStep(images, dream.labels, logits, bn_statistics=capture.take())
+    with eval_mode(teacher.model), tapped(teacher.model) as tap:
+        logits, statistics = tap(images)
+    step = InversionStep(images, dream.labels, logits, bn_statistics=statistics)
     per_layer = {name: float(value) for name, value in BNFeature().per_layer(step).items()}
     return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import NothingToPrune
+from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.lut import LookUpTable, read_table
 from dreamkit.pruning.graph import ChannelGraph, Skipped
@@ -30,7 +30,8 @@ from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.atomic import write_json
-from dreamkit.training.batches import in_order
+from dreamkit.teachers.checking import check_outputs
+from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation
 from dreamkit.types import (
@@ -40,6 +41,7 @@ from dreamkit.types import (
     ImageSource,
     PruningStep,
     RunContext,
+    Teacher,
 )
 
 LUT_FILE = "latency_lut.json"
@@ -88,7 +90,8 @@ class Recovery(Distillation):
 class Prune:
     """Remove the least important channels on dreams until a target, then recover by distillation.
 
-    DeepInversion, section 4.3 and eq. 10.
+    DeepInversion, section 4.3 and eq. 10. With a criterion that measures time, two runs of one
+    seed may remove different channels; the run directory's look-up table has what was measured.
 
     Args:
         criteria: the weighted terms of the importance I; the lowest goes first.
@@ -134,12 +137,13 @@ class Prune:
         images = images_for(context, self.images)
         measure_quality(context, "teacher", teacher.model, None)
         start = time.perf_counter()
-        work.reach_target(images)
-        pruned = time.perf_counter()
+        work.reach_target(self._sample(images, context.seed))
+        context.metrics["pruning.seconds"] = time.perf_counter() - start
         measure_quality(context, "pruned", student, images)
-        train_student(context, student, images, self.recovery, "recovery")
-        context.metrics["pruning.seconds"] = pruned - start
-        context.metrics["training.seconds"] = time.perf_counter() - pruned
+        start = time.perf_counter()
+        with placed("recovery", always=False):
+            train_student(context, student, images, self.recovery, "recovery")
+        context.metrics["training.seconds"] = time.perf_counter() - start
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):
@@ -149,6 +153,11 @@ class Prune:
         )
         surgery = work.surgery.to_json()
         write_artifact(student_folder(context), student, card, teacher.builder, surgery)
+
+    def _sample(self, images: Images, seed: int) -> Images:
+        """Draw what rankings and recalibration look at: image folders come sorted by class."""
+        count = self.batch_size * max(self.ranking_batches, self.recalibration_batches)
+        return drawn(images, count, torch.Generator().manual_seed(seed))
 
 
 class _Pruning:
@@ -189,6 +198,7 @@ class _Pruning:
             NothingToPrune: the limits are reached before the target.
         """
         options, log = self.options, self.context.log
+        log.begin("pruning")
         most = amount = max(1, round(options.step * sum(self.originals.values())))
         shares = dict.fromkeys(self.before, 1.0)
         reached, rounds = 0.0, 0
@@ -202,13 +212,13 @@ class _Pruning:
                 missing = (1 - reached) / max(reached - before, 1e-6) * removed
                 amount = max(1, min(most, round(missing)))
                 rounds += 1
-                log.record("pruning", rounds, removed_channels=removed, **shares)
+                log.record("pruning", rounds, {"removed_channels": removed, **shares})
+                if self.table.points:
+                    write_json(self.context.folder / LUT_FILE, self.table.to_json())
                 advance(min(1000, round(1000 * reached)))
         for name, share in shares.items():
             self.context.metrics[f"pruned.{name}_ratio"] = share
         self.context.metrics["pruned.rounds"] = rounds
-        if self.table.points:
-            write_json(self.context.folder / LUT_FILE, self.table.to_json())
 
     def _round(self, images: Images, amount: int, shares: dict[str, float]) -> int:
         """Rank, remove about ``amount`` channels, recalibrate; return how many went."""
@@ -217,12 +227,26 @@ class _Pruning:
         chosen = choose(groups, scores, self.originals, self.options.limits, amount)
         if not chosen:
             self._give_up(shares)
+        device = self.context.device
+        if device.type == "mps":
+            self.student.cpu()  # the record needs float64, which MPS does not have
         with self.surgery.recorded(self.student):
             for group in groups:
                 if group.name in chosen:
                     self.graph.remove(group, chosen[group.name])
+        self.student.to(device)
+        self._check_runs(chosen)
         self._recalibrate(images)
         return sum(len(channels) for channels in chosen.values())
+
+    def _check_runs(self, chosen: dict[str, list[int]]) -> None:
+        try:
+            check_outputs(Teacher(self.student, self.card, {}))
+        except TeacherMismatch as error:
+            raise NothingToPrune(
+                f"{self.card.name} no longer runs once channels of {', '.join(sorted(chosen))} "
+                f"are removed, so its code fixes their number: {error}"
+            ) from error
 
     def importance(self, groups: list[ChannelGroup], images: Images) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""

@@ -17,12 +17,13 @@ def train_student(
     """Distil the run's teacher into ``student`` on ``images``, reporting under ``stage``."""
     total = options.steps(len(images))
     every = max(1, total // _CURVE_POINTS)
+    context.log.begin(stage)
     with context.log.progress(stage, total) as advance:
 
         def on_step(done: int, loss: Tensor) -> None:
             advance(done)
             if done % every == 0 or done == total:
-                context.log.record(stage, done, loss=float(loss))
+                context.log.record(stage, done, {"loss": float(loss)})
 
         distil(
             student,

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import NothingToPrune
+from dreamkit.errors import DreamkitError, NothingToPrune
 from dreamkit.model_state import eval_mode
-from dreamkit.types import ChannelGroup, PruningStep
+from dreamkit.types import NO_LABEL, ChannelGroup, PruningStep
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Taylor:
     squared for each batch, and the squares are averaged over batches.
 
     Args:
-        loss: ``kl`` is KL(p_T ‖ p_pruned), which needs no labels. Its gradient is taken as the
-            expectation of the cross-entropy's over labels drawn from the teacher's softmax: at
-            first student and teacher are one, the KL is at its minimum and has no gradient, but
-            the squared gradients of the drawn labels average to its curvature (the Fisher
+        loss: ``kl`` is KL(p_T ‖ p_pruned), which needs no labels, with its gradient estimated by
+            that of the cross-entropy to one label an image, drawn from the teacher's softmax.
+            At first student and teacher are one, the KL is at its minimum and has no gradient,
+            but the squared gradients of drawn labels average to its curvature (the Fisher
             information), so the ranking holds from the first step. ``exact_kl`` is the plain
             gradient. ``ce`` is cross-entropy to the images' labels.
         temperature: of both softmaxes, for ``kl`` and ``exact_kl``.
@@ -62,6 +62,8 @@ class Taylor:
     def _loss(self, step: PruningStep, images: Tensor, labels: Tensor) -> Tensor:
         logits = step.model(images)
         if self.loss == "ce":
+            if int(labels.min()) == NO_LABEL:
+                raise DreamkitError("taylor with loss: ce needs images with labels", ("criteria",))
             return F.cross_entropy(logits, labels)
         with torch.no_grad():
             target = F.softmax(step.teacher(images) / self.temperature, dim=1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamkit.model_state import eval_mode
+from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
 FORMAT = 1
@@ -86,7 +86,6 @@ def read_table(path: Path, backend: LatencyBackend) -> LookUpTable:
 def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
     """Return the shape of every convolution and linear layer that a forward pass calls."""
     found: dict[str, LayerShape] = {}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def see(name: str, module: nn.Module, x: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
@@ -106,17 +105,9 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
             bias = module.bias is not None
             found[name] = LayerShape("linear", module.in_features, module.out_features, bias=bias)
 
-    handles = [
-        module.register_forward_pre_hook(lambda m, inputs, n=name: see(n, m, inputs[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(torch.zeros(1, *input_size, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    example = torch.zeros(1, *input_size, device=device_of(model))
+    with torch.no_grad(), eval_mode(model), hooked(model.named_modules(), see):
+        model(example)
     return found
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError
-from dreamkit.model_state import eval_mode
+from dreamkit.model_state import device_of, eval_mode
 from dreamkit.types import Timing
 
 _SAMPLE_MS = 0.5
@@ -62,7 +62,7 @@ class TorchCPU:
 
 @dataclass(frozen=True)
 class TorchCUDA:
-    """PyTorch eager mode on the current CUDA device, float32.
+    """PyTorch eager mode on the CUDA device of the run, float32 as torch is set (TF32 or not).
 
     Args:
         batch_size: images in a forward pass.
@@ -80,7 +80,7 @@ class TorchCUDA:
         return {
             "device": torch.cuda.get_device_name(),
             "runtime": f"torch {torch.__version__} eager",
-            "dtype": "float32",
+            "dtype": "float32 (TF32)" if torch.backends.cudnn.allow_tf32 else "float32",
             "threads": "-",
             "batch_size": str(self.batch_size),
         }
@@ -88,9 +88,9 @@ class TorchCUDA:
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules; they and their inputs are moved to the device and back."""
         self._check()
-        homes = [next((p.device for p in m.parameters()), torch.device("cpu")) for m, _ in modules]
-        moved = [(module.cuda(), x.cuda()) for module, x in modules]
+        homes = [device_of(module) for module, _ in modules]
         try:
+            moved = [(module.cuda(), x.cuda()) for module, x in modules]
             return _alternate(moved, self.warmup, self.repeats, torch.cuda.synchronize)
         finally:
             for (module, _), home in zip(modules, homes, strict=True):

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.model_state import eval_mode
+from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import ChannelGroup, Member
 
 _LAYERS = (nn.Conv2d, nn.Linear)
@@ -58,8 +58,7 @@ class ChannelGraph:
         self, model: nn.Module, input_size: tuple[int, int, int], num_classes: int
     ) -> None:
         self.model = model
-        device = next(model.parameters()).device
-        example = torch.zeros(1, *input_size, device=device)
+        example = torch.zeros(1, *input_size, device=device_of(model))
         self.classifier = classifier_layers(model, example, num_classes)
         # Normalisation layers in eval mode take a batch of one; gradients are what is traced.
         frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -110,12 +109,12 @@ class ChannelGraph:
                 continue
             out = self._graph.is_out_channel_pruning_fn(dep.handler) or _is_depthwise(module)
             name = self._names[module]
-            members[name, "out" if out else "in"] = Member(
-                layer=name,
-                axis="out" if out else "in",
-                index=torch.tensor(list(item.idxs)),
-                channel=torch.tensor(list(item.root_idxs)),
-            )
+            axis = "out" if out else "in"
+            index, channel = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+            if (known := members.get((name, axis))) is not None:
+                index = torch.cat([known.index, index])
+                channel = torch.cat([known.channel, channel])
+            members[name, axis] = Member(name, axis, index, channel)
         return list(members.values())
 
     def _obstacle(self, group: Any) -> str | None:
@@ -142,26 +141,19 @@ def _is_depthwise(module: object) -> bool:
 
 
 def classifier_layers(model: nn.Module, example: Tensor, num_classes: int) -> list[str]:
-    """Return the layers that make the outputs: the last one run, and any run after it.
+    """Return the layers that make the outputs.
 
-    The last convolution or linear layer in forward order that has ``num_classes`` outputs is the
-    classifier (in some models, e.g. DLA, a 1×1 convolution).
+    That is the last convolution or linear layer in forward order with ``num_classes`` outputs (in
+    some models, e.g. DLA, a 1×1 convolution), or the last one of all if none has.
     """
     order: list[tuple[str, int]] = []
-    handles = [
-        module.register_forward_hook(
-            lambda m, _i, _o, n=name: order.append(
-                (n, m.out_channels if isinstance(m, nn.Conv2d) else m.out_features)
-            )
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
-    ]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def see(name: str, module: nn.Module, _: Tensor) -> None:
+        outputs = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        order.append((name, int(outputs)))  # type: ignore[arg-type]
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _LAYERS)]
+    with torch.no_grad(), eval_mode(model), hooked(layers, see):
+        model(example)
     matching = [name for name, outputs in order if outputs == num_classes]
     return [matching[-1] if matching else order[-1][0]]

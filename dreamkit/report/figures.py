@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import matplotlib
 import torch
@@ -50,24 +49,25 @@ def grid(images: Tensor, labels: Tensor) -> Image.Image:
     return Image.fromarray(array.numpy())
 
 
-def curves(stage: str, records: Sequence[dict[str, Any]]) -> str:
+def curves(stage: str, records: Mapping[int, Mapping[str, float | None]]) -> str:
     """Draw every number of a stage over its steps, one panel each.
 
     Returns:
         An SVG element.
     """
-    names = list(dict.fromkeys(name for record in records for name in record if name != "step"))
+    names = list(dict.fromkeys(name for numbers in records.values() for name in numbers))
     across = max(1, min(3, len(names)))
     down = -(-len(names) // across)
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "svg.hashsalt": stage}):
         figure = Figure(figsize=(3.4 * across, 2.2 * down), layout="constrained")
         for number, name in enumerate(names):
             axes = figure.add_subplot(down, across, number + 1)
-            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1)
+            shown = {step: numbers.get(name) for step, numbers in records.items()}
+            points = {step: value for step, value in shown.items() if value is not None}
+            axes.plot(list(points), list(points.values()), linewidth=1)
             axes.set_title(name)
             axes.grid(alpha=0.3)
-            values = [value for _, value in points]
+            values = list(points.values())
             if values and min(values) > 0 and max(values) > 50 * min(values):
                 axes.set_yscale("log")
         buffer = io.StringIO()

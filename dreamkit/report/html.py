@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -18,7 +18,7 @@ _NO_CURVE = {"r_feature by layer"}
 
 def render(
     report: Mapping[str, Any],
-    records: Mapping[str, Sequence[dict[str, Any]]],
+    records: Mapping[str, Mapping[int, Mapping[str, float | None]]],
     recipe_yaml: str,
     picture: Image.Image | None,
 ) -> str:
@@ -40,7 +40,7 @@ def render(
         rows=rows,
         picture=_data_uri(picture) if picture is not None else None,
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
-        layers=_layer_means(records.get("r_feature by layer", ())),
+        layers=_layer_means(records.get("r_feature by layer", {})),
         recipe_yaml=recipe_yaml,
     )
 
@@ -51,10 +51,11 @@ def _data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _layer_means(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _layer_means(records: Mapping[int, Mapping[str, float | None]]) -> dict[str, float]:
     """Return R_feature of each layer, averaged over batches."""
-    if not records:
-        return {}
-    layers = [name for name in records[0] if name != "step"]
-    known = {name: [r[name] for r in records if r.get(name) is not None] for name in layers}
-    return {name: sum(v) / len(v) for name, v in known.items() if v}
+    known: dict[str, list[float]] = {}
+    for numbers in records.values():
+        for name, value in numbers.items():
+            if value is not None:
+                known.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in known.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,23 @@ class FileLog:
         """Close ``log.jsonl``."""
         self._file.close()
 
-    def record(self, stage: str, step: int, **numbers: float) -> None:
+    def begin(self, stage: str) -> None:
+        """Mark that a stage starts afresh; readers forget its earlier records."""
+        self._write({"stage": stage, "begin": True})
+
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Write one line; numbers that are not finite are written as null."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
-        line = {"stage": stage, "step": step, **finite}
+        self._write({"stage": stage, "step": step, "numbers": finite}, finite)
+
+    def _write(
+        self, line: dict[str, Any], numbers: Mapping[str, float | None] | None = None
+    ) -> None:
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for tracker in self.trackers:
-                tracker.record(line)
+            for tracker in self.trackers if numbers is not None else ():
+                tracker.record(line["stage"], line["step"], numbers or {})
         except OSError as error:
             raise RunDirectoryError(
                 f"the log in {self.path.parent} cannot be written: {error.strerror}; what was "
@@ -127,17 +135,20 @@ class _PlainProgress:
         )
 
 
-def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the records of ``log.jsonl`` by stage, in order of step.
+def read_records(folder: Path) -> dict[str, dict[int, dict[str, float | None]]]:
+    """Return the records of ``log.jsonl`` by stage: numbers by step, in order.
 
     A step that a resumed run did again counts once, as it was the last time; a line cut short by
     a crash is passed over.
     """
-    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    stages: dict[str, dict[int, dict[str, float | None]]] = {}
     for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        stages.setdefault(line.pop("stage"), {})[line["step"]] = line
-    return {name: [lines[step] for step in sorted(lines)] for name, lines in stages.items()}
+        if line.get("begin"):
+            stages.pop(line["stage"], None)
+        else:
+            stages.setdefault(line["stage"], {})[line["step"]] = line["numbers"]
+    return {name: dict(sorted(steps.items())) for name, steps in stages.items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 MODELS = ("teacher", "pruned", "student")
 _COLUMNS = (
     ("accuracy", "accuracy"),
-    ("agreement", "agrees with teacher"),
+    ("agreement", "agrees on its training images"),
     ("params", "parameters"),
     ("flops", "FLOPs"),
     ("latency_ms", "latency"),

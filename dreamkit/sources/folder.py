@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
 from dreamkit.sources.fitting import fitted
-from dreamkit.types import Images
+from dreamkit.types import NO_LABEL, Images
 
 _THREADS = 4
 
@@ -24,9 +24,9 @@ _THREADS = 4
 class Folder:
     """Images in ``path/<class>/*``: real ones to evaluate on, or any to stand in for dreams.
 
-    Class folders in alphabetical order are the teacher's outputs in order, unless the folders
-    are named like the teacher's classes. Images are resized on the shorter side and cropped in
-    the centre to the teacher's input.
+    Class folders in alphabetical order are the teacher's outputs in order, one for each, unless
+    they are named like the teacher's classes; then some may be absent. Images are
+    scaled to cover the teacher's input and cropped in the centre.
 
     Args:
         path: the folder.
@@ -49,21 +49,23 @@ class Folder:
         """Return the folder's images, decoded when a batch is asked for.
 
         Raises:
-            DreamkitError: no images, or more classes than the teacher has outputs.
+            DreamkitError: no images, or classes that are not the teacher's.
         """
         try:
             found = ImageFolder(self.path)
         except FileNotFoundError as error:
             raise DreamkitError(f"{self.path}: {error}") from error
         if not self.labelled:
-            labels = [0] * len(found)
+            labels = [NO_LABEL] * len(found)
         elif card.class_names and set(found.classes) <= set(card.class_names):
             outputs = [card.class_names.index(name) for name in found.classes]
             labels = [outputs[target] for target in found.targets]
-        elif len(found.classes) > card.num_classes:
+        elif len(found.classes) != card.num_classes:
             raise DreamkitError(
                 f"{self.path} has {len(found.classes)} class folders, {card.name} has "
-                f"{card.num_classes} outputs; with 'labelled: false' the classes are ignored"
+                f"{card.num_classes} outputs, and their names do not tell which is which; with "
+                "'labelled: false' the classes are ignored (for training only)",
+                ("path",),
             )
         else:
             labels = list(found.targets)

@@ -40,7 +40,7 @@ class TorchvisionDataset:
         """Return the data set's images at the teacher's size.
 
         Raises:
-            DreamkitError: it cannot be made or downloaded; the message holds the reason.
+            DreamkitError: it cannot be made or downloaded, or its classes are not the teacher's.
         """
         cls = getattr(datasets, self.dataset)
         arguments = dict(self.arguments)
@@ -58,6 +58,12 @@ class TorchvisionDataset:
                 f"Put its files under {self.root}, or use an image folder: "
                 "{source: folder, path: ...}"
             ) from error
+        classes = getattr(found, "classes", None)
+        if classes is not None and len(classes) != card.num_classes:
+            raise DreamkitError(
+                f"{self.dataset} has {len(classes)} classes, {card.name} has {card.num_classes}",
+                ("dataset",),
+            )
         return DatasetImages(found, card)
 
 

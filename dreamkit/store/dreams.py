@@ -79,6 +79,8 @@ class DreamStore:
                 f"{self.folder} holds dreams made with other settings ({', '.join(differing)}); "
                 "choose another folder with --out"
             )
+        if settings is not None:  # the run itself: it can dream again what is gone
+            shards = {i: s for i, s in shards.items() if (self.folder / s.file).is_file()}
         self.settings, self.shards = stored, shards
 
     def __len__(self) -> int:
@@ -130,15 +132,25 @@ class DreamStore:
         write_json(self.folder / MANIFEST, data)
         self.shards = shards
 
-    def open(self) -> ShardedImages:
-        """Verify every shard and return their images in the order of the batches.
+    def open(self, first: int | None = None) -> ShardedImages:
+        """Verify shards and return their images in the order of the batches.
+
+        Args:
+            first: open only as many shards as hold this many images.
 
         Raises:
             StoreError: there is none, or one is missing or not what the manifest vouches for.
         """
         if not self.shards:
             raise StoreError(f"{self.folder} holds no dreams")
-        return ShardedImages([self._open_shard(self.shards[i]) for i in sorted(self.shards)])
+        opened: list[dict[str, Tensor]] = []
+        count = 0
+        for index in sorted(self.shards):
+            if first is not None and count >= first:
+                break
+            opened.append(self._open_shard(self.shards[index]))
+            count += self.shards[index].images
+        return ShardedImages(opened)
 
     def _open_shard(self, shard: Shard) -> dict[str, Tensor]:
         path = self.folder / shard.file
@@ -146,7 +158,10 @@ class DreamStore:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != shard.sha256:
-                raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's")
+                raise StoreError(
+                    f"{path} is damaged: its SHA-256 is not the manifest's; delete "
+                    "the file, and the same command dreams that batch again"
+                )
             return safetensors.torch.load_file(path)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,12 @@ class RunDirectory:
             ) from error
 
     def withdraw(self) -> None:
-        """Give up a claim of this process whose run came to nothing: no dreams, no student."""
-        made_now = {RECIPE, "log.jsonl"}
-        if self.started or {entry.name for entry in self.folder.iterdir()} - made_now:
-            return
-        for name in made_now:
-            (self.folder / name).unlink(missing_ok=True)
-        self.folder.rmdir()
+        """Give up a claim of this process whose run came to nothing: no dreams, no student.
+
+        What lies in the folder then is records of the failure, and the mended recipe may use it.
+        """
+        if not self.started and not any(entry.is_dir() for entry in self.folder.iterdir()):
+            shutil.rmtree(self.folder)
 
     def recipe(self) -> str | None:
         """Return the resolved recipe that claimed the folder, if one did."""

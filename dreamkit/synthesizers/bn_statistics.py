@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dreamkit.model_state import hooked
 from dreamkit.types import LayerStatistics
 
 
@@ -28,40 +28,44 @@ def batch_norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-class BatchNormCapture:
-    """Collects ``LayerStatistics`` of the latest forward pass, in forward order."""
+class BatchNormTap:
+    """Runs a model and returns what its BatchNorm layers saw of that pass, in forward order.
 
-    def __init__(self) -> None:
-        self._layers: list[LayerStatistics] = []
+    Passes that others run through the model in between leave no trace.
+    """
 
-    def take(self) -> tuple[LayerStatistics, ...]:
-        """Return what the forward pass since the last call left, and forget it."""
-        layers, self._layers = tuple(self._layers), []
-        return layers
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._seen: dict[str, LayerStatistics] | None = None
 
-    def _see(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].float()
-        dims = [0, *range(2, x.dim())]
+    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[LayerStatistics, ...]]:
+        """Return the model's logits (N, K) and the statistics of each layer."""
+        self._seen = {}
+        try:
+            logits = self.model(images)
+            return logits, tuple(self._seen.values())
+        finally:
+            self._seen = None
+
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Note one layer's input; a layer that is used again is named ``name#2``."""
+        if self._seen is None:
+            return
+        call = 1
+        while (label := name if call == 1 else f"{name}#{call}") in self._seen:
+            call += 1
+        x = x.float()
         # One pass over the data, in float32 whatever the network computes in; biased (eq. 4).
-        var, mean = torch.var_mean(x, dim=dims, correction=0)
+        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
         running_mean, running_var = module.running_mean, module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
-        calls = sum(layer.name.partition("#")[0] == name for layer in self._layers)
-        label = f"{name}#{calls + 1}" if calls else name  # a layer that is used more than once
-        self._layers.append(LayerStatistics(label, mean, var, running_mean, running_var))
+        self._seen[label] = LayerStatistics(label, mean, var, running_mean, running_var)
 
 
 @contextmanager
-def captured_statistics(model: nn.Module) -> Iterator[BatchNormCapture]:
+def tapped(model: nn.Module) -> Iterator[BatchNormTap]:
     """Hook every BatchNorm layer of ``model`` for as long as the block lasts."""
-    capture = BatchNormCapture()
-    handles = [
-        module.register_forward_pre_hook(partial(capture._see, name))
-        for name, module in batch_norm_layers(model)
-    ]
-    try:
-        yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
+    tap = BatchNormTap(model)
+    with hooked(batch_norm_layers(model), tap.see):
+        yield tap

@@ -22,11 +22,8 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, TeacherMismatch, placed
 from dreamkit.model_state import frozen
 from dreamkit.registry import EntryOf, Term, TermsOf
-from dreamkit.synthesizers.bn_statistics import (
-    BatchNormCapture,
-    batch_norm_layers,
-    captured_statistics,
-)
+from dreamkit.synthesizers.bn_statistics import BatchNormTap, batch_norm_layers, tapped
+from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import (
     BatchPlan,
     Dream,
@@ -129,24 +126,42 @@ class DeepInversion:
 
     @contextmanager
     def session(self, teacher: Teacher, device: torch.device) -> Iterator[Inversion]:
-        """Freeze the teacher and capture its statistics; on leaving it is as it was."""
-        self.check(teacher)
-        student: nn.Module | None = None
-        if self.student is not None:
-            with placed("student"):
-                student = self.student.load(seed=0).model.to(device)
-        needed = frozenset().union(*(needs(term.entry) for term in self.regularizers))
+        """Freeze the teacher and tap its statistics; on leaving it is as it was."""
+        self._check_terms(teacher)
+        student = self._load_student(teacher)
         with ExitStack() as stack:
             stack.enter_context(frozen(teacher.model))
             if student is not None:
-                stack.enter_context(frozen(student))
-            capture = None
-            if "bn_statistics" in needed:
-                capture = stack.enter_context(captured_statistics(teacher.model))
-            yield Inversion(self, teacher, student, capture, device)
+                stack.enter_context(frozen(student.to(device)))
+            tap = None
+            if "bn_statistics" in self._needed:
+                tap = stack.enter_context(tapped(teacher.model))
+            yield Inversion(self, teacher, student, tap, device)
+
+    @property
+    def _needed(self) -> frozenset[str]:
+        return frozenset().union(*(needs(term.entry) for term in self.regularizers))
+
+    def _load_student(self, teacher: Teacher) -> nn.Module | None:
+        if self.student is None or "student_logits" not in self._needed:
+            return None
+        with placed("student"):
+            student = self.student.load(seed=0)
+            check_outputs(student)
+            ours, theirs = student.card, teacher.card
+            if (ours.num_classes, ours.input_size) != (theirs.num_classes, theirs.input_size):
+                raise TeacherMismatch(
+                    f"{ours.name} takes {ours.input_size} and has {ours.num_classes} outputs; the "
+                    f"teacher takes {theirs.input_size} and has {theirs.num_classes}"
+                )
+        return student.model
 
     def check(self, teacher: Teacher) -> None:
-        """Refuse a teacher without BatchNorm where a term needs it, and labels it does not have."""
+        """Refuse a teacher that the terms, the labels or the student do not fit."""
+        self._check_terms(teacher)
+        self._load_student(teacher)
+
+    def _check_terms(self, teacher: Teacher) -> None:
         for index, term in enumerate(self.regularizers):
             if "bn_statistics" in needs(term.entry) and not batch_norm_layers(teacher.model):
                 raise TeacherMismatch(
@@ -173,7 +188,7 @@ class Inversion:
     options: DeepInversion
     teacher: Teacher
     student: nn.Module | None
-    capture: BatchNormCapture | None
+    tap: BatchNormTap | None
     device: torch.device
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
@@ -234,13 +249,16 @@ class Inversion:
 
     def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the loss on images as the teacher sees them."""
-        logits = self.teacher.model(images)
+        if self.tap is not None:
+            logits, statistics = self.tap(images)
+        else:
+            logits, statistics = self.teacher.model(images), ()
         step = InversionStep(
             images=images,
             labels=labels,
             teacher_logits=logits,
             student_logits=self.student(images) if self.student is not None else None,
-            bn_statistics=self.capture.take() if self.capture is not None else (),
+            bn_statistics=statistics,
         )
         terms = {"cross_entropy": F.cross_entropy(logits, labels)}
         for term in self.options.regularizers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dreamkit.errors import TeacherMismatch
-from dreamkit.model_state import eval_mode
+from dreamkit.model_state import device_of, eval_mode
 from dreamkit.types import Teacher
 
 
@@ -18,10 +18,11 @@ def check_outputs(teacher: Teacher) -> None:
             for each of the card's classes.
     """
     card = teacher.card
-    device = next((p.device for p in teacher.model.parameters()), torch.device("cpu"))
     try:
         with eval_mode(teacher.model):
-            logits = teacher.model(torch.zeros(1, *card.input_size, device=device))
+            logits = teacher.model(
+                torch.zeros(1, *card.input_size, device=device_of(teacher.model))
+            )
     except Exception as error:  # the model may be anyone's code
         reason = " ".join(str(error).split())[:200]
         raise TeacherMismatch(

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,12 +13,13 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.importing import import_file
+from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
     check_file,
     hash_weights,
     load_into,
     read_state_dict,
-    seeded,
 )
 from dreamkit.types import Teacher
 
@@ -119,15 +117,7 @@ def import_builder(reference: str) -> Callable[..., Any]:
     """
     place, _, name = reference.rpartition(":")
     try:
-        if place.endswith(".py"):
-            digest = hashlib.sha256(str(Path(place).resolve()).encode()).hexdigest()[:8]
-            spec = importlib.util.spec_from_file_location(f"dreamkit_builder_{digest}", place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = import_file(place) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # importing runs the user's code
         raise DreamkitError(
             f"the builder's module {place} cannot be imported: {type(error).__name__}: {error}",

@@ -12,6 +12,7 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
+from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
     check_file,
     download,
@@ -19,7 +20,6 @@ from dreamkit.teachers.weights import (
     is_weights_file,
     load_into,
     read_state_dict,
-    seeded,
 )
 from dreamkit.types import Teacher
 
@@ -49,8 +49,22 @@ class TimmTeacher:
             raise OptionError("model", f"timm has no model '{name}'{hint}")
         if is_weights_file(self.weights):
             check_file("weights", str(self.weights))
-        elif self.weights is not None and self.num_classes is not None:
-            raise OptionError("num_classes", "only for weights from a file or null")
+        elif self.weights is not None:
+            if self.num_classes is not None:
+                raise OptionError("num_classes", "only for weights from a file or null")
+            if not name.startswith("hf-hub:"):
+                self._check_tag(name)
+
+    def _check_tag(self, name: str) -> None:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+        tag = self._full_name.partition(".")[2]
+        if not tags or (tag and tag not in tags):
+            choices = ", ".join(tags) or "none"
+            raise OptionError(
+                "weights" if self.weights != "default" else "model",
+                f"timm has no pretrained '{self._full_name}'{did_you_mean(tag, tags)} "
+                f"(tags: {choices}); weights may also be a path, or null",
+            )
 
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""

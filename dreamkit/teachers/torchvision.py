@@ -12,6 +12,7 @@ from torchvision import models
 
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
+from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
     check_file,
     download,
@@ -19,7 +20,6 @@ from dreamkit.teachers.weights import (
     is_weights_file,
     load_into,
     read_state_dict,
-    seeded,
 )
 from dreamkit.types import Teacher
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,14 +118,6 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     if complaints:
         raise WeightsMismatch(f"{origin} does not fit the model: {'; '.join(complaints)}")
     model.load_state_dict(dict(state), strict=False)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw random weights from ``seed`` and leave the caller's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def download(what: str, fetch: Callable[[], M]) -> M:

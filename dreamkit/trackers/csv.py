@@ -33,11 +33,9 @@ class CSVTracker:
         if not self._path.is_file():
             self._write([("stage", "step", "name", "value")])
 
-    def record(self, record: Mapping[str, Any]) -> None:
+    def record(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
         """Write one record's numbers."""
-        place = (record["stage"], record["step"])
-        numbers = {k: v for k, v in record.items() if k not in {"stage", "step"}}
-        self._write([(*place, name, value) for name, value in numbers.items()])
+        self._write([(stage, step, name, value) for name, value in numbers.items()])
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Write the final metrics under the stage ``final``."""

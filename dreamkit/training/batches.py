@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dreamkit.types import Images
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of a set of images, in an order of their own."""
+
+    images: Images
+    chosen: list[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        return self.images.batch([self.chosen[index] for index in indices])
+
+
+def drawn(images: Images, count: int, generator: torch.Generator) -> Subset:
+    """Return at most ``count`` images, drawn at random without repetition."""
+    order = torch.randperm(len(images), generator=generator)
+    return Subset(images, order[:count].tolist())
 
 
 def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreamkit.card import Card
-from dreamkit.model_state import eval_mode
+from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.batches import in_order
 from dreamkit.types import Images
 
@@ -42,11 +41,15 @@ def recalibrate(
     layers = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     ]
-    seen = {layer: _Moments() for layer in layers}
+    seen: dict[nn.Module, _Moments] = {layer: _Moments() for layer in layers}
     momenta = [layer.momentum for layer in layers]
-    handles = [layer.register_forward_pre_hook(partial(_see, seen[layer])) for layer in layers]
     try:
-        with eval_mode(model):
+        with (
+            eval_mode(model),
+            hooked(
+                (("", layer) for layer in layers), lambda _, layer, x: seen[layer].add(x.float())
+            ),
+        ):
             for layer in layers:
                 layer.train()
                 layer.momentum = 0.0  # the forward pass itself leaves what is stored alone
@@ -54,19 +57,15 @@ def recalibrate(
                 if len(stored) > 1 or len(images) == 1:
                     model(card.normalise(stored.to(device)))
     finally:
-        for layer, momentum, handle in zip(layers, momenta, handles, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            handle.remove()
-    for layer, moments in seen.items():
+    for layer in layers:
+        moments = seen[layer]
         if moments.count:
             assert layer.running_mean is not None
             assert layer.running_var is not None
             layer.running_mean.copy_(moments.mean)
             layer.running_var.copy_(moments.squares / moments.count)
-
-
-def _see(moments: _Moments, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    moments.add(inputs[0].float())
 
 
 class _Moments:

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.card import Card
-from dreamkit.model_state import frozen
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import frozen, seeded
 from dreamkit.training.batches import epochs_of
 from dreamkit.training.losses import distillation_loss
 from dreamkit.types import Images
@@ -69,6 +70,9 @@ def distil(
         device: where both models are.
         generator: orders the images.
         on_step: called with the steps done and the loss, which it may leave on the device.
+
+    Raises:
+        DreamkitError: training diverged.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -81,7 +85,8 @@ def distil(
     total = options.steps(len(images))
     warmup = round(options.warmup * total)
     student.train()
-    with frozen(teacher):
+    # Dropout and stochastic depth draw from torch's global generators.
+    with frozen(teacher), seeded(generator.initial_seed()):
         batches = epochs_of(images, options.batch_size, options.epochs, generator)
         for step, (stored, _) in enumerate(batches):
             for group in optimizer.param_groups:
@@ -97,6 +102,11 @@ def distil(
             optimizer.step()
             on_step(step + 1, loss.detach())
     student.eval()
+    if not all(p.isfinite().all() for p in parameters):
+        raise DreamkitError(
+            f"the student's weights are not finite after {total} steps: lower lr, or set clip_norm",
+            ("lr",),
+        )
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:

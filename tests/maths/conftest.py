@@ -225,8 +225,11 @@ class SilentLog:
         self.records = []
         self.notes = []
 
-    def record(self, stage, step, **numbers):
-        self.records.append((stage, step, numbers))
+    def record(self, stage, step, numbers):
+        self.records.append((stage, step, dict(numbers)))
+
+    def begin(self, stage):
+        self.records = [record for record in self.records if record[0] != stage]
 
     def note(self, text):
         self.notes.append(text)

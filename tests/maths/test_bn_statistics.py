@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.synthesizers.bn_statistics import batch_norm_layers, captured_statistics
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers, tapped
 
 
 def pattern(*shape):
@@ -25,9 +25,8 @@ def test_by_hand():
     # Channel 1 holds 2, 2 | 2, 6: mean 3, biased variance (1+1+1+9)/4 = 3.
     x = torch.tensor([[[[1.0, 3]], [[2.0, 2]]], [[[5.0, 7]], [[2.0, 6]]]])
     bn = nn.BatchNorm2d(2).eval()
-    with captured_statistics(bn) as capture:
-        bn(x)
-        (layer,) = capture.take()
+    with tapped(bn) as tap:
+        _, (layer,) = tap(x)
     assert layer.mean.tolist() == [4, 3]
     assert layer.var.tolist() == [5, 3]
 
@@ -46,9 +45,8 @@ def test_by_hand():
 def test_equal_to_a_direct_float64_computation(layer, shape):
     x = pattern(*shape)
     layer.eval()
-    with captured_statistics(layer) as capture:
-        layer(x)
-        (seen,) = capture.take()
+    with tapped(layer) as tap:
+        _, (seen,) = tap(x)
     rows = x.double().transpose(0, 1).reshape(5, -1)
     mean = rows.sum(1) / rows.shape[1]
     var = ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
@@ -61,10 +59,9 @@ def test_equal_to_a_direct_float64_computation(layer, shape):
 def test_layers_of_a_network_in_forward_order_with_their_inputs(toys):
     model = toys.two_bn()
     x = pattern(4, 3, 8, 8)
-    with captured_statistics(model) as capture:
-        model(x)
-        first, second = capture.take()
-        assert capture.take() == (), "what was taken is forgotten"
+    with tapped(model) as tap:
+        logits, (first, second) = tap(x)
+    assert torch.equal(logits, model(x))
     assert (first.name, second.name) == ("bn1", "bn2")
     seen = model.conv1(x)
     torch.testing.assert_close(first.mean, seen.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
@@ -83,17 +80,16 @@ def test_forward_order_is_not_order_of_definition():
             return self.late(self.early(x))
 
     model = Backwards().eval()
-    with captured_statistics(model) as capture:
-        model(pattern(2, 2, 3, 3))
-        assert [layer.name for layer in capture.take()] == ["early", "late"]
+    with tapped(model) as tap:
+        _, layers = tap(pattern(2, 2, 3, 3))
+    assert [layer.name for layer in layers] == ["early", "late"]
 
 
 def test_bfloat16_inputs_give_float32_statistics():
     bn = nn.BatchNorm2d(2).eval().to(torch.bfloat16)
     x = (1000 + pattern(8, 2, 16, 16)).to(torch.bfloat16)
-    with captured_statistics(bn) as capture:
-        bn(x)
-        (layer,) = capture.take()
+    with tapped(bn) as tap:
+        _, (layer,) = tap(x)
     assert layer.mean.dtype == layer.var.dtype == torch.float32
     exact = x.double().mean((0, 2, 3))
     torch.testing.assert_close(layer.mean.double(), exact, rtol=1e-6, atol=0)
@@ -119,7 +115,7 @@ def test_which_layers_count():
 
 def test_hooks_are_removed_after_the_block(toys):
     model = toys.two_bn()
-    with captured_statistics(model):
+    with tapped(model):
         assert hooks(model) == 2
     assert hooks(model) == 0
 
@@ -128,7 +124,7 @@ def test_hooks_are_removed_after_an_exception(toys):
     model = toys.two_bn()
 
     def fail():
-        with captured_statistics(model):
+        with tapped(model):
             model(torch.zeros(1, 99, 8, 8))
 
     with pytest.raises(RuntimeError, match="channels"):
@@ -136,12 +132,27 @@ def test_hooks_are_removed_after_an_exception(toys):
     assert hooks(model) == 0
 
 
-def test_two_captures_at_once_do_not_disturb_one_another(toys):
+def test_passes_of_others_leave_no_trace(toys):
     model = toys.two_bn()
     x = pattern(2, 3, 8, 8)
-    with captured_statistics(model) as outer:
-        with captured_statistics(model) as inner:
-            model(x)
-        assert len(inner.take()) == 2
-        model(x)
-        assert len(outer.take()) == 4
+    with tapped(model) as outer:
+        with tapped(model) as inner:
+            _, seen = inner(x)
+        model(100 * x)
+        _, again = outer(x)
+    assert [layer.name for layer in again] == ["bn1", "bn2"]
+    assert torch.equal(again[0].mean, seen[0].mean)
+
+
+def test_a_layer_that_is_used_twice_counts_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.bn(2 * self.bn(x))
+
+    with tapped(Twice().eval()) as tap:
+        _, layers = tap(pattern(2, 2, 3, 3))
+    assert [layer.name for layer in layers] == ["bn", "bn#2"]

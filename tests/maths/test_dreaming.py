@@ -20,6 +20,7 @@ from dreamkit.applications.dreaming import (
 from dreamkit.errors import DreamkitError, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.types import BatchPlan, Dream, RunContext
@@ -163,6 +164,20 @@ def test_judge_leaves_the_teacher_as_it_was(toys):
     toys.assert_same_state(model, before)
 
 
+def test_judging_a_batch_leaves_nothing_in_the_next(toys):
+    # The scale falls on the first layer seen, so a stale one would change every pixel.
+    regularizers = (Term("bn_feature", 1.0, BNFeature(first_layer_scale=10.0)),)
+    options = DeepInversion(6, regularizers, stages=(Stage(3),), batch_size=3)
+    teacher, device = toys.teacher(toys.two_bn()), torch.device("cpu")
+    first, second = batch_plans(options, 0)
+    with options.session(teacher, device) as dreamer:
+        judge(dreamer.dream(first, lambda *_: None), teacher)
+        after = dreamer.dream(second, lambda *_: None)
+    with options.session(teacher, device) as dreamer:
+        alone = dreamer.dream(second, lambda *_: None)
+    assert torch.equal(after.images, alone.images)
+
+
 def test_judge_without_batch_norm_has_no_r_feature(toys):
     dreamed = Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0)
     content, per_layer = judge(dreamed, toys.teacher(toys.plain()))
@@ -174,9 +189,10 @@ def test_judge_without_batch_norm_has_no_r_feature(toys):
 
 
 def test_a_run_fills_the_store_and_reports(context):
-    store = dream_into_store(context)
+    content = dream_into_store(context)
+    store = stored_by(context)
     assert context.synthesizer.dreamed == [0, 1, 2]
-    assert len(store) == 7
+    assert len(store) == len(content) == 7
     metrics = context.metrics
     assert metrics["synthesis.images"] == 7
     assert metrics["synthesis.seconds"] == pytest.approx(sum(s.seconds for s in _all(store)))
@@ -186,10 +202,13 @@ def test_a_run_fills_the_store_and_reports(context):
     parts = [s.r_feature for s in _all(store)]
     weighted = (3 * parts[0] + 3 * parts[1] + parts[2]) / 7
     assert metrics["synthesis.r_feature"] == pytest.approx(weighted)
-    content = store.open()
     assert content.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     right = (content.teacher_logits.argmax(1) == content.labels).float().mean().item()
     assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
+
+
+def stored_by(context):
+    return DreamStore(context.folder / "dreams")
 
 
 def _all(store):
@@ -227,10 +246,10 @@ def test_a_batch_missing_from_the_manifest_is_dreamed_again_byte_for_byte(contex
     data["shards"] = [entry for entry in data["shards"] if entry["index"] != 1]
     manifest.write_text(json.dumps(data))
     context.synthesizer.dreamed.clear()
-    store = dream_into_store(context)
+    dream_into_store(context)
     assert context.synthesizer.dreamed == [1]
     assert shards(context) == before
-    assert {i: s.sha256 for i, s in store.shards.items()} == digests
+    assert {i: s.sha256 for i, s in stored_by(context).shards.items()} == digests
     assert any("2 of 3 batches kept" in note for note in context.log.notes)
 
 
@@ -299,6 +318,7 @@ def test_plans_reach_the_dreamer(context):
             return Dream(torch.zeros(plan.size, 3, 8, 8), torch.zeros(plan.size).long(), 0.5)
 
     context.synthesizer = Recorder()
-    store = dream_into_store(context)
+    dream_into_store(context)
+    store = stored_by(context)
     assert plans == [BatchPlan(i, 2 * i, s, batch_seed(3, i)) for i, s in enumerate((2, 2, 1))]
     assert [shard.loss for shard in _all(store)] == [0.5, 0.5, 0.5]

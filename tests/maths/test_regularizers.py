@@ -180,13 +180,12 @@ def test_js_reference_form_loses_its_gradient_with_many_classes_and_the_papers_d
     ids=repr,
 )
 def test_gradients_flow_to_the_images(term, toys):
-    from dreamkit.synthesizers.bn_statistics import captured_statistics
+    from dreamkit.synthesizers.bn_statistics import tapped
 
     teacher, student = toys.two_bn(), toys.residual()
     pixels = toys.card().normalise(toys.images(4).images).requires_grad_()
-    with captured_statistics(teacher) as capture:
-        logits = teacher(pixels)
-        statistics = capture.take()
+    with tapped(teacher) as tap:
+        logits, statistics = tap(pixels)
     value = term(step_of(pixels, logits, student(pixels), statistics))
     assert value.shape == ()
     value.backward()

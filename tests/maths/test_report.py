@@ -82,7 +82,7 @@ def test_grid_of_large_images_is_not_enlarged():
 
 # --- curves -----------------------------------------------------------------------------------
 
-RECORDS = [{"step": s, "loss": 5.0 / s, "tv": 0.1 * s, "r": 1.0} for s in range(1, 6)]
+RECORDS = {s: {"loss": 5.0 / s, "tv": 0.1 * s, "r": 1.0} for s in range(1, 6)}
 
 
 def test_curves_are_an_svg_with_a_panel_for_each_number():
@@ -106,10 +106,10 @@ def test_curves_are_the_same_every_time_and_leave_matplotlib_alone():
 @pytest.mark.parametrize(
     "records",
     [
-        [{"step": 1, "x": None}],
-        [{"step": 1, "x": 1.0}, {"step": 2, "x": None, "y": 2.0}],
-        [{"step": 1, "x": 0.0}, {"step": 2, "x": -1.0}],
-        [{"step": 1}],
+        {1: {"x": None}},
+        {1: {"x": 1.0}, 2: {"x": None, "y": 2.0}},
+        {1: {"x": 0.0}, 2: {"x": -1.0}},
+        {1: {}},
     ],
     ids=["all missing", "some missing", "negative", "no numbers"],
 )
@@ -152,7 +152,7 @@ def test_summary_rows_by_hand():
             "synthesis.images": 8,
         }
     )
-    assert header == ["model", "accuracy", "agrees with teacher", "parameters", "latency"]
+    assert header == ["model", "accuracy", "agrees on its training images", "parameters", "latency"]
     assert rows == [
         ["teacher", "0.9877", "-", "1.23 k", "1.235 ms"],
         ["pruned, before recovery", "0.2500", "-", "-", "-"],
@@ -199,7 +199,7 @@ def test_the_page_needs_nothing_else():
 
 
 def test_drawings_on_one_page_do_not_share_what_they_refer_to():
-    text = page(synthesis=RECORDS, training=[{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}])
+    text = page(synthesis=RECORDS, training={1: {"loss": 2.0}, 9: {"loss": 1.0}})
     referred = set(re.findall(r'(?:url\(#|xlink:href="#)([\w-]+)', text))
     assert referred
     for identity in referred:
@@ -219,7 +219,7 @@ def test_the_page_shows_what_was_run():
 
 
 def test_layers_are_averaged_over_batches_and_not_drawn():
-    layers = [{"step": 0, "bn1": 1.0, "bn2": 4.0}, {"step": 1, "bn1": 2.0, "bn2": 8.0}]
+    layers = {0: {"bn1": 1.0, "bn2": 4.0}, 1: {"bn1": 2.0, "bn2": 8.0}}
     text = page(**{"r_feature by layer": layers})
     assert "<td>bn1</td><td>1.5000</td>" in text
     assert "<td>bn2</td><td>6.0000</td>" in text
@@ -228,7 +228,7 @@ def test_layers_are_averaged_over_batches_and_not_drawn():
 
 def test_a_layer_whose_statistics_overflowed_does_not_lose_the_page():
     # A number that was not finite is written to the log as null.
-    layers = [{"step": 0, "bn1": None, "bn2": 4.0}, {"step": 1, "bn1": 2.0, "bn2": 8.0}]
+    layers = {0: {"bn1": None, "bn2": 4.0}, 1: {"bn1": 2.0, "bn2": 8.0}}
     assert "<td>bn2</td><td>6.0000</td>" in page(**{"r_feature by layer": layers})
 
 
@@ -247,58 +247,73 @@ def log(tmp_path):
 
 
 def test_records_by_stage_in_order_of_step(log, tmp_path):
-    log.record("a", 2, loss=2.0)
-    log.record("b", 1, x=9.0)
-    log.record("a", 1, loss=1.0)
+    log.record("a", 2, {"loss": 2.0})
+    log.record("b", 1, {"x": 9.0})
+    log.record("a", 1, {"loss": 1.0})
     assert read_records(tmp_path) == {
-        "a": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}],
-        "b": [{"step": 1, "x": 9.0}],
+        "a": {1: {"loss": 1.0}, 2: {"loss": 2.0}},
+        "b": {1: {"x": 9.0}},
     }
 
 
 def test_a_step_done_again_counts_once_as_it_was_last(log, tmp_path):
-    log.record("a", 1, loss=1.0)
-    log.record("a", 2, loss=2.0)
-    log.record("a", 1, loss=7.0)
-    assert read_records(tmp_path)["a"] == [{"step": 1, "loss": 7.0}, {"step": 2, "loss": 2.0}]
+    log.record("a", 1, {"loss": 1.0})
+    log.record("a", 2, {"loss": 2.0})
+    log.record("a", 1, {"loss": 7.0})
+    assert read_records(tmp_path)["a"] == {1: {"loss": 7.0}, 2: {"loss": 2.0}}
+
+
+def test_a_stage_that_begins_anew_forgets_the_try_before(log, tmp_path):
+    for step in (1, 2, 3):
+        log.record("pruning", step, {"flops": 1 / step})
+    log.record("synthesis", 1, {"loss": 1.0})
+    log.begin("pruning")
+    log.record("pruning", 1, {"flops": 0.5})
+    assert read_records(tmp_path) == {
+        "pruning": {1: {"flops": 0.5}},
+        "synthesis": {1: {"loss": 1.0}},
+    }
+
+
+def test_numbers_may_be_called_stage_and_step(log, tmp_path):
+    log.record("layers", 1, {"stage": 1.0, "step": 2.0})
+    assert read_records(tmp_path) == {"layers": {1: {"stage": 1.0, "step": 2.0}}}
 
 
 def test_numbers_that_are_not_finite_are_null(log, tmp_path):
-    log.record("a", 1, x=float("nan"), y=float("inf"), z=1.0)
+    log.record("a", 1, {"x": float("nan"), "y": float("inf"), "z": 1.0})
     line = (tmp_path / "log.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {
         "stage": "a",
         "step": 1,
-        "x": None,
-        "y": None,
-        "z": 1.0,
+        "numbers": {"x": None, "y": None, "z": 1.0},
     }
 
 
 def test_a_line_cut_short_is_passed_over(log, tmp_path):
-    log.record("a", 1, loss=1.0)
+    log.record("a", 1, {"loss": 1.0})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "a", "step": 2, "lo')
-    assert read_records(tmp_path) == {"a": [{"step": 1, "loss": 1.0}]}
+    assert read_records(tmp_path) == {"a": {1: {"loss": 1.0}}}
 
 
 def test_a_resumed_run_does_not_write_into_the_line_cut_short(log, tmp_path):
-    log.record("a", 1, loss=1.0)
+    log.record("a", 1, {"loss": 1.0})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"stage": "a", "step": 2, "lo')
     resumed = FileLog(tmp_path, console())
-    resumed.record("a", 2, loss=2.0)
-    resumed.record("a", 3, loss=3.0)
+    resumed.record("a", 2, {"loss": 2.0})
+    resumed.record("a", 3, {"loss": 3.0})
     resumed.close()
-    assert [record["step"] for record in read_records(tmp_path)["a"]] == [1, 2, 3]
+    assert list(read_records(tmp_path)["a"]) == [1, 2, 3]
 
 
 def test_a_resumed_run_goes_on_in_the_same_file(log, tmp_path):
-    log.record("a", 1, loss=1.0)
+    log.record("a", 1, {"loss": 1.0})
     log.close()
     resumed = FileLog(tmp_path, console())
-    resumed.record("a", 2, loss=2.0)
+    resumed.record("a", 2, {"loss": 2.0})
     resumed.close()
     assert len(read_records(tmp_path)["a"]) == 2
 
@@ -314,14 +329,14 @@ def test_trackers_get_every_record(tmp_path):
         def __init__(self):
             self.seen = []
 
-        def record(self, record):
-            self.seen.append(dict(record))
+        def record(self, stage, step, numbers):
+            self.seen.append((stage, step, dict(numbers)))
 
     tracker = Tracker()
     log = FileLog(tmp_path, console(), [tracker, tracker])
-    log.record("a", 1, loss=1.0)
+    log.record("a", 1, {"loss": 1.0})
     log.close()
-    assert tracker.seen == [{"stage": "a", "step": 1, "loss": 1.0}] * 2
+    assert tracker.seen == [("a", 1, {"loss": 1.0})] * 2
 
 
 def test_notes_are_shown_and_kept(log):
@@ -403,7 +418,7 @@ def rows(folder, name="log.csv"):
 def test_csv_tracker(tmp_path):
     tracker = CSVTracker()
     tracker.start(tmp_path, {})
-    tracker.record({"stage": "a", "step": 3, "loss": 1.5, "tv": None})
+    tracker.record("a", 3, {"loss": 1.5, "tv": None})
     tracker.finish({"student.accuracy": 0.5})
     assert rows(tmp_path) == [
         ["stage", "step", "name", "value"],
@@ -417,7 +432,7 @@ def test_csv_tracker_goes_on_after_a_resume(tmp_path):
     for step in (1, 2):
         tracker = CSVTracker(file="x.csv")
         tracker.start(tmp_path, {})
-        tracker.record({"stage": "a", "step": step, "loss": 0.0})
+        tracker.record("a", step, {"loss": 0.0})
     assert [row[1] for row in rows(tmp_path, "x.csv")] == ["step", "1", "2"]
 
 

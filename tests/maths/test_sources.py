@@ -11,6 +11,7 @@ from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.sources.digits import Digits
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import TorchvisionDataset
+from dreamkit.types import NO_LABEL
 
 
 def pixels(height, width, seed=0):
@@ -30,7 +31,7 @@ def write(folder, name, array):
 def test_folders_in_alphabetical_order_are_outputs_in_order(toys, tmp_path):
     second = write(tmp_path / "b", "0.png", pixels(8, 8, 1))
     first = [write(tmp_path / "a", f"{i}.png", pixels(8, 8, 2 + i)) for i in range(2)]
-    images = Folder(str(tmp_path)).open(toys.card())
+    images = Folder(str(tmp_path)).open(toys.card(classes=2))
     assert len(images) == 3
     stored, labels = images.batch([0, 1, 2])
     assert labels.tolist() == [0, 0, 1]
@@ -54,14 +55,14 @@ def test_folders_named_like_the_teachers_classes_are_mapped(toys, tmp_path):
 def test_the_centre_is_cropped(toys, tmp_path):
     # 8 high and 14 wide: nothing is resized, and 3 columns go on either side.
     whole = write(tmp_path / "a", "0.png", pixels(8, 14))
-    stored, _ = Folder(str(tmp_path)).open(toys.card()).batch([0])
+    stored, _ = Folder(str(tmp_path), labelled=False).open(toys.card()).batch([0])
     assert torch.equal(stored[0], whole[:, :, 3:11])
 
 
 def test_resize_is_a_multiple_of_the_crop(toys, tmp_path):
     # resize 2: the shorter side becomes 16, which it is, and the middle 8×8 is cut out.
     whole = write(tmp_path / "a", "0.png", pixels(16, 20))
-    stored, _ = Folder(str(tmp_path), resize=2.0).open(toys.card()).batch([0])
+    stored, _ = Folder(str(tmp_path), resize=2.0, labelled=False).open(toys.card()).batch([0])
     assert torch.equal(stored[0], whole[:, 4:12, 6:14])
 
 
@@ -70,7 +71,7 @@ def test_larger_images_are_resized(toys, tmp_path):
     array = np.zeros((32, 32, 3), np.uint8)
     array[:, 16:] = 255
     write(tmp_path / "a", "0.png", array)
-    stored, _ = Folder(str(tmp_path)).open(toys.card()).batch([0])
+    stored, _ = Folder(str(tmp_path), labelled=False).open(toys.card()).batch([0])
     assert stored.shape == (1, 3, 8, 8)
     assert (stored[..., :3] < 8).all()
     assert (stored[..., 5:] > 247).all()
@@ -82,8 +83,8 @@ def test_larger_images_are_resized(toys, tmp_path):
 def test_a_card_that_is_not_square_is_filled(toys, tmp_path, shape):
     # A white image is white at any size: there is no border of another colour.
     write(tmp_path / "a", "0.png", np.full((*shape, 3), 255, np.uint8))
-    card = toys.card(size=(3, 8, 16))
-    stored, _ = Folder(str(tmp_path)).open(card).batch([0])
+    card = toys.card(size=(3, 8, 16), classes=1)
+    stored, _ = Folder(str(tmp_path), labelled=False).open(card).batch([0])
     assert stored.shape == (1, 3, 8, 16)
     assert (stored == 255).all()
     images = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(card)
@@ -92,12 +93,12 @@ def test_a_card_that_is_not_square_is_filled(toys, tmp_path, shape):
 
 def test_grey_and_colour(toys, tmp_path):
     grey = write(tmp_path / "a", "0.png", np.arange(64, dtype=np.uint8).reshape(8, 8))
-    one = Folder(str(tmp_path)).open(toys.card(size=(1, 8, 8))).batch([0])[0]
+    one = Folder(str(tmp_path), labelled=False).open(toys.card(size=(1, 8, 8))).batch([0])[0]
     assert torch.equal(one, grey.view(1, 1, 8, 8))
-    three = Folder(str(tmp_path)).open(toys.card()).batch([0])[0]
+    three = Folder(str(tmp_path), labelled=False).open(toys.card()).batch([0])[0]
     assert torch.equal(three, grey.expand(1, 3, 8, 8))
     write(tmp_path / "b", "0.png", np.full((8, 8, 3), (255, 0, 0), np.uint8))
-    red = Folder(str(tmp_path)).open(toys.card(size=(1, 8, 8))).batch([1])[0]
+    red = Folder(str(tmp_path), labelled=False).open(toys.card(size=(1, 8, 8))).batch([1])[0]
     assert red.unique().tolist() == [76]  # ITU-R 601: 0.299·255
 
 
@@ -107,28 +108,30 @@ def test_too_many_classes(toys, tmp_path):
     with pytest.raises(DreamkitError, match="4 class folders, toy has 3 outputs"):
         Folder(str(tmp_path)).open(toys.card())
     proxies = Folder(str(tmp_path), labelled=False).open(toys.card())
-    assert proxies.labels.tolist() == [0, 0, 0, 0]
+    assert proxies.labels.tolist() == [NO_LABEL] * 4
 
 
 def test_folder_refusals(toys, tmp_path):
     with pytest.raises(OptionError, match="no such folder") as caught:
-        Folder(str(tmp_path / "none"))
+        Folder(str(tmp_path / "none"), labelled=False)
     assert caught.value.option == "path"
     with pytest.raises(OptionError, match="at least 1") as caught:
-        Folder(str(tmp_path), resize=0.5)
+        Folder(str(tmp_path), resize=0.5, labelled=False)
     assert caught.value.option == "resize"
     with pytest.raises(DreamkitError, match=str(tmp_path)):
-        Folder(str(tmp_path)).open(toys.card())  # no class folders
+        Folder(str(tmp_path), labelled=False).open(toys.card())  # no class folders
     write(tmp_path / "a", "0.png", pixels(8, 8))
     with pytest.raises(DreamkitError, match="1, 3 or 4 channels"):
-        Folder(str(tmp_path)).open(toys.card(size=(2, 8, 8), mean=(0, 0), std=(1, 1)))
+        Folder(str(tmp_path), labelled=False).open(
+            toys.card(size=(2, 8, 8), mean=(0, 0), std=(1, 1))
+        )
 
 
 def test_a_file_that_is_no_image_is_named(toys, tmp_path):
     write(tmp_path / "a", "0.png", pixels(8, 8))
     (tmp_path / "a" / "0.png").write_bytes(b"not a picture")
     with pytest.raises(DreamkitError, match=r"0\.png cannot be decoded"):
-        Folder(str(tmp_path)).open(toys.card()).batch([0])
+        Folder(str(tmp_path), labelled=False).open(toys.card()).batch([0])
 
 
 # --- digits -----------------------------------------------------------------------------------
@@ -202,11 +205,13 @@ def test_torchvision_fake_data(toys):
 def test_torchvision_image_folder(toys, tmp_path):
     whole = write(tmp_path / "b", "0.png", pixels(8, 14))
     write(tmp_path / "a", "0.png", pixels(8, 8))
-    images = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(toys.card())
+    images = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(toys.card(classes=2))
     stored, labels = images.batch([1])
     assert labels.tolist() == [1]
     assert torch.equal(stored[0], whole[:, :, 3:11])
-    grey = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(toys.card(size=(1, 8, 8)))
+    grey = TorchvisionDataset("ImageFolder", root=str(tmp_path)).open(
+        toys.card(size=(1, 8, 8), classes=2)
+    )
     assert grey.batch([0, 1])[0].shape == (2, 1, 8, 8)
 
 
