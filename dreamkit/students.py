@@ -32,14 +32,16 @@ def load_student(
             (teachers of source ``checkpoint``). Only for artifacts that you trust.
 
     Returns:
-        The model in eval mode, on the CPU.
+        The model in eval mode, on the CPU. It takes normalised images (N, C, H, W); its ``card``
+        (a ``dreamkit.card.Card``) has size, mean, std and class names, and normalises them.
 
     Raises:
         ArtifactError: the files are missing or damaged, or need ``allow_builder``.
 
     Example:
         >>> import dreamkit
-        >>> model = dreamkit.load_student("runs/quickstart/student")  # doctest: +SKIP
+        >>> student = dreamkit.load_student("runs/quickstart/student")  # doctest: +SKIP
+        >>> logits = student(student.card.normalise(images))  # images: uint8  # doctest: +SKIP
     """
     folder = Path(path)
     artifact = read_artifact(folder)
@@ -49,6 +51,7 @@ def load_student(
         model = _build(folder, artifact.builder, allow_builder)
     Surgery.from_json(artifact.surgery).rebuild(model)
     load_into(model, artifact.state, str(folder))
+    model.card = artifact.card  # type: ignore[assignment]
     return model.eval()
 
 

@@ -79,6 +79,7 @@ def test_the_quickstart(tmp_path, invoke):
 
     student = dreamkit.load_student(folder / "student")
     card = read_artifact(folder / "student").card
+    assert student.card == card
     held_out = Digits("test").open(card)
     measured = accuracy(student, held_out, card, torch.device("cpu"))
     assert measured == pytest.approx(metrics["student.accuracy"])
