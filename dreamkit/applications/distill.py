@@ -6,7 +6,6 @@ DeepInversion (Yin et al., CVPR 2020), section 4.4; the loss is eq. 1 with a tem
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -58,10 +57,8 @@ class Distill:
             )
         images = images_for(context, self.images)
         measure_quality(context, "teacher", teacher.model, None)
-        start = time.perf_counter()
         with placed("training", always=False):
             train_student(context, student, images, self.training, "training")
-        context.metrics["training.seconds"] = time.perf_counter() - start
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         kept = dataclasses.replace(

@@ -140,10 +140,8 @@ class Prune:
         work.reach_target(self._sample(images, context.seed))
         context.metrics["pruning.seconds"] = time.perf_counter() - start
         measure_quality(context, "pruned", student, images)
-        start = time.perf_counter()
         with placed("recovery", always=False):
             train_student(context, student, images, self.recovery, "recovery")
-        context.metrics["training.seconds"] = time.perf_counter() - start
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,11 @@ _CURVE_POINTS = 200
 def train_student(
     context: RunContext, student: nn.Module, images: Images, options: Distillation, stage: str
 ) -> None:
-    """Distil the run's teacher into ``student`` on ``images``, reporting under ``stage``."""
+    """Distil the run's teacher into ``student`` on ``images``, reporting under ``stage``.
+
+    Adds ``training.seconds``.
+    """
+    start = time.perf_counter()
     total = options.steps(len(images))
     every = max(1, total // _CURVE_POINTS)
     context.log.begin(stage)
@@ -35,3 +41,4 @@ def train_student(
             torch.Generator().manual_seed(context.seed),
             on_step,
         )
+    context.metrics["training.seconds"] = time.perf_counter() - start
