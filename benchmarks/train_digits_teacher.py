@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -27,7 +28,7 @@ from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.batches import epochs_of
 
 NAME = "digits_resnet8"
-ARCHITECTURE = {"depth": 8, "num_classes": 10, "in_channels": 1, "width": 16}
+ARCHITECTURE: dict[str, Any] = {"depth": 8, "num_classes": 10, "in_channels": 1, "width": 16}
 PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
 # Mean and standard deviation of the training split's pixels in [0, 1].
 MEAN, STD = 0.3056, 0.3760

@@ -84,6 +84,9 @@ def run(
         Path | None, typer.Option(help="The run directory; runs/NAME[-PRESET] if not given")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to start afresh")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few steps, say what dreaming costs, and stop")
+    ] = False,
 ) -> None:
     """Run a recipe; an interrupted run of the same recipe is continued.
 
@@ -96,13 +99,16 @@ def run(
         dreamkit run my.yaml --set synthesis.images=64 --out runs/try
     """
     from dreamkit.recipe import read_recipe
-    from dreamkit.runner import default_folder
+    from dreamkit.runner import default_folder, dry_run
     from dreamkit.runner import run as run_recipe
 
     loaded = read_recipe(recipe, build_registries, preset, set_ or [])
     _warn(loaded.registries)
     try:
-        run_recipe(loaded, out or default_folder(loaded), Console(), resume)
+        if dry:
+            dry_run(loaded, Console())
+        else:
+            run_recipe(loaded, out or default_folder(loaded), Console(), resume)
     except KeyboardInterrupt:
         print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -49,6 +49,10 @@ class TeacherMismatch(DreamkitError):
     """An entry asks of the teacher what its architecture does not have."""
 
 
+class NonFiniteLoss(DreamkitError):
+    """A batch of dreams came to nothing: its loss overflowed."""
+
+
 class WeightsUnavailable(DreamkitError):
     """Pretrained weights could not be downloaded."""
 

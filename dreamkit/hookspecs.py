@@ -24,6 +24,11 @@ def register_synthesizers(register: Register) -> None:
 
 
 @hookspec
+def register_parameterisations(register: Register) -> None:
+    """Add parameterisations: what an inversion's optimizer moves in place of pixels."""
+
+
+@hookspec
 def register_teachers(register: Register) -> None:
     """Add teacher sources: where trained models and their cards come from."""
 

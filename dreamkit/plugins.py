@@ -26,6 +26,7 @@ BUILTIN_PROVIDER = "dreamkit"
 _BUILTIN_ROOMS = (
     "dreamkit.regularizers",
     "dreamkit.synthesizers",
+    "dreamkit.parameterisations",
     "dreamkit.teachers",
     "dreamkit.sources",
     "dreamkit.criteria",

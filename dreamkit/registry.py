@@ -27,6 +27,7 @@ T = TypeVar("T")
 KINDS: tuple[str, ...] = (
     "regularizers",
     "synthesizers",
+    "parameterisations",
     "teachers",
     "sources",
     "criteria",

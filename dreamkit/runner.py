@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import platform
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from dreamkit.applications.dreaming import estimate_synthesis
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.torch_eager import processor_name
 from dreamkit.recipe import LoadedRecipe
@@ -25,7 +27,7 @@ from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.types import NO_LABEL, Images, LatencyBackend, RunContext, Teacher
+from dreamkit.types import NO_LABEL, Images, LatencyBackend, RunContext, RunLog, Teacher
 from dreamkit.version import __version__
 
 _PICTURED = 512
@@ -70,8 +72,31 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
     return folder
 
 
-def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> None:
-    recipe, folder = loaded.recipe, directory.folder
+def dry_run(loaded: LoadedRecipe, console: Console) -> None:
+    """Load what a recipe names, time a few steps of its dreaming and print what it would cost.
+
+    Raises:
+        DreamkitError: anything that the user can put right, with its place in the recipe.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = FileLog(Path(folder), console)
+        try:
+            context = _context(loaded, Path(folder), log)
+            if not getattr(loaded.recipe.application, "needs_synthesis", False):
+                log.note("this recipe dreams nothing; what else it does is not estimated")
+            else:
+                with placed("synthesis"):
+                    estimate_synthesis(context)
+                log.note("dry run: the estimate is of dreaming alone, and nothing was written")
+        except DreamkitError as error:
+            raise loaded.placed(error) from error
+        finally:
+            log.close()
+
+
+def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
+    """Load what a recipe names, before anything is written."""
+    recipe = loaded.recipe
     device = choose_device(recipe.device)
     with placed("teacher"):
         teacher: Teacher = recipe.teacher.load(recipe.seed)
@@ -83,26 +108,32 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
     teacher.model.to(device)
-    directory.claim()
-    data = loaded.root.plain()
+    return RunContext(
+        recipe=loaded.root.plain(),
+        seed=recipe.seed,
+        device=device,
+        folder=folder,
+        teacher=teacher,
+        synthesizer=recipe.synthesis,
+        evaluation=evaluation,
+        latency=recipe.latency or default_backend(loaded, device),
+        log=log,
+    )
+
+
+def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> None:
+    recipe, folder = loaded.recipe, directory.folder
     log = FileLog(folder, console, recipe.trackers)
+    context = _context(loaded, folder, log)
+    teacher = context.teacher
+    directory.claim()
+    log.open()
     try:
         for tracker in recipe.trackers:
-            tracker.start(folder, data)
-        context = RunContext(
-            recipe=data,
-            seed=recipe.seed,
-            device=device,
-            folder=folder,
-            teacher=teacher,
-            synthesizer=recipe.synthesis,
-            evaluation=evaluation,
-            latency=recipe.latency or default_backend(loaded, device),
-            log=log,
-        )
+            tracker.start(folder, context.recipe)
         console.print(
-            f"{recipe.name}: teacher {teacher.card.name} ({teacher.card.origin}), on {device}, "
-            f"into {folder}",
+            f"{recipe.name}: teacher {teacher.card.name} ({teacher.card.origin}), on "
+            f"{context.device}, into {folder}",
             highlight=False,
             markup=False,
         )

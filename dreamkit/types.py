@@ -84,6 +84,22 @@ def needs(entry: object) -> frozenset[str]:
     return declared
 
 
+class Parameterisation(Protocol):
+    """An entry of ``parameterisations``: the tensor that an optimizer moves, and its images.
+
+    ``render`` undoes ``encode`` and is differentiable. Images are normalised, (N, C, H, W).
+    """
+
+    def start(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+        """Return the parameters of random images of a shape, drawn on the CPU."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return parameters, a tensor of its own memory, whose images are these."""
+
+    def render(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the images of parameters; ``size`` is their height and width."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """One unit of synthesis. Everything random in it comes from ``seed`` alone."""
@@ -107,18 +123,44 @@ OnStep = Callable[[int, Mapping[str, Tensor]], None]
 """Called after each step with the steps done in this batch and the loss's detached terms."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What dreaming is expected to take: seconds, and bytes in use at the peak."""
+
+    seconds: float
+    memory_bytes: int
+
+
 class Dreamer(Protocol):
-    """A synthesizer bound to a teacher."""
+    """A synthesizer bound to a teacher on a device, with every option settled.
+
+    ``choices`` are those options that the recipe left to the machine and that dreams depend on,
+    as plain data: given to the next session, they make the same dreams of the same plan.
+    """
+
+    @property
+    def batch_size(self) -> int:
+        """How many images are dreamed together."""
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """What was settled."""
+
+    def prepare(self, batches: int) -> Estimate:
+        """Time a few steps, settle what depends on the time, and estimate the cost of batches."""
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
-        """Synthesise one batch."""
+        """Synthesise one batch.
+
+        Raises:
+            NonFiniteLoss: there is nothing to keep of this batch; others may be dreamed.
+        """
 
 
 class Synthesizer(Protocol):
     """An entry of ``synthesizers``."""
 
     images: int
-    batch_size: int
 
     @property
     def steps_per_batch(self) -> int:
@@ -131,8 +173,21 @@ class Synthesizer(Protocol):
             TeacherMismatch: an option asks of the teacher what it does not have.
         """
 
-    def session(self, teacher: Teacher, device: torch.device) -> AbstractContextManager[Dreamer]:
-        """Bind to a teacher on ``device``; on leaving, the teacher is as it was."""
+    def session(
+        self,
+        teacher: Teacher,
+        device: torch.device,
+        choices: Mapping[str, Any] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> AbstractContextManager[Dreamer]:
+        """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
+
+        Args:
+            teacher: on ``device``.
+            device: where to work.
+            choices: what an earlier session of the same work settled.
+            note: told what the user must know.
+        """
 
 
 NO_LABEL = -1

@@ -13,7 +13,16 @@ LAYERS = (
     {"types", "card", "errors", "version"},
     {"recipe", "registry", "model_state", "importing"},
     {
-        *("regularizers", "teachers", "criteria", "sources", "latency", "pruning", "training"),
+        *(
+            "regularizers",
+            "parameterisations",
+            "teachers",
+            "criteria",
+            "sources",
+            "latency",
+            "pruning",
+            "training",
+        ),
         *("store", "evaluation", "report", "trackers"),
     },
     {"synthesizers"},

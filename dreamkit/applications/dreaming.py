@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError, placed
+from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.store.dreams import DreamStore, ShardedImages
@@ -19,6 +19,7 @@ from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import (
     BatchPlan,
     Dream,
+    Estimate,
     Images,
     ImageSource,
     InversionStep,
@@ -70,12 +71,8 @@ def dream_into_store(context: RunContext) -> ShardedImages:
             "synthesis": context.recipe["synthesis"],
         },
     )
-    plans = batch_plans(synthesizer, context.seed)
-    missing = [plan for plan in plans if plan.index not in store]
-    if missing:
-        if len(missing) < len(plans):
-            context.log.note(f"resuming: {len(plans) - len(missing)} of {len(plans)} batches kept")
-        _dream(context, synthesizer, store, missing)
+    if len(store) < synthesizer.images:
+        _dream(context, synthesizer, store)
     context.metrics["synthesis.images"] = len(store)
     context.metrics["synthesis.seconds"] = store.seconds
     context.metrics["synthesis.images_per_second"] = len(store) / max(store.seconds, 1e-9)
@@ -87,11 +84,46 @@ def dream_into_store(context: RunContext) -> ShardedImages:
     return content
 
 
-def batch_plans(synthesizer: Synthesizer, seed: int) -> list[BatchPlan]:
-    """Divide the images into batches, each with a seed from the recipe's and its index alone."""
+def estimate_synthesis(context: RunContext) -> Estimate | None:
+    """Return what dreaming would take, from a few timed steps; None where nothing is dreamed."""
+    synthesizer = context.synthesizer
+    if synthesizer is None:
+        return None
+    with synthesizer.session(context.teacher, context.device, None, context.log.note) as dreamer:
+        plans = batch_plans(synthesizer.images, dreamer.batch_size, context.seed)
+        cost = dreamer.prepare(len(plans))
+    _tell_cost(context, cost, len(plans), synthesizer.images)
+    return cost
+
+
+def _tell_cost(context: RunContext, cost: Estimate, batches: int, images: int) -> None:
+    memory = f"{cost.memory_bytes / 2**30:.1f} GB"
+    context.log.note(
+        f"dreaming {images} images in {batches} batches: about {format_duration(cost.seconds)}, "
+        f"{memory} on this {context.device.type.upper()}"
+    )
+    context.metrics["synthesis.estimated_seconds"] = cost.seconds
+    context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
+
+
+def format_duration(seconds: float) -> str:
+    """Write a time the way people say it: ``40 s``, ``12 min``, ``3 h 10 min``, ``2 d 4 h``."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
+    """Divide images into batches, each with a seed from the recipe's and its index alone."""
     plans = []
-    for index, first in enumerate(range(0, synthesizer.images, synthesizer.batch_size)):
-        size = min(synthesizer.batch_size, synthesizer.images - first)
+    for index, first in enumerate(range(0, images, batch_size)):
+        size = min(batch_size, images - first)
         plans.append(BatchPlan(index, first, size, batch_seed(seed, index)))
     return plans
 
@@ -102,37 +134,53 @@ def batch_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _dream(
-    context: RunContext, synthesizer: Synthesizer, store: DreamStore, plans: list[BatchPlan]
-) -> None:
-    steps = synthesizer.steps_per_batch
+def _dream(context: RunContext, synthesizer: Synthesizer, store: DreamStore) -> None:
+    """Dream the batches that a store lacks."""
+    log, steps = context.log, synthesizer.steps_per_batch
     every = max(1, steps // _CURVE_POINTS)
-    with (
-        synthesizer.session(context.teacher, context.device) as dreamer,
-        context.log.progress("synthesis", len(plans) * steps) as advance,
-    ):
-        for number, plan in enumerate(plans):
+    skipped = 0
+    with synthesizer.session(context.teacher, context.device, store.choices, log.note) as dreamer:
+        plans = batch_plans(synthesizer.images, dreamer.batch_size, context.seed)
+        missing = [plan for plan in plans if plan.index not in store]
+        if len(missing) < len(plans):
+            log.note(f"resuming: {len(plans) - len(missing)} of {len(plans)} batches kept")
+        start = time.perf_counter()
+        cost = dreamer.prepare(len(missing))
+        context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
+        _tell_cost(context, cost, len(missing), sum(plan.size for plan in missing))
+        store.choices = dict(dreamer.choices)
+        with log.progress("synthesis", len(missing) * steps) as advance:
+            for number, plan in enumerate(missing):
 
-            def on_step(
-                done: int,
-                terms: Mapping[str, Tensor],
-                number: int = number,
-                index: int = plan.index,
-            ) -> None:
-                advance(number * steps + done)
-                if done % every == 0 or done == steps:
-                    values = {name: float(value) for name, value in terms.items()}
-                    context.log.record("synthesis", index * steps + done, values)
+                def on_step(
+                    done: int,
+                    terms: Mapping[str, Tensor],
+                    number: int = number,
+                    index: int = plan.index,
+                ) -> None:
+                    advance(number * steps + done)
+                    if done % every == 0 or done == steps:
+                        values = {name: float(value) for name, value in terms.items()}
+                        log.record("synthesis", index * steps + done, values)
 
-            start = time.perf_counter()
-            dream = dreamer.dream(plan, on_step)
-            content, per_layer = judge(dream, context.teacher)
-            r_feature = sum(per_layer.values()) if per_layer else None
-            seconds = time.perf_counter() - start
-            store.write(plan.index, content, seconds, dream.loss, r_feature)
-            if r_feature is not None:
-                context.log.record("batches", plan.index, {"r_feature": r_feature})
-                context.log.record("r_feature by layer", plan.index, per_layer)
+                start = time.perf_counter()
+                try:
+                    dream = dreamer.dream(plan, on_step)
+                except NonFiniteLoss as error:
+                    log.note(f"batch {plan.index} is left out: {error.message}")
+                    skipped += 1
+                    continue
+                content, per_layer = judge(dream, context.teacher)
+                r_feature = sum(per_layer.values()) if per_layer else None
+                seconds = time.perf_counter() - start
+                store.write(plan.index, content, seconds, dream.loss, r_feature)
+                advance((number + 1) * steps)  # a batch may stop early
+                if r_feature is not None:
+                    log.record("batches", plan.index, {"r_feature": r_feature})
+                    log.record("r_feature by layer", plan.index, per_layer)
+    context.metrics["synthesis.skipped_batches"] = skipped
+    if len(store) == 0:
+        raise DreamkitError("no batch of dreams came to anything; see the notes above")
 
 
 @torch.no_grad()

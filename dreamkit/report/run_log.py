@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -30,6 +30,8 @@ _PLAIN_LINE_SECONDS = 5.0
 class FileLog:
     """Writes ``log.jsonl``, feeds the trackers, and shows progress on a console.
 
+    The file is opened by ``open``, or by the first record.
+
     Args:
         folder: the run directory; an earlier part of the same run is continued.
         console: where people look.
@@ -42,6 +44,14 @@ class FileLog:
         self.trackers = trackers
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._file: TextIO | None = None
+
+    def open(self) -> None:
+        """Open ``log.jsonl``, mending a line that a crash cut short.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
         try:
             cut_short = self.path.is_file() and self.path.read_bytes()[-1:] not in {b"", b"\n"}
             self._file = self.path.open("a", encoding="utf-8")
@@ -52,7 +62,8 @@ class FileLog:
 
     def close(self) -> None:
         """Close ``log.jsonl``."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def begin(self, stage: str) -> None:
         """Mark that a stage starts afresh; readers forget its earlier records."""
@@ -66,6 +77,9 @@ class FileLog:
     def _write(
         self, line: dict[str, Any], numbers: Mapping[str, float | None] | None = None
     ) -> None:
+        if self._file is None:
+            self.open()
+        assert self._file is not None
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -19,7 +19,7 @@ from dreamkit.errors import StoreError
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.types import StoredImages
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -54,6 +54,8 @@ class DreamStore:
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None) -> None:
         self.folder = folder
         self.settings = settings or {}
+        self.choices: dict[str, Any] = {}
+        """What the machine settled and the dreams depend on; written with the first batch."""
         self.shards: dict[int, Shard] = {}
         manifest = folder / MANIFEST
         if manifest.is_file():
@@ -65,7 +67,7 @@ class DreamStore:
         try:
             data = json.loads(manifest.read_text(encoding="utf-8"))
             shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
-            stored = data["settings"]
+            stored, choices = data["settings"], data["choices"]
             if data["format"] != FORMAT:
                 raise StoreError(
                     f"{manifest}: format {data['format']}, this version reads {FORMAT}"
@@ -81,7 +83,7 @@ class DreamStore:
             )
         if settings is not None:  # the run itself: it can dream again what is gone
             shards = {i: s for i, s in shards.items() if (self.folder / s.file).is_file()}
-        self.settings, self.shards = stored, shards
+        self.settings, self.choices, self.shards = stored, choices, shards
 
     def __len__(self) -> int:
         return sum(shard.images for shard in self.shards.values())
@@ -128,7 +130,12 @@ class DreamStore:
         shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
         shards = self.shards | {index: shard}
         listed = [asdict(shards[index]) for index in sorted(shards)]
-        data = {"format": FORMAT, "settings": self.settings, "shards": listed}
+        data = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "choices": self.choices,
+            "shards": listed,
+        }
         write_json(self.folder / MANIFEST, data)
         self.shards = shards
 

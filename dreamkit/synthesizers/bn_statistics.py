@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,64 @@ class BatchNormTap:
         call = 1
         while (label := name if call == 1 else f"{name}#{call}") in self._seen:
             call += 1
-        x = x.float()
-        # One pass over the data, in float32 whatever the network computes in; biased (eq. 4).
-        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
         running_mean, running_var = module.running_mean, module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
+        mean, var = channel_statistics(x, running_mean)
         self._seen[label] = LayerStatistics(label, mean, var, running_mean, running_var)
+
+
+def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and biased variance over batch and positions (eq. 4).
+
+    Args:
+        x: (N, C, ...), of any floating type.
+        near: (C,), a value near the mean, for the accuracy of sums that are taken in one pass.
+
+    Returns:
+        Two tensors (C,), float32 whatever ``x`` is.
+    """
+    if not torch.compiler.is_compiling():
+        mean, var = _ChannelStatistics.apply(x)
+        return mean, var
+    # Compiled, both sums and the cast become one pass, fused with what is done to x besides.
+    # E[d²] - E[d]² is accurate since d is centred near the mean.
+    axes = [0, *range(2, x.dim())]
+    difference = x.float() - near.view(1, -1, *[1] * (x.dim() - 2))
+    mean = difference.mean(axes)
+    return near + mean, difference.square().mean(axes) - mean.square()
+
+
+class _ChannelStatistics(torch.autograd.Function):
+    """Mean and variance that keep only their input for the backward pass, in its own type.
+
+    Autograd's own would keep a float32 copy of every activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.device.type == "cpu":
+            # The kernel of training-mode BatchNorm is many times as fast as var_mean; given float32
+            # weights, it takes float32 statistics of inputs of fewer bits.
+            kind = torch.promote_types(x.dtype, torch.float32)
+            one, zero = x.new_ones(x.shape[1], dtype=kind), x.new_zeros(x.shape[1], dtype=kind)
+            _, mean, inverse = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, 0.0)
+            var = inverse.pow(-2)
+        else:
+            axes = [0, *range(2, x.dim())]
+            var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        slope = var_gradient * (2 / count)
+        offset = mean_gradient / count - slope * mean
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        gradient = torch.addcmul(offset.view(shape), x, slope.view(shape))
+        return gradient.to(x.dtype)
 
 
 @contextmanager

@@ -8,9 +8,10 @@ Which regularizers stand in the recipe makes it Noise (none), DeepDream (tv, l2)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,16 +20,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError, OptionError, TeacherMismatch, placed
-from dreamkit.model_state import frozen
+from dreamkit.errors import NonFiniteLoss, OptionError, TeacherMismatch, placed
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.synthesizers.bn_statistics import BatchNormTap, batch_norm_layers, tapped
+from dreamkit.synthesizers.engine import (
+    EXPECTED_SPEEDUP,
+    Engine,
+    Evaluator,
+    borrowed,
+    compile_seconds,
+)
+from dreamkit.synthesizers.memory import largest_batch, peak_memory
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import (
     BatchPlan,
     Dream,
+    Estimate,
     InversionStep,
+    LayerStatistics,
     OnStep,
+    Parameterisation,
     Regularizer,
     Teacher,
     TeacherSource,
@@ -36,6 +48,15 @@ from dreamkit.types import (
 )
 
 Size = Annotated[int, Field(ge=1)]
+
+SYNC_EVERY = 25
+"""Steps between looks at whether the loss is finite and falls; each look waits for the device."""
+PROGRESS = 1e-3
+"""Relative fall of the best loss that counts as progress."""
+LARGEST_BATCH = 1024
+"""What ``batch_size: auto`` does not go beyond: a batch is what an interruption loses."""
+TIMED_SECONDS = 1.0
+"""How long steps are timed for, at each stage."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,9 @@ class DeepInversion:
         regularizers: the weighted terms of R(x̂).
         stages: resolutions in turn, joined by nearest upsampling; the last one's size is the
             images' size.
-        batch_size: images optimised together, over which feature statistics are taken.
+        batch_size: images optimised together, over which feature statistics are taken. ``auto``
+            is the most that fit, up to 1,024: on a CPU in 60 % of the memory available then, on a
+            GPU by trial.
         lr: Adam's learning rate.
         betas: Adam's.
         schedule: of the learning rate within a stage.
@@ -80,15 +103,19 @@ class DeepInversion:
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
         clip: keep pixels in the valid range after every step.
+        parameterisation: what the optimizer moves.
+        patience: end a stage after this many steps in which its best loss fell by less than a
+            thousandth; looked at every 25 steps. Null never does.
         labels: ``balanced`` deals the classes out in turn, ``random`` draws them, and a list of
             classes is dealt out in turn.
         student: the competitor of ``js_compete``.
+        engine: how it is computed.
     """
 
     images: Annotated[int, Field(ge=1)]
     regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (Stage(2000),)
-    batch_size: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
     lr: Annotated[float, Field(gt=0)] = 0.05
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
@@ -99,10 +126,15 @@ class DeepInversion:
     jitter: Annotated[int, Field(ge=0)] | None = None
     flip: bool = False
     clip: bool = False
+    parameterisation: Annotated[Parameterisation, EntryOf("parameterisations")] = field(
+        default_factory=Pixels
+    )
+    patience: Annotated[int, Field(ge=1)] | None = None
     labels: Literal["balanced", "random"] | Annotated[tuple[int, ...], Field(min_length=1)] = (
         "balanced"
     )
     student: Annotated[TeacherSource | None, EntryOf("teachers")] = None
+    engine: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         competing = [t.name for t in self.regularizers if "student_logits" in needs(t.entry)]
@@ -125,18 +157,24 @@ class DeepInversion:
         return classes[turn % len(classes)]
 
     @contextmanager
-    def session(self, teacher: Teacher, device: torch.device) -> Iterator[Inversion]:
+    def session(
+        self,
+        teacher: Teacher,
+        device: torch.device,
+        choices: Mapping[str, Any] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         self._check_terms(teacher)
         student = self._load_student(teacher)
         with ExitStack() as stack:
-            stack.enter_context(frozen(teacher.model))
+            stack.enter_context(borrowed(teacher.model))
             if student is not None:
-                stack.enter_context(frozen(student.to(device)))
+                stack.enter_context(borrowed(student.to(device)))
             tap = None
             if "bn_statistics" in self._needed:
                 tap = stack.enter_context(tapped(teacher.model))
-            yield Inversion(self, teacher, student, tap, device)
+            yield Inversion(self, teacher, student, tap, device, choices or {}, note)
 
     @property
     def _needed(self) -> frozenset[str]:
@@ -181,86 +219,175 @@ class DeepInversion:
                 )
 
 
-@dataclass(frozen=True)
 class Inversion:
-    """DeepInversion bound to a frozen teacher on a device."""
+    """DeepInversion bound to a frozen teacher on a device.
 
-    options: DeepInversion
-    teacher: Teacher
-    student: nn.Module | None
-    tap: BatchNormTap | None
-    device: torch.device
+    Args:
+        options: the recipe's.
+        teacher: frozen, on ``device``.
+        student: the competitor, frozen, on ``device``.
+        tap: of the teacher, where a term needs its statistics.
+        device: where to work.
+        choices: what an earlier session settled.
+        note: told what the user must know.
+    """
+
+    def __init__(
+        self,
+        options: DeepInversion,
+        teacher: Teacher,
+        student: nn.Module | None,
+        tap: BatchNormTap | None,
+        device: torch.device,
+        choices: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        self.options = options
+        self.teacher = teacher
+        self.student = student
+        self.tap = tap
+        self.device = device
+        self.note = note
+        settled = {"precision": options.engine.precision, "compile": options.engine.compile}
+        self.engine = Engine(**(settled | {k: choices[k] for k in settled if k in choices}))
+        self.evaluator = self.engine.evaluator(self.terms, device)
+        batch_size = choices.get("batch_size", options.batch_size)
+        self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """How many images are dreamed together."""
+        return self._batch_size
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The batch size and how the engine computes; plain data."""
+        return {
+            "batch_size": self.batch_size,
+            "precision": self.evaluator.precision,
+            "compile": self.engine.compile is True,
+        }
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
-        """Optimise one batch through every stage."""
+        """Optimise one batch through every stage.
+
+        A batch whose loss overflows starts once more from its seed, in float32.
+
+        Raises:
+            NonFiniteLoss: it overflowed there too.
+        """
+        if self.evaluator.exact:
+            return self._dream(plan, self.evaluator, on_step)
+        try:
+            return self._dream(plan, self.evaluator, on_step)
+        except NonFiniteLoss as error:
+            self.note(f"{error.message}; once more in float32")
+        exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
+        return self._dream(plan, exact, on_step)
+
+    def _dream(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
         labels = options.label_plan(plan, card.num_classes, generator).to(self.device)
-        size = options.stages[0].resolution(card)
-        noise = torch.randn(plan.size, card.input_size[0], *size, generator=generator)
-        images, loss, done = noise.to(self.device), torch.tensor(math.inf), 0
+        images, loss, done = None, torch.tensor(math.inf), 0
         for stage in options.stages:
-            images = F.interpolate(images, size=stage.resolution(card), mode="nearest")
-            images, loss = self._stage(images, labels, stage, generator, done, on_step)
+            size = stage.resolution(card)
+            if images is None:
+                shape = (plan.size, card.input_size[0], *size)
+                start = options.parameterisation.start(shape, generator).to(self.device)
+            else:
+                images = F.interpolate(images, size=size, mode="nearest")
+                start = options.parameterisation.encode(images)
+
+            def counted(step: int, terms: Mapping[str, Tensor], done: int = done) -> None:
+                on_step(done + step, terms)
+
+            found = self._stage(start, labels, stage, generator, evaluator, counted)
+            if found is None:
+                raise NonFiniteLoss(
+                    f"the loss of batch {plan.index} is not finite: lower the learning rate or "
+                    "the weights of the regularizers"
+                )
+            images, loss = found
             done += stage.steps
-        if not math.isfinite(loss):
-            raise DreamkitError(
-                f"the loss of batch {plan.index} was never finite: lower the learning rate or the "
-                "weights of the regularizers"
-            )
+        assert images is not None
         return Dream(images, labels, float(loss))
 
     def _stage(
         self,
-        start: Tensor,
+        parameters: Tensor,
         labels: Tensor,
         stage: Stage,
         generator: torch.Generator,
-        done: int,
+        evaluator: Evaluator,
         on_step: OnStep,
-    ) -> tuple[Tensor, Tensor]:
-        """Optimise at one resolution; return the best images and their loss."""
-        options = self.options
-        low, high = self.teacher.card.pixel_range(start)
-        if options.clip:
-            start = start.clamp(low, high)
-        images = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([images], lr=stage.lr or options.lr, betas=options.betas)
-        shift = self._jitter(stage)
-        best, best_loss = start.clone(), torch.tensor(math.inf, device=self.device)
+    ) -> tuple[Tensor, Tensor] | None:
+        """Optimise at one resolution; return the best images and their loss, if it was finite."""
+        options, size = self.options, stage.resolution(self.teacher.card)
+        parameters = self._clipped(parameters, size).requires_grad_()
+        optimizer = torch.optim.Adam(
+            [parameters],
+            lr=stage.lr or options.lr,
+            betas=options.betas,
+            fused=self.device.type in {"cpu", "cuda"},
+        )
+        draws = draw_views(stage.steps, self._jitter(stage), options.flip, generator)
+        draws = draws.to(self.device)
+        best, best_loss = parameters.detach().clone(), torch.tensor(math.inf, device=self.device)
+        finite = torch.tensor(True, device=self.device)
+        plateau = Plateau(options.patience)
         for step in range(stage.steps):
             factor = learning_rate_factor(step, stage.steps, options.schedule, options.warmup)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
-            before = images.detach().clone()
-            terms = self.terms(augment(images, shift, options.flip, generator), labels)
-            loss = torch.stack(list(terms.values())).sum()
-            (images.grad,) = torch.autograd.grad(loss, [images])
+            images = options.parameterisation.render(parameters, size)
+            found = evaluator(images, labels, draws[step])
+            (parameters.grad,) = torch.autograd.grad(images, [parameters], found.gradient)
+            # The loss is of the parameters before the step; the choice needs no host sync.
+            better = found.loss < best_loss
+            best = torch.where(better, parameters.detach(), best)
+            best_loss = torch.where(better, found.loss, best_loss)
+            finite &= torch.isfinite(found.loss)
             optimizer.step()
             if options.clip:
                 with torch.no_grad():
-                    images.copy_(images.clamp(low, high))
-            # The loss is of the images before the step; both are chosen without a host sync.
-            better = loss.detach() < best_loss
-            best = torch.where(better, before, best)
-            best_loss = torch.where(better, loss.detach(), best_loss)
-            detached = {name: value.detach() for name, value in terms.items()}
-            on_step(done + step + 1, {"loss": loss.detach(), **detached})
-        return best, best_loss
+                    parameters.copy_(self._clipped(parameters, size))
+            on_step(step + 1, {"loss": found.loss, **found.terms})
+            if (step + 1) % SYNC_EVERY == 0 and (not finite or plateau(step + 1, best_loss)):
+                break
+        if not finite:
+            return None
+        return options.parameterisation.render(best, size), best_loss
 
-    def terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss on images as the teacher sees them."""
-        if self.tap is not None:
-            logits, statistics = self.tap(images)
-        else:
-            logits, statistics = self.teacher.model(images), ()
-        step = InversionStep(
-            images=images,
-            labels=labels,
-            teacher_logits=logits,
-            student_logits=self.student(images) if self.student is not None else None,
-            bn_statistics=statistics,
-        )
-        terms = {"cross_entropy": F.cross_entropy(logits, labels)}
+    def _clipped(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the parameters of the images with their pixels in the valid range."""
+        if not self.options.clip:
+            return parameters.detach()
+        with torch.no_grad():
+            images = self.options.parameterisation.render(parameters, size)
+            low, high = self.teacher.card.pixel_range(images)
+            return self.options.parameterisation.encode(images.clamp(low, high))
+
+    def terms(
+        self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of the loss on images as the teacher sees them.
+
+        Args:
+            images: (N, C, H, W), normalised.
+            labels: (N,).
+            arithmetic: sets the networks' precision.
+        """
+        student_logits: Tensor | None = None
+        statistics: tuple[LayerStatistics, ...] = ()
+        with arithmetic or nullcontext():
+            if self.tap is not None:
+                logits, statistics = self.tap(images)
+            else:
+                logits = self.teacher.model(images)
+            if self.student is not None:
+                student_logits = self.student(images).float()
+        step = InversionStep(images, labels, logits.float(), student_logits, statistics)
+        terms = {"cross_entropy": F.cross_entropy(step.teacher_logits, labels)}
         for term in self.options.regularizers:
             value = term.weight * term.entry(step)
             # A name may stand in the recipe more than once; its values add up.
@@ -276,17 +403,148 @@ class Inversion:
         jitter = self.options.jitter
         return round(jitter * height / last_height), round(jitter * width / last_width)
 
+    # --- planning ---------------------------------------------------------------------------
 
-def augment(
-    images: Tensor, shift: tuple[int, int], flip: bool, generator: torch.Generator
+    def _largest_batch(self) -> int:
+        card = self.teacher.card
+        sizes = [stage.resolution(card) for stage in self.options.stages]
+        largest = max(sizes, key=math.prod)
+
+        def trial(size: int) -> None:
+            images = torch.zeros(size, card.input_size[0], *largest, device=self.device)
+            labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+            self.evaluator(images, labels, torch.zeros(3, dtype=torch.int64, device=self.device))
+
+        found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
+        self.note(f"batch_size: auto is {found} on this machine")
+        return found
+
+    def prepare(self, batches: int) -> Estimate:
+        """Time a few steps of every stage, compile if that pays, and estimate the cost.
+
+        Args:
+            batches: how many full batches are to be dreamed.
+        """
+        with peak_memory(self.device) as peak:
+            eager = [self._seconds_a_step(stage) for stage in self.options.stages]
+        total = batches * self._seconds_a_batch(eager)
+        if self.engine.compile == "auto":
+            self._decide_on_compiling(total)
+        if self.engine.compile is not True:
+            return Estimate(total, peak.total)
+        start = time.perf_counter()
+        with peak_memory(self.device) as peak:
+            problem = self.compile()
+            spent = time.perf_counter() - start
+            compiled = [self._seconds_a_step(stage) for stage in self.options.stages]
+        if problem is None and self._seconds_a_batch(compiled) > self._seconds_a_batch(eager):
+            problem = "compiled, it is slower"
+        if problem is not None:
+            self.evaluator.discard_compiled()
+            self.engine = replace(self.engine, compile=False)
+            self.note(f"inversion runs without compilation: {problem}")
+            return Estimate(total, peak.total)
+        total = batches * self._seconds_a_batch(compiled)
+        gain = self._seconds_a_batch(eager) / self._seconds_a_batch(compiled)
+        self.note(f"inversion compiled in {spent:.0f} s: {gain:.1f} times as fast")
+        return Estimate(total, peak.total)
+
+    def _decide_on_compiling(self, seconds: float) -> None:
+        sizes = {stage.resolution(self.teacher.card) for stage in self.options.stages}
+        cost = len(sizes) * compile_seconds(self.teacher.model)
+        saved = seconds * (1 - 1 / EXPECTED_SPEEDUP)
+        self.engine = replace(self.engine, compile=saved > cost)
+        if saved <= cost:
+            self.note(
+                f"inversion runs without compilation: compiling takes about {cost:.0f} s and "
+                f"would save about {saved:.0f} s"
+            )
+
+    def _seconds_a_batch(self, seconds_a_step: Sequence[float]) -> float:
+        stages = self.options.stages
+        return sum(s.steps * t for s, t in zip(stages, seconds_a_step, strict=True))
+
+    def _seconds_a_step(self, stage: Stage) -> float:
+        self._run(stage, 1)  # the first step of a shape does more than the others
+        start = time.perf_counter()
+        self._run(stage, 1)
+        seconds = time.perf_counter() - start
+        if seconds > TIMED_SECONDS:
+            return seconds
+        steps = min(10, math.ceil(TIMED_SECONDS / max(seconds, 1e-3)))
+        start = time.perf_counter()
+        self._run(stage, steps)
+        return (time.perf_counter() - start) / steps
+
+    def _run(self, stage: Stage, steps: int) -> None:
+        """Take a few steps of a stage and throw them away."""
+        start, labels, generator = self._sample(stage)
+        short = replace(stage, steps=steps)
+        found = self._stage(start, labels, short, generator, self.evaluator, lambda *_: None)
+        if found is not None:
+            float(found[1])  # waits for the device
+
+    def compile(self) -> str | None:
+        """Compile for full batches of every stage; return why that did not work, if so."""
+        draw = torch.zeros(3, dtype=torch.int64, device=self.device)
+        for stage in self.options.stages:
+            size = stage.resolution(self.teacher.card)
+            start, labels, _ = self._sample(stage)
+            images = self.options.parameterisation.render(self._clipped(start, size), size)
+            problem = self.evaluator.compile(images, labels, draw)
+            if problem is not None:
+                return problem
+        return None
+
+    def _sample(self, stage: Stage) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Return what a full batch may start a stage from."""
+        card, generator = self.teacher.card, torch.Generator().manual_seed(0)
+        size = min(self.batch_size, self.options.images)
+        shape = (size, card.input_size[0], *stage.resolution(card))
+        start = self.options.parameterisation.start(shape, generator).to(self.device)
+        labels = self.options.label_plan(BatchPlan(0, 0, size, 0), card.num_classes, generator)
+        return start, labels.to(self.device), generator
+
+
+class Plateau:
+    """Tells when the best loss of a stage has stopped falling.
+
+    Args:
+        patience: steps without progress that are too many; None for any number.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.lowest = math.inf
+        self.since = 0
+
+    def __call__(self, step: int, best_loss: Tensor) -> bool:
+        """Return whether to stop; reads the loss off the device only where there is a patience."""
+        if self.patience is None:
+            return False
+        loss = float(best_loss)
+        if self.lowest - loss > PROGRESS * abs(self.lowest) or not math.isfinite(self.lowest):
+            self.lowest, self.since = loss, step
+        return step - self.since >= self.patience
+
+
+def draw_views(
+    steps: int, shift: tuple[int, int], flip: bool, generator: torch.Generator
 ) -> Tensor:
-    """Roll a batch by up to ``shift`` pixels each way, and mirror it in half of the cases."""
-    draw: Any = [torch.randint(-s, s + 1, (), generator=generator).item() for s in shift]
-    if any(draw):
-        images = torch.roll(images, shifts=draw, dims=(2, 3))
-    if flip and torch.rand((), generator=generator).item() < 0.5:
-        images = images.flip(3)
-    return images
+    """Draw each step's roll and mirror.
+
+    Args:
+        steps: how many.
+        shift: most rows and columns to roll by, either way.
+        flip: mirror half of the steps.
+        generator: a CPU generator.
+
+    Returns:
+        (steps, 3) int64: rows, columns, and 1 to mirror; see ``engine.View``.
+    """
+    draws = [torch.randint(-s, s + 1, (steps,), generator=generator) for s in shift]
+    mirrored = torch.rand(steps, generator=generator) < 0.5 if flip else torch.zeros(steps)
+    return torch.stack([*draws, mirrored.long()], dim=1)
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:

@@ -47,8 +47,9 @@ def fill(model, scale=0.4):
 class TwoBN(nn.Module):
     """conv1 → bn1 → relu → conv2 → bn2 → relu → mean → fc."""
 
-    def __init__(self, in_channels=3, classes=3):
+    def __init__(self, in_channels=3, classes=3, activation=F.relu):
         super().__init__()
+        self.activation = activation
         self.conv1 = nn.Conv2d(in_channels, 4, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(4)
         self.conv2 = nn.Conv2d(4, 6, 3, padding=1, bias=False)
@@ -56,8 +57,8 @@ class TwoBN(nn.Module):
         self.fc = nn.Linear(6, classes)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.activation(self.bn1(self.conv1(x)))
+        x = self.activation(self.bn2(self.conv2(x)))
         return self.fc(x.mean(dim=(2, 3)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
-from dreamkit.types import BatchPlan, Dream, RunContext
+from dreamkit.types import BatchPlan, Dream, Estimate, RunContext
 
 CPU = torch.device("cpu")
 
@@ -40,12 +41,15 @@ class Counting:
         return getattr(self.inner, name)
 
     @contextmanager
-    def session(self, teacher, device):
+    def session(self, teacher, device, choices=None, note=lambda text: None):
         counting = self
 
         class Dreamer:
             def __init__(self, session):
                 self.session = session
+
+            def __getattr__(self, name):
+                return getattr(self.session, name)
 
             def dream(self, plan, on_step):
                 if plan.index == counting.stop_before:
@@ -53,7 +57,7 @@ class Counting:
                 counting.dreamed.append(plan.index)
                 return self.session.dream(plan, on_step)
 
-        with self.inner.session(teacher, device) as session:
+        with self.inner.session(teacher, device, choices, note) as session:
             yield Dreamer(session)
 
 
@@ -92,18 +96,18 @@ def shards(context):
 
 
 def test_batch_plans_by_hand():
-    plans = batch_plans(synthesizer(images=7, batch_size=3), seed=11)
+    plans = batch_plans(7, 3, seed=11)
     assert [(p.index, p.first_image, p.size) for p in plans] == [(0, 0, 3), (1, 3, 3), (2, 6, 1)]
     assert [p.seed for p in plans] == [batch_seed(11, i) for i in range(3)]
 
 
 def test_batch_plans_without_a_remainder():
-    assert [p.size for p in batch_plans(synthesizer(6, 3), 0)] == [3, 3]
-    assert [p.size for p in batch_plans(synthesizer(2, 3), 0)] == [2]
+    assert [p.size for p in batch_plans(6, 3, 0)] == [3, 3]
+    assert [p.size for p in batch_plans(2, 3, 0)] == [2]
 
 
 def test_a_longer_run_begins_with_the_batches_of_a_shorter_one():
-    short, long = batch_plans(synthesizer(6, 3), 5), batch_plans(synthesizer(12, 3), 5)
+    short, long = batch_plans(6, 3, 5), batch_plans(12, 3, 5)
     assert long[:2] == short
 
 
@@ -169,7 +173,7 @@ def test_judging_a_batch_leaves_nothing_in_the_next(toys):
     regularizers = (Term("bn_feature", 1.0, BNFeature(first_layer_scale=10.0)),)
     options = DeepInversion(6, regularizers, stages=(Stage(3),), batch_size=3)
     teacher, device = toys.teacher(toys.two_bn()), torch.device("cpu")
-    first, second = batch_plans(options, 0)
+    first, second = batch_plans(6, 3, 0)
     with options.session(teacher, device) as dreamer:
         judge(dreamer.dream(first, lambda *_: None), teacher)
         after = dreamer.dream(second, lambda *_: None)
@@ -309,9 +313,14 @@ def test_plans_reach_the_dreamer(context):
     class Recorder:
         images, batch_size, steps_per_batch = 5, 2, 1
 
+        choices = MappingProxyType({})
+
         @contextmanager
-        def session(self, teacher, device):
+        def session(self, teacher, device, choices, note):
             yield self
+
+        def prepare(self, batches):
+            return Estimate(1.0, 2**30)
 
         def dream(self, plan, on_step):
             plans.append(plan)

@@ -67,7 +67,7 @@ def test_shard_content_and_dtypes(tmp_path):
 def test_manifest_vouches_for_the_shards(tmp_path):
     filled(tmp_path)
     data = json.loads((tmp_path / "manifest.json").read_text())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert data["settings"] == SETTINGS
     for index, entry in enumerate(data["shards"]):
         blob = (tmp_path / entry["file"]).read_bytes()
@@ -153,7 +153,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, text):
 def test_a_manifest_of_another_format_is_refused(tmp_path):
     filled(tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     with pytest.raises(StoreError, match="format"):
         DreamStore(tmp_path)
 

@@ -1,0 +1,130 @@
+"""What the benchmarks compare with: a plain inversion loop and the CIFAR-10 networks.
+
+The loop is written from the paper (Yin et al., CVPR 2020, eq. 2 to 4) the way a first version is:
+the teacher's weights are not frozen, hooks compute the mean and, of a permuted copy, the variance
+of every BatchNorm layer's input, and the loss is read at every step.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit.card import Card
+from dreamkit.teachers.small_resnet import SmallResNet
+from dreamkit.teachers.weights import load_into, read_state_dict
+from dreamkit.types import Teacher
+
+
+class PlainLoop:
+    """One batch of DeepInversion on the pixels themselves.
+
+    Args:
+        model: the teacher, in eval mode.
+        shape: (N, C, H, W) of the batch.
+        classes: how many the teacher knows.
+        device: where to work.
+        lr: Adam's learning rate.
+        tv: weight of total variation.
+        l2: weight of the l2 norm.
+        bn: weight of R_feature.
+        jitter: largest roll.
+        seed: of the noise and the rolls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int, int],
+        classes: int,
+        device: torch.device,
+        lr: float = 0.05,
+        tv: float = 2.5e-5,
+        l2: float = 3e-8,
+        bn: float = 10.0,
+        jitter: int = 2,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.model = model.to(device)
+        self.images = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        self.labels = (torch.arange(shape[0]) % classes).to(device)
+        self.optimizer = torch.optim.Adam([self.images], lr=lr)
+        self.weights = (tv, l2, bn)
+        self.jitter = jitter
+        self.random = random.Random(seed)
+        self.best = self.images.detach().clone()
+        self.best_loss = float("inf")
+        self._parts: list[Tensor] = []
+        self._hooks = [
+            module.register_forward_hook(self._see)
+            for module in model.modules()
+            if isinstance(module, nn.BatchNorm2d)
+        ]
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.BatchNorm2d)
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        x = inputs[0]
+        mean = x.mean([0, 2, 3])
+        var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        self._parts.append(
+            (module.running_var - var).norm(2) + (module.running_mean - mean).norm(2)
+        )
+
+    def step(self) -> float:
+        """Take one step and return its loss."""
+        self._parts.clear()
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        shift = [self.random.randint(-self.jitter, self.jitter) for _ in range(2)]
+        x = torch.roll(self.images, shifts=shift, dims=(2, 3))
+        classification = F.cross_entropy(self.model(x), self.labels)
+        variation = (
+            (x[:, :, :, :-1] - x[:, :, :, 1:]).norm()
+            + (x[:, :, :-1, :] - x[:, :, 1:, :]).norm()
+            + (x[:, :, :-1, :-1] - x[:, :, 1:, 1:]).norm()
+            + (x[:, :, 1:, :-1] - x[:, :, :-1, 1:]).norm()
+        )
+        tv, l2, bn = self.weights
+        loss = classification + tv * variation + l2 * x.norm() + bn * sum(self._parts)
+        if loss.item() < self.best_loss:
+            self.best_loss = loss.item()
+            self.best = self.images.detach().clone()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def cifar_resnet(depth: int, weights: Path | None = None) -> Teacher:
+    """Return the option-A ResNet for CIFAR-10, with the weights of a checkpoint where given.
+
+    Args:
+        depth: 20, 32, 44, 56...
+        weights: a ``.th`` file of github.com/akamaster/pytorch_resnet_cifar10.
+    """
+    model = SmallResNet(depth, 10, shortcut="padded")
+    if weights is not None:
+        tensors = read_state_dict(str(weights), "state_dict", "module.")
+        renamed = {name.replace("linear.", "fc."): value for name, value in tensors.items()}
+        load_into(model, renamed, str(weights))
+    card = Card(
+        name=f"resnet{depth}",
+        input_size=(3, 32, 32),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        num_classes=10,
+        origin=str(weights) if weights else "random weights",
+        trained=weights is not None,
+    )
+    return Teacher(model.eval(), card, {})

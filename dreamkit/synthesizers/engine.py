@@ -1,0 +1,259 @@
+"""The engine: it alone decides on dtype, memory format, compilation and graphs of an inversion.
+
+The mathematics of a step comes to it as an *objective*, a function of images and labels that
+returns the weighted terms of the loss; the engine returns those terms and their gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.model_state import frozen
+
+Terms = dict[str, Tensor]
+Objective = Callable[[Tensor, Tensor, AbstractContextManager[Any]], Terms]
+"""From normalised images (N, C, H, W) and labels (N,) to the weighted terms, each of shape ().
+
+Networks run inside the context it is given, which sets their precision.
+"""
+
+Precision = Literal["float32", "bfloat16"]
+
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+"""How far a compiled loss may be from the eager one, relative."""
+GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+"""How far a compiled gradient may be from the eager one, relative in the l2 norm."""
+COMPILE_SECONDS = 10.0
+COMPILE_SECONDS_PER_LAYER = 1.0
+EXPECTED_SPEEDUP = 1.4
+"""Of a compiled step over an eager one, for planning: see ``benchmarks/README.md``."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an inversion is computed; what is computed does not change.
+
+    Args:
+        precision: of the network's arithmetic; statistics, regularizers and the loss are always
+            float32. ``auto`` is bfloat16 where the hardware multiplies it natively.
+        compile: ``auto`` compiles if the run is long enough to pay for it.
+    """
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
+
+    def evaluator(self, objective: Objective, device: torch.device) -> Evaluator:
+        """Return what evaluates an objective on a device, eager as yet."""
+        precision: Precision = "float32"
+        if self.precision != "auto":
+            precision = self.precision
+        elif has_native_bfloat16(device):
+            precision = "bfloat16"
+        return Evaluator(objective, device, precision)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 in hardware; emulation is slower than float32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return False
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Freeze a model and lay its convolutions' weights out as channels last; both are undone.
+
+    Frozen weights need no gradients, which is a third of a backward pass.
+    """
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    laid_out = [p.data for p in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        with frozen(model):
+            yield
+    finally:
+        for weight, data in zip(weights, laid_out, strict=True):
+            weight.data = data
+
+
+class View(torch.autograd.Function):
+    """Images rolled and mirrored by tensors, so that shapes and graphs stay the same.
+
+    A permutation of pixels: its gradient is gathered by the inverse, not scattered.
+    """
+
+    @staticmethod
+    def forward(images: Tensor, draw: Tensor) -> Tensor:
+        """Roll by draw[0] rows and draw[1] columns, then mirror left to right if draw[2]."""
+        rows, columns = _sources(images, draw)
+        return images[:, :, rows[:, None], columns]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep what was drawn."""
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Undo it."""
+        (draw,) = ctx.saved_tensors
+        # A mirrored roll is its own inverse; a plain one is undone by the opposite shift.
+        back = torch.stack([-draw[0], torch.where(draw[2] > 0, draw[1], -draw[1]), draw[2]])
+        rows, columns = _sources(gradient, back)
+        return gradient[:, :, rows[:, None], columns], None
+
+
+def _sources(images: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each row and each column of a view where it comes from."""
+    height, width = images.shape[2:]
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    across = torch.where(draw[2] > 0, width - 1 - across, across)
+    return (down - draw[0]) % height, (across - draw[1]) % width
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One step's weighted terms, their sum, and the sum's gradient in the images (N, C, H, W)."""
+
+    terms: Terms
+    loss: Tensor
+    gradient: Tensor
+
+
+class Evaluator:
+    """Evaluates an objective and its gradient, compiled for the shapes where that held good.
+
+    Args:
+        objective: the mathematics.
+        device: where tensors are.
+        precision: of the networks' arithmetic.
+    """
+
+    def __init__(self, objective: Objective, device: torch.device, precision: Precision) -> None:
+        self.objective = objective
+        self.device = device
+        self.precision = precision
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self._compiled: dict[tuple[int, ...], _Loss] = {}
+
+    def __call__(self, images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
+        """Return the terms at images as rolled and mirrored by ``draw``, and the gradient."""
+        function = self._compiled.get(tuple(images.shape), self._loss)
+        return self._evaluate(function, images, labels, draw)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is as faithful as can be: float32, and nothing compiled."""
+        return self.dtype == torch.float32 and not self._compiled
+
+    def _loss(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Terms]:
+        # Weights are constants here: autocast's cache of their casts would only hold memory.
+        arithmetic = torch.autocast(
+            self.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            cache_enabled=False,
+        )
+        terms = self.objective(View.apply(images, draw), labels, arithmetic)
+        return torch.stack(list(terms.values())).sum(), terms
+
+    def _evaluate(
+        self, function: _Loss, images: Tensor, labels: Tensor, draw: Tensor
+    ) -> Evaluation:
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        leaf = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        loss, terms = function(leaf, labels, draw)
+        (gradient,) = torch.autograd.grad(loss, [leaf])
+        return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
+
+    def compile(self, images: Tensor, labels: Tensor, draw: Tensor) -> str | None:
+        """Compile for the shape of ``images``, unless it is, and compare with eager there.
+
+        Returns:
+            Why it is left eager; None if it is compiled.
+        """
+        if tuple(images.shape) in self._compiled:
+            return None
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
+        function = torch.compile(
+            _with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
+        )
+        expected = self._evaluate(self._loss, images, labels, draw)
+        try:
+            with _quiet_compiler():
+                found = self._evaluate(function, images, labels, draw)
+        except Exception as error:  # whatever a compiler raises, eager still works
+            reason = str(error).strip().partition("\n")[0]
+            return f"it could not be compiled ({type(error).__name__}: {reason})"
+        mismatch = _mismatch(expected, found, self.dtype)
+        if mismatch is None:
+            self._compiled[tuple(images.shape)] = function
+        return mismatch
+
+    def discard_compiled(self) -> None:
+        """Go back to eager for every shape."""
+        self._compiled.clear()
+
+
+_Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Terms]]
+
+
+def _with_cache_of_its_own(method: Any) -> _Loss:
+    """Copy a method, code and all: the compiler keeps what it made by code object, and only a few.
+
+    So engines do not crowd each other out, and what one compiled goes when it does.
+    """
+    function = method.__func__
+    copied = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return types.MethodType(copied, method.__self__)
+
+
+def _mismatch(expected: Evaluation, found: Evaluation, dtype: torch.dtype) -> str | None:
+    """Return how a compiled evaluation differs from the eager one, beyond rounding."""
+    loss = float(expected.loss)
+    off = abs(float(found.loss) - loss) / max(abs(loss), 1e-12)
+    difference = (found.gradient - expected.gradient).norm() / expected.gradient.norm()
+    if off <= LOSS_TOLERANCE[dtype] and float(difference) <= GRADIENT_TOLERANCE[dtype]:
+        return None
+    return f"compiled, its loss is {off:.1e} and its gradient {float(difference):.1e} off"
+
+
+@contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Keep the compiler's remarks on other devices from the user's terminal."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def compile_seconds(model: nn.Module) -> float:
+    """Estimate how long compiling an inversion takes on a CPU: see ``benchmarks/README.md``."""
+    layers = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    return COMPILE_SECONDS + COMPILE_SECONDS_PER_LAYER * layers

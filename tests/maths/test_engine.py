@@ -1,0 +1,422 @@
+"""The engine: it computes what eager float32 computes, and gives back what it borrows."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dreamkit.errors import DreamkitError, NonFiniteLoss
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.synthesizers import deepinversion, engine, memory
+from dreamkit.synthesizers.deepinversion import DeepInversion, Plateau, Stage
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, has_native_bfloat16
+from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
+from dreamkit.types import BatchPlan, Estimate
+
+CPU = torch.device("cpu")
+NO_VIEW = torch.zeros(3, dtype=torch.int64)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile needs a C++ compiler on the CPU",
+)
+
+
+def options(**changes):
+    known = {
+        "images": 4,
+        "batch_size": 4,
+        "regularizers": (
+            Term("tv", 0.01, TotalVariation()),
+            Term("bn_feature", 0.5, BNFeature(first_layer_scale=3.0)),
+        ),
+        "stages": (Stage(3),),
+        "engine": Engine(precision="float32", compile=False),
+    }
+    return DeepInversion(**(known | changes))
+
+
+def quadratic(images, labels, arithmetic):
+    """An objective by hand: the sum of squares, whose gradient is 2x."""
+    return {"squares": images.square().sum()}
+
+
+def evaluator(objective=quadratic, precision="float32"):
+    return Evaluator(objective, CPU, precision)
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+# --- evaluation -------------------------------------------------------------------------------
+
+
+def test_loss_terms_and_gradient_by_hand():
+    x = images(2, 3, 4, 5)
+    found = evaluator()(x, torch.zeros(2).long(), torch.tensor([1, 2, 1]))
+    assert found.loss.item() == pytest.approx(x.square().sum().item(), rel=1e-6)
+    torch.testing.assert_close(found.gradient, 2 * x)
+    assert not found.loss.requires_grad
+    assert not found.terms["squares"].requires_grad
+    assert x.grad is None
+
+
+def test_networks_alone_run_in_lower_precision(toys):
+    seen = {}
+
+    def objective(x, labels, arithmetic):
+        with arithmetic:
+            seen["inside"] = F.conv2d(x, torch.ones(1, 3, 1, 1)).dtype
+        seen["outside"] = F.conv2d(x, torch.ones(1, 3, 1, 1)).dtype
+        return {"sum": x.sum()}
+
+    evaluator(objective, "bfloat16")(images(1, 3, 2, 2), torch.zeros(1).long(), NO_VIEW)
+    assert seen == {"inside": torch.bfloat16, "outside": torch.float32}
+    evaluator(objective, "float32")(images(1, 3, 2, 2), torch.zeros(1).long(), NO_VIEW)
+    assert seen["inside"] == torch.float32
+
+
+def test_regularizers_see_float32_whatever_the_network_computes_in(toys):
+    @dataclass
+    class Types:
+        needs = frozenset({"bn_statistics"})
+        seen: list = field(default_factory=list)
+
+        def __call__(self, step):
+            layer = step.bn_statistics[0]
+            self.seen += [
+                t.dtype for t in (step.images, step.teacher_logits, layer.mean, layer.var)
+            ]
+            return step.images.sum() * 0
+
+    types = Types()
+    given = options(
+        regularizers=(Term("types", 1.0, types),),
+        stages=(Stage(1),),
+        engine=Engine(precision="bfloat16", compile=False),
+    )
+    with given.session(toys.teacher(toys.two_bn()), CPU) as session:
+        session.dream(BatchPlan(0, 0, 4, 1), lambda *_: None)
+    assert set(types.seen) == {torch.float32}
+
+
+def test_auto_precision_is_what_the_processor_multiplies(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert has_native_bfloat16(CPU)
+    assert Engine().evaluator(quadratic, CPU).precision == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert not has_native_bfloat16(CPU)
+    assert Engine().evaluator(quadratic, CPU).precision == "float32"
+    assert Engine(precision="bfloat16").evaluator(quadratic, CPU).precision == "bfloat16"
+    assert not has_native_bfloat16(torch.device("mps"))
+
+
+# --- compilation ------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_compiled_is_eager_and_other_shapes_stay_eager(toys):
+    with options().session(toys.teacher(toys.two_bn()), CPU) as session:
+        x, labels = images(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
+        draw = torch.tensor([1, -2, 1])
+        eager = session.evaluator(x, labels, draw)
+        assert session.evaluator.compile(x, labels, NO_VIEW) is None
+        assert not session.evaluator.exact
+        compiled = session.evaluator(x, labels, draw)
+        assert session.evaluator(x[:2], labels[:2], draw).gradient.shape == (2, 3, 8, 8)
+    assert compiled.terms.keys() == eager.terms.keys()
+    for name, value in eager.terms.items():
+        assert compiled.terms[name].item() == pytest.approx(value.item(), rel=1e-5)
+    assert (compiled.gradient - eager.gradient).norm() < 1e-5 * eager.gradient.norm()
+
+
+def broken(change):
+    """Return a stand-in for ``torch.compile`` whose result is changed."""
+
+    def compile(function, **settings):
+        def compiled(x, labels, draw):
+            return change(function(x, labels, draw))
+
+        return compiled
+
+    return compile
+
+
+def test_a_compiled_loss_that_differs_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch, "compile", broken(lambda found: (found[0] * 1.1, found[1])))
+    held = evaluator()
+    assert "1.0e-01" in held.compile(images(2, 3, 4, 4), torch.zeros(2).long(), NO_VIEW)
+    assert held.exact
+
+
+def test_a_compiled_gradient_that_differs_is_not_used(monkeypatch):
+    def shifted(found):
+        loss, terms = found
+        return loss.detach() + 1.5 * (loss - loss.detach()), terms
+
+    monkeypatch.setattr(torch, "compile", broken(shifted))
+    held = evaluator()
+    assert "gradient 5.0e-01" in held.compile(images(2, 3, 4, 4), torch.zeros(2).long(), NO_VIEW)
+    assert held.exact
+
+
+def failing(function, **settings):
+    def compiled(*arguments):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    return compiled
+
+
+def test_a_compiler_that_fails_leaves_eager_and_is_named(monkeypatch, toys):
+    monkeypatch.setattr(torch, "compile", failing)
+    notes = []
+    given = options(engine=Engine(precision="float32", compile=True))
+    with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
+        cost = session.prepare(2)
+        found = session.dream(BatchPlan(0, 0, 4, 1), lambda *_: None)
+        choices = session.choices
+    assert cost.seconds > 0
+    assert torch.isfinite(found.images).all()
+    assert choices["compile"] is False
+    assert any("RuntimeError: no compiler here" in n and "story" not in n for n in notes)
+
+
+def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 30.0)
+    monkeypatch.setattr(
+        deepinversion.Inversion,
+        "_seconds_a_step",
+        lambda self, stage: 1.0 if self.evaluator.exact else 0.5,
+    )
+    given = options(engine=Engine(precision="float32"), stages=(Stage(10),))
+    notes = []
+    with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
+        # 10 batches of 10 s: at 1.4 times the speed 28.6 s are saved.
+        assert session.prepare(10).seconds == pytest.approx(100)
+        assert session.choices["compile"] is False
+    assert "about 30 s" in notes[-1]
+    with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
+        assert session.prepare(11).seconds == pytest.approx(55)
+        assert session.choices["compile"] is True
+    assert "2.0 times as fast" in notes[-1]
+
+
+def test_what_a_session_settled_holds_for_the_next(monkeypatch, toys):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    given = options(batch_size="auto", engine=Engine())
+    settled = {"batch_size": 3, "precision": "float32", "compile": False}
+    with given.session(toys.teacher(toys.two_bn()), CPU, settled) as session:
+        session.prepare(10**9)
+        assert session.choices == settled
+        assert session.batch_size == 3
+
+
+def test_a_copied_method_is_compiled_apart():
+    held = evaluator()
+    copy = engine._with_cache_of_its_own(held._loss)
+    assert copy.__func__.__code__ is not held._loss.__func__.__code__
+    x = images(1, 1, 2, 2)
+    assert torch.equal(copy(x, None, NO_VIEW)[0], held._loss(x, None, NO_VIEW)[0])
+
+
+# --- what is borrowed -------------------------------------------------------------------------
+
+
+def test_a_borrowed_model_is_given_back_as_it_was(toys):
+    model = toys.two_bn().train()
+    before, pointers = toys.state(model), [p.data_ptr() for p in model.parameters()]
+    strides = [p.stride() for p in model.parameters()]
+    with borrowed(model):
+        assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not model.conv2.weight.requires_grad
+        assert not model.training
+    toys.assert_same_state(model, before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+# --- losses that overflow ---------------------------------------------------------------------
+
+
+@dataclass
+class Overflowing:
+    """A regularizer whose value is infinite at some calls."""
+
+    at: frozenset
+    calls: int = 0
+    types: list = field(default_factory=list)
+
+    def __call__(self, step):
+        self.calls += 1
+        value = step.images.square().mean()
+        return value / 0 if self.calls in self.at else value
+
+
+def overflowing(at, precision="bfloat16"):
+    return options(
+        regularizers=(Term("overflowing", 1.0, Overflowing(frozenset(at))),),
+        engine=Engine(precision=precision, compile=False),
+        stages=(Stage(3, size=4), Stage(3)),
+    )
+
+
+def test_a_batch_that_overflows_starts_again_in_float32(toys):
+    teacher, notes, plan = toys.teacher(toys.two_bn()), [], BatchPlan(7, 0, 4, 11)
+    with overflowing({2}).session(teacher, CPU, note=notes.append) as session:
+        found = session.dream(plan, lambda *_: None)
+    with overflowing(set(), "float32").session(teacher, CPU) as session:
+        exact = session.dream(plan, lambda *_: None)
+    assert torch.equal(found.images, exact.images)
+    assert found.loss == exact.loss
+    assert len(notes) == 1
+    assert "batch 7" in notes[0]
+    assert "float32" in notes[0]
+
+
+def test_a_batch_that_overflows_again_is_given_up(toys):
+    with (
+        overflowing({2, 5, 6}).session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(NonFiniteLoss, match="batch 7 is not finite"),
+    ):
+        session.dream(BatchPlan(7, 0, 4, 11), lambda *_: None)
+
+
+def test_float32_is_not_tried_twice(toys):
+    given = overflowing({2}, "float32")
+    with (
+        given.session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(NonFiniteLoss),
+    ):
+        session.dream(BatchPlan(0, 0, 4, 11), lambda *_: None)
+    assert given.regularizers[0].entry.calls == 3
+
+
+# --- early stop -------------------------------------------------------------------------------
+
+
+def test_plateau_by_hand():
+    plateau = Plateau(50)
+    losses = {25: 10.0, 50: 5.0, 75: 4.999, 100: 4.998}
+    assert [plateau(step, torch.tensor(loss)) for step, loss in losses.items()] == [
+        False,
+        False,
+        False,  # 0.02 % below 5: no progress since 50
+        True,
+    ]
+    assert not any(Plateau(None)(step, torch.tensor(1.0)) for step in range(10**3))
+
+
+def test_a_stage_on_a_plateau_ends_early(toys):
+    still = (Term("bn_feature", 0.0, BNFeature()),)
+    done = []
+    given = options(regularizers=still, stages=(Stage(400),), lr=1e-12, patience=50, jitter=0)
+    with given.session(toys.teacher(toys.two_bn()), CPU) as session:
+        session.dream(BatchPlan(0, 0, 4, 1), lambda step, terms: done.append(step))
+    assert done[-1] == 75  # the first look, at step 25, counts as progress
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def test_peak_memory_sees_an_allocation():
+    with peak_memory(CPU) as peak:
+        block = torch.ones(64 * 2**20 // 4)
+        del block
+    assert 60 * 2**20 < peak.above_start < 90 * 2**20
+    assert peak.total > peak.above_start
+    assert 2**20 < available_memory(CPU) < 2**50
+
+
+def fits_by(monkeypatch, bytes_an_image, available):
+    """Make memory use proportional to the batch; return what was tried."""
+    tried = []
+    used = {"now": 0}
+
+    class Fake:
+        def __enter__(self):
+            self.peak = memory.Peak()
+            return self.peak
+
+        def __exit__(self, *error):
+            self.peak.above_start = used["now"]
+
+    def trial(size):
+        tried.append(size)
+        used["now"] = bytes_an_image * size
+
+    monkeypatch.setattr(memory, "peak_memory", lambda device: Fake())
+    monkeypatch.setattr(memory, "available_memory", lambda device: available)
+    return trial, tried
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "expected"),
+    [
+        (10_000, 1024, 56),  # 60 of 100 bytes fit in 60 %; the multiple of 8 below is 56
+        (10_000, 20, 20),
+        (500, 1024, 3),  # 8 and 4 do not fit, 2 do, and so one more
+        (10**9, 1000, 1000),
+    ],
+)
+def test_largest_batch_by_hand(monkeypatch, available, limit, expected):
+    trial, tried = fits_by(monkeypatch, 100, available)
+    assert largest_batch(trial, limit, CPU) == expected
+    assert tried[-1] == expected
+
+
+def test_no_batch_fits(monkeypatch):
+    trial, _ = fits_by(monkeypatch, 100, 100)
+    with pytest.raises(DreamkitError, match="not even one"):
+        largest_batch(trial, 8, CPU)
+
+
+def test_batch_size_auto_is_settled_once(toys, monkeypatch):
+    asked = []
+
+    def largest(trial, limit, device):
+        trial(2)
+        asked.append(limit)
+        return 3
+
+    monkeypatch.setattr(deepinversion, "largest_batch", largest)
+    notes = []
+    given = options(images=7, batch_size="auto")
+    with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
+        assert session.batch_size == session.batch_size == 3
+        assert session.choices["batch_size"] == 3
+    assert asked == [7]
+    assert "3" in notes[0]
+
+
+def test_cost_is_seconds_and_bytes(toys):
+    given = options(stages=(Stage(100, size=4), Stage(100)))
+    with given.session(toys.teacher(toys.two_bn()), CPU) as session:
+        once, tenfold = session.prepare(1), session.prepare(10)
+    assert isinstance(once, Estimate)
+    assert 0.01 < once.seconds < 100
+    assert 2 * once.seconds < tenfold.seconds < 50 * once.seconds
+    assert once.memory_bytes > 2**20
+
+
+def test_preparing_changes_no_dream(toys):
+    teacher, plan = toys.teacher(toys.two_bn()), BatchPlan(0, 0, 4, 1)
+    with options().session(teacher, CPU) as session:
+        alone = session.dream(plan, lambda *_: None)
+    with options().session(teacher, CPU) as session:
+        session.prepare(2)
+        after = session.dream(plan, lambda *_: None)
+    assert torch.equal(alone.images, after.images)
+
+
+def test_networks_with_weights_of_other_shapes_can_be_borrowed():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Conv3d(3, 4, 1), nn.Linear(4, 5))
+    with borrowed(model):
+        pass
