@@ -268,3 +268,13 @@ def test_a_mistake_on_the_real_command_line_is_exit_status_2() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no kind 'teachrs'; did you mean 'teachers'?")
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(recipe_file, tiny, invoke, tmp_path):
+    out = tmp_path / "never"
+    done = invoke("run", recipe_file(tiny), "--out", out, "--dry-run")
+    assert done.code == 0
+    assert "images in" in done.out
+    assert "on this CPU" in done.out
+    assert "nothing was written" in done.out
+    assert not out.exists()

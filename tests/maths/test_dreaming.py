@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,15 +15,18 @@ from dreamkit.applications.dreaming import (
     batch_plans,
     batch_seed,
     dream_into_store,
+    estimate_synthesis,
+    format_duration,
     images_for,
     is_own_dreams,
     judge,
 )
-from dreamkit.errors import DreamkitError, StoreError
+from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
+from dreamkit.synthesizers import deepinversion
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.types import BatchPlan, Dream, Estimate, RunContext
 
@@ -36,6 +40,7 @@ class Counting:
     inner: DeepInversion
     dreamed: list = field(default_factory=list)
     stop_before: int | None = None
+    overflow: tuple = ()
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -54,6 +59,8 @@ class Counting:
             def dream(self, plan, on_step):
                 if plan.index == counting.stop_before:
                     raise KeyboardInterrupt
+                if plan.index in counting.overflow:
+                    raise NonFiniteLoss(f"the loss of batch {plan.index} is not finite")
                 counting.dreamed.append(plan.index)
                 return self.session.dream(plan, on_step)
 
@@ -268,6 +275,82 @@ def test_an_interrupted_run_keeps_its_finished_batches(context):
     assert len(dream_into_store(context)) == 7
     assert context.synthesizer.dreamed == [2]
     assert kept.items() <= shards(context).items()
+
+
+def test_a_batch_that_overflows_is_left_out_and_reported(context):
+    context.synthesizer.overflow = (1,)
+    content = dream_into_store(context)
+    assert context.synthesizer.dreamed == [0, 2]
+    assert content.labels.tolist() == [0, 1, 2, 0]
+    assert context.metrics["synthesis.images"] == 4
+    assert context.metrics["synthesis.skipped_batches"] == 1
+    assert any("batch 1 is left out" in note for note in context.log.notes)
+    assert sorted(stored_by(context).shards) == [0, 2]
+
+
+def test_a_run_of_which_every_batch_overflows_is_an_error(context):
+    context.synthesizer.overflow = (0, 1, 2)
+    with pytest.raises(DreamkitError, match="no batch"):
+        dream_into_store(context)
+    assert not (context.folder / "dreams").exists()
+
+
+# --- what it costs, and what was settled --------------------------------------------------------
+
+
+def test_the_cost_is_told_before_and_reported(context):
+    dream_into_store(context)
+    assert any(
+        n.startswith("dreaming 7 images in 3 batches: about 1 s, ") and n.endswith("on this CPU")
+        for n in context.log.notes
+    )
+    assert 0 < context.metrics["synthesis.estimated_seconds"] < 60
+    assert context.metrics["synthesis.estimated_memory_bytes"] > 2**20
+    assert context.metrics["synthesis.preparation_seconds"] > 0
+
+
+def test_an_estimate_dreams_nothing(context):
+    assert estimate_synthesis(context).seconds > 0
+    assert context.synthesizer.dreamed == []
+    assert list(context.folder.iterdir()) == []
+    context.synthesizer = None
+    assert estimate_synthesis(context) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "1 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (11_400, "3 h 10 min"),
+        (47.9 * 3600, "47 h 54 min"),
+        (52 * 3600, "2 d 4 h"),
+    ],
+)
+def test_durations_as_people_say_them(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(context, monkeypatch):
+    context.synthesizer = Counting(
+        dataclasses.replace(context.synthesizer.inner, batch_size="auto")
+    )
+    monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 3)
+    context.synthesizer.stop_before = 2
+    with pytest.raises(KeyboardInterrupt):
+        dream_into_store(context)
+    settled = stored_by(context).choices
+    assert settled["batch_size"] == 3
+    assert settled["compile"] is False
+    assert settled["precision"] in {"float32", "bfloat16"}
+    # The rest of the run has more memory and a processor that knows less, and does not care.
+    monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 5)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    context.synthesizer.stop_before = None
+    assert len(dream_into_store(context)) == 7
+    assert context.synthesizer.dreamed == [0, 1, 2]
+    assert stored_by(context).choices == settled
 
 
 @pytest.mark.parametrize("change", ["seed", "teacher", "synthesis"])

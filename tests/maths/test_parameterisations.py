@@ -99,7 +99,7 @@ def test_dreams_in_fourier_space(toys):
             BatchPlan(0, 0, 4, 1), lambda d, terms: losses.append(terms["loss"].item())
         )
     assert found.images.shape == (4, 3, 8, 8)
-    assert min(losses[:20]) < 0.95 * losses[0]
+    assert min(losses[:20]) < 0.97 * losses[0]
     assert min(losses[20:]) < 0.95 * losses[20]
     low, high = toys.card().pixel_range(found.images)
     assert ((found.images >= low - 1e-3) & (found.images <= high + 1e-3)).all()
