@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,9 @@ app = typer.Typer(
     help="Move knowledge out of a trained network when its training data is gone.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what there is on this machine.")
+app.add_typer(bench, name="bench")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml")]
 Preset = Annotated[str | None, typer.Option(help="A preset of the recipe, e.g. smoke")]
@@ -259,6 +262,73 @@ def export_dreams(
     if folder != run_directory and (run_directory / "report.json").is_file():
         names = read_report(run_directory)["teacher"]["class_names"]
     print(f"{export(DreamStore(folder), out, names)} images written to {out}")
+
+
+@bench.command("teachers")
+def bench_teachers(
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="timm, torchvision or bundled (repeatable) [default: the first two]"),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Only models like this, e.g. 'resnet*' (repeatable) [default: all]"
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["default", "null"],
+        typer.Option(help="null: random ones, for costs alone; nothing is downloaded"),
+    ] = "default",
+    json_: Annotated[
+        Path, typer.Option("--json", help="Where results go, and are gone on with")
+    ] = Path("runs/bench_teachers.json"),
+    seconds_per_model: Annotated[
+        float, typer.Option(min=1, help="Time for a teacher, its start and download included")
+    ] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the inversion")] = 200,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE:MODEL", help="Classifies the dreams of teachers with the same classes"
+        ),
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where")] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many of what is chosen")
+    ] = None,
+) -> None:
+    """Measure what teachers cost to invert, and how good their dreams are; one row a teacher.
+
+    BatchNorm layers, parameters, FLOPs (a multiply-add counted once), latency of one image,
+    seconds per step of the inversion, images/s = batch size / (steps × seconds per step), peak
+    memory and, with weights, R_feature and cross-model accuracy of a batch of dreams. What cannot
+    be measured is a row with the reason. Each teacher has a process of its own, which is stopped
+    when its time is up; given again, the command goes on with what is missing.
+
+    Examples:
+
+        dreamkit bench teachers --source bundled
+
+        dreamkit bench teachers --models 'resnet*' --models 'regnet*' --weights null
+
+        dreamkit bench teachers --source torchvision --verifier torchvision:mobilenet_v2
+    """
+    from dreamkit.teacher_bench import draw, select, settle, show, sweep
+
+    registries, console = _registries(None), Console()
+    chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
+    settings = settle(registries, weights, batch_size, steps, verifier, device)
+    try:
+        rows = sweep(registries, chosen, settings, json_, seconds_per_model, console)
+    except KeyboardInterrupt:
+        print("interrupted: finished teachers are kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show(rows, settings, console)
+    picture = draw(json_, settings)
+    print(f"results: {json_}")
+    print(f"plot: {picture}" if picture else "no plot: no teacher was inverted")
 
 
 def _checked(kind: str) -> str:

@@ -1,9 +1,10 @@
-"""Pictures of a run: the grid of dreams and the curves of its stages."""
+"""Pictures: the grid of a run's dreams, the curves of its stages, points of a benchmark."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib
 import torch
@@ -16,6 +17,7 @@ _GRID_COLUMNS = 10
 _CELL_PIXELS = 64
 _GAP = 6
 _GAP_GREY = 128
+_NAMED_POINTS = 40
 
 
 def grid(images: Tensor, labels: Tensor) -> Image.Image:
@@ -58,7 +60,7 @@ def curves(stage: str, records: Mapping[int, Mapping[str, float | None]]) -> str
     names = list(dict.fromkeys(name for numbers in records.values() for name in numbers))
     across = max(1, min(3, len(names)))
     down = -(-len(names) // across)
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "svg.hashsalt": stage}):
+    with _style(stage):
         figure = Figure(figsize=(3.4 * across, 2.2 * down), layout="constrained")
         for number, name in enumerate(names):
             axes = figure.add_subplot(down, across, number + 1)
@@ -67,10 +69,57 @@ def curves(stage: str, records: Mapping[int, Mapping[str, float | None]]) -> str
             axes.plot(list(points), list(points.values()), linewidth=1)
             axes.set_title(name)
             axes.grid(alpha=0.3)
-            values = list(points.values())
-            if values and min(values) > 0 and max(values) > 50 * min(values):
+            if _is_wide(list(points.values())):
                 axes.set_yscale("log")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return _svg(figure)
+
+
+def scatter(
+    points: Mapping[str, Mapping[str, tuple[float, float]]], x_title: str, y_title: str
+) -> str:
+    """Draw points of several groups, one colour each; a few are named, many are not.
+
+    Args:
+        points: by group and name, (x, y).
+        x_title: of the horizontal axis.
+        y_title: of the vertical axis.
+
+    Returns:
+        An SVG element. An axis whose values span a wide range is logarithmic.
+    """
+    pairs = [pair for named in points.values() for pair in named.values()]
+    with _style(x_title + y_title):
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        for group, named in points.items():
+            xs, ys = zip(*named.values(), strict=True)
+            axes.scatter(xs, ys, s=14, label=group)
+            for name, pair in named.items() if len(pairs) <= _NAMED_POINTS else ():
+                axes.annotate(name, pair, (3, 3), textcoords="offset points", fontsize=6)
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        if _is_wide([x for x, _ in pairs]):
+            axes.set_xscale("log")
+        if _is_wide([y for _, y in pairs]):
+            axes.set_yscale("log")
+        return _svg(figure)
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    """Set what all figures share; the salt makes the identifiers in an SVG the same every time."""
+    return matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "svg.hashsalt": salt})
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Return whether values are better seen on a logarithmic axis."""
+    return bool(values) and min(values) > 0 and max(values) > 50 * min(values)
+
+
+def _svg(figure: Figure) -> str:
+    """Return a figure as an SVG element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -27,14 +27,20 @@ class BundledTeacher:
     model: str
 
     def __post_init__(self) -> None:
-        names = [
-            file.name.removesuffix(".json")
-            for file in (resources.files("dreamkit.teachers") / "weights").iterdir()
-            if file.name.endswith(".json")
-        ]
+        names = self.known_models(pretrained=True)
         if self.model not in names:
             hint = did_you_mean(self.model, names)
             raise OptionError("model", f"no bundled '{self.model}'{hint} ({', '.join(names)})")
+
+    @classmethod
+    def known_models(cls, pretrained: bool) -> list[str]:
+        """Return what ships; all of it has weights."""
+        folder = resources.files("dreamkit.teachers") / "weights"
+        return sorted(
+            file.name.removesuffix(".json")
+            for file in folder.iterdir()
+            if file.name.endswith(".json")
+        )
 
     def _file(self, suffix: str) -> bytes:
         return (

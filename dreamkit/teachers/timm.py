@@ -55,6 +55,12 @@ class TimmTeacher:
             if not name.startswith("hf-hub:"):
                 self._check_tag(name)
 
+    @classmethod
+    def known_models(cls, pretrained: bool) -> list[str]:
+        """Return architectures, those with weights if asked for, and then every pretrained tag."""
+        names = timm.list_models(pretrained=pretrained, include_tags=False)
+        return [*names, *timm.list_pretrained()]
+
     def _check_tag(self, name: str) -> None:
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
         tag = self._full_name.partition(".")[2]

@@ -60,6 +60,12 @@ class TorchvisionTeacher:
                 raise OptionError("num_classes", "only for weights from a file or null")
             self._check_weights_name(self.weights)
 
+    @classmethod
+    def known_models(cls, pretrained: bool) -> list[str]:
+        """Return every classifier; all of them have weights."""
+        names: list[str] = models.list_models(module=models)
+        return names
+
     def _check_weights_name(self, name: str) -> None:
         known = ["default", *models.get_model_weights(self.model).__members__]
         if name not in known:
