@@ -92,13 +92,15 @@ class PlainLoop:
             + (x[:, :, 1:, :-1] - x[:, :, :-1, 1:]).norm()
         )
         tv, l2, bn = self.weights
-        loss = classification + tv * variation + l2 * x.norm() + bn * sum(self._parts)
-        if loss.item() < self.best_loss:
-            self.best_loss = loss.item()
+        features = torch.stack(self._parts).sum()
+        loss = classification + tv * variation + l2 * x.norm() + bn * features
+        value: float = loss.item()
+        if value < self.best_loss:
+            self.best_loss = value
             self.best = self.images.detach().clone()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return value
 
     def close(self) -> None:
         """Remove the hooks."""

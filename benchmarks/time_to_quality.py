@@ -6,7 +6,8 @@ python benchmarks/time_to_quality.py --teacher ... --verifier ... --quick       
 The teacher and the verifier are CIFAR-10 networks of github.com/akamaster/pytorch_resnet_cifar10.
 A batch is judged on what would be stored (8-bit pixels): R_feature, unscaled and summed over the
 layers, and how often the verifier, another network, sees the class that was asked for.
-The aim is what the plain loop has after its last step. Its time is without the judging in between.
+The aim is what the plain loop has after its last step, its R_feature before pixels are clipped. Its
+time is without the judging in between.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import grid
+from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.types import BatchPlan, Dream, Teacher
+from dreamkit.types import BatchPlan, Dream, InversionStep, Teacher
 
 MARKS = (50, 100, 200, 400, 800, 1200, 1600)
 """Steps after which the plain loop is judged, besides its last."""
@@ -41,8 +43,9 @@ MARKS = (50, 100, 200, 400, 800, 1200, 1600)
 
 @dataclass(frozen=True)
 class Quality:
-    """What a batch of dreams is worth."""
+    """What a batch of dreams is worth; R_feature also before pixels are clipped and rounded."""
 
+    unclipped: float
     r_feature: float
     teacher_accuracy: float
     verifier_accuracy: float
@@ -51,10 +54,14 @@ class Quality:
 def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher) -> Quality:
     """Judge a batch as it would be stored."""
     content, per_layer = judge(Dream(images, labels, 0.0), teacher)
+    with torch.no_grad(), tapped(teacher.model) as tap:
+        logits, statistics = tap(images)
+    unclipped = BNFeature().per_layer(InversionStep(images, labels, logits, None, statistics))
     assert content.teacher_logits is not None
     with torch.no_grad():
         seen = verifier.model(verifier.card.normalise(content.images))
     return Quality(
+        float(sum(unclipped.values())),
         sum(per_layer.values()),
         float((content.teacher_logits.argmax(1) == content.labels).float().mean()),
         float((seen.argmax(1) == content.labels).float().mean()),
@@ -79,7 +86,7 @@ def presets(batch: int, plain_steps: int) -> dict[str, DeepInversion]:
         paper,
         regularizers=(Term("tv", 1e-3, TotalVariation()), Term("bn_feature", 1.0, BNFeature())),
         lr=0.1,
-        betas=(0.5, 0.9),
+        betas=(0.7, 0.9),
         schedule="cosine",
         clip=True,
     )
@@ -97,11 +104,12 @@ def presets(batch: int, plain_steps: int) -> dict[str, DeepInversion]:
     return {
         "paper's settings, pixels": paper,
         "tuned, pixels, 400 steps": steps(pixels, 400),
-        "tuned, pixels, 100@16 + 300@32": steps(pixels, 100, 300),
+        "tuned, pixels, 200@16 + 300@32": steps(pixels, 200, 300),
         "fourier, 50 steps": steps(fourier, 50),
         "fourier, 100 steps": steps(fourier, 100),
+        "fourier, 120 steps": steps(fourier, 120),
         "fourier, 150 steps": steps(fourier, 150),
-        "fourier, 50@16 + 100@32": steps(fourier, 50, 100),
+        "fourier, 100@16 + 75@32": steps(fourier, 100, 75),
         "fourier, flip, 100 steps": replace(steps(fourier, 100), flip=True),
         "fourier, flip, 200 steps": replace(steps(fourier, 200), flip=True),
         "fourier, constant, patience 50": replace(
@@ -158,8 +166,8 @@ def run_preset(
 
 
 COLUMNS = (
-    "| settings | steps | R_feature | teacher | verifier | seconds a batch | compiling, once "
-    "| times as fast | with compiling |\n|---|---|---|---|---|---|---|---|---|"
+    "| settings | steps | R_feature | before clipping | teacher | verifier | seconds a batch "
+    "| compiling, once | times as fast | with compiling |\n" + "|---" * 10 + "|"
 )
 
 
@@ -171,6 +179,7 @@ def row(name: str, rows: list[dict[str, Any]], plain_seconds: float | None) -> s
         name,
         f"{mean(r['steps'] for r in rows):.0f}",
         f"{mean(r['r_feature'] for r in rows):.2f}",
+        f"{mean(r['unclipped'] for r in rows):.2f}",
         f"{mean(r['teacher_accuracy'] for r in rows):.3f}",
         f"{mean(r['verifier_accuracy'] for r in rows):.3f}",
         f"{seconds:.1f}",
@@ -189,7 +198,7 @@ def main() -> None:
     parser.add_argument("--verifier", type=Path, required=True, help="resnet32-d509ac18.th")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--plain-steps", type=int, default=2000)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one batch each")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1], help="one batch each")
     parser.add_argument("--presets", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help="64 images, 200 plain steps, one seed")
     parser.add_argument("--pictures", type=Path, help="write a grid of each setting's dreams here")
@@ -209,25 +218,27 @@ def main() -> None:
         if options.presets and not any(part in name for part in options.presets):
             continue
         for compiled in (False, True):
-            long = preset.steps_per_batch > 400  # once is enough, and eager adds nothing
+            long = preset.steps_per_batch > 200  # eager would tell nothing that the others do not
             if long and not compiled:
                 continue
             title = f"{name}, {'compiled' if compiled else 'eager'}"
             made = replace(preset, engine=Engine(compile=compiled))
-            seeds = options.seed[:1] if long else options.seed
+            seeds = options.seed[:1] if preset.steps_per_batch > 1000 else options.seed
             results[title], dream = run_preset(made, seeds, teacher, verifier)
             pictures[title] = (dream.images, dream.labels)
             print(row(title, results[title], seconds), flush=True)
+    # The plain loop's pixels leave the valid range, which costs it dearly when they are clipped:
+    # it is held to what it has before that, everyone else to what is stored.
     aim = plain[-1]
     reached = {
         name: mean(r["seconds"] for r in rows)
         for name, rows in results.items()
         if name != "plain loop"
-        and mean(r["r_feature"] for r in rows) <= aim["r_feature"]
+        and mean(r["r_feature"] for r in rows) <= aim["unclipped"]
         and mean(r["verifier_accuracy"] for r in rows) >= aim["verifier_accuracy"]
     }
     print(
-        f"\nAim: R_feature {aim['r_feature']:.2f}, verifier {aim['verifier_accuracy']:.3f}, after "
+        f"\nAim: R_feature {aim['unclipped']:.2f}, verifier {aim['verifier_accuracy']:.3f}, after "
         f"{seconds:.0f} s of the plain loop."
     )
     if reached:

@@ -35,7 +35,7 @@ class Fourier:
     decay: Annotated[float, Field(ge=0)] = 1.5
     deviation: Annotated[float, Field(gt=0)] = 0.3
     luminance: Annotated[float, Field(gt=0)] = 1.4
-    colour: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 0.3)
+    colour: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.7, 0.5)
 
     def start(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
         """Return coefficients (N, C, H, W // 2 + 1, 2) from N(0, deviation²)."""

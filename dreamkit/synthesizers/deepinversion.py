@@ -324,7 +324,7 @@ class Inversion:
     ) -> tuple[Tensor, Tensor] | None:
         """Optimise at one resolution; return the best images and their loss, if it was finite."""
         options, size = self.options, stage.resolution(self.teacher.card)
-        parameters = self._clipped(parameters, size).requires_grad_()
+        parameters = self._clipped(parameters, size).contiguous().requires_grad_()
         optimizer = torch.optim.Adam(
             [parameters],
             lr=stage.lr or options.lr,
@@ -341,7 +341,9 @@ class Inversion:
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
             images = options.parameterisation.render(parameters, size)
             found = evaluator(images, labels, draws[step])
-            (parameters.grad,) = torch.autograd.grad(images, [parameters], found.gradient)
+            (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
+            # Fused Adam pairs values by their place in memory, whatever the strides say.
+            parameters.grad = gradient.contiguous()
             # The loss is of the parameters before the step; the choice needs no host sync.
             better = found.loss < best_loss
             best = torch.where(better, parameters.detach(), best)

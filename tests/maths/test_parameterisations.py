@@ -88,7 +88,7 @@ def test_dreams_in_fourier_space(toys):
         batch_size=4,
         regularizers=(Term("bn_feature", 1.0, BNFeature()),),
         stages=(Stage(20, size=4), Stage(40)),
-        lr=0.02,
+        lr=0.1,
         clip=True,
         jitter=0,
         parameterisation=Fourier(),
@@ -99,7 +99,38 @@ def test_dreams_in_fourier_space(toys):
             BatchPlan(0, 0, 4, 1), lambda d, terms: losses.append(terms["loss"].item())
         )
     assert found.images.shape == (4, 3, 8, 8)
-    assert min(losses[:20]) < 0.97 * losses[0]
-    assert min(losses[20:]) < 0.95 * losses[20]
+    assert min(losses[20:]) < 0.7 * losses[0]
     low, high = toys.card().pixel_range(found.images)
     assert ((found.images >= low - 1e-3) & (found.images <= high + 1e-3)).all()
+
+
+class ChannelsLast:
+    """Pixels whose parameters lie in memory in another order than their gradients come."""
+
+    def start(self, shape, generator):
+        return torch.randn(shape, generator=generator).permute(0, 2, 3, 1).contiguous()
+
+    def encode(self, images):
+        return images.permute(0, 2, 3, 1).contiguous()
+
+    def render(self, parameters, size):
+        return parameters.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_how_parameters_lie_in_memory_changes_no_dream(toys, clip):
+    def dream(entry):
+        given = DeepInversion(
+            images=4,
+            batch_size=4,
+            regularizers=(Term("bn_feature", 1.0, BNFeature()),),
+            stages=(Stage(5, size=4), Stage(5)),
+            lr=0.1,
+            clip=clip,
+            parameterisation=entry,
+            engine=Engine(precision="float32", compile=False),
+        )
+        with given.session(toys.teacher(toys.two_bn()), torch.device("cpu")) as session:
+            return session.dream(BatchPlan(0, 0, 4, 1), lambda *_: None).images
+
+    torch.testing.assert_close(dream(ChannelsLast()), dream(Pixels()))
