@@ -151,6 +151,7 @@ def measure(case: Case, device: torch.device, repeats: int, seconds: float) -> d
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times[name].append((time.perf_counter() - before) / STEPS)
+        shares = profile(turns["bfloat16, compiled"]) if device.type == "cpu" else {}
     macs = count(case.teacher().model, (3, case.size, case.size)).flops
     return {
         "model": case.model,
@@ -163,6 +164,7 @@ def measure(case: Case, device: torch.device, repeats: int, seconds: float) -> d
         "compile_seconds": compile_seconds,
         # Forward, and backward to the images alone: 2 passes of 2 operations a multiply-add.
         "flops_a_step": 4 * macs * batch,
+        "profile": shares,
         "notes": notes,
     }
 
@@ -193,6 +195,22 @@ def memory_apart(case: Case, variant: str, batch: int, device: torch.device) -> 
     command += ["--device", str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def profile(run: Callable[[], None]) -> dict[str, float]:
+    """Return the share of a step's processor time by kind of work."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        run()
+    shares = {"convolutions": 0.0, "compiled loops": 0.0, "the rest": 0.0}
+    for event in trace.key_averages():
+        if "conv" in event.key:
+            shares["convolutions"] += event.self_cpu_time_total
+        elif "CompiledFxGraph" in event.key:
+            shares["compiled loops"] += event.self_cpu_time_total
+        else:
+            shares["the rest"] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: value / total for kind, value in shares.items()}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -289,6 +307,15 @@ def main() -> None:
         result["memory_by_batch"] = found
         results.append(result)
         print(table([result]), flush=True)
+        if result["profile"]:
+            seconds, peak = result["seconds"]["bfloat16, compiled"], peaks["bfloat16"]
+            share = result["profile"]["convolutions"]
+            print(
+                "where a compiled bfloat16 step goes: "
+                + ", ".join(f"{kind} {part:.0%}" for kind, part in result["profile"].items())
+                + f"; the convolutions run at {result['flops_a_step'] / (seconds * share) / peak:.0%}"
+                " of the matmul peak"
+            )
         for note in result["notes"]:
             print(f"note: {note}")
         for batch, used in found.items():

@@ -31,8 +31,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         if not isinstance(error, OSError):
             raise
         raise RunDirectoryError(
-            f"{path} cannot be written: {error.strerror}. Free space or choose another folder "
-            "with --out; what was finished is kept"
+            f"{path} cannot be written: {error.strerror}. Free space or choose another "
+            "folder; what was finished is kept"
         ) from error
 
 

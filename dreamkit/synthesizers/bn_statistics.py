@@ -83,6 +83,10 @@ def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     return near + mean, difference.square().mean(axes) - mean.square()
 
 
+_TINY = 1e-20
+"""Added to variances by the kernel: without it, it gives a constant channel an infinite one."""
+
+
 class _ChannelStatistics(torch.autograd.Function):
     """Mean and variance that keep only their input for the backward pass, in its own type.
 
@@ -96,8 +100,8 @@ class _ChannelStatistics(torch.autograd.Function):
             # weights, it takes float32 statistics of inputs of fewer bits.
             kind = torch.promote_types(x.dtype, torch.float32)
             one, zero = x.new_ones(x.shape[1], dtype=kind), x.new_zeros(x.shape[1], dtype=kind)
-            _, mean, inverse = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, 0.0)
-            var = inverse.pow(-2)
+            _, mean, inverse = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, _TINY)
+            var = (inverse.pow(-2) - _TINY).clamp(min=0)
         else:
             axes = [0, *range(2, x.dim())]
             var, mean = torch.var_mean(x.float(), dim=axes, correction=0)

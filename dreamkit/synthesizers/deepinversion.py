@@ -467,16 +467,14 @@ class Inversion:
         return sum(s.steps * t for s, t in zip(stages, seconds_a_step, strict=True))
 
     def _seconds_a_step(self, stage: Stage) -> float:
-        self._run(stage, 1)  # the first step of a shape does more than the others
-        start = time.perf_counter()
-        self._run(stage, 1)
-        seconds = time.perf_counter() - start
-        if seconds > TIMED_SECONDS:
-            return seconds
-        steps = min(10, math.ceil(TIMED_SECONDS / max(seconds, 1e-3)))
-        start = time.perf_counter()
-        self._run(stage, steps)
-        return (time.perf_counter() - start) / steps
+        # The first step of a shape does more than the others, which hardly shows in a long one.
+        for steps in (1, 1, 5):
+            start = time.perf_counter()
+            self._run(stage, steps)
+            seconds = (time.perf_counter() - start) / steps
+            if seconds > TIMED_SECONDS:
+                break
+        return seconds
 
     def _run(self, stage: Stage, steps: int) -> None:
         """Take a few steps of a stage and throw them away."""

@@ -64,8 +64,9 @@ class Engine:
 def has_native_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 in hardware; emulation is slower than float32."""
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        # Older torch does not tell, and then float32 it is; ``bf16`` is ARM's name.
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return False

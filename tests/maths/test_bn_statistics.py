@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.synthesizers.bn_statistics import batch_norm_layers, tapped
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers, channel_statistics, tapped
 
 
 def pattern(*shape):
@@ -156,3 +156,41 @@ def test_a_layer_that_is_used_twice_counts_twice():
     with tapped(Twice().eval()) as tap:
         _, layers = tap(pattern(2, 2, 3, 3))
     assert [layer.name for layer in layers] == ["bn", "bn#2"]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 3), (4, 5, 3, 6)])
+def test_gradients_of_the_statistics_equal_those_of_their_definition(shape):
+    x = pattern(*shape).requires_grad_()
+    weights = torch.linspace(-1, 1, 5), torch.linspace(1, 3, 5)
+    mean, var = channel_statistics(x, torch.zeros(5))
+    (found,) = torch.autograd.grad((weights[0] * mean + weights[1] * var).sum(), [x])
+    exact = x.detach().double().requires_grad_()
+    axes = [0, *range(2, len(shape))]
+    expected_mean = exact.mean(axes)
+    expected_var = exact.var(axes, correction=0)
+    (expected,) = torch.autograd.grad(
+        (weights[0] * expected_mean + weights[1] * expected_var).sum(), [exact]
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_keep_their_input_and_no_float32_copy_of_it():
+    x = pattern(4, 5, 8, 8).to(torch.bfloat16).requires_grad_()
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        channel_statistics(x, torch.zeros(5))
+    assert sum(t.numel() * t.element_size() for t in kept if t.data_ptr() != x.data_ptr()) <= 5 * 4
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+def test_a_constant_channel_has_no_variance_and_a_finite_gradient():
+    x = torch.ones(4, 2, 3, 3, requires_grad=True)
+    mean, var = channel_statistics(x, torch.zeros(2))
+    assert var.tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(mean.sum() + var.sum(), [x])
+    assert torch.isfinite(gradient).all()
