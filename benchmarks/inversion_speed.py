@@ -310,11 +310,11 @@ def main() -> None:
         if result["profile"]:
             seconds, peak = result["seconds"]["bfloat16, compiled"], peaks["bfloat16"]
             share = result["profile"]["convolutions"]
+            rate = result["flops_a_step"] / (seconds * share) / peak
             print(
                 "where a compiled bfloat16 step goes: "
                 + ", ".join(f"{kind} {part:.0%}" for kind, part in result["profile"].items())
-                + f"; the convolutions run at {result['flops_a_step'] / (seconds * share) / peak:.0%}"
-                " of the matmul peak"
+                + f"; the convolutions run at {rate:.0%} of the matmul peak"
             )
         for note in result["notes"]:
             print(f"note: {note}")

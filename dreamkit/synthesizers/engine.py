@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,7 +65,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 in hardware; emulation is slower than float32."""
     if device.type == "cpu":
         # Older torch does not tell, and then float32 it is; ``bf16`` is ARM's name.
-        known = getattr(torch.cpu, "get_capabilities", dict)()
+        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
