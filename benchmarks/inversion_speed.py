@@ -21,23 +21,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
-from plain_loop import PlainLoop, cifar_resnet
+from plain_loop import PlainLoop, cifar_resnet, paper_settings
 
 from dreamkit.card import Card
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.torch_eager import processor_name
-from dreamkit.registry import Term
-from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.l2 import L2Norm
-from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion, Stage
+from dreamkit.synthesizers.deepinversion import Inversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import peak_memory
 from dreamkit.types import BatchPlan, Teacher
@@ -85,22 +81,6 @@ VARIANTS = {
 }
 
 
-def inversion(steps: int, batch: int, engine: Engine) -> DeepInversion:
-    """Return the plain loop's settings."""
-    return DeepInversion(
-        images=batch,
-        batch_size=batch,
-        regularizers=(
-            Term("tv", 2.5e-5, TotalVariation()),
-            Term("l2", 3e-8, L2Norm()),
-            Term("bn_feature", 10.0, BNFeature()),
-        ),
-        stages=(Stage(steps),),
-        jitter=2,
-        engine=engine,
-    )
-
-
 def plain_steps(case: Case, batch: int, device: torch.device) -> Callable[[], None]:
     teacher = case.teacher()
     loop = PlainLoop(
@@ -131,7 +111,7 @@ def measure(case: Case, device: torch.device, repeats: int, seconds: float) -> d
         for name, engine in VARIANTS.items():
             teacher = case.teacher()
             teacher.model.to(device)
-            options = inversion(STEPS, batch, engine)
+            options = replace(paper_settings(batch, STEPS), engine=engine)
             session = stack.enter_context(options.session(teacher, device, note=notes.append))
             start = time.perf_counter()
             if engine.compile:
@@ -177,7 +157,7 @@ def memory(case: Case, variant: str, batch: int, device: torch.device) -> int:
         else:
             teacher = case.teacher()
             teacher.model.to(device)
-            options = inversion(STEPS, batch, VARIANTS[variant])
+            options = replace(paper_settings(batch, STEPS), engine=VARIANTS[variant])
             session = stack.enter_context(options.session(teacher, device))
             if VARIANTS[variant].compile:
                 session.compile()

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: a plain inversion loop and the CIFAR-10 networks.
+"""What the benchmarks compare with: a plain inversion loop, its settings for dreamkit, the CIFAR-10 networks.
 
 The loop is written from the paper (Yin et al., CVPR 2020, eq. 2 to 4) the way a first version is:
 the teacher's weights are not frozen, hooks compute the mean and, of a permuted copy, the variance
@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.card import Card
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.l2 import L2Norm
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.weights import load_into, read_state_dict
 from dreamkit.types import Teacher
@@ -106,6 +111,22 @@ class PlainLoop:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+def paper_settings(batch: int, steps: int) -> DeepInversion:
+    """Return the plain loop's default settings, for dreamkit: the paper's for CIFAR-10."""
+    return DeepInversion(
+        images=batch,
+        batch_size=batch,
+        regularizers=(
+            Term("tv", 2.5e-5, TotalVariation()),
+            Term("l2", 3e-8, L2Norm()),
+            Term("bn_feature", 10.0, BNFeature()),
+        ),
+        stages=(Stage(steps),),
+        lr=0.05,
+        jitter=2,
+    )
 
 
 def cifar_resnet(depth: int, weights: Path | None = None) -> Teacher:

@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from plain_loop import PlainLoop, cifar_resnet
+from plain_loop import PlainLoop, cifar_resnet, paper_settings
 from torch import Tensor
 
 from dreamkit.applications.dreaming import batch_seed, judge
@@ -29,7 +29,6 @@ from dreamkit.latency.torch_eager import processor_name
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import grid
 from dreamkit.synthesizers.bn_statistics import tapped
@@ -70,18 +69,7 @@ def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher)
 
 def presets(batch: int, plain_steps: int) -> dict[str, DeepInversion]:
     """Return the settings that are compared."""
-    paper = DeepInversion(
-        images=batch,
-        batch_size=batch,
-        regularizers=(
-            Term("tv", 2.5e-5, TotalVariation()),
-            Term("l2", 3e-8, L2Norm()),
-            Term("bn_feature", 10.0, BNFeature()),
-        ),
-        stages=(Stage(plain_steps),),
-        lr=0.05,
-        jitter=2,
-    )
+    paper = paper_settings(batch, plain_steps)
     pixels = replace(
         paper,
         regularizers=(Term("tv", 1e-3, TotalVariation()), Term("bn_feature", 1.0, BNFeature())),
