@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: a plain inversion loop, its settings for dreamkit, the CIFAR-10 networks.
+"""What the benchmarks compare with: a plain inversion loop, its settings, the CIFAR-10 networks.
 
 The loop is written from the paper (Yin et al., CVPR 2020, eq. 2 to 4) the way a first version is:
 the teacher's weights are not frozen, hooks compute the mean and, of a permuted copy, the variance

@@ -430,7 +430,8 @@ class Inversion:
         with peak_memory(self.device) as peak:
             eager = [self._seconds_a_step(stage) for stage in self.options.stages]
         total = batches * self._seconds_a_batch(eager)
-        if self.engine.compile == "auto":
+        chosen_here = self.engine.compile == "auto"
+        if chosen_here:
             self._decide_on_compiling(total)
         if self.engine.compile is not True:
             return Estimate(total, peak.total)
@@ -439,7 +440,8 @@ class Inversion:
             problem = self.compile()
             spent = time.perf_counter() - start
             compiled = [self._seconds_a_step(stage) for stage in self.options.stages]
-        if problem is None and self._seconds_a_batch(compiled) > self._seconds_a_batch(eager):
+        slower = self._seconds_a_batch(compiled) > self._seconds_a_batch(eager)
+        if problem is None and slower and chosen_here:
             problem = "compiled, it is slower"
         if problem is not None:
             self.evaluator.discard_compiled()

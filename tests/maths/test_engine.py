@@ -209,6 +209,24 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
     assert "2.0 times as fast" in notes[-1]
 
 
+@pytest.mark.parametrize(("asked", "used"), [("auto", False), (True, True)])
+def test_compiled_and_slower_is_used_only_if_asked_for(monkeypatch, toys, asked, used):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 0.0)
+    monkeypatch.setattr(
+        deepinversion.Inversion,
+        "_seconds_a_step",
+        lambda self, stage: 1.0 if self.evaluator.exact else 1.5,
+    )
+    notes = []
+    given = options(engine=Engine(precision="float32", compile=asked))
+    with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
+        session.prepare(10)
+        assert session.choices["compile"] is used
+        assert session.evaluator.exact is not used
+    assert ("slower" in notes[-1]) is not used
+
+
 def test_what_a_session_settled_holds_for_the_next(monkeypatch, toys):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     given = options(batch_size="auto", engine=Engine())
