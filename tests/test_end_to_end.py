@@ -16,6 +16,9 @@ from torchvision.datasets import ImageFolder
 
 import dreamkit
 from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.parameterisations.pixels import Pixels
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
 from dreamkit.sources.digits import Digits
 from dreamkit.store.artifact import read_artifact
 from dreamkit.synthesizers.deepinversion import Inversion
@@ -182,3 +185,16 @@ def test_the_flagships_smoke_preset_whole(tmp_path):
     assert time.perf_counter() - start < 300
     metrics = metrics_of(tmp_path / "run")
     assert metrics["student.flops"] <= 0.63 * metrics["teacher.flops"]
+
+
+def test_paper_presets_optimise_pixels_to_the_last_step() -> None:
+    # They name image folders that need not be here, so the recipe is built without evaluation.
+    checked = []
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        if "\n  paper:" not in path.read_text("utf-8"):
+            continue
+        loaded = read_recipe(path, build_registries, "paper", ["evaluation=null"])
+        assert isinstance(loaded.recipe.synthesis.parameterisation, Pixels)
+        assert loaded.recipe.synthesis.patience is None
+        checked.append(path.name)
+    assert "prune_resnet50_ha.yaml" in checked
