@@ -132,8 +132,8 @@ def run_preset(
     device = torch.device("cpu")
     with options.session(teacher, device) as session:
         start = time.perf_counter()
-        if options.engine.compile is True:
-            session.compile()
+        if options.engine.compile is True and (problem := session.compile()) is not None:
+            raise SystemExit(problem)
         compiling = time.perf_counter() - start
         for seed in seeds:
             plan = BatchPlan(0, 0, options.images, batch_seed(seed, 0))

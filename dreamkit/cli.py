@@ -108,10 +108,11 @@ def run(
     loaded = read_recipe(recipe, build_registries, preset, set_ or [])
     _warn(loaded.registries)
     try:
+        folder = out or default_folder(loaded)
         if dry:
-            dry_run(loaded, Console())
+            dry_run(loaded, folder, Console())
         else:
-            run_recipe(loaded, out or default_folder(loaded), Console(), resume)
+            run_recipe(loaded, folder, Console(), resume)
     except KeyboardInterrupt:
         print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import io
-import platform
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from dreamkit.applications.dreaming import estimate_synthesis
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
-from dreamkit.latency.torch_eager import processor_name
 from dreamkit.recipe import LoadedRecipe
-from dreamkit.report.figures import grid
-from dreamkit.report.html import render
-from dreamkit.report.run_log import FileLog, read_records
-from dreamkit.report.tables import summary_rows
-from dreamkit.store.atomic import write_atomically
-from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.report.run_log import FileLog
+from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import NO_LABEL, Images, LatencyBackend, RunContext, RunLog, Teacher
-from dreamkit.version import __version__
-
-_PICTURED = 512
-"""Images that the grid is picked from."""
-_VERSIONS = ("torch", "torchvision", "timm", "torch-pruning", "numpy")
 
 
 def default_folder(loaded: LoadedRecipe) -> Path:
@@ -72,26 +54,26 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
     return folder
 
 
-def dry_run(loaded: LoadedRecipe, console: Console) -> None:
-    """Load what a recipe names, time a few steps of its dreaming and print what it would cost.
+def dry_run(loaded: LoadedRecipe, folder: Path, console: Console) -> None:
+    """Load what a recipe names, time a few steps and print what its dreaming would cost.
+
+    Args:
+        loaded: the checked recipe.
+        folder: the run directory; what is dreamed there already costs nothing.
+        console: where the cost is shown.
 
     Raises:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        log = FileLog(Path(folder), console)
-        try:
-            context = _context(loaded, Path(folder), log)
-            if not getattr(loaded.recipe.application, "needs_synthesis", False):
-                log.note("this recipe dreams nothing; what else it does is not estimated")
-            else:
-                with placed("synthesis"):
-                    estimate_synthesis(context)
-                log.note("dry run: the estimate is of dreaming alone, and nothing was written")
-        except DreamkitError as error:
-            raise loaded.placed(error) from error
-        finally:
-            log.close()
+    log = FileLog(folder, console)  # notes alone, which write no file
+    dreams = getattr(loaded.recipe.application, "needs_synthesis", False)
+    try:
+        context = _context(loaded, folder, log)
+        if not dreams or estimate_synthesis(context) is None:
+            log.note("nothing is to be dreamed")
+    except DreamkitError as error:
+        raise loaded.placed(error) from error
+    log.note("dry run: only dreaming is estimated, and nothing was written")
 
 
 def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
@@ -148,8 +130,8 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
         raise
     finally:
         log.close()
-    report = _report(loaded, context, log)
-    _write_pages(report, directory, context)
+    report = build_report(loaded, context, log)
+    write_pages(report, directory)
     show(report, folder, console)
 
 
@@ -200,61 +182,3 @@ def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBacken
     name = "torch-cuda" if device.type == "cuda" else "torch-cpu"
     backend: LatencyBackend = loaded.registries["latency_backends"].resolve(name)()
     return backend
-
-
-def _report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:
-    versions = {"dreamkit": __version__, "python": platform.python_version()}
-    versions |= {name: _version(name) for name in _VERSIONS}
-    device = context.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
-        "name": loaded.recipe.name,
-        "description": loaded.recipe.description,
-        "preset": loaded.preset,
-        "application": context.recipe["application"]["name"],
-        "seed": context.seed,
-        "device": f"{device} ({name}), {torch.get_num_threads()} threads",
-        "teacher": context.teacher.card.to_json(),
-        "metrics": dict(sorted(context.metrics.items())),
-        "notes": log.notes,
-        "seconds": log.seconds,
-        "details": context.details,
-        "versions": versions,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _write_pages(report: dict[str, Any], directory: RunDirectory, context: RunContext) -> None:
-    folder = directory.folder
-    picture: Image.Image | None = None
-    dreams = folder / RunContext.DREAMS
-    if (dreams / MANIFEST).is_file():
-        content = DreamStore(dreams).open(_PICTURED)
-        picture = grid(*content.batch(range(min(len(content), _PICTURED))))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_atomically(folder / "dreams.png", buffer.getvalue())
-    page = render(report, read_records(folder), directory.recipe() or "", picture)
-    write_atomically(folder / "report.html", page.encode())
-    directory.write_report(report)
-
-
-def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Print a report's table and where its files are."""
-    header, rows = summary_rows(report["metrics"])
-    if rows:
-        table = Table(*header)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(
-        f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
-    )

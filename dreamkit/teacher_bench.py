@@ -525,7 +525,7 @@ def _invert(
 ) -> StoredImages | None:
     """Time an inversion and, where it has a meaning and there is time, dream a batch."""
     settings = task.settings
-    cost = dreamer.prepare(1)
+    cost = dreamer.prepare(dreamer.batch_size)
     tell(
         {
             "seconds_per_step": cost.seconds / settings.steps,

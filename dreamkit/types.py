@@ -146,8 +146,8 @@ class Dreamer(Protocol):
     def choices(self) -> Mapping[str, Any]:
         """What was settled."""
 
-    def prepare(self, batches: int) -> Estimate:
-        """Time a few steps, settle what depends on the time, and estimate the cost of batches."""
+    def prepare(self, images: int) -> Estimate:
+        """Time a few steps, settle what depends on the time, and estimate the cost of images."""
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
         """Synthesise one batch.

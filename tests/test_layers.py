@@ -27,7 +27,7 @@ LAYERS = (
     },
     {"synthesizers"},
     {"applications"},
-    {"runner", "plugins", "hookspecs", "students", "teacher_bench"},
+    {"runner", "run_report", "plugins", "hookspecs", "students", "teacher_bench"},
     {"cli", "__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

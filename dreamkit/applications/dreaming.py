@@ -13,12 +13,13 @@ from torch import Tensor
 from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.store.dreams import DreamStore, ShardedImages
+from dreamkit.store.dreams import MANIFEST, DreamStore, ShardedImages
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import (
     BatchPlan,
     Dream,
+    Dreamer,
     Estimate,
     Images,
     ImageSource,
@@ -63,17 +64,16 @@ def dream_into_store(context: RunContext) -> ShardedImages:
     synthesizer = context.synthesizer
     if synthesizer is None:
         raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
-    store = DreamStore(
-        context.folder / RunContext.DREAMS,
-        {
-            "seed": context.seed,
-            "teacher_sha256": context.teacher.card.weights_sha256,
-            "synthesis": context.recipe["synthesis"],
-        },
-    )
-    if len(store) < synthesizer.images:
+    store = _store(context)
+    for batch in store.skipped.values():
+        context.log.note(
+            f"batch {batch.index} was left out ({batch.reason}); to try it again, remove it from "
+            f"'skipped' in {store.folder / MANIFEST}"
+        )
+    if store.lacks(synthesizer.images):
         _dream(context, synthesizer, store)
     context.metrics["synthesis.images"] = len(store)
+    context.metrics["synthesis.skipped_batches"] = len(store.skipped)
     context.metrics["synthesis.seconds"] = store.seconds
     context.metrics["synthesis.images_per_second"] = len(store) / max(store.seconds, 1e-9)
     if store.r_feature is not None:
@@ -84,26 +84,56 @@ def dream_into_store(context: RunContext) -> ShardedImages:
     return content
 
 
-def estimate_synthesis(context: RunContext) -> Estimate | None:
-    """Return what dreaming would take, from a few timed steps; None where nothing is dreamed."""
-    synthesizer = context.synthesizer
-    if synthesizer is None:
-        return None
-    with synthesizer.session(context.teacher, context.device, None, context.log.note) as dreamer:
-        plans = batch_plans(synthesizer.images, dreamer.batch_size, context.seed)
-        cost = dreamer.prepare(len(plans))
-    _tell_cost(context, cost, len(plans), synthesizer.images)
-    return cost
-
-
-def _tell_cost(context: RunContext, cost: Estimate, batches: int, images: int) -> None:
-    memory = f"{cost.memory_bytes / 2**30:.1f} GB"
-    context.log.note(
-        f"dreaming {images} images in {batches} batches: about {format_duration(cost.seconds)}, "
-        f"{memory} on this {context.device.type.upper()}"
+def _store(context: RunContext) -> DreamStore:
+    return DreamStore(
+        context.folder / RunContext.DREAMS,
+        {
+            "seed": context.seed,
+            "teacher_sha256": context.teacher.card.weights_sha256,
+            "synthesis": context.recipe["synthesis"],
+        },
     )
+
+
+def estimate_synthesis(context: RunContext) -> Estimate | None:
+    """Return what dreaming takes that is not done yet, from a few timed steps.
+
+    Nothing is written. None where nothing is left to dream.
+    """
+    synthesizer, store = context.synthesizer, _store(context)
+    if synthesizer is None or not store.lacks(synthesizer.images):
+        return None
+    with synthesizer.session(
+        context.teacher, context.device, store.choices, context.log.note
+    ) as dreamer:
+        return _estimate(context, dreamer, _missing(context, dreamer, store))
+
+
+def _missing(context: RunContext, dreamer: Dreamer, store: DreamStore) -> list[BatchPlan]:
+    """Return the batches that a store lacks."""
+    assert context.synthesizer is not None
+    plans = batch_plans(context.synthesizer.images, dreamer.batch_size, context.seed)
+    done = {*store.shards, *store.skipped}
+    missing = [plan for plan in plans if plan.index not in done]
+    if len(missing) < len(plans):
+        context.log.note(f"resuming: {len(plans) - len(missing)} of {len(plans)} batches kept")
+    return missing
+
+
+def _estimate(context: RunContext, dreamer: Dreamer, plans: list[BatchPlan]) -> Estimate:
+    """Prepare for batches, and tell what they will take."""
+    images = sum(plan.size for plan in plans)
+    start = time.perf_counter()
+    cost = dreamer.prepare(images)
+    context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
     context.metrics["synthesis.estimated_seconds"] = cost.seconds
     context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
+    batches = f"{len(plans)} batches" if len(plans) > 1 else "1 batch"
+    context.log.note(
+        f"dreaming {images} images in {batches}: about {format_duration(cost.seconds)}, "
+        f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
+    )
+    return cost
 
 
 def format_duration(seconds: float) -> str:
@@ -138,17 +168,16 @@ def _dream(context: RunContext, synthesizer: Synthesizer, store: DreamStore) -> 
     """Dream the batches that a store lacks."""
     log, steps = context.log, synthesizer.steps_per_batch
     every = max(1, steps // _CURVE_POINTS)
-    skipped = 0
     with synthesizer.session(context.teacher, context.device, store.choices, log.note) as dreamer:
-        plans = batch_plans(synthesizer.images, dreamer.batch_size, context.seed)
-        missing = [plan for plan in plans if plan.index not in store]
-        if len(missing) < len(plans):
-            log.note(f"resuming: {len(plans) - len(missing)} of {len(plans)} batches kept")
-        start = time.perf_counter()
-        cost = dreamer.prepare(len(missing))
-        context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
-        _tell_cost(context, cost, len(missing), sum(plan.size for plan in missing))
-        store.choices = dict(dreamer.choices)
+        missing = _missing(context, dreamer, store)
+        _estimate(context, dreamer, missing)
+        if not store.choices:
+            store.choices = dict(dreamer.choices)
+        elif store.choices != dreamer.choices:
+            log.note(
+                f"the dreams that are kept were made with {store.choices}, and the rest are made "
+                f"with {dict(dreamer.choices)}: an undisturbed run's would differ a little"
+            )
         with log.progress("synthesis", len(missing) * steps) as advance:
             for number, plan in enumerate(missing):
 
@@ -168,7 +197,7 @@ def _dream(context: RunContext, synthesizer: Synthesizer, store: DreamStore) -> 
                     dream = dreamer.dream(plan, on_step)
                 except NonFiniteLoss as error:
                     log.note(f"batch {plan.index} is left out: {error.message}")
-                    skipped += 1
+                    store.skip(plan.index, plan.size, error.message)
                     continue
                 content, per_layer = judge(dream, context.teacher)
                 r_feature = sum(per_layer.values()) if per_layer else None
@@ -178,7 +207,6 @@ def _dream(context: RunContext, synthesizer: Synthesizer, store: DreamStore) -> 
                 if r_feature is not None:
                     log.record("batches", plan.index, {"r_feature": r_feature})
                     log.record("r_feature by layer", plan.index, per_layer)
-    context.metrics["synthesis.skipped_batches"] = skipped
     if len(store) == 0:
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
 

@@ -10,10 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-_LUMINANCE = (1 / math.sqrt(3),) * 3
-_RED_BLUE = (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2))
-_GREEN_MAGENTA = (1 / math.sqrt(6), -2 / math.sqrt(6), 1 / math.sqrt(6))
-
 
 @dataclass(frozen=True)
 class Fourier:
@@ -45,14 +41,13 @@ class Fourier:
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the coefficients of images."""
-        axes = torch.linalg.inv(self._axes(images))
-        spectrum = torch.fft.rfft2(_turned(images.float(), axes), norm="ortho")
+        spectrum = torch.fft.rfft2(self._axes(images.float()), norm="ortho")
         return torch.view_as_real(spectrum / self._amplitudes(images, images.shape[2:]))
 
     def render(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the images (N, C, H, W) of coefficients."""
         spectrum = torch.view_as_complex(parameters) * self._amplitudes(parameters, size)
-        return _turned(torch.fft.irfft2(spectrum, s=size, norm="ortho"), self._axes(parameters))
+        return self._channels(torch.fft.irfft2(spectrum, s=size, norm="ortho"))
 
     def _amplitudes(self, like: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return the amplitude of each frequency (H, W // 2 + 1), 1 at one period an image.
@@ -65,14 +60,25 @@ class Fourier:
         periods = torch.sqrt(down[:, None].square() + across.square()).clamp(min=1)
         return math.sqrt(height * width) * periods.pow(-self.decay)
 
-    def _axes(self, like: Tensor) -> Tensor:
-        """Return the matrix from decorrelated axes to channels (C, C)."""
-        channels = like.shape[1]
-        if channels != 3:
-            return self.luminance * torch.eye(channels, device=like.device)
-        directions = torch.tensor([_LUMINANCE, _RED_BLUE, _GREEN_MAGENTA], device=like.device)
-        return directions.t() * torch.tensor([self.luminance, *self.colour], device=like.device)
+    def _channels(self, axes: Tensor) -> Tensor:
+        """Turn brightness, red-blue and green-magenta, each to its scale, into red, green, blue.
 
+        Written out with numbers: a matrix would be copied to the device at every step.
+        """
+        if axes.shape[1] != 3:
+            return self.luminance * axes
+        brightness, red_blue, magenta = axes.unbind(1)
+        grey = brightness * (self.luminance / math.sqrt(3))
+        x = red_blue * (self.colour[0] / math.sqrt(2))
+        y = magenta * (self.colour[1] / math.sqrt(6))
+        return torch.stack([grey + x + y, grey - 2 * y, grey - x + y], dim=1)
 
-def _turned(images: Tensor, axes: Tensor) -> Tensor:
-    return torch.einsum("ij,njhw->nihw", axes, images)
+    def _axes(self, channels: Tensor) -> Tensor:
+        """Undo ``_channels``: its axes are orthonormal but for their scales."""
+        if channels.shape[1] != 3:
+            return channels / self.luminance
+        red, green, blue = channels.unbind(1)
+        brightness = (red + green + blue) / (math.sqrt(3) * self.luminance)
+        red_blue = (red - blue) / (math.sqrt(2) * self.colour[0])
+        magenta = (red - 2 * green + blue) / (math.sqrt(6) * self.colour[1])
+        return torch.stack([brightness, red_blue, magenta], dim=1)

@@ -36,6 +36,15 @@ class Shard:
     r_feature: float | None
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A batch that came to nothing."""
+
+    index: int
+    images: int
+    reason: str
+
+
 class DreamStore:
     """A folder of safetensors shards, one for each batch, with a manifest.
 
@@ -57,6 +66,8 @@ class DreamStore:
         self.choices: dict[str, Any] = {}
         """What the machine settled and the dreams depend on; written with the first batch."""
         self.shards: dict[int, Shard] = {}
+        self.skipped: dict[int, Skipped] = {}
+        """Batches that came to nothing, and are not tried again."""
         manifest = folder / MANIFEST
         if manifest.is_file():
             self._read(manifest, settings)
@@ -66,12 +77,14 @@ class DreamStore:
     def _read(self, manifest: Path, settings: dict[str, Any] | None) -> None:
         try:
             data = json.loads(manifest.read_text(encoding="utf-8"))
-            shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
-            stored, choices = data["settings"], data["choices"]
             if data["format"] != FORMAT:
                 raise StoreError(
-                    f"{manifest}: format {data['format']}, this version reads {FORMAT}"
+                    f"{manifest} is of format {data['format']}, and this version of dreamkit reads "
+                    f"{FORMAT}: read it with the version that wrote it"
                 )
+            shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
+            stored, choices = data["settings"], data["choices"]
+            skipped = {entry["index"]: Skipped(**entry) for entry in data["skipped"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{manifest} is damaged ({error}); remove the folder") from error
         settings = None if settings is None else json.loads(json.dumps(settings))
@@ -84,6 +97,7 @@ class DreamStore:
         if settings is not None:  # the run itself: it can dream again what is gone
             shards = {i: s for i, s in shards.items() if (self.folder / s.file).is_file()}
         self.settings, self.choices, self.shards = stored, choices, shards
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return sum(shard.images for shard in self.shards.values())
@@ -129,15 +143,28 @@ class DreamStore:
         digest = hashlib.sha256(blob).hexdigest()
         shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
         shards = self.shards | {index: shard}
-        listed = [asdict(shards[index]) for index in sorted(shards)]
+        self._write_manifest(shards)
+        self.shards = shards
+
+    def skip(self, index: int, images: int, reason: str) -> None:
+        """Note that a batch came to nothing; where there is no other yet, in memory alone."""
+        self.skipped[index] = Skipped(index, images, reason)
+        if self.shards:
+            self._write_manifest(self.shards)
+
+    def lacks(self, images: int) -> bool:
+        """Whether there are fewer images than these, those of skipped batches counted."""
+        return len(self) + sum(batch.images for batch in self.skipped.values()) < images
+
+    def _write_manifest(self, shards: dict[int, Shard]) -> None:
         data = {
             "format": FORMAT,
             "settings": self.settings,
             "choices": self.choices,
-            "shards": listed,
+            "shards": [asdict(shards[index]) for index in sorted(shards)],
+            "skipped": [asdict(self.skipped[index]) for index in sorted(self.skipped)],
         }
         write_json(self.folder / MANIFEST, data)
-        self.shards = shards
 
     def open(self, first: int | None = None) -> ShardedImages:
         """Verify shards and return their images in the order of the batches.

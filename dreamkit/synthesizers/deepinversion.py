@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import median
 from typing import Annotated, Any, Literal
 
 import torch
@@ -56,7 +58,7 @@ PROGRESS = 1e-3
 LARGEST_BATCH = 1024
 """What ``batch_size: auto`` does not go beyond: a batch is what an interruption loses."""
 TIMED_SECONDS = 1.0
-"""How long steps are timed for, at each stage."""
+"""How long the steps of a stage are timed for, or until 20 are done."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class DeepInversion:
             tap = None
             if "bn_statistics" in self._needed:
                 tap = stack.enter_context(tapped(teacher.model))
-            yield Inversion(self, teacher, student, tap, device, choices or {}, note)
+            inversion = Inversion(self, teacher, student, tap, device, choices or {}, note)
+            stack.callback(inversion.evaluator.discard_compiled)
+            yield inversion
 
     @property
     def _needed(self) -> frozenset[str]:
@@ -324,7 +328,8 @@ class Inversion:
     ) -> tuple[Tensor, Tensor] | None:
         """Optimise at one resolution; return the best images and their loss, if it was finite."""
         options, size = self.options, stage.resolution(self.teacher.card)
-        parameters = self._clipped(parameters, size).contiguous().requires_grad_()
+        limits = self.teacher.card.pixel_range(parameters) if options.clip else None
+        parameters = self._clipped(parameters, size, limits).contiguous().requires_grad_()
         optimizer = torch.optim.Adam(
             [parameters],
             lr=stage.lr or options.lr,
@@ -350,9 +355,9 @@ class Inversion:
             best_loss = torch.where(better, found.loss, best_loss)
             finite &= torch.isfinite(found.loss)
             optimizer.step()
-            if options.clip:
+            if limits is not None:
                 with torch.no_grad():
-                    parameters.copy_(self._clipped(parameters, size))
+                    parameters.copy_(self._clipped(parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
             if (step + 1) % SYNC_EVERY == 0 and (not finite or plateau(step + 1, best_loss)):
                 break
@@ -360,14 +365,15 @@ class Inversion:
             return None
         return options.parameterisation.render(best, size), best_loss
 
-    def _clipped(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the parameters of the images with their pixels in the valid range."""
-        if not self.options.clip:
+    def _clipped(
+        self, parameters: Tensor, size: tuple[int, int], limits: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Return the parameters of the images with their pixels within limits, if there are."""
+        if limits is None:
             return parameters.detach()
         with torch.no_grad():
             images = self.options.parameterisation.render(parameters, size)
-            low, high = self.teacher.card.pixel_range(images)
-            return self.options.parameterisation.encode(images.clamp(low, high))
+            return self.options.parameterisation.encode(images.clamp(*limits))
 
     def terms(
         self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
@@ -421,37 +427,40 @@ class Inversion:
         self.note(f"batch_size: auto is {found} on this machine")
         return found
 
-    def prepare(self, batches: int) -> Estimate:
+    def prepare(self, images: int) -> Estimate:
         """Time a few steps of every stage, compile if that pays, and estimate the cost.
 
         Args:
-            batches: how many full batches are to be dreamed.
+            images: how many are to be dreamed.
+
+        Returns:
+            Seconds for all of them, compilation included; peak memory of a step.
         """
+        batches = images / self.batch_size
+        stages = self.options.stages
         with peak_memory(self.device) as peak:
-            eager = [self._seconds_a_step(stage) for stage in self.options.stages]
-        total = batches * self._seconds_a_batch(eager)
+            eager = self._seconds_a_batch([self._seconds_a_step(stage) for stage in stages])
+        estimate = Estimate(batches * eager, peak.total)
         chosen_here = self.engine.compile == "auto"
         if chosen_here:
-            self._decide_on_compiling(total)
+            self._decide_on_compiling(estimate.seconds)
         if self.engine.compile is not True:
-            return Estimate(total, peak.total)
+            return estimate
         start = time.perf_counter()
-        with peak_memory(self.device) as peak:
-            problem = self.compile()
-            spent = time.perf_counter() - start
-            compiled = [self._seconds_a_step(stage) for stage in self.options.stages]
-        slower = self._seconds_a_batch(compiled) > self._seconds_a_batch(eager)
-        if problem is None and slower and chosen_here:
-            problem = "compiled, it is slower"
+        problem, compiled = self.compile(), eager
+        spent = time.perf_counter() - start
+        if problem is None:
+            with peak_memory(self.device) as peak:
+                compiled = self._seconds_a_batch([self._seconds_a_step(stage) for stage in stages])
+            if chosen_here and compiled > eager:
+                problem = "compiled, it is slower"
         if problem is not None:
             self.evaluator.discard_compiled()
             self.engine = replace(self.engine, compile=False)
             self.note(f"inversion runs without compilation: {problem}")
-            return Estimate(total, peak.total)
-        total = batches * self._seconds_a_batch(compiled)
-        gain = self._seconds_a_batch(eager) / self._seconds_a_batch(compiled)
-        self.note(f"inversion compiled in {spent:.0f} s: {gain:.1f} times as fast")
-        return Estimate(total, peak.total)
+            return estimate
+        self.note(f"inversion compiled in {spent:.0f} s: {eager / compiled:.1f} times as fast")
+        return Estimate(spent + batches * compiled, peak.total)
 
     def _decide_on_compiling(self, seconds: float) -> None:
         sizes = {stage.resolution(self.teacher.card) for stage in self.options.stages}
@@ -469,31 +478,21 @@ class Inversion:
         return sum(s.steps * t for s, t in zip(stages, seconds_a_step, strict=True))
 
     def _seconds_a_step(self, stage: Stage) -> float:
-        # The first step of a shape does more than the others, which hardly shows in a long one.
-        for steps in (1, 1, 5):
-            start = time.perf_counter()
-            self._run(stage, steps)
-            seconds = (time.perf_counter() - start) / steps
-            if seconds > TIMED_SECONDS:
-                break
-        return seconds
-
-    def _run(self, stage: Stage, steps: int) -> None:
-        """Take a few steps of a stage and throw them away."""
+        """Take a few steps of a stage, throw them away, and return what one takes."""
         start, labels, generator = self._sample(stage)
-        short = replace(stage, steps=steps)
-        found = self._stage(start, labels, short, generator, self.evaluator, lambda *_: None)
-        if found is not None:
-            float(found[1])  # waits for the device
+        clock = StepClock(self.device)
+        sample = replace(stage, steps=clock.most_steps)
+        with suppress(TimedEnough):
+            self._stage(start, labels, sample, generator, self.evaluator, clock)
+        return clock.seconds
 
     def compile(self) -> str | None:
         """Compile for full batches of every stage; return why that did not work, if so."""
-        draw = torch.zeros(3, dtype=torch.int64, device=self.device)
         for stage in self.options.stages:
-            size = stage.resolution(self.teacher.card)
             start, labels, _ = self._sample(stage)
-            images = self.options.parameterisation.render(self._clipped(start, size), size)
-            problem = self.evaluator.compile(images, labels, draw)
+            size = stage.resolution(self.teacher.card)
+            images = self.options.parameterisation.render(start, size)
+            problem = self.evaluator.compile(images, labels)
             if problem is not None:
                 return problem
         return None
@@ -506,6 +505,41 @@ class Inversion:
         start = self.options.parameterisation.start(shape, generator).to(self.device)
         labels = self.options.label_plan(BatchPlan(0, 0, size, 0), card.num_classes, generator)
         return start, labels.to(self.device), generator
+
+
+class TimedEnough(Exception):
+    """Ends a stage that is only run for the time that it takes."""
+
+
+class StepClock:
+    """Times the steps of a stage, as its ``on_step``, without the first ones.
+
+    Those also load kernels and, compiled on a GPU, record graphs.
+
+    Args:
+        device: waited for after every step.
+    """
+
+    most_steps = 20
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.warm_steps = 1 if device.type == "cpu" else 4
+        self.times: list[float] = []
+
+    def __call__(self, done: int, terms: Mapping[str, Tensor]) -> None:
+        """Note the time; raise ``TimedEnough`` once there is enough of it."""
+        float(terms["loss"])  # waits for the device
+        self.times.append(time.perf_counter())
+        timed = len(self.times) - self.warm_steps
+        if timed > 0 and self.times[-1] - self.times[self.warm_steps - 1] > TIMED_SECONDS:
+            raise TimedEnough
+
+    @property
+    def seconds(self) -> float:
+        """The median over the steps that count."""
+        counted = self.times[self.warm_steps - 1 :]
+        return median(after - before for before, after in pairwise(counted))
 
 
 class Plateau:

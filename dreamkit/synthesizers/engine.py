@@ -6,6 +6,7 @@ returns the weighted terms of the loss; the engine returns those terms and their
 
 from __future__ import annotations
 
+import gc
 import logging
 import types
 import warnings
@@ -78,7 +79,10 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
     Frozen weights need no gradients, which is a third of a backward pass.
     """
-    weights = [p for p in model.parameters() if p.dim() == 4]
+    # Subclasses may do more with their weights, such as view them, which this layout forbids.
+    kinds = {nn.Conv2d, nn.ConvTranspose2d}
+    convolutions = [m for m in model.modules() if type(m) in kinds]
+    weights = list(dict.fromkeys(m.get_parameter("weight") for m in convolutions))
     laid_out = [p.data for p in weights]
     try:
         for weight in weights:
@@ -182,7 +186,7 @@ class Evaluator:
         (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
 
-    def compile(self, images: Tensor, labels: Tensor, draw: Tensor) -> str | None:
+    def compile(self, images: Tensor, labels: Tensor) -> str | None:
         """Compile for the shape of ``images``, unless it is, and compare with eager there.
 
         Returns:
@@ -191,24 +195,32 @@ class Evaluator:
         if tuple(images.shape) in self._compiled:
             return None
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
-        function = torch.compile(
-            _with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
-        )
-        expected = self._evaluate(self._loss, images, labels, draw)
+        # The first call compiles, the second records a CUDA graph, the third replays it: on another
+        # view, so that what was frozen into it would show.
+        views = torch.tensor([[0, 0, 0], [1, 0, 0], [-1, 1, 1]], device=self.device)
         try:
             with _quiet_compiler():
-                found = self._evaluate(function, images, labels, draw)
+                function = torch.compile(
+                    _with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
+                )
+                for view in views:
+                    found = self._evaluate(function, images, labels, view)
         except Exception as error:  # whatever a compiler raises, eager still works
             reason = str(error).strip().partition("\n")[0]
             return f"it could not be compiled ({type(error).__name__}: {reason})"
+        expected = self._evaluate(self._loss, images, labels, views[-1])
         mismatch = _mismatch(expected, found, self.dtype)
         if mismatch is None:
             self._compiled[tuple(images.shape)] = function
         return mismatch
 
     def discard_compiled(self) -> None:
-        """Go back to eager for every shape."""
-        self._compiled.clear()
+        """Go back to eager for every shape, and free what the compiled graphs hold."""
+        if self._compiled:
+            self._compiled.clear()
+            gc.collect()  # a compiled function and what it closes over hold each other
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Terms]]

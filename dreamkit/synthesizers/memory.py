@@ -29,7 +29,12 @@ class Peak:
     """Most memory in use at once, in bytes: the process's on a CPU, torch's on a GPU."""
 
     total: int = 0
-    above_start: int = 0
+    start: int = 0
+
+    @property
+    def above_start(self) -> int:
+        """How much more than when the block began."""
+        return max(0, self.total - self.start)
 
 
 @contextmanager
@@ -42,9 +47,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
+        peak.start = torch.cuda.memory_allocated(device)
     else:
-        start = _reset_high_water_mark()
+        peak.start = _reset_high_water_mark()
     try:
         yield peak
     finally:
@@ -52,7 +57,6 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
             peak.total = torch.cuda.max_memory_allocated(device)
         else:
             peak.total = _high_water_mark()
-        peak.above_start = max(0, peak.total - start)
 
 
 def available_memory(device: torch.device) -> int:
@@ -90,18 +94,21 @@ def largest_batch(trial: Callable[[int], None], limit: int, device: torch.device
         DreamkitError: not even one fits.
     """
     budget = MEMORY_SHARE.get(device.type, 0.6) * available_memory(device)
+    # Every trial is held against the start of the first: allocators keep what a trial has freed.
+    start = None
 
     def fits(size: int) -> int | None:
         """Return how many would fit, by a trial of ``size``; None if that does not."""
+        nonlocal start
         try:
             with peak_memory(device) as peak:
                 trial(size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
-        if peak.above_start > budget:
-            return None
-        return size * int(budget) // max(1, peak.above_start)
+        start = peak.start if start is None else start
+        used = peak.total - start
+        return None if used > budget else size * int(budget) // max(1, used)
 
     size = min(8, limit)
     while (room := fits(size)) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers import deepinversion
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.engine import Engine
 from dreamkit.types import BatchPlan, Dream, Estimate, RunContext
 
 CPU = torch.device("cpu")
@@ -285,7 +287,22 @@ def test_a_batch_that_overflows_is_left_out_and_reported(context):
     assert context.metrics["synthesis.images"] == 4
     assert context.metrics["synthesis.skipped_batches"] == 1
     assert any("batch 1 is left out" in note for note in context.log.notes)
-    assert sorted(stored_by(context).shards) == [0, 2]
+    store = stored_by(context)
+    assert sorted(store.shards) == [0, 2]
+    assert list(store.skipped) == [1]
+
+
+def test_a_batch_that_was_left_out_is_not_tried_again(context):
+    context.synthesizer.overflow = (1,)
+    dream_into_store(context)
+    context.synthesizer.overflow = ()
+    context.synthesizer.dreamed.clear()
+    context.log.notes.clear()
+    assert len(dream_into_store(context)) == 4
+    assert context.synthesizer.dreamed == []
+    assert context.metrics["synthesis.skipped_batches"] == 1
+    (note,) = context.log.notes
+    assert "to try it again, remove it from 'skipped' in" in note
 
 
 def test_a_run_of_which_every_batch_overflows_is_an_error(context):
@@ -300,10 +317,8 @@ def test_a_run_of_which_every_batch_overflows_is_an_error(context):
 
 def test_the_cost_is_told_before_and_reported(context):
     dream_into_store(context)
-    assert any(
-        n.startswith("dreaming 7 images in 3 batches: about 1 s, ") and n.endswith("on this CPU")
-        for n in context.log.notes
-    )
+    (told,) = [note for note in context.log.notes if note.startswith("dreaming")]
+    assert re.fullmatch(r"dreaming 7 images in 3 batches: about \d+ s, \d\.\d GB on this CPU", told)
     assert 0 < context.metrics["synthesis.estimated_seconds"] < 60
     assert context.metrics["synthesis.estimated_memory_bytes"] > 2**20
     assert context.metrics["synthesis.preparation_seconds"] > 0
@@ -351,6 +366,29 @@ def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(context, monkey
     assert len(dream_into_store(context)) == 7
     assert context.synthesizer.dreamed == [0, 1, 2]
     assert stored_by(context).choices == settled
+
+
+def test_what_was_settled_and_cannot_be_had_any_more_is_said(context, monkeypatch):
+    def compiles(function, **settings):
+        return function
+
+    def fails(function, **settings):
+        raise RuntimeError("no compiler")
+
+    compiled = Engine(precision="float32", compile=True)
+    context.synthesizer = Counting(
+        dataclasses.replace(context.synthesizer.inner, engine=compiled), stop_before=2
+    )
+    monkeypatch.setattr(torch, "compile", compiles)
+    with pytest.raises(KeyboardInterrupt):
+        dream_into_store(context)
+    settled = stored_by(context).choices
+    assert settled["compile"] is True
+    monkeypatch.setattr(torch, "compile", fails)
+    context.synthesizer.stop_before = None
+    dream_into_store(context)
+    assert stored_by(context).choices == settled, "it still says how the first were made"
+    assert any("an undisturbed run's would differ" in note for note in context.log.notes)
 
 
 @pytest.mark.parametrize("change", ["seed", "teacher", "synthesis"])
@@ -402,7 +440,7 @@ def test_plans_reach_the_dreamer(context):
         def session(self, teacher, device, choices, note):
             yield self
 
-        def prepare(self, batches):
+        def prepare(self, images):
             return Estimate(1.0, 2**30)
 
         def dream(self, plan, on_step):

@@ -1,0 +1,91 @@
+"""What a finished run leaves for people: its report, as data and as a page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dreamkit.latency.torch_eager import processor_name
+from dreamkit.recipe import LoadedRecipe
+from dreamkit.report.figures import grid
+from dreamkit.report.html import render
+from dreamkit.report.run_log import FileLog, read_records
+from dreamkit.report.tables import summary_rows
+from dreamkit.store.atomic import write_atomically
+from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.run_directory import RunDirectory
+from dreamkit.types import RunContext
+from dreamkit.version import __version__
+
+_PICTURED = 512
+"""Images that the grid is picked from."""
+_VERSIONS = ("torch", "torchvision", "timm", "torch-pruning", "numpy")
+
+
+def build_report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:
+    """Return what ``report.json`` holds."""
+    versions = {"dreamkit": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _VERSIONS}
+    device = context.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {
+        "name": loaded.recipe.name,
+        "description": loaded.recipe.description,
+        "preset": loaded.preset,
+        "application": context.recipe["application"]["name"],
+        "seed": context.seed,
+        "device": f"{device} ({name}), {torch.get_num_threads()} threads",
+        "teacher": context.teacher.card.to_json(),
+        "metrics": dict(sorted(context.metrics.items())),
+        "notes": log.notes,
+        "seconds": log.seconds,
+        "details": context.details,
+        "versions": versions,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
+    """Write ``dreams.png``, ``report.html`` and, last, ``report.json``: it ends the run."""
+    folder = directory.folder
+    picture: Image.Image | None = None
+    dreams = folder / RunContext.DREAMS
+    if (dreams / MANIFEST).is_file():
+        content = DreamStore(dreams).open(_PICTURED)
+        picture = grid(*content.batch(range(min(len(content), _PICTURED))))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_atomically(folder / "dreams.png", buffer.getvalue())
+    page = render(report, read_records(folder), directory.recipe() or "", picture)
+    write_atomically(folder / "report.html", page.encode())
+    directory.write_report(report)
+
+
+def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Print a report's table and where its files are."""
+    header, rows = summary_rows(report["metrics"])
+    if rows:
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
+    )
