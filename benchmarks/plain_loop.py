@@ -39,6 +39,7 @@ class PlainLoop:
         bn: weight of R_feature.
         jitter: largest roll.
         seed: of the noise and the rolls.
+        frozen: keep gradients from the teacher's weights, the one line that a plain loop lacks.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class PlainLoop:
         bn: float = 10.0,
         jitter: int = 2,
         seed: int = 0,
+        frozen: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.model = model.to(device)
+        self.model = model.to(device).requires_grad_(not frozen)
         self.images = torch.randn(shape, generator=generator).to(device).requires_grad_()
         self.labels = (torch.arange(shape[0]) % classes).to(device)
         self.optimizer = torch.optim.Adam([self.images], lr=lr)
