@@ -672,7 +672,7 @@ def test_output_that_may_not_be_written(
     message = refused(path, out=out)
     assert message.startswith(str(out))
     assert "Permission denied" in message
-    assert "--out" in message
+    assert "choose another folder" in message
 
 
 @pytest.mark.parametrize("made", [False, True])

@@ -321,7 +321,14 @@ def test_a_resumed_run_goes_on_in_the_same_file(log, tmp_path):
 def test_a_log_that_cannot_be_written(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(RunDirectoryError, match=r"log\.jsonl cannot be written"):
-        FileLog(tmp_path, console())
+        FileLog(tmp_path, console()).open()
+
+
+def test_a_log_without_records_writes_no_file(tmp_path):
+    log = FileLog(tmp_path, console())
+    log.note("only said")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trackers_get_every_record(tmp_path):
