@@ -39,7 +39,7 @@ from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import peak_memory
 from dreamkit.types import BatchPlan, Teacher
 
-STEPS = {"cpu": 2, "cuda": 40}
+STEPS = {"cpu": 3, "cuda": 40}
 """Steps that a variant takes before it is the next one's turn; enough to hide a batch's set-up."""
 PLAIN = {"plain loop": False, "plain loop, frozen weights": True}
 
@@ -81,6 +81,9 @@ VARIANTS = {
     "bfloat16, eager": Engine("bfloat16", False),
     "bfloat16, compiled": Engine("bfloat16", True),
 }
+
+
+MEASURED_MEMORY = ("plain loop", "float32, eager", "bfloat16, eager", "bfloat16, compiled")
 
 
 def plain_steps(case: Case, batch: int, device: torch.device, frozen: bool) -> Callable[[], None]:
@@ -296,7 +299,7 @@ def main() -> None:
             if model == "resnet50" and not options.quick:
                 batches.append(options.memory_batch)
             found = {
-                batch: {v: memory_apart(case, v, batch, device) for v in [*PLAIN, *VARIANTS]}
+                batch: {v: memory_apart(case, v, batch, device) for v in MEASURED_MEMORY}
                 for batch in batches
             }
         result |= {"size": case.size, "matmul_peak": peaks, "memory": found[result["batch"]]}

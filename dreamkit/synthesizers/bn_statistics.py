@@ -72,15 +72,8 @@ def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors (C,), float32 whatever ``x`` is.
     """
-    if not torch.compiler.is_compiling():
-        mean, var = _ChannelStatistics.apply(x)
-        return mean, var
-    # Compiled, both sums and the cast become one pass, fused with what is done to x besides.
-    # E[d²] - E[d]² is accurate since d is centred near the mean.
-    axes = [0, *range(2, x.dim())]
-    difference = x.float() - near.view(1, -1, *[1] * (x.dim() - 2))
-    mean = difference.mean(axes)
-    return near + mean, difference.square().mean(axes) - mean.square()
+    mean, var = _ChannelStatistics.apply(x, near)
+    return mean, var
 
 
 _TINY = 1e-20
@@ -94,8 +87,16 @@ class _ChannelStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.device.type == "cpu":
+    def forward(ctx: Any, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        axes = [0, *range(2, x.dim())]
+        if torch.compiler.is_compiling():
+            # Both sums and the cast become one pass. E[d²] - E[d]² is accurate, as d is centred
+            # near its mean.
+            difference = x.float() - near.view(_along_channels(x))
+            offset = difference.mean(axes)
+            var = (difference.square().mean(axes) - offset.square()).clamp(min=0)
+            mean = near + offset
+        elif x.device.type == "cpu":
             # The kernel of training-mode BatchNorm is many times as fast as var_mean; given float32
             # weights, it takes float32 statistics of inputs of fewer bits.
             kind = torch.promote_types(x.dtype, torch.float32)
@@ -103,20 +104,41 @@ class _ChannelStatistics(torch.autograd.Function):
             _, mean, inverse = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, _TINY)
             var = (inverse.pow(-2) - _TINY).clamp(min=0)
         else:
-            axes = [0, *range(2, x.dim())]
             var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        slope = var_gradient * (2 / count)
-        offset = mean_gradient / count - slope * mean
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        gradient = torch.addcmul(offset.view(shape), x, slope.view(shape))
-        return gradient.to(x.dtype)
+        slope, offset = _gradient_line(mean_gradient, var_gradient, mean, x.numel() // x.shape[1])
+        shape = _along_channels(x)
+        return torch.addcmul(offset.view(shape), x, slope.view(shape)).to(x.dtype), None
+
+
+@torch.library.custom_op("dreamkit::gradient_line", mutates_args=())
+def _gradient_line(
+    mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return by channel the line, slope and offset, that the gradient in x is of x.
+
+    An operation that the compiler cannot look into: it would compute these few numbers anew for
+    every element of x.
+    """
+    slope = var_gradient * (2 / count)
+    return slope, mean_gradient / count - slope * mean
+
+
+@_gradient_line.register_fake
+def _(
+    mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _along_channels(x: Tensor) -> tuple[int, ...]:
+    """Return the shape that spreads a tensor (C,) over x (N, C, ...)."""
+    return (1, -1, *[1] * (x.dim() - 2))
 
 
 @contextmanager

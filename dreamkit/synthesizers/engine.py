@@ -103,8 +103,8 @@ class View(torch.autograd.Function):
     @staticmethod
     def forward(images: Tensor, draw: Tensor) -> Tensor:
         """Roll by draw[0] rows and draw[1] columns, then mirror left to right if draw[2]."""
-        rows, columns = _sources(images, draw)
-        return images[:, :, rows[:, None], columns]
+        moved: Tensor = _gathered(images, *_sources(images, draw))
+        return moved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -117,8 +117,22 @@ class View(torch.autograd.Function):
         (draw,) = ctx.saved_tensors
         # A mirrored roll is its own inverse; a plain one is undone by the opposite shift.
         back = torch.stack([-draw[0], torch.where(draw[2] > 0, draw[1], -draw[1]), draw[2]])
-        rows, columns = _sources(gradient, back)
-        return gradient[:, :, rows[:, None], columns], None
+        return _gathered(gradient, *_sources(gradient, back)), None
+
+
+@torch.library.custom_op("dreamkit::gathered", mutates_args=())
+def _gathered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return images whose rows and columns come from these.
+
+    An operation that the compiler cannot look into: fused with what reads its result, say the
+    eight shifted copies of total variation, every one of them would gather for itself.
+    """
+    return images.contiguous()[:, :, rows[:, None], columns]
+
+
+@_gathered.register_fake
+def _(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return images.new_empty(images.shape)
 
 
 def _sources(images: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +195,7 @@ class Evaluator:
     ) -> Evaluation:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        leaf = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        leaf = images.detach().contiguous().requires_grad_()
         loss, terms = function(leaf, labels, draw)
         (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
