@@ -39,7 +39,7 @@ from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import peak_memory
 from dreamkit.types import BatchPlan, Teacher
 
-STEPS = {"cpu": 3, "cuda": 40}
+STEPS = {"cpu": 5, "cuda": 40}
 """Steps that a variant takes before it is the next one's turn; enough to hide a batch's set-up."""
 PLAIN = {"plain loop": False, "plain loop, frozen weights": True}
 

@@ -103,7 +103,7 @@ class View(torch.autograd.Function):
     @staticmethod
     def forward(images: Tensor, draw: Tensor) -> Tensor:
         """Roll by draw[0] rows and draw[1] columns, then mirror left to right if draw[2]."""
-        moved: Tensor = _gathered(images, *_sources(images, draw))
+        moved: Tensor = _moved(images, draw)
         return moved
 
     @staticmethod
@@ -117,31 +117,36 @@ class View(torch.autograd.Function):
         (draw,) = ctx.saved_tensors
         # A mirrored roll is its own inverse; a plain one is undone by the opposite shift.
         back = torch.stack([-draw[0], torch.where(draw[2] > 0, draw[1], -draw[1]), draw[2]])
-        return _gathered(gradient, *_sources(gradient, back)), None
+        return _moved(gradient, back), None
 
 
-@torch.library.custom_op("dreamkit::gathered", mutates_args=())
-def _gathered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return images whose rows and columns come from these.
+@torch.library.custom_op("dreamkit::moved", mutates_args=())
+def _moved(images: Tensor, draw: Tensor) -> Tensor:
+    """Return images rolled and mirrored.
 
     An operation that the compiler cannot look into: fused with what reads its result, say the
     eight shifted copies of total variation, every one of them would gather for itself.
     """
-    return images.contiguous()[:, :, rows[:, None], columns]
+    if draw.device.type != "cpu":
+        return gathered(images, draw)
+    down, right, mirrored = draw.tolist()  # on a CPU there is nothing to wait for
+    moved = torch.roll(images.contiguous(), shifts=(down, right), dims=(2, 3))
+    return moved.flip(3) if mirrored else moved
 
 
-@_gathered.register_fake
-def _(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+@_moved.register_fake
+def _(images: Tensor, draw: Tensor) -> Tensor:
     return images.new_empty(images.shape)
 
 
-def _sources(images: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each row and each column of a view where it comes from."""
+def gathered(images: Tensor, draw: Tensor) -> Tensor:
+    """Return images rolled and mirrored by numbers that stay on the device."""
     height, width = images.shape[2:]
     down = torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device)
     across = torch.where(draw[2] > 0, width - 1 - across, across)
-    return (down - draw[0]) % height, (across - draw[1]) % width
+    rows, columns = (down - draw[0]) % height, (across - draw[1]) % width
+    return images.contiguous()[:, :, rows[:, None], columns]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dreamkit.synthesizers.deepinversion import (
     draw_views,
     learning_rate_factor,
 )
-from dreamkit.synthesizers.engine import Engine, View
+from dreamkit.synthesizers.engine import Engine, View, gathered
 from dreamkit.types import BatchPlan
 
 CPU = torch.device("cpu")
@@ -476,6 +476,7 @@ def test_views_roll_by_every_shift_and_mirror_half_of_the_time():
     seen = []
     for draw in views(600, (1, 2), True):
         out = View.apply(image, draw)
+        assert torch.equal(gathered(image, draw), out)
         seen.append(next(key for key, x in rolled.items() if torch.equal(x, out)))
     assert set(seen) == set(rolled), "30 outcomes, 20 expected of each"
     flips = sum(flipped for _, _, flipped in seen)
