@@ -228,10 +228,21 @@ class Evaluator:
             reason = str(error).strip().partition("\n")[0]
             return f"it could not be compiled ({type(error).__name__}: {reason})"
         expected = self._evaluate(self._loss, images, labels, views[-1])
-        mismatch = _mismatch(expected, found, self.dtype)
-        if mismatch is None:
-            self._compiled[tuple(images.shape)] = function
-        return mismatch
+        off = _distance(found, expected)
+        if not self._as_good(off) and self.dtype != torch.float32:
+            # Through many layers rounding alone may put two bfloat16 results this far apart: the
+            # compiled one holds good if it is as near to float32 as the eager one.
+            exact = Evaluator(self.objective, self.device, "float32")(images, labels, views[-1])
+            eager_off, off = _distance(expected, exact), _distance(found, exact)
+            if all(c <= 1.5 * e for c, e in zip(off, eager_off, strict=True)):
+                off = (0.0, 0.0)
+        if not self._as_good(off):
+            return f"compiled, its loss is {off[0]:.1e} and its gradient {off[1]:.1e} off"
+        self._compiled[tuple(images.shape)] = function
+        return None
+
+    def _as_good(self, off: tuple[float, float]) -> bool:
+        return off[0] <= LOSS_TOLERANCE[self.dtype] and off[1] <= GRADIENT_TOLERANCE[self.dtype]
 
     def discard_compiled(self) -> None:
         """Go back to eager for every shape, and free what the compiled graphs hold."""
@@ -261,14 +272,11 @@ def _with_cache_of_its_own(method: Any) -> _Loss:
     return types.MethodType(copied, method.__self__)
 
 
-def _mismatch(expected: Evaluation, found: Evaluation, dtype: torch.dtype) -> str | None:
-    """Return how a compiled evaluation differs from the eager one, beyond rounding."""
+def _distance(found: Evaluation, expected: Evaluation) -> tuple[float, float]:
+    """Return how far a loss and its gradient (in the l2 norm) are from others, relative."""
     loss = float(expected.loss)
-    off = abs(float(found.loss) - loss) / max(abs(loss), 1e-12)
     difference = (found.gradient - expected.gradient).norm() / expected.gradient.norm()
-    if off <= LOSS_TOLERANCE[dtype] and float(difference) <= GRADIENT_TOLERANCE[dtype]:
-        return None
-    return f"compiled, its loss is {off:.1e} and its gradient {float(difference):.1e} off"
+    return abs(float(found.loss) - loss) / max(abs(loss), 1e-12), float(difference)
 
 
 @contextmanager

@@ -175,6 +175,29 @@ def test_a_compiled_gradient_that_differs_is_not_used(monkeypatch):
     assert held.exact
 
 
+@pytest.mark.parametrize(("error", "used"), [(0.25, True), (0.6, False)])
+def test_rounding_of_a_deep_network_is_no_reason_against_a_compiled_one(monkeypatch, error, used):
+    def objective(x, labels, arithmetic):
+        # Eager bfloat16 is a quarter too high; compiled, as much too low or much more.
+        eager = torch.is_autocast_enabled("cpu")
+        with arithmetic:
+            lower = torch.is_autocast_enabled("cpu")
+        assert not eager
+        return {"squares": x.square().sum() * (1.25 if lower else 1.0)}
+
+    def compile(function, **settings):
+        def compiled(x, labels, draw):
+            loss, terms = function(x, labels, draw)
+            return loss / 1.25 * (1 - error), terms
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    held = evaluator(objective, "bfloat16")
+    problem = held.compile(images(2, 3, 4, 4), torch.zeros(2).long())
+    assert (problem is None) is used
+
+
 def failing(function, **settings):
     def compiled(*arguments):
         raise RuntimeError("no compiler here\nand a long story")
