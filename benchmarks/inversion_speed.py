@@ -29,7 +29,7 @@ from typing import Any
 
 import timm
 import torch
-from plain_loop import PlainLoop, cifar_resnet, paper_settings
+from plain_loop import PlainLoop, cifar_resnet, paper_settings, settle_statistics
 
 from dreamkit.card import Card
 from dreamkit.evaluation.cost import count
@@ -56,7 +56,8 @@ class Case:
     def teacher(self) -> Teacher:
         if self.model.startswith("resnet") and self.size == 32:
             return cifar_resnet(int(self.model.removeprefix("resnet")))
-        model = timm.create_model(self.model, pretrained=False).eval()
+        model = timm.create_model(self.model, pretrained=False)
+        settle_statistics(model, (3, self.size, self.size))
         card = Card(
             name=self.model,
             input_size=(3, self.size, self.size),

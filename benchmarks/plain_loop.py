@@ -131,6 +131,21 @@ def paper_settings(batch: int, steps: int) -> DeepInversion:
     )
 
 
+def settle_statistics(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """Give a network of random weights the running statistics that it has on noise.
+
+    With those it begins with, activations grow from layer to layer to where bfloat16 means nothing.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.momentum = None  # averages over all batches
+        layer.reset_running_stats()
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(16, *size))
+    return model.eval()
+
+
 def cifar_resnet(depth: int, weights: Path | None = None) -> Teacher:
     """Return the option-A ResNet for CIFAR-10, with the weights of a checkpoint where given.
 
@@ -139,7 +154,9 @@ def cifar_resnet(depth: int, weights: Path | None = None) -> Teacher:
         weights: a ``.th`` file of github.com/akamaster/pytorch_resnet_cifar10.
     """
     model = SmallResNet(depth, 10, shortcut="padded")
-    if weights is not None:
+    if weights is None:
+        settle_statistics(model, (3, 32, 32))
+    else:
         tensors = read_state_dict(str(weights), "state_dict", "module.")
         renamed = {name.replace("linear.", "fc."): value for name, value in tensors.items()}
         load_into(model, renamed, str(weights))
