@@ -538,4 +538,5 @@ def test_a_step_clock_leaves_out_the_first_step_and_stops_in_time(monkeypatch):
 def test_networks_with_weights_of_other_shapes_can_be_borrowed():
     model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Conv3d(3, 4, 1), nn.Linear(4, 5))
     with borrowed(model):
-        pass
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
