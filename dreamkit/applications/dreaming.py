@@ -100,8 +100,11 @@ def estimate_synthesis(context: RunContext) -> Estimate | None:
 
     Nothing is written. None where nothing is left to dream.
     """
-    synthesizer, store = context.synthesizer, _store(context)
-    if synthesizer is None or not store.lacks(synthesizer.images):
+    synthesizer = context.synthesizer
+    if synthesizer is None:
+        return None
+    store = _store(context)
+    if not store.lacks(synthesizer.images):
         return None
     with synthesizer.session(
         context.teacher, context.device, store.choices, context.log.note
