@@ -125,6 +125,9 @@ class ChannelGraph:
                 return f"meets the model's outputs in {self._names[module]}"
             if isinstance(module, nn.Conv2d) and module.groups > 1 and not _is_depthwise(module):
                 return f"{self._names[module]} is a grouped convolution"
+            # The axes of an image batch, last first: width, height, channels.
+            if any(getattr(dep.target.grad_fn, "_saved_pad", ())[4:6]):
+                return "its channels meet others beside padded zeros, which shift them"
             if isinstance(module, nn.Parameter):
                 return "depends on a parameter outside any layer"
             if dep.target.module in self._names and None in item.root_idxs:

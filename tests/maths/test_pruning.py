@@ -120,6 +120,32 @@ def test_what_cannot_be_pruned_is_named_with_the_reason():
     assert reasons["stem"] == "grouped is a grouped convolution"
 
 
+def test_channels_beside_padded_zeros_are_left_alone_and_padded_pixels_are_none():
+    class Padded(nn.Module):
+        """The second sum adds channel c of the first convolution to channel c + 1."""
+
+        def __init__(self, pad):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.inner = nn.Conv2d(4, 5, 1)
+            self.outer = nn.Conv2d(5, 4 + sum(pad[4:]), 1)
+            self.fc = nn.Linear(4 + sum(pad[4:]), 3)
+            self.pad = pad
+
+        def forward(self, x):
+            x = self.stem(x)
+            narrow = x[:, :, 1:-1, 1:-1] if self.pad[0] else x
+            x = self.outer(self.inner(x)) + F.pad(narrow, self.pad)
+            return self.fc(x.mean((2, 3)))
+
+    found, skipped = ChannelGraph(Padded((0, 0, 0, 0, 1, 1)), SIZE, 3).groups()
+    assert [group.name for group in found] == ["inner"]
+    (reason,) = [s.reason for s in skipped if s.group != "fc"]
+    assert reason == "its channels meet others beside padded zeros, which shift them"
+    found, _ = ChannelGraph(Padded((1, 1, 1, 1)), SIZE, 3).groups()
+    assert sorted(group.channels for group in found) == [4, 5]
+
+
 def test_tracing_leaves_the_model_as_it_was(toys):
     model = toys.two_bn()
     model.bn1.train()
