@@ -1,0 +1,65 @@
+"""Random views of training images: every image of a batch gets a draw of its own.
+
+Draws come from the generator alone, and from its device; images may lie on another.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Border = Literal["reflect", "zeros"]
+
+
+def random_crop(
+    images: Tensor, padding: int, generator: torch.Generator, border: Border = "reflect"
+) -> Tensor:
+    """Shift each image by at most ``padding`` pixels along both axes, all shifts equally likely.
+
+    The same as padding on all four sides and cutting out a window of the old size.
+
+    Args:
+        images: (N, C, H, W), stored or normalised; gradients flow to them.
+        padding: >= 0; with ``reflect`` less than H and W.
+        generator: draws 2N integers.
+        border: what comes in from outside: the image mirrored at its edge pixels, or zeros, which
+            are black in stored images and the mean in normalised ones (He et al. 2016).
+
+    Returns:
+        (N, C, H, W) in channels-last memory.
+
+    Raises:
+        ValueError: the padding does not fit the images.
+    """
+    height, width = images.shape[2:]
+    if padding < 0 or (border == "reflect" and padding >= min(height, width)):
+        raise ValueError(f"padding {padding} does not fit images of {height} by {width}")
+    shape = (2, len(images), 1)
+    shifts = torch.randint(2 * padding + 1, shape, generator=generator, device=generator.device).to(
+        images.device
+    )
+    rows = shifts[0] + torch.arange(height, device=images.device)
+    columns = shifts[1] + torch.arange(width, device=images.device)
+    if border == "zeros":
+        images = F.pad(images, (padding,) * 4)
+    else:
+        rows, columns = _mirrored(rows - padding, height), _mirrored(columns - padding, width)
+    batch = torch.arange(len(images), device=images.device)
+    # Gathered axes come first, so that this is (N, H, W, C).
+    window = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return window.permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image (N, C, H, W) left to right with probability ½."""
+    shape = (len(images), 1, 1, 1)
+    draw = torch.randint(2, shape, generator=generator, device=generator.device)
+    return torch.where(draw.to(images.device) > 0, images.flip(3), images)
+
+
+def _mirrored(index: Tensor, size: int) -> Tensor:
+    """Fold positions in (-size, 2·size - 1) back into [0, size)."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
