@@ -269,7 +269,9 @@ def export_dreams(
 def bench_teachers(
     source: Annotated[
         list[str] | None,
-        typer.Option(help="timm, torchvision or bundled (repeatable) [default: the first two]"),
+        typer.Option(
+            help="timm, torchvision, cifar, bundled (repeatable) [default: the first two]"
+        ),
     ] = None,
     models: Annotated[
         list[str] | None,

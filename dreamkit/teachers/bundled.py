@@ -11,6 +11,7 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
+from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.weights import hash_weights, load_into
 from dreamkit.types import Teacher
@@ -49,7 +50,10 @@ class BundledTeacher:
 
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""
-        return SmallResNet(**json.loads(self._file(".json"))["architecture"])
+        architecture = json.loads(self._file(".json"))["architecture"]
+        if "model" in architecture:
+            return build_network(**architecture)
+        return SmallResNet(**architecture)
 
     def load(self, seed: int) -> Teacher:
         """Return the model in eval mode with its card."""

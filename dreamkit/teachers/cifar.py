@@ -1,0 +1,149 @@
+"""Teachers and students for small images: the networks that papers on CIFAR use."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from dreamkit.card import Card
+from dreamkit.errors import OptionError, did_you_mean
+from dreamkit.model_state import seeded
+from dreamkit.teachers.cifar_networks import NETWORKS, build_network
+from dreamkit.teachers.weights import (
+    check_file,
+    hash_weights,
+    is_weights_file,
+    load_into,
+    read_state_dict,
+)
+from dreamkit.types import Teacher
+
+SIZE = (3, 32, 32)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class CifarTeacher:
+    """A network for 32×32 images, random or with weights from a file.
+
+    ResNet-20, -32 and -56 are those of He et al. 2016, section 4.2, with shortcuts padded by zeros
+    (option A). ResNet-18 and -34 are the ImageNet ones with a 3×3 stem of stride 1 and no max
+    pooling, VGG-11 has one linear layer, MobileNetV2 two stages less of downsampling. WRN-d-k are
+    Zagoruyko and Komodakis 2016.
+
+    A JSON card of the same name beside the weights, as ``benchmarks/train_teacher.py`` writes it,
+    fills in every option that is not given.
+
+    Args:
+        model: resnet20, resnet32, resnet56, resnet18, resnet34, vgg11_bn, wrn_40_2, wrn_16_1,
+            wrn_16_2 or mobilenetv2.
+        weights: a path to .safetensors or .pth, or null for random weights.
+        key: dotted path to the state dict inside the file, e.g. ``state_dict``.
+        prefix: removed from the front of its keys, e.g. ``module.``.
+        num_classes: number of outputs; 10 where no card tells.
+        input_size: (channels, height, width); (3, 32, 32) where no card tells.
+        mean: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
+        std: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
+        class_names: in output order.
+    """
+
+    model: str
+    weights: str | None = None
+    key: str | None = None
+    prefix: str = ""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.model not in NETWORKS:
+            hint = did_you_mean(self.model, NETWORKS)
+            choices = ", ".join(NETWORKS)
+            raise OptionError("model", f"no network '{self.model}'{hint} (choices: {choices})")
+        if self.weights is not None:
+            if not is_weights_file(self.weights):
+                raise OptionError(
+                    "weights",
+                    f"'{self.weights}' is no path to .safetensors or .pth; none are published, "
+                    "benchmarks/train_teacher.py makes them; null for random ones",
+                )
+            check_file("weights", self.weights)
+        card = self._card(self._written(), "unchecked", None)
+        if card.class_names is not None and len(card.class_names) != card.num_classes:
+            given = len(card.class_names)
+            raise OptionError("class_names", f"{given} names for {card.num_classes} classes")
+
+    @classmethod
+    def known_models(cls, pretrained: bool) -> list[str]:
+        """Return every network; none comes with weights."""
+        return [] if pretrained else list(NETWORKS)
+
+    def build(self) -> nn.Module:
+        """Return the architecture with random weights."""
+        card = self._card(self._written(), "random weights", None)
+        return build_network(self.model, card.num_classes, card.input_size[0])
+
+    def load(self, seed: int) -> Teacher:
+        """Return the model in eval mode with its card."""
+        with seeded(seed):
+            model = self.build()
+        if self.weights is not None:
+            state = read_state_dict(self.weights, self.key, self.prefix)
+            # In the CIFAR ResNets that most others publish, the classifier is called ``linear``.
+            named = {re.sub(r"^linear\.", "fc.", name): value for name, value in state.items()}
+            load_into(model, named, self.weights)
+        origin = self.weights or "random weights"
+        card = self._card(self._written(), origin, hash_weights(model))
+        settled = {
+            key: getattr(card, key)
+            for key in ("num_classes", "input_size", "mean", "std", "class_names")
+        }
+        return Teacher(model.eval(), card, {"source": "cifar", "model": self.model} | settled)
+
+    def _written(self) -> dict[str, Any]:
+        """Return the card that lies beside the weights; empty if there is none."""
+        path = Path(self.weights).with_suffix(".json") if self.weights else None
+        if path is None or not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            model, card = content["architecture"]["model"], Card.from_json(content["card"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OptionError(
+                "weights",
+                f"{path} cannot be read as the card of these weights ({error}): mend it, or move "
+                "it away and give num_classes, mean and std here",
+            ) from error
+        if model != self.model:
+            raise OptionError("model", f"{path} says that its weights are of '{model}'")
+        return dataclasses.asdict(card)
+
+    def _card(self, written: dict[str, Any], origin: str, weights_sha256: str | None) -> Card:
+        default: dict[str, Any] = {
+            "input_size": SIZE,
+            "mean": CIFAR10_MEAN,
+            "std": CIFAR10_STD,
+            "num_classes": 10,
+            "origin": origin,
+        }
+        given = {
+            key: getattr(self, key)
+            for key in ("num_classes", "input_size", "mean", "std", "class_names")
+            if getattr(self, key) is not None
+        }
+        fixed = {
+            "name": f"cifar/{self.model}",
+            "trained": self.weights is not None,
+            "weights_sha256": weights_sha256,
+        }
+        return Card(**(default | written | given | fixed))

@@ -1,0 +1,101 @@
+"""The networks that papers on CIFAR use, by name; all take images of 32×32."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from torch import nn
+from torchvision import models
+from torchvision.models import vgg
+
+from dreamkit.teachers.small_resnet import SmallResNet
+from dreamkit.teachers.wide_resnet import WideResNet
+
+Build = Callable[[int, int], nn.Module]
+"""From the number of classes and of the images' channels to a network of random weights."""
+
+# Expansion, channels, blocks and stride of each stage. The paper's second stage has stride 2.
+_MOBILENET_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def _small_resnet(depth: int, num_classes: int, in_channels: int) -> nn.Module:
+    return SmallResNet(depth, num_classes, in_channels, shortcut="padded")
+
+
+def _wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int) -> nn.Module:
+    return WideResNet(depth, widen, num_classes, in_channels)
+
+
+def _imagenet_resnet(
+    build: Callable[..., nn.Module], num_classes: int, in_channels: int
+) -> nn.Module:
+    """Return torchvision's, with a 3×3 stem of stride 1 in place of 7×7 and max pooling."""
+    model = build(weights=None, num_classes=num_classes)
+    stem = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = stem, nn.Identity()
+    return model
+
+
+def _vgg11_bn(num_classes: int, in_channels: int) -> nn.Module:
+    """Return torchvision's features with one linear layer: its own three are for 7×7 features."""
+    features = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
+    features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(512, num_classes),
+        )
+    )
+
+
+def _mobilenetv2(num_classes: int, in_channels: int) -> nn.Module:
+    """Return torchvision's at an eighth of the input's size, not a thirty-second."""
+    model: nn.Module = models.mobilenet_v2(
+        weights=None,
+        num_classes=num_classes,
+        inverted_residual_setting=[list(stage) for stage in _MOBILENET_STAGES],
+    )
+    stem = nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    model.set_submodule("features.0.0", stem)
+    return model
+
+
+NETWORKS: Mapping[str, Build] = MappingProxyType(
+    {
+        "resnet20": partial(_small_resnet, 20),
+        "resnet32": partial(_small_resnet, 32),
+        "resnet56": partial(_small_resnet, 56),
+        "resnet18": partial(_imagenet_resnet, models.resnet18),
+        "resnet34": partial(_imagenet_resnet, models.resnet34),
+        "vgg11_bn": _vgg11_bn,
+        "wrn_40_2": partial(_wide_resnet, 40, 2),
+        "wrn_16_1": partial(_wide_resnet, 16, 1),
+        "wrn_16_2": partial(_wide_resnet, 16, 2),
+        "mobilenetv2": _mobilenetv2,
+    }
+)
+
+
+def build_network(model: str, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """Return a network of ``NETWORKS`` with random weights."""
+    return NETWORKS[model](num_classes, in_channels)
