@@ -226,13 +226,19 @@ def select(
         limit: at most so many, from the front.
 
     Raises:
-        DreamkitError: a source is unknown or has no list of models, or a glob matches none.
+        DreamkitError: a source is unknown, has no list of models or none with weights, or a glob
+            matches none.
     """
     known = {
         source: _listing_source(registries, source).known_models(weights == "default")
         for source in dict.fromkeys(sources)
     }
     names = [name for listed in known.values() for name in listed]
+    if not names:
+        raise DreamkitError(
+            f"no model of {', '.join(known)} comes with weights; --weights null measures what they "
+            "cost with random ones"
+        )
     for glob in globs:
         if not any(_matches(name, glob) for name in names):
             raise DreamkitError(

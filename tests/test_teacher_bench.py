@@ -122,6 +122,7 @@ def test_built_in_sources_list_their_models(registries: Registries) -> None:
         (["listed"], ["nt18"], "no model of listed matches 'nt18'; did you mean 'net18'?"),
         (["listed"], ["*18", "x*"], "matches 'x*'"),
         (["listd"], [], "no source 'listd' among the teachers; did you mean 'listed'?"),
+        (["cifar"], [], "no model of cifar comes with weights; --weights null measures"),
         (["checkpoint"], [], "the source 'checkpoint' has no list of models"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -81,8 +82,8 @@ def test_parameters_counted_by_hand():
     assert count("resnet20") == small + 18432 + 5 * 36864 + 6 * 128 + 650
     # Convolutions with biases and BatchNorm, 3-64-128-256-256-512-512-512-512, and 512·10 + 10.
     widths = [3, 64, 128, 256, 256, 512, 512, 512, 512]
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    assert count("vgg11_bn") == sum(a * b * 9 + 3 * b for a, b in pairs) + 5130
+    vgg = sum(a * b * 9 + 3 * b for a, b in itertools.pairwise(widths))
+    assert count("vgg11_bn") == vgg + 5130
     # torchvision states 3,504,872 for mobilenet_v2 of 1000 classes on 1280 features.
     assert count("mobilenetv2") == 3_504_872 - 990 * 1281
 

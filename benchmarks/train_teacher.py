@@ -1,0 +1,276 @@
+"""Train a network of the ``cifar`` teachers on real images, and write its weights and card.
+
+python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --compile
+python benchmarks/train_teacher.py --torchvision CIFAR100 data --model wrn_40_2 --epochs 100
+python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --quick   # minutes
+
+The result is a teacher, read by
+``{source: cifar, model: resnet20, weights: runs/teachers/resnet20.safetensors}``.
+SGD with Nesterov momentum on random crops and mirror images, a linear warm-up and a cosine. An
+interrupted training loses at most one epoch: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from supervised_training import Settings, Training
+from torch import Tensor
+
+from dreamkit.applications.dreaming import format_duration
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.latency.torch_eager import processor_name
+from dreamkit.runner import choose_device
+from dreamkit.sources.folder import Folder
+from dreamkit.sources.torchvision import DatasetImages, TorchvisionDataset
+from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.synthesizers.engine import has_native_bfloat16
+from dreamkit.teachers.cifar_networks import NETWORKS
+from dreamkit.training.batches import drawn, in_order
+from dreamkit.types import Images, ImageSource, StoredImages
+
+PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100}
+QUICK_EPOCHS, QUICK_IMAGES = 2, 2048
+AT_ONCE = 1024
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+def open_sources(options: argparse.Namespace) -> tuple[ImageSource, ImageSource, int]:
+    """Return what to train on, what to judge by, and how many classes there are."""
+    if options.torchvision:
+        name, root = options.torchvision
+        if name not in CLASSES:
+            raise DreamkitError(f"--torchvision takes {' or '.join(CLASSES)}, not {name}")
+        train, test = (TorchvisionDataset(name, root, {"train": part}) for part in (True, False))
+        return train, test, CLASSES[name]
+    folder = Folder(str(options.train))
+    return folder, Folder(str(options.test)), len(class_folders(options.train))
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+
+
+def read_data(options: argparse.Namespace) -> tuple[StoredImages, StoredImages, Card]:
+    """Read all images into memory (CIFAR-10: 150 MB); mean and std are measured."""
+    training, testing, classes = open_sources(options)
+    neutral = Card("data", (3, options.size, options.size), (0.5,) * 3, (0.5,) * 3, classes, "")
+    opened = training.open(neutral)
+    if isinstance(opened, DatasetImages):
+        names = tuple(map(str, opened.dataset.classes))
+    else:
+        names = class_folders(options.train)
+    train = in_memory(opened, options)
+    mean, std = mean_and_std(train.images)
+    card = Card(
+        name=f"cifar/{options.model}",
+        input_size=neutral.input_size,
+        mean=mean,
+        std=std,
+        num_classes=classes,
+        class_names=names,
+        origin=options.command,
+    )
+    return train, in_memory(testing.open(card), options), card
+
+
+def in_memory(images: Images, options: argparse.Namespace) -> StoredImages:
+    if options.quick:
+        images = drawn(images, QUICK_IMAGES, torch.Generator().manual_seed(options.seed))
+    stored, labels = zip(*in_order(images, AT_ONCE), strict=True)
+    return StoredImages(torch.cat(stored), torch.cat(labels))
+
+
+def mean_and_std(stored: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return each channel's mean and standard deviation of pixels in [0, 1], to four digits."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in stored.unbind(1):
+        share = torch.bincount(channel.reshape(-1), minlength=256).double() / channel.numel()
+        mean = float((share * levels).sum())
+        means.append(round(mean, 4))
+        stds.append(round(math.sqrt(float((share * (levels - mean).square()).sum())), 4))
+    return tuple(means), tuple(stds)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def train(
+    training: Training,
+    data: tuple[StoredImages, StoredImages],
+    checkpoint: Path,
+    every: int,
+    console: Console,
+) -> float:
+    """Train to the last epoch, saving after each; return test accuracy."""
+    card, device, epochs = training.card, training.device, training.settings.epochs
+    images = StoredImages(data[0].images.to(device), data[0].labels.to(device))
+    if checkpoint.is_file():
+        training.resume(checkpoint)
+        console.print(f"going on after epoch {training.epoch} of {checkpoint}")
+    while training.epoch < epochs:
+        start = time.perf_counter()
+        record = {"loss": training.run_epoch(images, console)}
+        if training.epoch % every == 0 or training.epoch == epochs:
+            record["test_accuracy"] = accuracy(training.model, data[1], card, device)
+        spent = time.perf_counter() - start
+        training.seconds += spent
+        training.history.append(record)
+        training.save(checkpoint)
+        left = format_duration(spent * (epochs - training.epoch))
+        said = "".join(f", {key.replace('_', ' ')} {value:.4f}" for key, value in record.items())
+        line = f"epoch {training.epoch}/{epochs}{said}, {format_duration(spent)}, {left} left"
+        console.print(line, highlight=False)
+    training.model.eval()
+    return training.history[-1]["test_accuracy"]
+
+
+# --- what is written --------------------------------------------------------------------------
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Return how this was run; of absolute paths, which mean nothing elsewhere, the last part."""
+    given = (Path(word).name if Path(word).is_absolute() else word for word in arguments)
+    return shlex.join(["python", "benchmarks/train_teacher.py", *given])
+
+
+def notes_of(training: Training, tested: StoredImages, compiled: bool) -> dict[str, Any]:
+    """Return what is worth knowing of how the weights came about."""
+    return {
+        "test_accuracy": round(training.history[-1]["test_accuracy"], 4),
+        "test_images": len(tested),
+        **asdict(training.settings),
+        "compile": compiled,
+        "seconds": round(training.seconds),
+        "device": training.device.type,
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": training.card.origin,
+    }
+
+
+def write_teacher(folder: Path, stem: str, training: Training, card: Card) -> Path:
+    """Write weights, and the architecture with its card, as ``cifar`` and ``bundled`` read them."""
+    settings = training.settings
+    architecture = {
+        "model": settings.model,
+        "num_classes": card.num_classes,
+        "in_channels": card.input_size[0],
+    }
+    state = {key: value.cpu().contiguous() for key, value in training.model.state_dict().items()}
+    path = folder / f"{stem}.safetensors"
+    write_atomically(path, safetensors.torch.save(state))
+    write_json(folder / f"{stem}.json", {"architecture": architecture, "card": card.to_json()})
+    return path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, metavar="DIR", help="class folders to train on")
+    parser.add_argument("--test", type=Path, metavar="DIR", help="class folders to judge by")
+    parser.add_argument("--torchvision", nargs=2, metavar=("DATASET", "ROOT"), help="or one of its")
+    parser.add_argument("--data", help="what they are, for the card [the name]")
+    parser.add_argument("--model", choices=list(NETWORKS), default="resnet20")
+    parser.add_argument("--size", type=int, default=32, help="of the images' sides")
+    parser.add_argument("--epochs", type=int, default=36)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.1, help="the peak")
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="a minute or so at the start")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--evaluate-every", type=int, default=5, metavar="EPOCHS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/teachers"), metavar="FOLDER")
+    parser.add_argument("--bundle", metavar="NAME", help="write into the package's weights too")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs of {QUICK_IMAGES} images"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    options.command = command(sys.argv[1:] if arguments is None else arguments)
+    if (options.torchvision is None) == (options.train is None or options.test is None):
+        parser.error("give --train and --test, or --torchvision")
+    if options.quick and options.bundle:
+        parser.error("--quick trains a worse teacher, which is not for --bundle")
+    if options.quick:
+        options.epochs = QUICK_EPOCHS
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read, train and write."""
+    console, device = Console(), choose_device(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console.print("reading images")
+    images, tested, card = read_data(options)
+    precision = options.precision
+    if precision == "auto":
+        precision = "bfloat16" if has_native_bfloat16(device) else "float32"
+    if options.data is None:
+        folder = "/".join(options.train.resolve().parts[-2:]) if options.train else ""
+        options.data = folder or options.torchvision[0]
+    own = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
+    settings = Settings(**own | {"images": len(images), "precision": precision})
+    training = Training(settings, card, device, options.compile)
+    checkpoint = options.out / f"{options.model}.unfinished.safetensors"
+    train(training, (images, tested), checkpoint, options.evaluate_every, console)
+    notes = notes_of(training, tested, options.compile)
+    card = replace(card, notes=notes)
+    written = write_teacher(options.out, options.model, training, card)
+    if options.bundle:
+        card = replace(card, name=f"bundled/{options.bundle}")
+        written = write_teacher(PACKAGE_FOLDER, options.bundle, training, card)
+    checkpoint.unlink(missing_ok=True)
+    if options.json:
+        write_json(options.json, notes | {"history": training.history})
+    report(notes, written)
+
+
+def report(notes: dict[str, Any], written: Path) -> None:
+    print(f"{written}\n")
+    print("| model | images | test accuracy | epochs | seconds | dtype | compiled | threads |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| {notes['model']} | {notes['images']} | {notes['test_accuracy']:.4f} "
+        f"of {notes['test_images']} | {notes['epochs']} | {notes['seconds']} "
+        f"| {notes['precision']} | {notes['compile']} | {notes['threads']} |"
+    )
+    print(f"\n{notes['processor']}, {notes['device']}, torch {notes['torch']}, {notes['data']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished epochs are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (DreamkitError, OptionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The script that trains teachers for CIFAR: its mechanics, on sixteen tiny pictures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from dreamkit.card import Card
+from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.cifar import CifarTeacher
+from dreamkit.types import StoredImages
+
+CLASSES = ("bird", "cat")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("train_teacher")
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Reddish birds and greenish cats, as PNG files of 8×8."""
+    noise = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 3)):
+        for number, name in enumerate(CLASSES):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(40, (8, 8, 3), generator=noise, dtype=torch.uint8)
+                pixels[..., number] += 200
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def train(script: ModuleType, pictures: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run the script on the pictures; return the folder that it writes into."""
+
+    def run(*options: str, out: str = "out") -> Path:
+        folder = tmp_path / out
+        given = ("--train", str(pictures / "train"), "--test", str(pictures / "test"))
+        tiny = ("--model", "wrn_16_1", "--size", "8", "--batch-size", "5", "--epochs", "2")
+        script.main([*given, *tiny, "--precision", "float32", "--out", str(folder), *options])
+        return folder
+
+    return run
+
+
+def state(folder: Path, stem: str = "wrn_16_1") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / f"{stem}.safetensors")
+
+
+def test_what_is_written_is_a_teacher(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train("--json", str(tmp_path / "figures.json"), "--evaluate-every", "1")
+    assert {path.name for path in folder.iterdir()} == {"wrn_16_1.safetensors", "wrn_16_1.json"}
+    teacher = CifarTeacher("wrn_16_1", str(folder / "wrn_16_1.safetensors")).load(0)
+    card = teacher.card
+    assert (card.input_size, card.class_names, card.trained) == ((3, 8, 8), CLASSES, True)
+    assert card.mean[2] == pytest.approx(19.5 / 255, abs=0.01)  # blue: 0 to 39 in both classes
+    assert card.std[2] == pytest.approx(39 / 12**0.5 / 255, abs=0.01)
+    notes = card.notes
+    assert (notes["images"], notes["test_images"], notes["epochs"]) == (16, 6, 2)
+    assert notes["data"] == "pictures/train"
+    assert str(tmp_path) not in json.dumps(card.to_json()), "no path of the machine"
+    assert "--train train --test test --model wrn_16_1" in notes["command"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [sorted(epoch) for epoch in figures["history"]] == [["loss", "test_accuracy"]] * 2
+    assert figures["history"][-1]["test_accuracy"] == pytest.approx(
+        notes["test_accuracy"], abs=1e-4
+    )
+    assert "| wrn_16_1 | 16 | " in capsys.readouterr().out
+
+
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+    script: ModuleType,
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = state(train())
+    save = script.Training.save
+
+    def save_and_stop(training: object, path: Path) -> None:
+        save(training, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Training, "save", save_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(out="parts")
+    monkeypatch.setattr(script.Training, "save", save)
+    assert stopped.value.code == 130
+    with pytest.raises(SystemExit) as refused:
+        train("--lr", "0.5", out="parts")
+    assert refused.value.code == 2
+    assert "with lr 0.1, not 0.5: give its settings" in capsys.readouterr().err
+    folder = train(out="parts")
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"wrn_16_1.safetensors", "wrn_16_1.json"}
+    parts = state(folder)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not torch.equal(whole["fc.weight"], state(train("--seed", "1"))["fc.weight"])
+
+
+def test_a_bundled_teacher(
+    script: ModuleType,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / "package"
+    (package / "weights").mkdir(parents=True)
+    monkeypatch.setattr(script, "PACKAGE_FOLDER", package / "weights")
+    monkeypatch.setattr("dreamkit.teachers.bundled.resources.files", lambda name: package)
+    folder = train("--bundle", "tiny", "--epochs", "1")
+    teacher = BundledTeacher("tiny").load(0)
+    assert teacher.card.name == "bundled/tiny"
+    assert torch.equal(teacher.model.state_dict()["fc.weight"], state(folder)["fc.weight"])
+
+
+def test_torchvisions_data_sets(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Few:
+        """Five pictures of each class of CIFAR-10's shape, the test split darker."""
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            self.classes = [f"class {i}" for i in range(10)]
+            self.level = 200 if train else 100
+
+        def __len__(self) -> int:
+            return 50
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("RGB", (32, 32), (self.level + index, index, index)), index % 10
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Few)
+    train, test, card = script.read_data(script.parse(["--torchvision", "CIFAR10", str(tmp_path)]))
+    assert isinstance(train, StoredImages)
+    assert train.images.shape == (50, 3, 32, 32)
+    assert (int(train.images[7, 0].min()), int(test.images[7, 0].max())) == (207, 107)
+    assert train.labels.tolist() == [i % 10 for i in range(50)]
+    assert isinstance(card, Card)
+    assert card.class_names == tuple(f"class {i}" for i in range(10))
+    assert card.mean == tuple(round(level / 255, 4) for level in (224.5, 24.5, 24.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --train and --test, or --torchvision"),
+        (["--train", "a"], "give --train and --test, or --torchvision"),
+        (["--torchvision", "MNIST", "data"], "--torchvision takes CIFAR10 or CIFAR100, not MNIST"),
+        (["--torchvision", "CIFAR10", "d", "--quick", "--bundle", "x"], "not for --bundle"),
+        (["--train", "missing", "--test", "missing"], "no such folder: missing"),
+    ],
+)
+def test_refusals(
+    script: ModuleType,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        script.main([*arguments, "--out", str(tmp_path)])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
