@@ -1,6 +1,6 @@
 """Train a network of the ``cifar`` teachers on real images, and write its weights and card.
 
-python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --compile
+python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test
 python benchmarks/train_teacher.py --torchvision CIFAR100 data --model wrn_40_2 --epochs 100
 python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --quick   # minutes
 
@@ -192,13 +192,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="what they are, for the card [the name]")
     parser.add_argument("--model", choices=list(NETWORKS), default="resnet20")
     parser.add_argument("--size", type=int, default=32, help="of the images' sides")
-    parser.add_argument("--epochs", type=int, default=36)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="the peak")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--compile", action="store_true", help="a minute or so at the start")
+    parser.add_argument("--compile", action="store_true", help="takes a minute or two; try it")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--evaluate-every", type=int, default=5, metavar="EPOCHS")
     parser.add_argument("--seed", type=int, default=0)
