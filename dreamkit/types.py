@@ -158,7 +158,12 @@ class Dreamer(Protocol):
 
 
 class Synthesizer(Protocol):
-    """An entry of ``synthesizers``."""
+    """An entry of ``synthesizers``.
+
+    One whose terms compete with a student that the recipe does not name says so:
+    ``needs_student: str | None`` is the name of that term. Only an application that declares
+    ``trains_student`` can use it.
+    """
 
     images: int
 
@@ -179,6 +184,7 @@ class Synthesizer(Protocol):
         device: torch.device,
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
+        student: nn.Module | None = None,
     ) -> AbstractContextManager[Dreamer]:
         """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
 
@@ -187,6 +193,8 @@ class Synthesizer(Protocol):
             device: where to work.
             choices: what an earlier session of the same work settled.
             note: told what the user must know.
+            student: on ``device``, trained between dreams; each batch is dreamed against it as
+                it then is, if the recipe names no other.
         """
 
 
@@ -401,7 +409,8 @@ class RunContext:
 class Application(Protocol):
     """An entry of ``applications``.
 
-    ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused).
+    ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused),
+    ``trains_student: bool``, where there is one, whether it dreams against a student in training.
     """
 
     def run(self, context: RunContext) -> None:

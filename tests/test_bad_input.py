@@ -722,3 +722,12 @@ def test_a_tracker_that_would_write_over_the_run(
     message = refused(path)
     assert message.startswith(f"{path}:")
     assert " trackers[0].file: " in message
+
+
+def test_a_competition_without_a_student_names_what_would_supply_one(
+    tiny: dict[str, Any], recipe_file: Write, invoke: Invoke
+) -> None:
+    tiny["synthesis"]["regularizers"] = [{"name": "js_compete", "weight": 1}]
+    done = invoke("validate", str(recipe_file(tiny)))
+    assert done.code == 2
+    assert "synthesis: js_compete needs the option 'student', or an application" in done.err

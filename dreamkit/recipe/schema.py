@@ -76,6 +76,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.synthesis is None and getattr(self.application, "needs_synthesis", False):
             raise OptionError("application", "it uses dreams, so the recipe needs 'synthesis'")
+        term = getattr(self.synthesis, "needs_student", None)
+        if term is not None and not getattr(self.application, "trains_student", False):
+            raise OptionError(
+                "synthesis",
+                f"{term} needs the option 'student', or an application that dreams against the "
+                "student it trains (distill with 'adaptive')",
+            )
 
 
 @dataclass(frozen=True)

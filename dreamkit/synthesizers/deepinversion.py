@@ -8,12 +8,9 @@ Which regularizers stand in the recipe makes it Noise (none), DeepDream (tv, l2)
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from statistics import median
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,31 +19,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.card import Card
-from dreamkit.errors import NonFiniteLoss, OptionError, TeacherMismatch, placed
+from dreamkit.errors import NonFiniteLoss, TeacherMismatch, placed
+from dreamkit.model_state import frozen
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
-from dreamkit.synthesizers.bn_statistics import BatchNormTap, batch_norm_layers, tapped
-from dreamkit.synthesizers.engine import (
-    EXPECTED_SPEEDUP,
-    Engine,
-    Evaluator,
-    borrowed,
-    compile_seconds,
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, compile_seconds
+from dreamkit.synthesizers.inversion_loss import (
+    InversionLoss,
+    bound_loss,
+    check_terms,
+    competing,
 )
-from dreamkit.synthesizers.memory import largest_batch, peak_memory
+from dreamkit.synthesizers.memory import largest_batch
+from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import (
     BatchPlan,
     Dream,
     Estimate,
-    InversionStep,
-    LayerStatistics,
     OnStep,
     Parameterisation,
     Regularizer,
     Teacher,
     TeacherSource,
-    needs,
 )
 
 Size = Annotated[int, Field(ge=1)]
@@ -57,8 +52,6 @@ PROGRESS = 1e-3
 """Relative fall of the best loss that counts as progress."""
 LARGEST_BATCH = 1024
 """What ``batch_size: auto`` does not go beyond: a batch is what an interruption loses."""
-TIMED_SECONDS = 1.0
-"""How long the steps of a stage are timed for, or until 20 are done."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +131,10 @@ class DeepInversion:
     student: Annotated[TeacherSource | None, EntryOf("teachers")] = None
     engine: Engine = field(default_factory=Engine)
 
-    def __post_init__(self) -> None:
-        competing = [t.name for t in self.regularizers if "student_logits" in needs(t.entry)]
-        if competing and self.student is None:
-            raise OptionError("regularizers", f"{competing[0]} needs the option 'student'")
+    @property
+    def needs_student(self) -> str | None:
+        """The term that competes with a student which the recipe does not name, if one does."""
+        return competing(self.regularizers) if self.student is None else None
 
     @property
     def steps_per_batch(self) -> int:
@@ -165,27 +158,22 @@ class DeepInversion:
         device: torch.device,
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
+        student: nn.Module | None = None,
     ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
-        self._check_terms(teacher)
-        student = self._load_student(teacher)
+        check_terms(self.regularizers, teacher)
         with ExitStack() as stack:
-            stack.enter_context(borrowed(teacher.model))
-            if student is not None:
-                stack.enter_context(borrowed(student.to(device)))
-            tap = None
-            if "bn_statistics" in self._needed:
-                tap = stack.enter_context(tapped(teacher.model))
-            inversion = Inversion(self, teacher, student, tap, device, choices or {}, note)
+            if student is None:
+                student = self._load_student(teacher)
+                if student is not None:
+                    stack.enter_context(borrowed(student.to(device)))
+            loss = stack.enter_context(bound_loss(teacher.model, self.regularizers, student))
+            inversion = Inversion(self, teacher, loss, device, choices or {}, note)
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
 
-    @property
-    def _needed(self) -> frozenset[str]:
-        return frozenset().union(*(needs(term.entry) for term in self.regularizers))
-
     def _load_student(self, teacher: Teacher) -> nn.Module | None:
-        if self.student is None or "student_logits" not in self._needed:
+        if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
             student = self.student.load(seed=0)
@@ -200,19 +188,9 @@ class DeepInversion:
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms, the labels or the student do not fit."""
-        self._check_terms(teacher)
+        check_terms(self.regularizers, teacher)
         self._load_student(teacher)
 
-    def _check_terms(self, teacher: Teacher) -> None:
-        for index, term in enumerate(self.regularizers):
-            if "bn_statistics" in needs(term.entry) and not batch_norm_layers(teacher.model):
-                raise TeacherMismatch(
-                    f"{term.name} matches BatchNorm statistics, and {teacher.card.name} has no "
-                    "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
-                    "out (DeepDream: tv and l2), or train on proxy images "
-                    "({source: folder, path: ...})",
-                    ("regularizers", index),
-                )
         if not isinstance(self.labels, str):
             wrong = [label for label in self.labels if not 0 <= label < teacher.card.num_classes]
             if wrong:
@@ -229,8 +207,7 @@ class Inversion:
     Args:
         options: the recipe's.
         teacher: frozen, on ``device``.
-        student: the competitor, frozen, on ``device``.
-        tap: of the teacher, where a term needs its statistics.
+        loss: of the teacher, and of the competitor on ``device`` if there is one.
         device: where to work.
         choices: what an earlier session settled.
         note: told what the user must know.
@@ -240,16 +217,14 @@ class Inversion:
         self,
         options: DeepInversion,
         teacher: Teacher,
-        student: nn.Module | None,
-        tap: BatchNormTap | None,
+        loss: InversionLoss,
         device: torch.device,
         choices: Mapping[str, Any],
         note: Callable[[str], None],
     ) -> None:
         self.options = options
         self.teacher = teacher
-        self.student = student
-        self.tap = tap
+        self.terms = loss
         self.device = device
         self.note = note
         settled = {"precision": options.engine.precision, "compile": options.engine.compile}
@@ -280,14 +255,15 @@ class Inversion:
         Raises:
             NonFiniteLoss: it overflowed there too.
         """
-        if self.evaluator.exact:
-            return self._dream(plan, self.evaluator, on_step)
-        try:
-            return self._dream(plan, self.evaluator, on_step)
-        except NonFiniteLoss as error:
-            self.note(f"{error.message}; once more in float32")
-        exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
-        return self._dream(plan, exact, on_step)
+        with self._rival():
+            if self.evaluator.exact:
+                return self._dream(plan, self.evaluator, on_step)
+            try:
+                return self._dream(plan, self.evaluator, on_step)
+            except NonFiniteLoss as error:
+                self.note(f"{error.message}; once more in float32")
+            exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
+            return self._dream(plan, exact, on_step)
 
     def _dream(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
         options, card = self.options, self.teacher.card
@@ -375,32 +351,12 @@ class Inversion:
             images = self.options.parameterisation.render(parameters, size)
             return self.options.parameterisation.encode(images.clamp(*limits))
 
-    def terms(
-        self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss on images as the teacher sees them.
-
-        Args:
-            images: (N, C, H, W), normalised.
-            labels: (N,).
-            arithmetic: sets the networks' precision.
-        """
-        student_logits: Tensor | None = None
-        statistics: tuple[LayerStatistics, ...] = ()
-        with arithmetic or nullcontext():
-            if self.tap is not None:
-                logits, statistics = self.tap(images)
-            else:
-                logits = self.teacher.model(images)
-            if self.student is not None:
-                student_logits = self.student(images).float()
-        step = InversionStep(images, labels, logits.float(), student_logits, statistics)
-        terms = {"cross_entropy": F.cross_entropy(step.teacher_logits, labels)}
-        for term in self.options.regularizers:
-            value = term.weight * term.entry(step)
-            # A name may stand in the recipe more than once; its values add up.
-            terms[term.name] = terms[term.name] + value if term.name in terms else value
-        return terms
+    @contextmanager
+    def _rival(self) -> Iterator[None]:
+        """Keep the student frozen; it may be one that is trained between dreams."""
+        student = self.terms.student
+        with frozen(student) if student is not None else nullcontext():
+            yield
 
     def _jitter(self, stage: Stage) -> tuple[int, int]:
         card = self.teacher.card
@@ -411,7 +367,57 @@ class Inversion:
         jitter = self.options.jitter
         return round(jitter * height / last_height), round(jitter * width / last_width)
 
-    # --- planning ---------------------------------------------------------------------------
+    def prepare(self, images: int) -> Estimate:
+        """Time a few steps of every stage, compile if that pays, and estimate the cost.
+
+        Args:
+            images: how many are to be dreamed.
+
+        Returns:
+            Seconds for all of them, compilation included; peak memory of a step.
+        """
+        with self._rival():
+            self.engine, estimate = prepare(
+                self.engine,
+                self.evaluator,
+                self._phases(),
+                images / self.batch_size,
+                compile_seconds(self.teacher.model),
+                self.note,
+            )
+        return estimate
+
+    def compile(self) -> str | None:
+        """Compile for full batches of every stage; return why that did not work, if so."""
+        with self._rival():
+            return compile_phases(self.evaluator, self._phases())
+
+    def _phases(self) -> list[Phase]:
+        """Return the stages of a full batch as what can be timed and compiled."""
+        card, found = self.teacher.card, []
+        size = min(self.batch_size, self.options.images)
+        for stage in self.options.stages:
+            generator = torch.Generator().manual_seed(0)
+            resolution = stage.resolution(card)
+            shape = (size, card.input_size[0], *resolution)
+            start = self.options.parameterisation.start(shape, generator).to(self.device)
+            plan = BatchPlan(0, 0, size, 0)
+            labels = self.options.label_plan(plan, card.num_classes, generator).to(self.device)
+
+            def run(
+                steps: int,
+                on_step: OnStep,
+                stage: Stage = stage,
+                start: Tensor = start,
+                labels: Tensor = labels,
+                generator: torch.Generator = generator,
+            ) -> None:
+                sample = replace(stage, steps=steps)
+                self._stage(start, labels, sample, generator, self.evaluator, on_step)
+
+            images = self.options.parameterisation.render(start, resolution)
+            found.append(Phase(stage.steps, run, images, labels))
+        return found
 
     def _largest_batch(self) -> int:
         card = self.teacher.card
@@ -423,123 +429,10 @@ class Inversion:
             labels = torch.zeros(size, dtype=torch.int64, device=self.device)
             self.evaluator(images, labels, torch.zeros(3, dtype=torch.int64, device=self.device))
 
-        found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
+        with self._rival():
+            found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
         self.note(f"batch_size: auto is {found} on this machine")
         return found
-
-    def prepare(self, images: int) -> Estimate:
-        """Time a few steps of every stage, compile if that pays, and estimate the cost.
-
-        Args:
-            images: how many are to be dreamed.
-
-        Returns:
-            Seconds for all of them, compilation included; peak memory of a step.
-        """
-        batches = images / self.batch_size
-        stages = self.options.stages
-        with peak_memory(self.device) as peak:
-            eager = self._seconds_a_batch([self._seconds_a_step(stage) for stage in stages])
-        estimate = Estimate(batches * eager, peak.total)
-        chosen_here = self.engine.compile == "auto"
-        if chosen_here:
-            self._decide_on_compiling(estimate.seconds)
-        if self.engine.compile is not True:
-            return estimate
-        start = time.perf_counter()
-        problem, compiled = self.compile(), eager
-        spent = time.perf_counter() - start
-        if problem is None:
-            with peak_memory(self.device) as peak:
-                compiled = self._seconds_a_batch([self._seconds_a_step(stage) for stage in stages])
-            if chosen_here and compiled > eager:
-                problem = "compiled, it is slower"
-        if problem is not None:
-            self.evaluator.discard_compiled()
-            self.engine = replace(self.engine, compile=False)
-            self.note(f"inversion runs without compilation: {problem}")
-            return estimate
-        self.note(f"inversion compiled in {spent:.0f} s: {eager / compiled:.1f} times as fast")
-        return Estimate(spent + batches * compiled, peak.total)
-
-    def _decide_on_compiling(self, seconds: float) -> None:
-        sizes = {stage.resolution(self.teacher.card) for stage in self.options.stages}
-        cost = len(sizes) * compile_seconds(self.teacher.model)
-        saved = seconds * (1 - 1 / EXPECTED_SPEEDUP)
-        self.engine = replace(self.engine, compile=saved > cost)
-        if saved <= cost:
-            self.note(
-                f"inversion runs without compilation: compiling takes about {cost:.0f} s and "
-                f"would save about {saved:.0f} s"
-            )
-
-    def _seconds_a_batch(self, seconds_a_step: Sequence[float]) -> float:
-        stages = self.options.stages
-        return sum(s.steps * t for s, t in zip(stages, seconds_a_step, strict=True))
-
-    def _seconds_a_step(self, stage: Stage) -> float:
-        """Take a few steps of a stage, throw them away, and return what one takes."""
-        start, labels, generator = self._sample(stage)
-        clock = StepClock(self.device)
-        sample = replace(stage, steps=clock.most_steps)
-        with suppress(TimedEnough):
-            self._stage(start, labels, sample, generator, self.evaluator, clock)
-        return clock.seconds
-
-    def compile(self) -> str | None:
-        """Compile for full batches of every stage; return why that did not work, if so."""
-        for stage in self.options.stages:
-            start, labels, _ = self._sample(stage)
-            size = stage.resolution(self.teacher.card)
-            images = self.options.parameterisation.render(start, size)
-            problem = self.evaluator.compile(images, labels)
-            if problem is not None:
-                return problem
-        return None
-
-    def _sample(self, stage: Stage) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Return what a full batch may start a stage from."""
-        card, generator = self.teacher.card, torch.Generator().manual_seed(0)
-        size = min(self.batch_size, self.options.images)
-        shape = (size, card.input_size[0], *stage.resolution(card))
-        start = self.options.parameterisation.start(shape, generator).to(self.device)
-        labels = self.options.label_plan(BatchPlan(0, 0, size, 0), card.num_classes, generator)
-        return start, labels.to(self.device), generator
-
-
-class TimedEnough(Exception):
-    """Ends a stage that is only run for the time that it takes."""
-
-
-class StepClock:
-    """Times the steps of a stage, as its ``on_step``, without the first ones.
-
-    Those also load kernels and, compiled on a GPU, record graphs.
-
-    Args:
-        device: waited for after every step.
-    """
-
-    most_steps = 20
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.warm_steps = 1 if device.type == "cpu" else 4
-        self.times: list[float] = []
-
-    def __call__(self, done: int, terms: Mapping[str, Tensor]) -> None:
-        """Note the time; raise ``TimedEnough`` once there is enough of it."""
-        float(terms["loss"])  # waits for the device
-        self.times.append(time.perf_counter())
-        timed = len(self.times) - self.warm_steps
-        if timed > 0 and self.times[-1] - self.times[self.warm_steps - 1] > TIMED_SECONDS:
-            raise TimedEnough
-
-    @property
-    def seconds(self) -> float:
-        """The median over the steps that count."""
-        counted = self.times[self.warm_steps - 1 :]
-        return median(after - before for before, after in pairwise(counted))
 
 
 class Plateau:

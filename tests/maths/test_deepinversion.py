@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit.errors import OptionError, TeacherMismatch
+from dreamkit.errors import TeacherMismatch
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
@@ -573,13 +573,45 @@ def test_labels_reach_the_loss(toys):
     assert terms[0]["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+# --- a student in training --------------------------------------------------------------------
+
+COMPETING = (Term("js_compete", 1.0, JSCompete()),)
+
+
+def test_each_batch_is_dreamed_against_the_student_as_it_then_is(toys):
+    teacher, student = toys.teacher(toys.two_bn()), toys.two_bn()
+    student.train()
+    given = options(regularizers=COMPETING)
+    plan = BatchPlan(0, 0, 4, 1)
+    with given.session(teacher, CPU, student=student) as session:
+        first = session.dream(plan, lambda *_: None).images
+        again = session.dream(plan, lambda *_: None).images
+        with torch.no_grad():
+            next(student.parameters()).add_(1)
+        later = session.dream(plan, lambda *_: None).images
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+
+
+def test_a_student_in_training_is_left_as_it_was(toys):
+    student = toys.two_bn()
+    student.train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    given = options(regularizers=COMPETING)
+    with given.session(toys.teacher(toys.two_bn()), CPU, student=student) as session:
+        session.prepare(4)
+        session.dream(BatchPlan(0, 0, 4, 1), lambda *_: None)
+        assert all(m.training for m in student.modules())
+        assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 
-def test_js_compete_without_a_student_is_refused():
-    with pytest.raises(OptionError, match="student") as caught:
-        options(regularizers=(Term("js_compete", 1.0, JSCompete()),))
-    assert caught.value.option == "regularizers"
+def test_js_compete_without_a_student_says_what_it_needs():
+    assert options().needs_student is None
+    assert options(regularizers=COMPETING).needs_student == "js_compete"
 
 
 def test_a_teacher_without_batch_norm_is_refused_naming_alternatives(toys):

@@ -15,17 +15,16 @@ from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers import deepinversion, engine, memory
+from dreamkit.synthesizers import deepinversion, engine, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import (
     DeepInversion,
     Plateau,
     Stage,
-    StepClock,
-    TimedEnough,
 )
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, has_native_bfloat16
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
+from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.types import BatchPlan, Estimate
 
 CPU = torch.device("cpu")
@@ -222,11 +221,8 @@ def test_a_compiler_that_fails_leaves_eager_and_is_named(monkeypatch, toys):
 def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 30.0)
-    monkeypatch.setattr(
-        deepinversion.Inversion,
-        "_seconds_a_step",
-        lambda self, stage: 1.0 if self.evaluator.exact else 0.5,
-    )
+    seconds = iter([1.0, 1.0, 0.5])  # eager; then eager and compiled
+    monkeypatch.setattr(planning, "_seconds_a_step", lambda phase, device: next(seconds))
     given = options(engine=Engine(precision="float32"), stages=(Stage(10),))
     notes = []
     with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
@@ -244,11 +240,8 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
 def test_compiled_and_slower_is_used_only_if_asked_for(monkeypatch, toys, asked, used):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 0.0)
-    monkeypatch.setattr(
-        deepinversion.Inversion,
-        "_seconds_a_step",
-        lambda self, stage: 1.0 if self.evaluator.exact else 1.5,
-    )
+    seconds = iter([1.0, 1.5])  # eager, compiled
+    monkeypatch.setattr(planning, "_seconds_a_step", lambda phase, device: next(seconds))
     notes = []
     given = options(engine=Engine(precision="float32", compile=asked))
     with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
@@ -525,7 +518,7 @@ def test_compiled_statistics_are_accurate_far_from_the_running_mean(monkeypatch)
 
 def test_a_step_clock_leaves_out_the_first_step_and_stops_in_time(monkeypatch):
     now = iter([10.0, 10.4, 10.9, 11.3, 99.0])
-    monkeypatch.setattr(deepinversion.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: next(now))
     clock = StepClock(CPU)
     loss = {"loss": torch.tensor(1.0)}
     for done in (1, 2, 3):

@@ -1,0 +1,127 @@
+"""What an inversion minimises: cross-entropy to labels plus weighted regularizers (eq. 2).
+
+Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020. A
+function of images, whatever makes them: pixels that are optimised, or a generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit.errors import TeacherMismatch
+from dreamkit.registry import Term
+from dreamkit.synthesizers.bn_statistics import BatchNormTap, batch_norm_layers, tapped
+from dreamkit.synthesizers.engine import borrowed
+from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher, needs
+
+Terms = Sequence[Term[Regularizer]]
+
+
+class InversionLoss:
+    """The loss's weighted terms, bound to a frozen teacher.
+
+    Args:
+        teacher: frozen.
+        regularizers: the terms beside the cross-entropy.
+        tap: of the teacher, where a term needs its statistics.
+        student: what a term lets the teacher compete with; it must be frozen while the loss is
+            evaluated.
+        cross_entropy: weight of the classification term.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        regularizers: Terms,
+        tap: BatchNormTap | None,
+        student: nn.Module | None,
+        cross_entropy: float = 1.0,
+    ) -> None:
+        self.teacher = teacher
+        self.regularizers = regularizers
+        self.tap = tap
+        self.student = student
+        self.cross_entropy = cross_entropy
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms on images as the teacher sees them, each of shape ().
+
+        Args:
+            images: (N, C, H, W), normalised.
+            labels: (N,).
+            arithmetic: sets the networks' precision.
+        """
+        student_logits: Tensor | None = None
+        statistics: tuple[LayerStatistics, ...] = ()
+        with arithmetic or nullcontext():
+            if self.tap is not None:
+                logits, statistics = self.tap(images)
+            else:
+                logits = self.teacher(images)
+            if self.student is not None:
+                student_logits = self.student(images).float()
+        step = InversionStep(images, labels, logits.float(), student_logits, statistics)
+        classified = F.cross_entropy(step.teacher_logits, labels)
+        terms = {"cross_entropy": self.cross_entropy * classified}
+        for term in self.regularizers:
+            value = term.weight * term.entry(step)
+            # A name may stand in the recipe more than once; its values add up.
+            terms[term.name] = terms[term.name] + value if term.name in terms else value
+        return terms
+
+
+def needed(regularizers: Terms) -> frozenset[str]:
+    """Return what some terms declare that they need."""
+    return frozenset().union(*(needs(term.entry) for term in regularizers))
+
+
+def competing(regularizers: Terms) -> str | None:
+    """Return the name of the first term that lets the teacher compete with a student."""
+    return next((t.name for t in regularizers if "student_logits" in needs(t.entry)), None)
+
+
+def check_terms(regularizers: Terms, teacher: Teacher) -> None:
+    """Refuse a teacher without the BatchNorm statistics that a term matches.
+
+    Raises:
+        TeacherMismatch: naming the term, and what else could be done.
+    """
+    for index, term in enumerate(regularizers):
+        if "bn_statistics" in needs(term.entry) and not batch_norm_layers(teacher.model):
+            raise TeacherMismatch(
+                f"{term.name} matches BatchNorm statistics, and {teacher.card.name} has no "
+                "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
+                "out (DeepDream: tv and l2), or train on proxy images "
+                "({source: folder, path: ...})",
+                ("regularizers", index),
+            )
+
+
+@contextmanager
+def bound_loss(
+    teacher: nn.Module,
+    regularizers: Terms,
+    student: nn.Module | None,
+    cross_entropy: float = 1.0,
+) -> Iterator[InversionLoss]:
+    """Freeze the teacher and tap its statistics where a term needs them; both are undone.
+
+    Args:
+        teacher: on the device where images are.
+        regularizers: the terms beside the cross-entropy.
+        student: left out of the loss where no term needs it.
+        cross_entropy: weight of the classification term.
+    """
+    wants = needed(regularizers)
+    with ExitStack() as stack:
+        stack.enter_context(borrowed(teacher))
+        tap = stack.enter_context(tapped(teacher)) if "bn_statistics" in wants else None
+        rival = student if "student_logits" in wants else None
+        yield InversionLoss(teacher, regularizers, tap, rival, cross_entropy)
