@@ -25,6 +25,7 @@ from plain_loop import PlainLoop, cifar_resnet, paper_settings
 from torch import Tensor
 
 from dreamkit.applications.dreaming import batch_seed, judge
+from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.latency.torch_eager import processor_name
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
@@ -33,7 +34,7 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import grid
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
-from dreamkit.synthesizers.engine import Engine, has_native_bfloat16
+from dreamkit.synthesizers.engine import Engine
 from dreamkit.types import BatchPlan, Dream, InversionStep, Teacher
 
 MARKS = (50, 100, 200, 400, 800, 1200, 1600)

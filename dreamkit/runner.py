@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dreamkit.applications.dreaming import estimate_synthesis
+from dreamkit.applications.teaching import CHECKPOINTS
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog
@@ -66,10 +68,15 @@ def dry_run(loaded: LoadedRecipe, folder: Path, console: Console) -> None:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
     log = FileLog(folder, console)  # notes alone, which write no file
-    dreams = getattr(loaded.recipe.application, "needs_synthesis", False)
+    application = loaded.recipe.application
     try:
         context = _context(loaded, folder, log)
-        if not dreams or estimate_synthesis(context) is None:
+        student = None
+        if getattr(application, "trains_student", False):
+            with placed("application"):
+                student = application.make_student(context).model
+        dreams = getattr(application, "needs_synthesis", False)
+        if not dreams or estimate_synthesis(context, student) is None:
             log.note("nothing is to be dreamed")
     except DreamkitError as error:
         raise loaded.placed(error) from error
@@ -132,6 +139,7 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
         log.close()
     report = build_report(loaded, context, log)
     write_pages(report, directory)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     show(report, folder, console)
 
 

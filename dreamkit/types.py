@@ -156,6 +156,12 @@ class Dreamer(Protocol):
             NonFiniteLoss: there is nothing to keep of this batch; others may be dreamed.
         """
 
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what is carried from batch to batch, such as a generator; empty if nothing is."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+
 
 class Synthesizer(Protocol):
     """An entry of ``synthesizers``.
@@ -410,7 +416,8 @@ class Application(Protocol):
     """An entry of ``applications``.
 
     ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused),
-    ``trains_student: bool``, where there is one, whether it dreams against a student in training.
+    ``trains_student: bool``, where there is one, whether it dreams against a student in training;
+    if so, ``make_student(context) -> Teacher`` builds that student, untrained.
     """
 
     def run(self, context: RunContext) -> None:

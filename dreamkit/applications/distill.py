@@ -6,18 +6,26 @@ DeepInversion (Yin et al., CVPR 2020), section 4.4; the loss is eq. 1 with a tem
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
+from torch import nn
+
+from dreamkit.applications.adaptive import Adaptive, growing
+from dreamkit.applications.dreaming import (
+    images_for,
+    is_own_dreams,
+    report_synthesis,
+    student_folder,
+)
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import DreamkitError, placed
+from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.distillation import Distillation
-from dreamkit.types import ImageSource, RunContext, TeacherSource
+from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
 
 
 @dataclass(frozen=True)
@@ -30,24 +38,39 @@ class Distill:
         student: its architecture; it must take the teacher's images and have its outputs.
         training: how it is taught.
         images: what it is taught on; this run's own dreams by default.
+        adaptive: dream while the student is taught, against it (Adaptive DeepInversion, with the
+            regularizer ``js_compete``; generators); null dreams everything first.
     """
 
     student: Annotated[TeacherSource, EntryOf("teachers")]
-    training: Distillation = Distillation()  # noqa: RUF009
+    training: Distillation = field(default_factory=Distillation)
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
+    adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        if self.adaptive is not None and not self.needs_synthesis:
+            raise OptionError("adaptive", "it dreams, so leave 'images' out")
 
     @property
     def needs_synthesis(self) -> bool:
         """Whether the run dreams its images itself."""
         return is_own_dreams(self.images)
 
-    def run(self, context: RunContext) -> None:
-        """Dream, teach, evaluate and save."""
-        teacher, card = context.teacher, context.teacher.card
+    @property
+    def trains_student(self) -> bool:
+        """Whether dreams are made against the student in training."""
+        return self.adaptive is not None
+
+    def make_student(self, context: RunContext) -> Teacher:
+        """Return the untrained student on the run's device, with its card and builder.
+
+        Raises:
+            DreamkitError: it does not fit the teacher.
+        """
+        card = context.teacher.card
         with placed("student"):
             made = self.student.load(context.seed)
             check_outputs(made)
-        student = made.model.to(context.device)
         if made.card.num_classes != card.num_classes or made.card.input_size != card.input_size:
             raise DreamkitError(
                 f"the student {made.card.name} takes {made.card.input_size} and has "
@@ -55,13 +78,36 @@ class Distill:
                 f"{card.input_size} and has {card.num_classes}",
                 ("student",),
             )
-        images = images_for(context, self.images)
+        made.model.to(context.device)
+        return made
+
+    def run(self, context: RunContext) -> None:
+        """Dream, teach, evaluate and save."""
+        teacher = context.teacher
+        made = self.make_student(context)
+        student = made.model
         measure_quality(context, "teacher", teacher.model, None)
-        with placed("training", always=False):
-            train_student(context, student, images, self.training, "training")
+        images = self._teach(context, student)
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
+        if "student.accuracy" in context.metrics:
+            ratio = context.metrics["student.accuracy"] / context.metrics["teacher.accuracy"]
+            context.metrics["student.accuracy_ratio"] = ratio
         kept = dataclasses.replace(
-            card, name=made.card.name, origin=f"distilled from {card.name}", weights_sha256=None
+            teacher.card,
+            name=made.card.name,
+            origin=f"distilled from {teacher.card.name}",
+            weights_sha256=None,
         )
         write_artifact(student_folder(context), student, kept, made.builder, {})
+
+    def _teach(self, context: RunContext, student: nn.Module) -> Images:
+        if self.adaptive is None:
+            images = images_for(context, self.images)
+            with placed("training", always=False):
+                return train_student(context, student, images, self.training, "training")
+        with growing(context, student, self.adaptive) as growth:
+            with placed("training", always=False):
+                images = train_student(context, student, growth, self.training, "training")
+            report_synthesis(context, growth.dreams.store)
+        return images

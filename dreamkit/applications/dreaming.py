@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
 from dreamkit.model_state import eval_mode
@@ -26,7 +28,6 @@ from dreamkit.types import (
     InversionStep,
     RunContext,
     StoredImages,
-    Synthesizer,
     Teacher,
 )
 
@@ -61,17 +62,28 @@ def dream_into_store(context: RunContext) -> ShardedImages:
     Raises:
         DreamkitError: the recipe has no ``synthesis``.
     """
-    synthesizer = context.synthesizer
-    if synthesizer is None:
-        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
-    store = _store(context)
-    for batch in store.skipped.values():
-        context.log.note(
-            f"batch {batch.index} was left out ({batch.reason}); to try it again, remove it from "
-            f"'skipped' in {store.folder / MANIFEST}"
-        )
-    if store.lacks(synthesizer.images):
-        _dream(context, synthesizer, store)
+    store = open_store(context)
+    assert context.synthesizer is not None
+    if store.lacks(context.synthesizer.images):
+        steps = context.synthesizer.steps_per_batch
+        with dreaming(context, store) as work:
+            missing = work.missing()
+            with context.log.progress("synthesis", len(missing) * steps) as advance:
+                for number, plan in enumerate(missing):
+                    work.batch(plan, partial(_advance, advance, number * steps))
+                    advance((number + 1) * steps)  # a batch may stop early
+    if len(store) == 0:
+        raise DreamkitError("no batch of dreams came to anything; see the notes above")
+    report_synthesis(context, store)
+    return store.open()
+
+
+def _advance(advance: Callable[[int], None], before: int, done: int) -> None:
+    advance(before + done)
+
+
+def report_synthesis(context: RunContext, store: DreamStore) -> None:
+    """Add the metrics of a run's dreams."""
     context.metrics["synthesis.images"] = len(store)
     context.metrics["synthesis.skipped_batches"] = len(store.skipped)
     context.metrics["synthesis.seconds"] = store.seconds
@@ -81,7 +93,23 @@ def dream_into_store(context: RunContext) -> ShardedImages:
     content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
     context.metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
-    return content
+
+
+def open_store(context: RunContext) -> DreamStore:
+    """Return the run's store, and tell what it left out.
+
+    Raises:
+        DreamkitError: the recipe has no ``synthesis``.
+    """
+    if context.synthesizer is None:
+        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+    store = _store(context)
+    for batch in store.skipped.values():
+        context.log.note(
+            f"batch {batch.index} was left out ({batch.reason}); to try it again, remove it from "
+            f"'skipped' in {store.folder / MANIFEST}"
+        )
+    return store
 
 
 def _store(context: RunContext) -> DreamStore:
@@ -95,10 +123,14 @@ def _store(context: RunContext) -> DreamStore:
     )
 
 
-def estimate_synthesis(context: RunContext) -> Estimate | None:
+def estimate_synthesis(context: RunContext, student: nn.Module | None = None) -> Estimate | None:
     """Return what dreaming takes that is not done yet, from a few timed steps.
 
     Nothing is written. None where nothing is left to dream.
+
+    Args:
+        context: the run's.
+        student: what the teacher is to compete with, if that is trained meanwhile.
     """
     synthesizer = context.synthesizer
     if synthesizer is None:
@@ -107,36 +139,111 @@ def estimate_synthesis(context: RunContext) -> Estimate | None:
     if not store.lacks(synthesizer.images):
         return None
     with synthesizer.session(
-        context.teacher, context.device, store.choices, context.log.note
+        context.teacher, context.device, store.choices, context.log.note, student
     ) as dreamer:
-        return _estimate(context, dreamer, _missing(context, dreamer, store))
+        return Dreaming(context, store, dreamer).estimate()
 
 
-def _missing(context: RunContext, dreamer: Dreamer, store: DreamStore) -> list[BatchPlan]:
-    """Return the batches that a store lacks."""
-    assert context.synthesizer is not None
-    plans = batch_plans(context.synthesizer.images, dreamer.batch_size, context.seed)
-    done = {*store.shards, *store.skipped}
-    missing = [plan for plan in plans if plan.index not in done]
-    if len(missing) < len(plans):
-        context.log.note(f"resuming: {len(plans) - len(missing)} of {len(plans)} batches kept")
-    return missing
+class Dreaming:
+    """A run's dreaming under way: a synthesizer at work, and the store that it fills.
+
+    Args:
+        context: the run's.
+        store: where batches go.
+        dreamer: makes them.
+    """
+
+    def __init__(self, context: RunContext, store: DreamStore, dreamer: Dreamer) -> None:
+        assert context.synthesizer is not None
+        self.context = context
+        self.store = store
+        self.dreamer = dreamer
+        self.plans = batch_plans(context.synthesizer.images, dreamer.batch_size, context.seed)
+
+    def missing(self) -> list[BatchPlan]:
+        """Return the batches that the store lacks."""
+        done = {*self.store.shards, *self.store.skipped}
+        return [plan for plan in self.plans if plan.index not in done]
+
+    def estimate(self) -> Estimate:
+        """Prepare for the batches that are missing, and tell what they will take."""
+        context, missing = self.context, self.missing()
+        if len(missing) < len(self.plans):
+            kept = len(self.plans) - len(missing)
+            context.log.note(f"resuming: {kept} of {len(self.plans)} batches kept")
+        images = sum(plan.size for plan in missing)
+        start = time.perf_counter()
+        cost = self.dreamer.prepare(images)
+        context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
+        context.metrics["synthesis.estimated_seconds"] = cost.seconds
+        context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
+        batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
+        context.log.note(
+            f"dreaming {images} images in {batches}: about {format_duration(cost.seconds)}, "
+            f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
+        )
+        return cost
+
+    def batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> StoredImages | None:
+        """Dream one batch into the store, and return it; None if it came to nothing."""
+        log, index = self.context.log, plan.index
+        assert self.context.synthesizer is not None
+        steps = self.context.synthesizer.steps_per_batch
+        every = max(1, steps // _CURVE_POINTS)
+
+        def on_step(done: int, terms: Mapping[str, Tensor]) -> None:
+            advance(done)
+            if done % every == 0 or done == steps:
+                values = {name: float(value) for name, value in terms.items()}
+                log.record("synthesis", index * steps + done, values)
+
+        start = time.perf_counter()
+        try:
+            dream = self.dreamer.dream(plan, on_step)
+        except NonFiniteLoss as error:
+            log.note(f"batch {index} is left out: {error.message}")
+            self.store.skip(index, plan.size, error.message)
+            return None
+        content, per_layer = judge(dream, self.context.teacher)
+        r_feature = sum(per_layer.values()) if per_layer else None
+        seconds = time.perf_counter() - start
+        state = self.dreamer.state()
+        self.store.write(index, content, seconds, dream.loss, r_feature, state)
+        if r_feature is not None:
+            log.record("batches", index, {"r_feature": r_feature})
+            log.record("r_feature by layer", index, per_layer)
+        return content
 
 
-def _estimate(context: RunContext, dreamer: Dreamer, plans: list[BatchPlan]) -> Estimate:
-    """Prepare for batches, and tell what they will take."""
-    images = sum(plan.size for plan in plans)
-    start = time.perf_counter()
-    cost = dreamer.prepare(images)
-    context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
-    context.metrics["synthesis.estimated_seconds"] = cost.seconds
-    context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
-    batches = f"{len(plans)} batches" if len(plans) > 1 else "1 batch"
-    context.log.note(
-        f"dreaming {images} images in {batches}: about {format_duration(cost.seconds)}, "
-        f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
-    )
-    return cost
+@contextmanager
+def dreaming(
+    context: RunContext, store: DreamStore, student: nn.Module | None = None
+) -> Iterator[Dreaming]:
+    """Set a synthesizer to work on what a run's store lacks.
+
+    Args:
+        context: the run's.
+        store: from ``open_store``.
+        student: in training, for the teacher to compete with.
+    """
+    log, synthesizer = context.log, context.synthesizer
+    assert synthesizer is not None
+    with synthesizer.session(
+        context.teacher, context.device, store.choices, log.note, student
+    ) as dreamer:
+        work = Dreaming(context, store, dreamer)
+        work.estimate()
+        state = store.read_state()
+        if state:
+            dreamer.restore(state)
+        if not store.choices:
+            store.choices = dict(dreamer.choices)
+        elif store.choices != dreamer.choices:
+            log.note(
+                f"the dreams that are kept were made with {store.choices}, and the rest are made "
+                f"with {dict(dreamer.choices)}: an undisturbed run's would differ a little"
+            )
+        yield work
 
 
 def format_duration(seconds: float) -> str:
@@ -165,53 +272,6 @@ def batch_seed(seed: int, index: int) -> int:
     """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _dream(context: RunContext, synthesizer: Synthesizer, store: DreamStore) -> None:
-    """Dream the batches that a store lacks."""
-    log, steps = context.log, synthesizer.steps_per_batch
-    every = max(1, steps // _CURVE_POINTS)
-    with synthesizer.session(context.teacher, context.device, store.choices, log.note) as dreamer:
-        missing = _missing(context, dreamer, store)
-        _estimate(context, dreamer, missing)
-        if not store.choices:
-            store.choices = dict(dreamer.choices)
-        elif store.choices != dreamer.choices:
-            log.note(
-                f"the dreams that are kept were made with {store.choices}, and the rest are made "
-                f"with {dict(dreamer.choices)}: an undisturbed run's would differ a little"
-            )
-        with log.progress("synthesis", len(missing) * steps) as advance:
-            for number, plan in enumerate(missing):
-
-                def on_step(
-                    done: int,
-                    terms: Mapping[str, Tensor],
-                    number: int = number,
-                    index: int = plan.index,
-                ) -> None:
-                    advance(number * steps + done)
-                    if done % every == 0 or done == steps:
-                        values = {name: float(value) for name, value in terms.items()}
-                        log.record("synthesis", index * steps + done, values)
-
-                start = time.perf_counter()
-                try:
-                    dream = dreamer.dream(plan, on_step)
-                except NonFiniteLoss as error:
-                    log.note(f"batch {plan.index} is left out: {error.message}")
-                    store.skip(plan.index, plan.size, error.message)
-                    continue
-                content, per_layer = judge(dream, context.teacher)
-                r_feature = sum(per_layer.values()) if per_layer else None
-                seconds = time.perf_counter() - start
-                store.write(plan.index, content, seconds, dream.loss, r_feature)
-                advance((number + 1) * steps)  # a batch may stop early
-                if r_feature is not None:
-                    log.record("batches", plan.index, {"r_feature": r_feature})
-                    log.record("r_feature by layer", plan.index, per_layer)
-    if len(store) == 0:
-        raise DreamkitError("no batch of dreams came to anything; see the notes above")
 
 
 @torch.no_grad()

@@ -141,7 +141,8 @@ class Prune:
         context.metrics["pruning.seconds"] = time.perf_counter() - start
         measure_quality(context, "pruned", student, images)
         with placed("recovery", always=False):
-            train_student(context, student, images, self.recovery, "recovery")
+            # What is pruned depends on the latencies of the day: another try's student is another.
+            train_student(context, student, images, self.recovery, "recovery", resumable=False)
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):

@@ -1,44 +1,171 @@
-"""Teaching a student within a run: distillation with its progress and its record."""
+"""Teaching a student within a run: distillation with its progress, record and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dreamkit.training.distillation import Distillation, distil
+from dreamkit.applications.adaptive import Growth
+from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.model_state import frozen, seeded
+from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
+from dreamkit.training.batches import Draws
+from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.types import Images, RunContext
 
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_SECONDS = 60.0
+"""Most training that an interruption loses."""
 _CURVE_POINTS = 200
 
 
 def train_student(
-    context: RunContext, student: nn.Module, images: Images, options: Distillation, stage: str
-) -> None:
-    """Distil the run's teacher into ``student`` on ``images``, reporting under ``stage``.
+    context: RunContext,
+    student: nn.Module,
+    images: Images | Growth,
+    options: Distillation,
+    stage: str,
+    resumable: bool = True,
+) -> Images:
+    """Distil the run's teacher into ``student``, reporting under ``stage``.
 
     Adds ``training.seconds``.
+
+    Args:
+        context: the run's.
+        student: on the run's device; trained in place and left in eval mode.
+        images: fixed, or growing while the student is taught.
+        options: how.
+        stage: what it is called in records and reports.
+        resumable: keep checkpoints, and go on from one. The student must then be the same in
+            every try of the run.
+
+    Returns:
+        The images that it was taught on.
     """
-    start = time.perf_counter()
-    total = options.steps(len(images))
-    every = max(1, total // _CURVE_POINTS)
-    context.log.begin(stage)
-    with context.log.progress(stage, total) as advance:
+    path = context.folder / CHECKPOINTS / f"{stage}.safetensors" if resumable else None
+    with frozen(context.teacher.model), seeded(context.seed):
+        teaching = _Teaching(context, student, images, options, stage, path)
+        teaching.run()
+    return teaching.pool
 
-        def on_step(done: int, loss: Tensor) -> None:
-            advance(done)
-            if done % every == 0 or done == total:
-                context.log.record(stage, done, {"loss": float(loss)})
 
-        distil(
+class _Teaching:
+    """One student's training: the distiller, the images dealt to it, and where both stand."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        student: nn.Module,
+        images: Images | Growth,
+        options: Distillation,
+        stage: str,
+        checkpoint: Path | None,
+    ) -> None:
+        self.context = context
+        self.options = options
+        self.stage = stage
+        self.checkpoint = checkpoint
+        self.growth: Growth | None = None
+        self.pool: Images
+        if isinstance(images, Growth):
+            self.growth, self.pool = images, images.pool
+            self.total = options.total_steps(images.images)
+        else:
+            self.pool = images
+            self.total = options.total_steps(len(images))
+        self.distiller = Distiller(
             student,
             context.teacher.model,
-            images,
             context.teacher.card,
             options,
             context.device,
-            torch.Generator().manual_seed(context.seed),
-            on_step,
+            torch.Generator().manual_seed(context.seed + 1),
+            self.total,
+            context.log.note,
         )
-    context.metrics["training.seconds"] = time.perf_counter() - start
+        self.draws = Draws(options.batch_size, torch.Generator().manual_seed(context.seed))
+        self.seconds = 0.0
+        self.saved = time.perf_counter()
+
+    def run(self) -> None:
+        log, every = self.context.log, max(1, self.total // _CURVE_POINTS)
+        if not self._restore():
+            log.begin(self.stage)
+            if self.growth is None:
+                self.draws.add(len(self.pool))
+        with log.progress(self.stage, self.total) as advance:
+            while (done := self.distiller.done) < self.total:
+                if self.growth is not None and self.growth.due(done):
+                    self._grow(self.growth)
+                start = time.perf_counter()
+                loss = self.distiller.step(*self.pool.batch(self.draws.next()))
+                done += 1
+                advance(done)
+                if done % every == 0 or done == self.total:
+                    log.record(self.stage, done, {"loss": float(loss)})
+                self.seconds += time.perf_counter() - start
+                self._look(done)
+                if time.perf_counter() - self.saved > CHECKPOINT_SECONDS or done == self.total:
+                    self._save()
+        start = time.perf_counter()
+        self.distiller.finish(self.pool)
+        self.seconds += time.perf_counter() - start
+        self.context.metrics["training.seconds"] = self.seconds
+        self.context.metrics["training.steps"] = self.distiller.done
+
+    def _grow(self, growth: Growth) -> None:
+        """Dream against the student as it is, having kept it: after a kill it is dreamed again."""
+        self._save()
+        self.draws.add(growth.dream())
+        self.context.log.record("pool", self.distiller.done, {"images": len(self.pool)})
+
+    def _look(self, done: int) -> None:
+        """Measure the accuracy on evaluation images, where that is asked for."""
+        images, every = self.context.evaluation, self.options.evaluate_every
+        if images is None or every is None or (done % every and done != self.total):
+            return
+        model, card = self.distiller.current, self.context.teacher.card
+        found = accuracy(model, images, card, self.context.device)
+        self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        state = {f"distiller.{k}": v for k, v in self.distiller.state().items()}
+        state |= {f"draws.{k}": v for k, v in self.draws.state().items()}
+        state["random"] = torch.get_rng_state()
+        if self.context.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.context.device)
+        facts: dict[str, Any] = {"seconds": self.seconds}
+        if self.growth is not None:
+            facts["batches"] = self.growth.batches
+        write_checkpoint(self.checkpoint, state, facts)
+        self.saved = time.perf_counter()
+
+    def _restore(self) -> bool:
+        """Go on from the last checkpoint; return whether there was one."""
+        found = read_checkpoint(self.checkpoint) if self.checkpoint is not None else None
+        if found is None:
+            return False
+        state, facts = found
+        if self.growth is not None:
+            self.growth.restore(facts["batches"])
+        self.distiller.restore(_below("distiller.", state))
+        self.draws.restore(_below("draws.", state))
+        torch.set_rng_state(state["random"])
+        if self.context.device.type == "cuda" and "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.context.device)
+        self.seconds = facts["seconds"]
+        done = self.distiller.done
+        self.context.log.note(f"{self.stage}: going on from step {done} of {self.total}")
+        return True
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

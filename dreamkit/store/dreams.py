@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dreamkit.errors import StoreError
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.types import StoredImages
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -45,6 +45,15 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class State:
+    """What a synthesizer carries from batch to batch, after the batches before ``following``."""
+
+    following: int
+    file: str
+    sha256: str
+
+
 class DreamStore:
     """A folder of safetensors shards, one for each batch, with a manifest.
 
@@ -68,6 +77,7 @@ class DreamStore:
         self.shards: dict[int, Shard] = {}
         self.skipped: dict[int, Skipped] = {}
         """Batches that came to nothing, and are not tried again."""
+        self.state: State | None = None
         manifest = folder / MANIFEST
         if manifest.is_file():
             self._read(manifest, settings)
@@ -85,6 +95,7 @@ class DreamStore:
             shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
             stored, choices = data["settings"], data["choices"]
             skipped = {entry["index"]: Skipped(**entry) for entry in data["skipped"]}
+            state = None if data["state"] is None else State(**data["state"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{manifest} is damaged ({error}); remove the folder") from error
         settings = None if settings is None else json.loads(json.dumps(settings))
@@ -97,7 +108,7 @@ class DreamStore:
         if settings is not None:  # the run itself: it can dream again what is gone
             shards = {i: s for i, s in shards.items() if (self.folder / s.file).is_file()}
         self.settings, self.choices, self.shards = stored, choices, shards
-        self.skipped = skipped
+        self.skipped, self.state = skipped, state
 
     def __len__(self) -> int:
         return sum(shard.images for shard in self.shards.values())
@@ -125,8 +136,9 @@ class DreamStore:
         seconds: float,
         loss: float,
         r_feature: float | None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add one batch, whole or not at all."""
+        """Add one batch, whole or not at all, and what the synthesizer carries on from it."""
         assert content.teacher_logits is not None
         tensors = {
             "images": content.images.cpu().contiguous(),
@@ -142,27 +154,58 @@ class DreamStore:
         write_atomically(self.folder / name, blob)
         digest = hashlib.sha256(blob).hexdigest()
         shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
-        shards = self.shards | {index: shard}
-        self._write_manifest(shards)
-        self.shards = shards
+        shards, before = self.shards | {index: shard}, self.state
+        after = self._write_state(index + 1, state) if state else before
+        self._write_manifest(shards, after)
+        self.shards, self.state = shards, after
+        if before is not None and before != after:
+            (self.folder / before.file).unlink(missing_ok=True)
+
+    def _write_state(self, following: int, tensors: Mapping[str, Tensor]) -> State:
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        blob = safetensors.torch.save(state)
+        name = f"state-{following:06d}.safetensors"
+        write_atomically(self.folder / name, blob)
+        return State(following, name, hashlib.sha256(blob).hexdigest())
+
+    def read_state(self) -> dict[str, Tensor]:
+        """Return what the synthesizer carries on from the last batch; empty if nothing.
+
+        Raises:
+            StoreError: it is damaged, or a batch that it follows is gone.
+        """
+        if self.state is None:
+            return {}
+        gone = [
+            index
+            for index in range(self.state.following)
+            if index not in self.shards and index not in self.skipped
+        ]
+        if gone:
+            raise StoreError(
+                f"{self.folder}: batch {gone[0]} is gone, and this synthesizer's batches build on "
+                "one another, so that it cannot be made again by itself; remove the folder"
+            )
+        return self._open_file(self.state.file, self.state.sha256, "remove the folder")
 
     def skip(self, index: int, images: int, reason: str) -> None:
         """Note that a batch came to nothing; where there is no other yet, in memory alone."""
         self.skipped[index] = Skipped(index, images, reason)
         if self.shards:
-            self._write_manifest(self.shards)
+            self._write_manifest(self.shards, self.state)
 
     def lacks(self, images: int) -> bool:
         """Whether there are fewer images than these, those of skipped batches counted."""
         return len(self) + sum(batch.images for batch in self.skipped.values()) < images
 
-    def _write_manifest(self, shards: dict[int, Shard]) -> None:
+    def _write_manifest(self, shards: dict[int, Shard], state: State | None) -> None:
         data = {
             "format": FORMAT,
             "settings": self.settings,
             "choices": self.choices,
             "shards": [asdict(shards[index]) for index in sorted(shards)],
             "skipped": [asdict(self.skipped[index]) for index in sorted(self.skipped)],
+            "state": None if state is None else asdict(state),
         }
         write_json(self.folder / MANIFEST, data)
 
@@ -186,16 +229,26 @@ class DreamStore:
             count += self.shards[index].images
         return ShardedImages(opened)
 
+    def read(self, index: int) -> StoredImages:
+        """Return one batch, verified.
+
+        Raises:
+            StoreError: it is missing or not what the manifest vouches for.
+        """
+        tensors = self._open_shard(self.shards[index])
+        return StoredImages(tensors["images"], tensors["labels"], tensors["teacher_logits"])
+
     def _open_shard(self, shard: Shard) -> dict[str, Tensor]:
-        path = self.folder / shard.file
+        fix = "delete the file, and the same command dreams that batch again"
+        return self._open_file(shard.file, shard.sha256, fix)
+
+    def _open_file(self, name: str, sha256: str, fix: str) -> dict[str, Tensor]:
+        path = self.folder / name
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != shard.sha256:
-                raise StoreError(
-                    f"{path} is damaged: its SHA-256 is not the manifest's; delete "
-                    "the file, and the same command dreams that batch again"
-                )
+            if digest != sha256:
+                raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's; {fix}")
             return safetensors.torch.load_file(path)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error

@@ -265,6 +265,13 @@ class Inversion:
             exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
             return self._dream(plan, exact, on_step)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: a batch depends on its seed alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Do nothing."""
+
     def _dream(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)

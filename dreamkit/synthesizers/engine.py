@@ -10,7 +10,7 @@ import gc
 import logging
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dreamkit.arithmetic import Precision, autocast, settled
 from dreamkit.model_state import frozen
 
 Terms = dict[str, Tensor]
@@ -26,8 +27,6 @@ Objective = Callable[[Tensor, Tensor, AbstractContextManager[Any]], Terms]
 
 Networks run inside the context it is given, which sets their precision.
 """
-
-Precision = Literal["float32", "bfloat16"]
 
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """How far a compiled loss may be from the eager one, relative."""
@@ -54,23 +53,7 @@ class Engine:
 
     def evaluator(self, objective: Objective, device: torch.device) -> Evaluator:
         """Return what evaluates an objective on a device, eager as yet."""
-        precision: Precision = "float32"
-        if self.precision != "auto":
-            precision = self.precision
-        elif has_native_bfloat16(device):
-            precision = "bfloat16"
-        return Evaluator(objective, device, precision)
-
-
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 in hardware; emulation is slower than float32."""
-    if device.type == "cpu":
-        # Older torch does not tell, and then float32 it is; ``bf16`` is ARM's name.
-        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return False
+        return Evaluator(objective, device, settled(self.precision, device))
 
 
 @contextmanager
@@ -185,13 +168,8 @@ class Evaluator:
         return self.dtype == torch.float32 and not self._compiled
 
     def _loss(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Terms]:
-        # Weights are constants here: autocast's cache of their casts would only hold memory.
-        arithmetic = torch.autocast(
-            self.device.type,
-            self.dtype,
-            enabled=self.dtype != torch.float32,
-            cache_enabled=False,
-        )
+        # Weights are constants here: the cache of their casts would only hold memory.
+        arithmetic = autocast(self.precision, self.device, cache=False)
         terms = self.objective(View.apply(images, draw), labels, arithmetic)
         return torch.stack(list(terms.values())).sum(), terms
 

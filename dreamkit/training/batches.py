@@ -50,3 +50,49 @@ def epochs_of(
         for indices in order.split(batch_size):
             if len(indices) > 1 or len(images) == 1:
                 yield images.batch(indices.tolist())
+
+
+class Draws:
+    """Deals out the images of a set that may grow: each once before any comes again.
+
+    Batches are full; one may hold the last images of a pass and the first of the next.
+
+    Args:
+        batch_size: images in each, or all where there are fewer.
+        generator: shuffles; on the CPU.
+    """
+
+    def __init__(self, batch_size: int, generator: torch.Generator) -> None:
+        self.batch_size = batch_size
+        self.generator = generator
+        self.size = 0
+        self._coming = torch.zeros(0, dtype=torch.int64)
+
+    def add(self, images: int) -> None:
+        """Let the set grow by some images; these are dealt out next."""
+        added = self.size + torch.randperm(images, generator=self.generator)
+        self._coming = torch.cat([added, self._coming])
+        self.size += images
+
+    def next(self) -> list[int]:
+        """Return the positions of the next batch."""
+        count = min(self.batch_size, self.size)
+        while len(self._coming) < count:
+            shuffled = torch.randperm(self.size, generator=self.generator)
+            self._coming = torch.cat([self._coming, shuffled])
+        dealt, self._coming = self._coming[:count], self._coming[count:]
+        return dealt.tolist()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next batches depend on."""
+        return {
+            "size": torch.tensor(self.size),
+            "coming": self._coming.clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+        self.size = int(state["size"])
+        self._coming = state["coming"].clone()
+        self.generator.set_state(state["generator"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamkit.training.augmenter import Mixed
+
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return KL(p_T ‖ p_S) at a temperature, times its square, averaged over the batch.
@@ -20,3 +22,14 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     log_p = F.log_softmax(student_logits / temperature, dim=1)
     log_q = F.log_softmax(teacher_logits / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def mixed_cross_entropy(logits: Tensor, mixed: Mixed) -> Tensor:
+    """Return the cross-entropy (N, K) to both labels of mixed images, by their shares.
+
+    Zhang et al. 2018; for images that are not mixed it is the plain one.
+    """
+    first = F.cross_entropy(logits, mixed.labels)
+    if mixed.share == 1:
+        return first
+    return mixed.share * first + (1 - mixed.share) * F.cross_entropy(logits, mixed.others)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
-from dreamkit.synthesizers.engine import Engine, has_native_bfloat16
+from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.types import BatchPlan
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit.applications.dreaming import judge
+from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -22,7 +23,7 @@ from dreamkit.synthesizers.deepinversion import (
     Plateau,
     Stage,
 )
-from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, has_native_bfloat16
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.types import BatchPlan, Estimate

@@ -1,0 +1,109 @@
+"""Adaptive DeepInversion: dreams that compete with a student in training.
+
+Yin et al., CVPR 2020, section 3.4 (eq. 8 and 9) and, for its rhythm, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from dreamkit.applications.dreaming import Dreaming, dreaming, open_store
+from dreamkit.errors import DreamkitError
+from dreamkit.store.pool import Pool
+from dreamkit.types import RunContext
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """When a student in training is given new dreams, until all of the synthesis's are there.
+
+    One batch at a time is the paper's rhythm for CIFAR-10; many batches after many steps are
+    rounds, its scheme for pruning: train, dream against that student, merge, go on.
+
+    Args:
+        every: training steps between.
+        batches: how many batches of dreams each time, the first time before the first step. They
+            are trained on at once, and then belong to the pool.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 50
+    batches: Annotated[int, Field(ge=1)] = 1
+
+
+class Growth:
+    """The pool of a student in training, and what is to be dreamed for it when.
+
+    Args:
+        options: the rhythm.
+        dreams: at work against the student.
+    """
+
+    def __init__(self, options: Adaptive, dreams: Dreaming) -> None:
+        self.options = options
+        self.dreams = dreams
+        self.pool = Pool()
+        self.batches = 0
+        """How many batches of the plan are in the pool, or were left out for good."""
+        self.seconds = 0.0
+
+    @property
+    def images(self) -> int:
+        """How many images the pool is to hold in the end."""
+        return sum(plan.size for plan in self.dreams.plans)
+
+    def due(self, step: int) -> bool:
+        """Return whether new dreams are to come before this training step (from 0)."""
+        wanted = self.options.batches * (1 + step // self.options.every)
+        return self.batches < min(wanted, len(self.dreams.plans))
+
+    def dream(self) -> int:
+        """Merge as many batches as come at once, from the store or new; return their images."""
+        before = len(self.pool)
+        until = min(self.batches + self.options.batches, len(self.dreams.plans))
+        while self.batches < until:
+            self._merge()
+        if len(self.pool) == 0:
+            raise DreamkitError("the first dreams came to nothing; see the notes above")
+        return len(self.pool) - before
+
+    def restore(self, batches: int) -> None:
+        """Fill the pool with the first batches of the plan, all of them from the store.
+
+        Raises:
+            DreamkitError: one is gone.
+        """
+        store = self.dreams.store
+        gone = [i for i in range(batches) if i not in store.shards and i not in store.skipped]
+        if gone:
+            raise DreamkitError(
+                f"batch {gone[0]} of {store.folder} is gone, and the student that it was dreamed "
+                "against with it; remove the run's folder 'checkpoints' to train from the start"
+            )
+        while self.batches < batches:
+            self._merge()
+
+    def _merge(self) -> None:
+        plan, store = self.dreams.plans[self.batches], self.dreams.store
+        if plan.index in store.shards:
+            content = store.read(plan.index)
+        elif plan.index in store.skipped:
+            content = None
+        else:
+            content = self.dreams.batch(plan, lambda done: None)
+        if content is not None:
+            self.pool.add(content)
+        self.batches += 1
+
+
+@contextmanager
+def growing(context: RunContext, student: nn.Module, options: Adaptive) -> Iterator[Growth]:
+    """Set the run's synthesizer to work against a student in training."""
+    store = open_store(context)
+    with dreaming(context, store, student) as dreams:
+        yield Growth(options, dreams)

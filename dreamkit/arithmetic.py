@@ -1,0 +1,49 @@
+"""Which precision a device computes in best, for those who leave it open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 in hardware; emulation is slower than float32."""
+    if device.type == "cpu":
+        # Older torch does not tell, and then float32 it is; ``bf16`` is ARM's name.
+        known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return False
+
+
+def settled(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """Return a precision; ``auto`` is bfloat16 where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if has_native_bfloat16(device) else "float32"
+
+
+def autocast(
+    precision: Precision, device: torch.device, cache: bool = True
+) -> AbstractContextManager[Any]:
+    """Return the context in which networks compute in a precision.
+
+    Args:
+        precision: bfloat16 for matrix products and convolutions alone, or float32 for everything.
+        device: where they compute.
+        cache: keep the casts of weights for as long as the context lasts; of use only where
+            weights need gradients.
+    """
+    context: AbstractContextManager[Any] = torch.autocast(
+        device.type,
+        getattr(torch, precision),
+        enabled=precision != "float32",
+        cache_enabled=cache,
+    )
+    return context

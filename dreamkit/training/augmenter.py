@@ -1,0 +1,86 @@
+"""Varying the images of a training step: crops, mirrors, mixtures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dreamkit.training.augmentation import random_crop, random_flip
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied, each step anew.
+
+    Args:
+        crop: largest shift in pixels; the border is filled with zeros after normalisation.
+        flip: mirror half of the images left to right.
+        mixup: α of the Beta(α, α) distribution by which images are mixed in pairs (Zhang et al.
+            2018); 0 does not mix.
+    """
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Images, and the two labels of each with the first one's share.
+
+    Args:
+        images: (N, C, H, W), normalised.
+        labels: (N,), those of the images themselves.
+        others: (N,), those of what is mixed in.
+        share: of the images themselves, in (0, 1]; the same for the whole batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    others: Tensor
+    share: float
+
+
+class Augmenter:
+    """Varies batches; what it draws next can be saved and restored.
+
+    Args:
+        options: how.
+        generator: on the CPU.
+    """
+
+    def __init__(self, options: Augmentation, generator: torch.Generator) -> None:
+        self.options = options
+        self.generator = generator
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Mixed:
+        """Return images (N, C, H, W), normalised, varied, with what their labels (N,) become."""
+        options = self.options
+        if options.crop:
+            images = random_crop(images, options.crop, self.generator, "zeros")
+        if options.flip:
+            images = random_flip(images, self.generator)
+        if options.mixup == 0:
+            return Mixed(images, labels, labels, 1.0)
+        share = self._beta()
+        order = torch.randperm(len(images), generator=self.generator).to(images.device)
+        images = share * images + (1 - share) * images[order]
+        return Mixed(images, labels, labels[order], share)
+
+    def _beta(self) -> float:
+        """Draw from Beta(α, α) as a share of two gamma variables; torch's takes no generator."""
+        alpha = torch.full((2,), self.options.mixup, dtype=torch.float64)
+        pair = torch._standard_gamma(alpha, generator=self.generator)
+        return float(pair[0] / pair.sum().clamp(min=1e-300))
+
+    def state(self) -> Tensor:
+        """Return the state of the generator, uint8."""
+        return self.generator.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        """Go on drawing from a state."""
+        self.generator.set_state(state.cpu())
