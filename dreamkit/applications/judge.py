@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -22,6 +23,8 @@ from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
 from dreamkit.evaluation.frechet_distance import find_layer
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.source import Dreams, find_store
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
@@ -109,13 +112,20 @@ class Judge:
         with placed("verifiers", index):
             verifier = self.verifiers[index].load(context.seed)
             check_outputs(verifier)
-            check_verifier(verifier, context.teacher)
+            check_verifier(verifier, context.teacher, self._dreamed_from())
         if not verifier.card.trained:
             context.log.note(
                 f"the weights of the verifier {verifier.card.name} are random: what it says means "
                 "nothing"
             )
         return verifier
+
+    def _dreamed_from(self) -> str | None:
+        """Return the hash of the network that an earlier run inverted, where images are its."""
+        if not isinstance(self.images, Dreams) or self.images.path is None:
+            return None
+        settings = DreamStore(find_store(Path(self.images.path))).settings
+        return settings.get("teacher_sha256")
 
     def _layer(self, verifier: Teacher) -> str | None:
         if self.reference is None:
@@ -177,14 +187,20 @@ def _describe(name: str, card: Card, layer: str | None, found: Judgement) -> dic
     }
 
 
-def check_verifier(verifier: Teacher, teacher: Teacher) -> None:
+def check_verifier(verifier: Teacher, teacher: Teacher, dreamed_from: str | None = None) -> None:
     """Refuse a network that cannot judge a teacher's dreams.
 
+    Args:
+        verifier: the network.
+        teacher: the teacher.
+        dreamed_from: hash of the weights that dreams of an earlier run came from.
+
     Raises:
-        DreamkitError: it is the teacher itself, or takes other channels or knows other classes.
+        DreamkitError: it is the inverted network itself, or takes other channels or knows other
+            classes than the teacher.
     """
     ours, theirs = verifier.card, teacher.card
-    if _weights_of(verifier) == _weights_of(teacher):
+    if _weights_of(verifier) in {_weights_of(teacher), dreamed_from}:
         raise DreamkitError(
             f"{ours.name} is the inverted teacher itself, which sees in its dreams whatever it was "
             "asked to: choose a network of other weights"

@@ -43,13 +43,14 @@ def classifier_score(logits: Tensor, splits: int, generator: torch.Generator) ->
     if len(logits) < splits:
         raise DreamkitError(f"{len(logits)} images cannot make {splits} splits", ("splits",))
     order = torch.randperm(len(logits), generator=generator)
-    parts = logits.cpu().double()[order].log_softmax(1).tensor_split(splits)
-    scores = torch.stack([_score(part) for part in parts])
+    logits = logits.cpu()
+    scores = torch.stack([_score(logits[part]) for part in order.tensor_split(splits)])
     return ClassifierScore(
         float(scores.mean()), float(scores.std(correction=0)), len(logits), splits
     )
 
 
-def _score(log_p: Tensor) -> Tensor:
+def _score(logits: Tensor) -> Tensor:
+    log_p = logits.double().log_softmax(1)
     marginal = log_p.logsumexp(0) - log(len(log_p))
     return (log_p.exp() * (log_p - marginal)).sum(1).mean().exp()

@@ -25,6 +25,8 @@ from dreamkit.evaluation.frechet_distance import (
     pooled,
 )
 from dreamkit.evaluation.judgement import judge_by
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.source import Dreams
 from dreamkit.types import NO_LABEL, RunContext, StoredImages, Teacher
 
 CPU = torch.device("cpu")
@@ -451,6 +453,21 @@ def test_networks_without_a_hash_are_told_apart_by_their_weights(toys):
     check_verifier(toys.teacher(changed), teacher)
     named = toys.card(class_names=("a", "b", "c"))  # the teacher's are not known
     check_verifier(toys.teacher(changed, named), teacher)
+
+
+def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
+    toys, context, tmp_path
+):
+    # The run's teacher is another network, yet the verifier would judge its own dreams.
+    images = toys.images(6)
+    stored = StoredImages(images.images, images.labels, torch.zeros(6, 3))
+    DreamStore(tmp_path, {"teacher_sha256": "def"}).write(0, stored, 1.0, 0.0, None)
+    judge = Judge(images=Dreams(str(tmp_path)), verifiers=(other(toys),), splits=2)
+    with pytest.raises(DreamkitError, match="the inverted teacher itself"):
+        judge.run(context)
+    third = Given(toys.teacher(toys.residual(), toys.card(weights_sha256="ghi")))
+    Judge(images=Dreams(str(tmp_path)), verifiers=(third,), splits=2).run(context)
+    assert context.metrics["judge.images"] == 6
 
 
 @pytest.mark.parametrize(
