@@ -29,7 +29,8 @@ from typing import Any
 
 import timm
 import torch
-from plain_loop import PlainLoop, cifar_resnet, paper_settings, settle_statistics
+from cifar_10 import random_resnet, settle_statistics
+from plain_loop import PlainLoop, paper_settings
 
 from dreamkit.card import Card
 from dreamkit.evaluation.cost import count
@@ -55,7 +56,7 @@ class Case:
 
     def teacher(self) -> Teacher:
         if self.model.startswith("resnet") and self.size == 32:
-            return cifar_resnet(int(self.model.removeprefix("resnet")))
+            return random_resnet(int(self.model.removeprefix("resnet")))
         model = timm.create_model(self.model, pretrained=False)
         settle_statistics(model, (3, self.size, self.size))
         card = Card(

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: a plain inversion loop, its settings, the CIFAR-10 networks.
+"""What the benchmarks compare with: a plain inversion loop and its settings.
 
 The loop is written from the paper (Yin et al., CVPR 2020, eq. 2 to 4) the way a first version is:
 the teacher's weights are not frozen, hooks compute the mean and, of a permuted copy, the variance
@@ -8,21 +8,16 @@ of every BatchNorm layer's input, and the loss is read at every step.
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.card import Card
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
-from dreamkit.teachers.small_resnet import SmallResNet
-from dreamkit.teachers.weights import load_into, read_state_dict
-from dreamkit.types import Teacher
 
 
 class PlainLoop:
@@ -129,44 +124,3 @@ def paper_settings(batch: int, steps: int) -> DeepInversion:
         lr=0.05,
         jitter=2,
     )
-
-
-def settle_statistics(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
-    """Give a network of random weights the running statistics that it has on noise.
-
-    With those it begins with, activations grow from layer to layer to where bfloat16 means nothing.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for layer in layers:
-        layer.momentum = None  # averages over all batches
-        layer.reset_running_stats()
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(16, *size))
-    return model.eval()
-
-
-def cifar_resnet(depth: int, weights: Path | None = None) -> Teacher:
-    """Return the option-A ResNet for CIFAR-10, with the weights of a checkpoint where given.
-
-    Args:
-        depth: 20, 32, 44, 56...
-        weights: a ``.th`` file of github.com/akamaster/pytorch_resnet_cifar10.
-    """
-    model = SmallResNet(depth, 10, shortcut="padded")
-    if weights is None:
-        settle_statistics(model, (3, 32, 32))
-    else:
-        tensors = read_state_dict(str(weights), "state_dict", "module.")
-        renamed = {name.replace("linear.", "fc."): value for name, value in tensors.items()}
-        load_into(model, renamed, str(weights))
-    card = Card(
-        name=f"resnet{depth}",
-        input_size=(3, 32, 32),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        num_classes=10,
-        origin=str(weights) if weights else "random weights",
-        trained=weights is not None,
-    )
-    return Teacher(model.eval(), card, {})

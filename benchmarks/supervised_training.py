@@ -6,14 +6,11 @@ parts ends where an uninterrupted one does.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -24,10 +21,10 @@ from dreamkit.applications.dreaming import batch_seed
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
-from dreamkit.store.atomic import write_atomically
+from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.training.augmentation import random_crop, random_flip
-from dreamkit.training.distillation import warmup_cosine
+from dreamkit.training.schedule import lr_factor
 from dreamkit.types import StoredImages
 
 PADDING, MOMENTUM, WARMUP = 4, 0.9, 0.05
@@ -98,7 +95,8 @@ class Training:
         with seeded(seed):  # dropout
             for step, chosen in enumerate(shown, start=self.epoch * steps):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = settings.lr * warmup_cosine(step, total, round(WARMUP * total))
+                    factor = lr_factor(step, total, round(WARMUP * total), "cosine")
+                    group["lr"] = settings.lr * factor
                 x = random_flip(random_crop(images.images[chosen], PADDING, generator), generator)
                 losses.append(self._step(self.card.normalise(x), images.labels[chosen]))
         loss = float(torch.stack(losses).mean())
@@ -130,8 +128,7 @@ class Training:
             "seconds": self.seconds,
             "history": self.history,
         }
-        packed = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        write_atomically(path, safetensors.torch.save(packed, {"progress": json.dumps(progress)}))
+        write_checkpoint(path, tensors, progress)
 
     def resume(self, path: Path) -> None:
         """Go on where ``save`` was called.
@@ -139,11 +136,12 @@ class Training:
         Raises:
             DreamkitError: the file is of a training with other settings.
         """
-        with safetensors.safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        found, ours = progress["settings"], asdict(self.settings)
-        other = [f"{k} {found.get(k)}, not {v}" for k, v in ours.items() if found.get(k) != v]
+        found = read_checkpoint(path)
+        if found is None:
+            return
+        tensors, progress = found
+        theirs, ours = progress["settings"], asdict(self.settings)
+        other = [f"{k} {theirs.get(k)}, not {v}" for k, v in ours.items() if theirs.get(k) != v]
         if other:
             raise DreamkitError(
                 f"{path} is of a training that was not finished, with {'; '.join(other)}: "

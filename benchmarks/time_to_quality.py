@@ -21,16 +21,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from plain_loop import PlainLoop, cifar_resnet, paper_settings
+from cifar_10 import cifar_checkpoint, tuned_fourier, tuned_pixels
+from plain_loop import PlainLoop, paper_settings
 from torch import Tensor
 
 from dreamkit.applications.dreaming import batch_seed, judge
 from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.latency.torch_eager import processor_name
-from dreamkit.parameterisations.fourier import Fourier
-from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import grid
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
@@ -71,19 +69,7 @@ def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher)
 def presets(batch: int, plain_steps: int) -> dict[str, DeepInversion]:
     """Return the settings that are compared."""
     paper = paper_settings(batch, plain_steps)
-    pixels = replace(
-        paper,
-        regularizers=(Term("tv", 1e-3, TotalVariation()), Term("bn_feature", 1.0, BNFeature())),
-        lr=0.1,
-        betas=(0.7, 0.9),
-        schedule="cosine",
-        clip=True,
-    )
-    fourier = replace(
-        pixels,
-        regularizers=(Term("bn_feature", 0.3, BNFeature()),),
-        parameterisation=Fourier(),
-    )
+    pixels, fourier = tuned_pixels(batch, plain_steps), tuned_fourier(batch, plain_steps)
 
     def steps(options: DeepInversion, *numbers: int) -> DeepInversion:
         sizes = (32,) if len(numbers) == 1 else (16, 32)
@@ -195,7 +181,7 @@ def main() -> None:
         options.batch, options.plain_steps, options.seed = 64, 200, options.seed[:1]
     device = torch.device("cpu")
     precision = "bfloat16" if has_native_bfloat16(device) else "float32"
-    teacher, verifier = cifar_resnet(20, options.teacher), cifar_resnet(32, options.verifier)
+    teacher, verifier = cifar_checkpoint(options.teacher), cifar_checkpoint(options.verifier)
     print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__},")
     print(f"plain loop in float32, presets in {precision},")
     print(f"batch {options.batch}, {len(options.seed)} batches a preset\n\n{COLUMNS}", flush=True)

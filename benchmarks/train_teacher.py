@@ -29,6 +29,7 @@ from supervised_training import Settings, Training
 from torch import Tensor
 
 from dreamkit.applications.dreaming import format_duration
+from dreamkit.arithmetic import settled
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.evaluation.accuracy import accuracy
@@ -37,7 +38,6 @@ from dreamkit.runner import choose_device
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import DatasetImages, TorchvisionDataset
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.synthesizers.engine import has_native_bfloat16
 from dreamkit.teachers.cifar_networks import NETWORKS
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.types import Images, ImageSource, StoredImages
@@ -225,9 +225,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console.print("reading images")
     images, tested, card = read_data(options)
-    precision = options.precision
-    if precision == "auto":
-        precision = "bfloat16" if has_native_bfloat16(device) else "float32"
+    precision = settled(options.precision, device)
     if options.data is None:
         folder = "/".join(options.train.resolve().parts[-2:]) if options.train else ""
         options.data = folder or options.torchvision[0]

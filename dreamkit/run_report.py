@@ -19,7 +19,7 @@ from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
-from dreamkit.report.tables import summary_rows
+from dreamkit.report.tables import fidelity_line, judge_rows, summary_rows
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory
@@ -77,15 +77,19 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
 
 
 def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Print a report's table and where its files are."""
-    header, rows = summary_rows(report["metrics"])
-    if rows:
+    """Print a report's tables and where its files are."""
+    for header, rows in (summary_rows(report["metrics"]), judge_rows(report)):
+        if not rows:
+            continue
         table = Table(*header)
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    line = fidelity_line(report)
+    if line is not None:
+        console.print(line, highlight=False, markup=False)
     console.print(
         f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
     )

@@ -58,6 +58,7 @@ class InversionStep:
         teacher_logits: (N, K).
         student_logits: (N, K), only when a regularizer needs them.
         bn_statistics: one for each BatchNorm layer in forward order, only when needed.
+        features: (N, F), the input of the teacher's last linear layer, only when needed.
     """
 
     images: Tensor
@@ -65,13 +66,15 @@ class InversionStep:
     teacher_logits: Tensor
     student_logits: Tensor | None = None
     bn_statistics: tuple[LayerStatistics, ...] = ()
+    features: Tensor | None = None
 
 
 class Regularizer(Protocol):
     """An entry of ``regularizers``.
 
     A class that needs more than images, labels and teacher logits declares it:
-    ``needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})`` (or ``"student_logits"``).
+    ``needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})`` (or ``"student_logits"``,
+    ``"features"``).
     """
 
     def __call__(self, step: InversionStep) -> Tensor:

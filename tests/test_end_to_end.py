@@ -143,6 +143,51 @@ def test_distillation_and_later_runs_on_its_dreams(tmp_path, invoke):
     assert metrics_of(second)["student.agreement"] == metrics_of(first)["student.agreement"]
 
 
+def test_dreams_are_judged_by_other_networks(tmp_path, invoke, tiny, recipe_file):
+    pytest.importorskip("sklearn", reason="the reference is scikit-learn's digits")
+    verifier = {
+        "source": "checkpoint",
+        "builder": "dreamkit.teachers.small_resnet:SmallResNet",
+        "arguments": {"depth": 8, "num_classes": 10, "in_channels": 1, "width": 4},
+        "input_size": [1, 12, 12],  # other than the teacher's
+        "mean": [0.3],
+        "std": [0.4],
+        "num_classes": 10,
+    }
+    tiny["synthesis"] |= {"images": 24, "batch_size": 24, "stages": [{"steps": 3}]}
+    tiny["application"] = {"name": "judge", "verifiers": [verifier, verifier], "splits": 4}
+    tiny["application"]["reference"] = {"source": "digits"}
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe = str(recipe_file(tiny))
+    code, out, _ = invoke("run", recipe, "--out", str(first))
+    assert code == 0
+    assert "the Fréchet distance is biased upwards" not in out  # 24 images, 16 features
+    assert "classifier score, 4 splits" in out
+    metrics = metrics_of(first)
+    assert metrics["judge.images"] == 24
+    for name in ("SmallResNet", "SmallResNet_2"):
+        name = f"judge.checkpoint/dreamkit_teachers_small_resnet_{name}"
+        assert 0 <= metrics[f"{name}.accuracy"] <= 1
+        assert 1 <= metrics[f"{name}.classifier_score"] <= 6  # a split has six images
+        assert metrics[f"{name}.frechet_distance"] > 0
+    page = (first / "report.html").read_text()
+    assert "Fréchet distance to 540 real images" in page
+    assert " at fc</td>" in page
+
+    # The same dreams from the store, without dreaming, are judged the same.
+    again = f"application.images={{source: dreams, path: {first}}}"
+    options = ("--set", again, "--set", "synthesis=null", "--out", str(second))
+    assert invoke("run", recipe, *options)[0] == 0
+    for name, value in metrics_of(second).items():
+        assert value == pytest.approx(metrics[name]), name
+
+    itself = "application.verifiers=[{source: bundled, model: digits_resnet8}]"
+    code, _, err = invoke("run", recipe, "--set", itself, "--out", str(tmp_path / "third"))
+    assert code == 2
+    assert "application.verifiers[0]: bundled/digits_resnet8 is the inverted teacher itself" in err
+    assert not (tmp_path / "third").exists()
+
+
 def test_dreams_are_exported_as_an_image_folder(tmp_path, invoke):
     run, images = tmp_path / "run", tmp_path / "images"
     options = ("--preset", "smoke", "--set", "application={name: synthesize}", "--out", str(run))

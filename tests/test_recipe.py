@@ -251,6 +251,55 @@ def test_options_inside_options(
     assert line.partition(" ")[2].startswith(message)
 
 
+def judge(*verifiers: Any, **options: Any) -> dict[str, Any]:
+    return {"name": "judge", "verifiers": list(verifiers), **options}
+
+
+DIGITS = {"source": "bundled", "model": "digits_resnet8"}
+
+
+def test_a_list_of_entries(tiny: dict[str, Any], recipe_file: Write) -> None:
+    resnet = {"source": "torchvision", "model": "resnet18", "weights": None}
+    tiny["application"] = judge(DIGITS, resnet, reference={"source": "digits"}, layer="fc")
+    made = read_recipe(recipe_file(tiny), build_registries).recipe.application
+    assert [verifier.model for verifier in made.verifiers] == ["digits_resnet8", "resnet18"]
+    assert made.reference.split == "test"
+    assert made.images is None
+
+
+@pytest.mark.parametrize(
+    ("application", "found"),
+    [
+        (
+            judge(DIGITS, DIGITS | {"modle": "x"}, {"source": "bundeld"}),
+            [
+                "application.verifiers[1].modle: unknown option; did you mean 'model'?",
+                "application.verifiers[2].source: no source 'bundeld' among the teachers; ",
+            ],
+        ),
+        (
+            judge(DIGITS | {"weight": 1}),
+            ["application.verifiers[0].weight: unknown option (options: model, source)"],
+        ),
+        (judge("resnet"), ["application.verifiers[0]: should be a mapping, not a string"]),
+        (
+            judge() | {"verifiers": DIGITS},
+            ["application.verifiers: should be a list, not a mapping"],
+        ),
+        (judge(), ["application.verifiers: give at least one verifier"]),
+        (judge(DIGITS, splits=0), ["application.splits: should be greater than or equal to 1"]),
+        (judge(DIGITS, layer="fc"), ["application.layer: it is for the Fréchet distance"]),
+    ],
+)
+def test_a_wrong_list_of_entries(
+    tiny: dict[str, Any], recipe_file: Write, application: Any, found: list[str]
+) -> None:
+    lines = problems(recipe_file(tiny | {"application": application}))
+    assert len(lines) == len(found)
+    for line, start in zip(lines, found, strict=True):
+        assert line.partition(" ")[2].startswith(start)
+
+
 def test_a_preset_is_laid_over_the_recipe(tiny: dict[str, Any], recipe_file: Write) -> None:
     tiny["presets"] = {"big": {"synthesis": {"images": 99}, "seed": 5}, "other": {"seed": 6}}
     path = recipe_file(tiny)

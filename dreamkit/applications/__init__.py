@@ -9,3 +9,4 @@ def register_applications(register: Register) -> None:
     register("synthesize", "dreamkit.applications.synthesize:Synthesize")
     register("distill", "dreamkit.applications.distill:Distill")
     register("prune", "dreamkit.applications.prune:Prune")
+    register("judge", "dreamkit.applications.judge:Judge")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreamkit.applications.adaptive import Growth
 from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.training.batches import Draws
@@ -137,8 +137,8 @@ class _Teaching:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        state = {f"distiller.{k}": v for k, v in self.distiller.state().items()}
-        state |= {f"draws.{k}": v for k, v in self.draws.state().items()}
+        state = prefixed("distiller", self.distiller.state())
+        state |= prefixed("draws", self.draws.state())
         state["random"] = torch.get_rng_state()
         if self.context.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.context.device)
@@ -156,8 +156,8 @@ class _Teaching:
         state, facts = found
         if self.growth is not None:
             self.growth.restore(facts["batches"])
-        self.distiller.restore(_below("distiller.", state))
-        self.draws.restore(_below("draws.", state))
+        self.distiller.restore(below("distiller", state))
+        self.draws.restore(below("draws", state))
         torch.set_rng_state(state["random"])
         if self.context.device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self.context.device)
@@ -165,7 +165,3 @@ class _Teaching:
         done = self.distiller.done
         self.context.log.note(f"{self.stage}: going on from step {done} of {self.total}")
         return True
-
-
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,1 +1,1 @@
-"""Evaluation: accuracy, agreement, and what a model costs."""
+"""Evaluation: accuracy, agreement, what a model costs, and what images are worth."""

@@ -5,8 +5,12 @@ from dreamkit.registry import Register, hookimpl
 
 @hookimpl
 def register_regularizers(register: Register) -> None:
-    """Register the paper's terms."""
+    """Register the terms of DeepInversion, and of the generators that came after."""
     register("tv", "dreamkit.regularizers.tv:TotalVariation")
     register("l2", "dreamkit.regularizers.l2:L2Norm")
     register("bn_feature", "dreamkit.regularizers.bn_feature:BNFeature")
     register("js_compete", "dreamkit.regularizers.js_compete:JSCompete")
+    register("one_hot", "dreamkit.regularizers.one_hot:OneHot")
+    register("information_entropy", "dreamkit.regularizers.information_entropy:InformationEntropy")
+    register("activation", "dreamkit.regularizers.activation:Activation")
+    register("adversarial", "dreamkit.regularizers.adversarial:Adversarial")

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from dreamkit.report.figures import curves
-from dreamkit.report.tables import summary_rows
+from dreamkit.report.tables import fidelity_line, judge_rows, summary_rows
 
 _NO_CURVE = {"r_feature by layer"}
 
@@ -31,6 +31,7 @@ def render(
         picture: the grid of dreams, if there are any.
     """
     header, rows = summary_rows(report["metrics"])
+    judge_header, judged = judge_rows(report)
     environment = Environment(
         loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
     )
@@ -38,6 +39,9 @@ def render(
         report=report,
         header=header,
         rows=rows,
+        judge_header=judge_header,
+        judged=judged,
+        fidelity=fidelity_line(report),
         picture=_data_uri(picture) if picture is not None else None,
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
         layers=_layer_means(records.get("r_feature by layer", {})),

@@ -1,8 +1,9 @@
-"""The one table of a run: teacher, pruned, student, side by side."""
+"""The tables of a run: teacher, pruned, student side by side, and what verifiers see in dreams."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 MODELS = ("teacher", "pruned", "student")
 _COLUMNS = (
@@ -41,6 +42,44 @@ def _cell(key: str, value: float | None) -> str:
     if key == "latency_ms":
         return f"{value:.3f} ms"
     return quantity(value)
+
+
+def judge_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what verifiers said of the images, one row each; none if none did.
+
+    Every number stands with what it was taken over: images, splits, real images and layer.
+    """
+    judged = report["details"].get("judge", {})
+    rows = []
+    for verifier in judged.get("verifiers", ()):
+        known = {
+            key: report["metrics"].get(f"judge.{verifier['name']}.{key}")
+            for key in ("accuracy", "classifier_score", "classifier_score_std", "frechet_distance")
+        }
+        accuracy, score, deviation, distance = known.values()
+        row = [verifier["name"], str(judged["images"]), _cell("accuracy", accuracy)]
+        row.append("-" if score is None else f"{score:.3f} ± {deviation:.3f}")
+        row.append("-" if distance is None else f"{distance:.3f} at {verifier['layer']}")
+        rows.append(row)
+    real = judged.get("reference_images")
+    header = ["verifier", "images", "accuracy", f"classifier score, {judged.get('splits')} splits"]
+    header.append(f"Fréchet distance to {real} real images" if real else "Fréchet distance")
+    return header, rows
+
+
+def fidelity_line(report: Mapping[str, Any]) -> str | None:
+    """Return a sentence with the Inception score and FID, None where they were not computed."""
+    metrics, judged = report["metrics"], report["details"].get("judge", {})
+    score = metrics.get("judge.inception_score")
+    if score is None:
+        return None
+    line = (
+        f"Inception score {score:.3f} ± {metrics['judge.inception_score_std']:.3f} of "
+        f"{judged['images']} images in {judged['splits']} splits"
+    )
+    if "judge.fid" in metrics:
+        line += f", FID {metrics['judge.fid']:.3f} to {judged['reference_images']} real images"
+    return line + " (torch-fidelity)"
 
 
 def quantity(value: float) -> str:

@@ -10,3 +10,4 @@ def register_sources(register: Register) -> None:
     register("folder", "dreamkit.sources.folder:Folder")
     register("torchvision", "dreamkit.sources.torchvision:TorchvisionDataset")
     register("digits", "dreamkit.sources.digits:Digits")
+    register("generator", "dreamkit.sources.generator:GeneratorImages")

@@ -7,3 +7,6 @@ from dreamkit.registry import Register, hookimpl
 def register_synthesizers(register: Register) -> None:
     """Register the built-in synthesizers."""
     register("deepinversion", "dreamkit.synthesizers.deepinversion:DeepInversion")
+    register("dafl", "dreamkit.synthesizers.dafl:DAFL")
+    register("fast_meta", "dreamkit.synthesizers.fast_meta:FastMeta")
+    register("cmi", "dreamkit.synthesizers.cmi:CMI")

@@ -1,9 +1,10 @@
-"""What BatchNorm layers see of a batch: the only place that hooks a teacher's forward pass."""
+"""What a teacher's layers see of a batch: the only place that hooks its forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,6 +140,77 @@ def _(
 def _along_channels(x: Tensor) -> tuple[int, ...]:
     """Return the shape that spreads a tensor (C,) over x (N, C, ...)."""
     return (1, -1, *[1] * (x.dim() - 2))
+
+
+class SmoothedStatistics:
+    """A moving average of layers' statistics over batches.
+
+    Batches of a generator are less diverse than data are; it is their average that is to match the
+    stored statistics (Fang et al., "Contrastive Model Inversion", IJCAI 2021, and FastDFKD).
+
+    Args:
+        rate: share of earlier batches, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def blended(self, statistics: tuple[LayerStatistics, ...]) -> tuple[LayerStatistics, ...]:
+        """Return a batch's statistics averaged with those of the batches before, if any."""
+        return tuple(self._blend(layer) for layer in statistics)
+
+    def _blend(self, layer: LayerStatistics) -> LayerStatistics:
+        before = self._seen.get(layer.name)
+        if before is None:
+            return layer
+        mean = self.rate * before[0] + (1 - self.rate) * layer.mean
+        var = self.rate * before[1] + (1 - self.rate) * layer.var
+        return replace(layer, mean=mean, var=var)
+
+    def update(self, statistics: tuple[LayerStatistics, ...]) -> None:
+        """Take a finished batch's statistics into the average."""
+        for layer in self.blended(statistics):
+            self._seen[layer.name] = (layer.mean.detach().clone(), layer.var.detach().clone())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the average."""
+        return {f"{name}.{n}": v for name, pair in self._seen.items() for n, v in enumerate(pair)}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from an average."""
+        names = dict.fromkeys(key.rpartition(".")[0] for key in state)
+        self._seen = {n: (state[f"{n}.0"].to(device), state[f"{n}.1"].to(device)) for n in names}
+
+
+class InputTap:
+    """Keeps what some layers of a model were given in its last forward pass."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Note one layer's input."""
+        self.inputs[name] = x
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the inputs by layer, and let go of them."""
+        taken, self.inputs = self.inputs, {}
+        return taken
+
+
+def last_linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the linear layer defined last, the classifier, as a list of one; or none."""
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return linear[-1:]
+
+
+@contextmanager
+def inputs_of(layers: list[tuple[str, nn.Module]]) -> Iterator[InputTap]:
+    """Hook layers for as long as the block lasts, to see what they are given."""
+    tap = InputTap()
+    with hooked(layers, tap.see):
+        yield tap
 
 
 @contextmanager

@@ -32,7 +32,9 @@ from dreamkit.synthesizers.inversion_loss import (
 )
 from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
+from dreamkit.synthesizers.views import draw_views
 from dreamkit.teachers.checking import check_outputs
+from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
     Dream,
@@ -325,7 +327,7 @@ class Inversion:
         finite = torch.tensor(True, device=self.device)
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
-            factor = learning_rate_factor(step, stage.steps, options.schedule, options.warmup)
+            factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
             images = options.parameterisation.render(parameters, size)
             found = evaluator(images, labels, draws[step])
@@ -462,31 +464,3 @@ class Plateau:
         if self.lowest - loss > PROGRESS * abs(self.lowest) or not math.isfinite(self.lowest):
             self.lowest, self.since = loss, step
         return step - self.since >= self.patience
-
-
-def draw_views(
-    steps: int, shift: tuple[int, int], flip: bool, generator: torch.Generator
-) -> Tensor:
-    """Draw each step's roll and mirror.
-
-    Args:
-        steps: how many.
-        shift: most rows and columns to roll by, either way.
-        flip: mirror half of the steps.
-        generator: a CPU generator.
-
-    Returns:
-        (steps, 3) int64: rows, columns, and 1 to mirror; see ``engine.View``.
-    """
-    draws = [torch.randint(-s, s + 1, (steps,), generator=generator) for s in shift]
-    mirrored = torch.rand(steps, generator=generator) < 0.5 if flip else torch.zeros(steps)
-    return torch.stack([*draws, mirrored.long()], dim=1)
-
-
-def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
-    """Return the factor on the learning rate at a step of a stage."""
-    rise = min(1.0, (step + 1) / (warmup + 1))
-    if schedule == "constant":
-        return rise
-    progress = max(0, step - warmup) / max(1, steps - warmup)
-    return rise * 0.5 * (1 + math.cos(math.pi * progress))

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from dreamkit.errors import TeacherMismatch
 from dreamkit.registry import Term
-from dreamkit.synthesizers.bn_statistics import BatchNormTap, batch_norm_layers, tapped
+from dreamkit.synthesizers.bn_statistics import (
+    BatchNormTap,
+    InputTap,
+    SmoothedStatistics,
+    batch_norm_layers,
+    inputs_of,
+    last_linear,
+    tapped,
+)
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher, needs
 
@@ -29,8 +37,9 @@ class InversionLoss:
         teacher: frozen.
         regularizers: the terms beside the cross-entropy.
         tap: of the teacher, where a term needs its statistics.
+        features: sees the input of the teacher's last linear layer, where a term needs it.
         student: what a term lets the teacher compete with; it must be frozen while the loss is
-            evaluated.
+            evaluated. Without it, terms that need it are left out.
         cross_entropy: weight of the classification term.
     """
 
@@ -39,14 +48,18 @@ class InversionLoss:
         teacher: nn.Module,
         regularizers: Terms,
         tap: BatchNormTap | None,
+        features: InputTap | None,
         student: nn.Module | None,
         cross_entropy: float = 1.0,
     ) -> None:
         self.teacher = teacher
         self.regularizers = regularizers
         self.tap = tap
+        self.features = features
         self.student = student
         self.cross_entropy = cross_entropy
+        self.smoothed: SmoothedStatistics | None = None
+        """Statistics of earlier batches, to be matched together with this one's."""
 
     def __call__(
         self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
@@ -59,18 +72,27 @@ class InversionLoss:
             arithmetic: sets the networks' precision.
         """
         student_logits: Tensor | None = None
+        features: Tensor | None = None
         statistics: tuple[LayerStatistics, ...] = ()
         with arithmetic or nullcontext():
             if self.tap is not None:
                 logits, statistics = self.tap(images)
+                if self.smoothed is not None:
+                    statistics = self.smoothed.blended(statistics)
             else:
                 logits = self.teacher(images)
+            if self.features is not None:
+                (features,) = self.features.take().values()
+                features = features.float()
             if self.student is not None:
                 student_logits = self.student(images).float()
-        step = InversionStep(images, labels, logits.float(), student_logits, statistics)
+        logits = logits.float()
+        step = InversionStep(images, labels, logits, student_logits, statistics, features)
         classified = F.cross_entropy(step.teacher_logits, labels)
         terms = {"cross_entropy": self.cross_entropy * classified}
         for term in self.regularizers:
+            if student_logits is None and "student_logits" in needs(term.entry):
+                continue
             value = term.weight * term.entry(step)
             # A name may stand in the recipe more than once; its values add up.
             terms[term.name] = terms[term.name] + value if term.name in terms else value
@@ -88,7 +110,7 @@ def competing(regularizers: Terms) -> str | None:
 
 
 def check_terms(regularizers: Terms, teacher: Teacher) -> None:
-    """Refuse a teacher without the BatchNorm statistics that a term matches.
+    """Refuse a teacher without the BatchNorm statistics or the features that a term looks at.
 
     Raises:
         TeacherMismatch: naming the term, and what else could be done.
@@ -100,6 +122,12 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
                 "out (DeepDream: tv and l2), or train on proxy images "
                 "({source: folder, path: ...})",
+                ("regularizers", index),
+            )
+        if "features" in needs(term.entry) and not last_linear(teacher.model):
+            raise TeacherMismatch(
+                f"{term.name} looks at what the last linear layer is given, and "
+                f"{teacher.card.name} has no linear layer; leave the term out",
                 ("regularizers", index),
             )
 
@@ -123,5 +151,8 @@ def bound_loss(
     with ExitStack() as stack:
         stack.enter_context(borrowed(teacher))
         tap = stack.enter_context(tapped(teacher)) if "bn_statistics" in wants else None
+        features = None
+        if "features" in wants:
+            features = stack.enter_context(inputs_of(last_linear(teacher)))
         rival = student if "student_logits" in wants else None
-        yield InversionLoss(teacher, regularizers, tap, rival, cross_entropy)
+        yield InversionLoss(teacher, regularizers, tap, features, rival, cross_entropy)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,9 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dreamkit.arithmetic import autocast, settled
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
+from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.training.augmenter import Augmentation, Augmenter
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.losses import distillation_loss, mixed_cross_entropy
+from dreamkit.training.schedule import Schedule, lr_factor
 from dreamkit.types import NO_LABEL, Images
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -71,7 +72,7 @@ class Distillation:
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
     accumulate: Annotated[int, Field(ge=1)] = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     milestones: tuple[Share, ...] = (0.4, 0.8)
     augmentation: Augmentation = field(default_factory=Augmentation)
     ema: Share | None = None
@@ -98,13 +99,7 @@ class Distillation:
     def lr_factor(self, step: int, total: int) -> float:
         """Return the learning rate's factor at a step: up over the warm-up, then the schedule."""
         warmup = round(self.warmup * total)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-        if self.schedule == "step":
-            return float(0.1 ** sum(step >= share * total for share in self.milestones))
-        return 1.0
+        return lr_factor(step, total, warmup, self.schedule, self.milestones)
 
 
 class Distiller:
@@ -270,31 +265,20 @@ class Distiller:
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, as a flat dictionary of tensors."""
         found = {"done": torch.tensor(self.done), "augmentation": self.augmenter.state()}
-        found |= {f"student.{k}": v for k, v in self.student.state_dict().items()}
+        found |= prefixed("student", self.student.state_dict())
+        found |= prefixed("optimizer", optimizer_state(self.optimizer))
         if self.average is not None:
-            found |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for number, values in self.optimizer.state_dict()["state"].items():
-            tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-            found |= {f"optimizer.{number}.{k}": v for k, v in tensors.items()}
+            found |= prefixed("average", self.average.state_dict())
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a state that ``state`` returned."""
         self.done = int(state["done"])
         self.augmenter.restore(state["augmentation"])
-        self.student.load_state_dict(_below("student.", state))
+        self.student.load_state_dict(below("student", state))
+        restore_optimizer(self.optimizer, below("optimizer", state))
         if self.average is not None:
-            self.average.load_state_dict(_below("average.", state))
-        slots: dict[int, dict[str, Any]] = {}
-        for key, value in _below("optimizer.", state).items():
-            number, _, name = key.partition(".")
-            slots.setdefault(int(number), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self.average.load_state_dict(below("average", state))
 
 
 _Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dreamkit.arithmetic import has_native_bfloat16
+from dreamkit.evaluation.judgement import judge_by
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -101,3 +102,12 @@ def test_memory_by_trial():
 
 def test_native_bfloat16_is_told():
     assert has_native_bfloat16(CUDA) == (torch.cuda.get_device_capability() >= (8, 0))
+
+
+def test_a_judgement_is_that_of_the_cpu(toys):
+    verifier = toys.teacher(toys.two_bn(), toys.card(size=(3, 12, 12)))
+    images, real = toys.images(40), toys.images(30)
+    on_cpu = judge_by(verifier, images, real, "fc", 4, 0, torch.device("cpu"))
+    on_cuda = judge_by(verifier, images, real, "fc", 4, 0, CUDA)
+    assert next(verifier.model.parameters()).is_cuda
+    assert on_cuda.metrics() == pytest.approx(on_cpu.metrics(), rel=1e-2)

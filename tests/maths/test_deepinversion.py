@@ -16,13 +16,9 @@ from dreamkit.regularizers.js_compete import JSCompete
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers import deepinversion
-from dreamkit.synthesizers.deepinversion import (
-    DeepInversion,
-    Stage,
-    draw_views,
-    learning_rate_factor,
-)
-from dreamkit.synthesizers.engine import Engine, View, gathered
+from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.views import View, draw_views, gathered
 from dreamkit.types import BatchPlan
 
 CPU = torch.device("cpu")
@@ -511,27 +507,6 @@ def test_every_image_of_the_batch_is_shifted_alike():
     out = View.apply(batch, draw)
     assert torch.equal(out[0], out[1])
     assert torch.equal(out[0], out[2])
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "step", "expected"),
-    [
-        ("constant", 0, 0, 1.0),
-        ("constant", 0, 9, 1.0),
-        ("constant", 3, 0, 1 / 4),
-        ("constant", 3, 2, 3 / 4),
-        ("constant", 3, 3, 1.0),
-        ("cosine", 0, 0, 1.0),  # ½(1 + cos 0)
-        ("cosine", 0, 5, 0.5),  # ½(1 + cos ½π)
-        ("cosine", 2, 0, 1 / 3),
-        ("cosine", 2, 1, 2 / 3),
-        ("cosine", 2, 2, 1.0),
-        ("cosine", 2, 6, 0.5),  # 4 of the 8 steps after the warm-up
-        ("cosine", 2, 4, 0.5 * (1 + 2**-0.5)),  # 2 of 8: ½(1 + cos ¼π)
-    ],
-)
-def test_learning_rate_factor(schedule, warmup, step, expected):
-    assert learning_rate_factor(step, 10, schedule, warmup) == pytest.approx(expected)
 
 
 # --- labels -----------------------------------------------------------------------------------

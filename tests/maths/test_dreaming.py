@@ -48,7 +48,7 @@ class Counting:
         return getattr(self.inner, name)
 
     @contextmanager
-    def session(self, teacher, device, choices=None, note=lambda text: None):
+    def session(self, teacher, device, choices=None, note=lambda text: None, student=None):
         counting = self
 
         class Dreamer:
@@ -66,7 +66,7 @@ class Counting:
                 counting.dreamed.append(plan.index)
                 return self.session.dream(plan, on_step)
 
-        with self.inner.session(teacher, device, choices, note) as session:
+        with self.inner.session(teacher, device, choices, note, student) as session:
             yield Dreamer(session)
 
 
@@ -437,8 +437,11 @@ def test_plans_reach_the_dreamer(context):
         choices = MappingProxyType({})
 
         @contextmanager
-        def session(self, teacher, device, choices, note):
+        def session(self, teacher, device, choices, note, student):
             yield self
+
+        def state(self):
+            return {}
 
         def prepare(self, images):
             return Estimate(1.0, 2**30)

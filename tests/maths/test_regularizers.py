@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 
+from dreamkit.regularizers.activation import Activation
+from dreamkit.regularizers.adversarial import Adversarial
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.information_entropy import InformationEntropy
 from dreamkit.regularizers.js_compete import JSCompete, jensen_shannon
 from dreamkit.regularizers.l2 import L2Norm
+from dreamkit.regularizers.one_hot import OneHot
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.types import InversionStep, LayerStatistics
 
@@ -192,3 +196,42 @@ def test_gradients_flow_to_the_images(term, toys):
     assert torch.isfinite(pixels.grad).all()
     per_image = pixels.grad.flatten(1).abs().sum(1)
     assert (per_image > 0).all(), "every image of the batch gets a gradient"
+
+
+# --- terms of the generator methods -----------------------------------------------------------
+
+
+def test_adversarial_by_hand():
+    # Teacher (¾, ¼) twice. The first student, (3/5, 2/5), agrees on the class; the second does not.
+    teacher = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]])
+    student = torch.tensor([[math.log(1.5), 0.0], [0.0, 1.0]])
+    kl = 0.75 * math.log(0.75 / 0.6) + 0.25 * math.log(0.25 / 0.4)
+    step = step_of(torch.zeros(2, 1, 1, 1), teacher, student)
+    assert Adversarial()(step).item() == pytest.approx(-kl / 2, rel=1e-5)
+
+
+def test_information_entropy_by_hand():
+    # One image of each class for certain: the mean is even, and its entropy ln 2.
+    even = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    images = torch.zeros(2, 1, 1, 1)
+    assert InformationEntropy()(step_of(images, even)).item() == pytest.approx(-math.log(2))
+    one = torch.tensor([[1000.0, 0.0], [1000.0, 0.0]], requires_grad=True)
+    value = InformationEntropy()(step_of(images, one))
+    value.backward()
+    assert value.item() == 0
+    assert one.grad.isfinite().all()
+
+
+def test_one_hot_by_hand():
+    # The choices have probability ¾ and ½.
+    teacher = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
+    expected = -(math.log(0.75) + math.log(0.5)) / 2
+    step = step_of(torch.zeros(2, 1, 1, 1), teacher)
+    assert OneHot()(step).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_activation_by_hand():
+    step = InversionStep(
+        IMAGE, torch.zeros(1), torch.zeros(1, 2), features=torch.tensor([[1.0, -3.0, 0.5]])
+    )
+    assert Activation()(step).item() == pytest.approx(-1.5)

@@ -18,7 +18,7 @@ from dreamkit.report import run_log
 from dreamkit.report.figures import curves, grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
-from dreamkit.report.tables import quantity, summary_rows
+from dreamkit.report.tables import fidelity_line, judge_rows, quantity, summary_rows
 from dreamkit.trackers.csv import CSVTracker
 
 # --- the grid ---------------------------------------------------------------------------------
@@ -164,6 +164,50 @@ def test_summary_of_a_run_that_measured_nothing():
     assert summary_rows({"synthesis.images": 8}) == (["model"], [])
 
 
+JUDGED = {
+    "metrics": {
+        "judge.a.accuracy": 0.5,
+        "judge.a.classifier_score": 2.25,
+        "judge.a.classifier_score_std": 0.125,
+        "judge.a.frechet_distance": 12.3456,
+        "judge.b.classifier_score": 1.0,
+        "judge.b.classifier_score_std": 0.0,
+        "judge.inception_score": 3.5,
+        "judge.inception_score_std": 0.25,
+        "judge.fid": 40.0,
+    },
+    "details": {
+        "judge": {
+            "images": 64,
+            "splits": 4,
+            "reference_images": 540,
+            "verifiers": [{"name": "a", "layer": "fc"}, {"name": "b", "layer": None}],
+        }
+    },
+}
+
+
+def test_judge_rows_by_hand():
+    header, rows = judge_rows(JUDGED)
+    assert header == [
+        *("verifier", "images", "accuracy", "classifier score, 4 splits"),
+        "Fréchet distance to 540 real images",
+    ]
+    assert rows == [
+        ["a", "64", "0.5000", "2.250 ± 0.125", "12.346 at fc"],
+        ["b", "64", "-", "1.000 ± 0.000", "-"],
+    ]
+    assert judge_rows({"metrics": {}, "details": {}})[1] == []
+
+
+def test_the_standard_scores_have_a_line_of_their_own():
+    score = "Inception score 3.500 ± 0.250 of 64 images in 4 splits"
+    assert fidelity_line(JUDGED) == f"{score}, FID 40.000 to 540 real images (torch-fidelity)"
+    metrics = {name: value for name, value in JUDGED["metrics"].items() if name != "judge.fid"}
+    assert fidelity_line(JUDGED | {"metrics": metrics}) == f"{score} (torch-fidelity)"
+    assert fidelity_line({"metrics": {}, "details": {}}) is None
+
+
 # --- the page ---------------------------------------------------------------------------------
 
 REPORT = {
@@ -216,6 +260,14 @@ def test_the_page_shows_what_was_run():
     without = render(REPORT, {}, "", None)
     assert "<img" not in without
     assert "<svg" not in without
+
+
+def test_the_page_shows_what_verifiers_said():
+    text = render(REPORT | JUDGED, {}, "", None)
+    assert "<td>2.250 ± 0.125</td><td>12.346 at fc</td>" in text
+    assert "FID 40.000 to 540 real images (torch-fidelity)." in text
+    assert "they are neither Inception scores nor FID" in text
+    assert "What other networks see" not in page()
 
 
 def test_layers_are_averaged_over_batches_and_not_drawn():

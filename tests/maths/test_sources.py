@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.sources.digits import Digits
 from dreamkit.sources.folder import Folder
+from dreamkit.sources.generator import GeneratorImages
 from dreamkit.sources.torchvision import TorchvisionDataset
 from dreamkit.types import NO_LABEL
 
@@ -222,3 +224,61 @@ def test_torchvision_refusals(toys, tmp_path):
     source = TorchvisionDataset("CIFAR10", root=str(tmp_path), arguments={"download": False})
     with pytest.raises(DreamkitError, match="CIFAR10 does not open"):
         source.open(toys.card())
+
+
+# --- a generator's images ---------------------------------------------------------------------
+
+
+class Checkered(nn.Module):
+    """Maps noise (N, 2) to images whose pixels are its first number, in [-1, 1]."""
+
+    def forward(self, noise):
+        return noise[:, :1, None, None].tanh().expand(-1, 3, 8, 8)
+
+
+@pytest.fixture
+def drawing(tmp_path):
+    path = tmp_path / "drawing.pt"
+    torch.jit.script(Checkered()).save(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "drawing.pt2"
+    torch.export.save(torch.export.export(Checkered(), (torch.zeros(4, 2),)), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["drawing", "exported"])
+def test_a_generator_draws_by_its_seed(toys, request, kind):
+    path = request.getfixturevalue(kind)
+    given = GeneratorImages(path, images=6, latent=(2,), batch_size=4, seed=3)
+    images = given.open(toys.card())
+    noise = torch.Generator().manual_seed(3)
+    drawn = torch.cat([torch.randn(4, 2, generator=noise) for _ in range(2)])[:6, 0]
+    expected = ((drawn.tanh() + 1) / 2 * 255).round()
+    stored, labels = images.batch(range(6))
+    assert stored.shape == (6, 3, 8, 8)
+    assert torch.equal(stored[:, 1, 2, 3], expected.to(torch.uint8))
+    assert labels.tolist() == [NO_LABEL] * 6
+
+
+def test_a_generators_images_are_brought_to_the_teachers_size(toys, drawing):
+    given = GeneratorImages(drawing, images=2, latent=(2,))
+    stored, _ = given.open(toys.card(size=(3, 5, 6))).batch([0, 1])
+    assert stored.shape == (2, 3, 5, 6)
+    assert (stored == stored[:, :, :1, :1]).all()
+
+
+def test_a_generator_that_does_not_fit_is_named_with_the_option(toys, drawing, tmp_path):
+    with pytest.raises(DreamkitError, match="noise of shape") as caught:
+        GeneratorImages(drawing, images=2, latent=(3, 1)).open(toys.card())
+    assert caught.value.path == ("latent",)
+    with pytest.raises(DreamkitError, match="takes 1 channels"):
+        GeneratorImages(drawing, images=2, latent=(2,)).open(toys.card(size=(1, 8, 8)))
+    (tmp_path / "none.pt").write_bytes(b"none")
+    with pytest.raises(DreamkitError, match="neither a TorchScript"):
+        GeneratorImages(str(tmp_path / "none.pt"), images=2, latent=(2,)).open(toys.card())
+    with pytest.raises(OptionError, match="black"):
+        GeneratorImages(drawing, images=2, latent=(2,), pixels=(1.0, 0.0))

@@ -67,7 +67,7 @@ def test_shard_content_and_dtypes(tmp_path):
 def test_manifest_vouches_for_the_shards(tmp_path):
     filled(tmp_path)
     data = json.loads((tmp_path / "manifest.json").read_text())
-    assert data["format"] == 2
+    assert data["format"] == 3
     assert data["settings"] == SETTINGS
     for index, entry in enumerate(data["shards"]):
         blob = (tmp_path / entry["file"]).read_bytes()
@@ -342,3 +342,45 @@ def test_the_report_marks_a_run_as_finished(tmp_path):
     directory.write_report({"metrics": {"x": 1}})
     assert directory.finished
     assert read_report(tmp_path / "run") == {"metrics": {"x": 1}}
+
+
+# --- what a synthesizer carries on ------------------------------------------------------------
+
+
+def test_a_state_lies_beside_the_batches_and_the_last_one_counts(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    assert store.read_state() == {}
+    for index in range(2):
+        state = {"generator.w": torch.full((3,), float(index))}
+        store.write(index, content(index), 1.0, 0.5, None, state)
+    assert [p.name for p in tmp_path.glob("state-*")] == ["state-000002.safetensors"]
+    found = DreamStore(tmp_path, SETTINGS).read_state()
+    assert torch.equal(found["generator.w"], torch.ones(3))
+
+
+def test_a_state_whose_batches_are_gone_is_refused(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    for index in range(2):
+        store.write(index, content(index), 1.0, 0.5, None, {"w": torch.zeros(1)})
+    (tmp_path / "shard-000000.safetensors").unlink()
+    with pytest.raises(StoreError, match="batch 0 is gone"):
+        DreamStore(tmp_path, SETTINGS).read_state()
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    store.write(0, content(0), 1.0, 0.5, None, {"w": torch.zeros(8)})
+    path = tmp_path / "state-000001.safetensors"
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(StoreError, match="SHA-256"):
+        DreamStore(tmp_path, SETTINGS).read_state()
+
+
+def test_a_skipped_batch_does_not_break_the_chain(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    store.write(0, content(0), 1.0, 0.5, None, {"w": torch.zeros(1)})
+    store.skip(1, 2, "it overflowed")
+    store.write(2, content(2), 1.0, 0.5, None, {"w": torch.ones(1)})
+    assert torch.equal(DreamStore(tmp_path, SETTINGS).read_state()["w"], torch.ones(1))

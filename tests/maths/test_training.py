@@ -8,24 +8,40 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.training.batches import epochs_of, in_order
+from dreamkit.errors import DreamkitError
+from dreamkit.flat_state import below, prefixed
+from dreamkit.model_state import frozen, seeded
+from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
+from dreamkit.training.batches import Draws, epochs_of, in_order
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.training.distillation import Distillation, distil, warmup_cosine
-from dreamkit.training.losses import distillation_loss
-from dreamkit.types import StoredImages
+from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.losses import distillation_loss, mixed_cross_entropy
+from dreamkit.training.schedule import lr_factor
+from dreamkit.types import NO_LABEL, StoredImages
 
 CPU = torch.device("cpu")
 
 
+def taught(epochs=30, temperature=3.0, **changes):
+    """Return options in float32, whatever this processor multiplies."""
+    return Distillation(epochs, temperature, **({"precision": "float32"} | changes))
+
+
+def distiller(toys, student, teacher, images, options, seed=0):
+    total = options.total_steps(len(images))
+    generator = torch.Generator().manual_seed(seed + 1)
+    return Distiller(student, teacher, toys.card(), options, CPU, generator, total)
+
+
 def train(toys, student, teacher, images, options, seed=0):
-    losses = []
-
-    def on_step(done, loss):
-        assert done == len(losses) + 1
-        losses.append(loss)
-
-    generator = torch.Generator().manual_seed(seed)
-    distil(student, teacher, images, toys.card(), options, CPU, generator, on_step)
+    with frozen(teacher), seeded(seed):
+        made = distiller(toys, student, teacher, images, options, seed)
+        draws = Draws(options.batch_size, torch.Generator().manual_seed(seed))
+        draws.add(len(images))
+        losses = []
+        while made.done < made.total:
+            losses.append(float(made.step(*images.batch(draws.next()))))
+        made.finish(images)
     return losses
 
 
@@ -70,14 +86,14 @@ def test_distil_teaches_and_leaves_the_teacher_alone(toys):
     with torch.no_grad():
         student.fc.weight.mul_(-3)
     before = toys.state(teacher)
-    losses = train(toys, student, teacher, toys.images(16), Distillation(20, lr=0.05, batch_size=8))
+    losses = train(toys, student, teacher, toys.images(16), taught(20, lr=0.05, batch_size=8))
     toys.assert_same_state(teacher, before)
     assert sum(losses[-4:]) < 0.3 * sum(losses[:4])
     assert not any(module.training for module in student.modules())
 
 
 def test_distil_is_a_function_of_its_generator(toys):
-    options = Distillation(2, lr=0.05, batch_size=4)
+    options = taught(2, lr=0.05, batch_size=4)
     students = [toys.two_bn() for _ in range(3)]
     for student, seed in zip(students, (1, 1, 2), strict=True):
         with torch.no_grad():
@@ -94,7 +110,7 @@ def test_first_step_by_hand(toys):
     for model in (student, twin):
         with torch.no_grad():
             model.fc.weight.mul_(-1)
-    options = Distillation(1, 2.0, lr=0.1, batch_size=4, momentum=0, weight_decay=0, warmup=0)
+    options = taught(1, 2.0, lr=0.1, batch_size=4, momentum=0, weight_decay=0, warmup=0)
     images = toys.images(4)
     (loss,) = train(toys, student, teacher, images, options)
     x = toys.card().normalise(images.images)
@@ -112,7 +128,7 @@ def test_frozen_weights_of_the_student_stay(toys):
     with torch.no_grad():
         student.fc.weight.mul_(-1)
     before = student.conv1.weight.clone()
-    train(toys, student, toys.two_bn(), toys.images(8), Distillation(2, batch_size=4))
+    train(toys, student, toys.two_bn(), toys.images(8), taught(2, batch_size=4))
     assert torch.equal(student.conv1.weight, before)
     assert not torch.equal(student.fc.weight, -toys.two_bn().fc.weight)
 
@@ -122,9 +138,7 @@ def test_clip_norm_limits_the_step(toys):
     with torch.no_grad():
         student.fc.weight.mul_(-30)
     before = [p.detach().clone() for p in student.parameters()]
-    options = Distillation(
-        1, lr=1, batch_size=8, momentum=0, weight_decay=0, warmup=0, clip_norm=0.01
-    )
+    options = taught(1, lr=1, batch_size=8, momentum=0, weight_decay=0, warmup=0, clip_norm=0.01)
     train(toys, student, toys.two_bn(), toys.images(8), options)
     pairs = zip(student.parameters(), before, strict=True)
     moved = math.sqrt(sum((p - b).square().sum().item() for p, b in pairs))
@@ -135,38 +149,45 @@ def test_clip_norm_limits_the_step(toys):
     ("images", "batch_size", "epochs", "expected"),
     [
         (8, 4, 3, 6),
-        (9, 4, 3, 6),  # a last batch of one is left out
-        (10, 4, 3, 9),
-        (3, 4, 2, 2),
-        (1, 4, 2, 2),  # all there is
+        (9, 4, 3, 7),  # 27 images in fours, the last three left out
+        (10, 4, 3, 8),  # 30 images: 7.5, and Python rounds to even
+        (3, 4, 2, 2),  # all there is, twice
+        (1, 4, 2, 2),
         (8, 4, 0, 0),
     ],
 )
-def test_steps_is_how_often_on_step_is_called(toys, images, batch_size, epochs, expected):
-    options = Distillation(epochs, lr=1e-3, batch_size=batch_size)
-    losses = train(toys, toys.two_bn(), toys.two_bn(), toys.images(images), options)
-    assert options.steps(images) == expected
-    assert len(losses) == expected
+def test_steps_of_epochs_by_hand(images, batch_size, epochs, expected):
+    assert taught(epochs, batch_size=batch_size).total_steps(images) == expected
 
 
-def test_no_images_no_steps(toys):
-    assert Distillation(3).steps(0) == 0
-    assert train(toys, toys.two_bn(), toys.two_bn(), toys.images(0), Distillation(3)) == []
+def test_steps_in_place_of_epochs(toys):
+    options = taught(3, lr=1e-3, batch_size=4, steps=5)
+    losses = train(toys, toys.two_bn(), toys.two_bn(), toys.images(8), options)
+    assert len(losses) == 5
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"),
+    ("schedule", "warmup", "step", "expected"),
     [
-        (0, 1 / 5),  # up in four steps
-        (3, 4 / 5),
-        (4, 1.0),
-        (7, 0.5 * (1 + math.cos(math.pi * 3 / 12))),
-        (10, 0.5),  # halfway through the twelve that are left
-        (13, 0.5 * (1 + math.cos(math.pi * 9 / 12))),
+        ("step", 0, 3, 1.0),
+        ("step", 0, 4, 0.1),
+        ("step", 0, 8, 0.01),
+        ("constant", 0, 0, 1.0),
+        ("constant", 0, 9, 1.0),
+        ("constant", 3, 0, 1 / 4),
+        ("constant", 3, 2, 3 / 4),
+        ("constant", 3, 3, 1.0),
+        ("cosine", 0, 0, 1.0),  # ½(1 + cos 0)
+        ("cosine", 0, 5, 0.5),  # ½(1 + cos ½π)
+        ("cosine", 2, 0, 1 / 3),
+        ("cosine", 2, 1, 2 / 3),
+        ("cosine", 2, 2, 1.0),
+        ("cosine", 2, 6, 0.5),  # 4 of the 8 steps after the warm-up
+        ("cosine", 2, 4, 0.5 * (1 + 2**-0.5)),  # 2 of 8: ½(1 + cos ¼π)
     ],
 )
-def test_warmup_cosine(step, expected):
-    assert warmup_cosine(step, 16, 4) == pytest.approx(expected)
+def test_learning_rate_factor(schedule, warmup, step, expected):
+    assert lr_factor(step, 10, warmup, schedule, (0.4, 0.8)) == pytest.approx(expected)
 
 
 def test_learning_rate_follows_the_schedule(toys, monkeypatch):
@@ -178,11 +199,182 @@ def test_learning_rate_follows_the_schedule(toys, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", watch)
-    options = Distillation(4, lr=0.2, batch_size=4, warmup=0.25)
+    options = taught(4, lr=0.2, batch_size=4, warmup=0.25)
     train(toys, toys.two_bn(), toys.two_bn(), toys.images(8), options)
     # 8 steps, 2 of them warm-up: 1/3, 2/3, then half a cosine over 6.
     cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
     assert rates == pytest.approx([0.2 * f for f in (1 / 3, 2 / 3, *cosine)])
+
+
+def test_parts_of_a_batch_add_up_to_it_where_batch_norm_does_not_tell_them_apart(toys):
+    # In eval mode BatchNorm treats images one by one, so that the gradient is that of the whole.
+    students = [toys.plain(), toys.plain()]
+    for student, parts in zip(students, (1, 4), strict=True):
+        options = taught(1, lr=0.1, batch_size=8, accumulate=parts, momentum=0)
+        train(toys, student, toys.two_bn(), toys.images(8), options)
+    for one, other in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(students[0].fc.weight, toys.plain().fc.weight)
+
+
+def test_parts_that_leave_batch_norm_one_image_are_refused():
+    with pytest.raises(ValueError, match="accumulate: 3 parts of 4"):
+        Distillation(batch_size=4, accumulate=3)
+
+
+def test_hard_labels_by_hand(toys):
+    teacher, student, twin = toys.two_bn(), toys.plain(), toys.plain()
+    options = taught(1, 2.0, lr=0.1, batch_size=4, warmup=0, hard_labels=0.25)
+    images = toys.images(4)
+    (loss,) = train(toys, student, teacher, images, options)
+    x = toys.card().normalise(images.images)
+    soft = distillation_loss(twin(x), teacher(x), 2.0)
+    hard = nn.functional.cross_entropy(twin(x), images.labels)
+    assert loss == pytest.approx((0.75 * soft + 0.25 * hard).item(), rel=1e-4)
+
+
+def test_hard_labels_of_images_without_labels_are_refused(toys):
+    images = StoredImages(toys.images(4).images, torch.full((4,), NO_LABEL))
+    options = taught(1, batch_size=4, hard_labels=0.5)
+    with pytest.raises(DreamkitError, match="no labels") as caught:
+        train(toys, toys.plain(), toys.two_bn(), images, options)
+    assert caught.value.path == ("hard_labels",)
+
+
+def test_the_average_of_the_weights_is_the_student_that_is_left(toys):
+    student, plain = toys.plain(), toys.plain()
+    path = [toys.plain().fc.bias.detach().clone()]
+    with frozen(toys.two_bn()) as _, seeded(0):
+        made = distiller(toys, plain, toys.two_bn(), toys.images(8), taught(3, batch_size=4))
+        draws = Draws(4, torch.Generator().manual_seed(0))
+        draws.add(8)
+        for _ in range(6):
+            made.step(*toys.images(8).batch(draws.next()))
+            path.append(plain.fc.bias.detach().clone())
+    train(toys, student, toys.two_bn(), toys.images(8), taught(3, batch_size=4, ema=0.5))
+    average = path[1]  # the first update copies
+    for weights in path[2:]:
+        average = 0.5 * average + 0.5 * weights
+    torch.testing.assert_close(student.fc.bias, average)
+
+
+def test_adamw_moves_each_weight_by_the_learning_rate_at_first(toys):
+    student = toys.plain()
+    options = taught(1, lr=1e-3, batch_size=8, optimizer="adamw", weight_decay=0, warmup=0)
+    train(toys, student, toys.two_bn(), toys.images(8), options)
+    moved = (student.fc.weight - toys.plain().fc.weight).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=1e-2, atol=1e-6)
+
+
+def test_a_divergence_names_what_to_change(toys):
+    options = taught(20, lr=1e30, batch_size=4, warmup=0)
+    with pytest.raises(DreamkitError, match="not finite") as caught:
+        train(toys, toys.plain(), toys.two_bn(), toys.images(8), options)
+    assert caught.value.path == ("lr",)
+
+
+def test_statistics_are_taken_anew_where_that_is_asked_for(toys):
+    student = toys.two_bn()
+    images = toys.images(8)
+    options = taught(1, lr=1e-9, batch_size=4, recalibrate=2, weight_decay=0)
+    train(toys, student, toys.two_bn(), images, options)
+    seen = student.conv1(toys.card().normalise(images.images))
+    torch.testing.assert_close(student.bn1.running_mean, seen.mean((0, 2, 3)))
+
+
+def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypatch):
+    def compile(function, **settings):
+        def compiled(*arguments):
+            raise RuntimeError("no compiler here\nand a long story")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    notes = []
+    options = taught(1, batch_size=4, compile=True)
+    generator = torch.Generator()
+    made = Distiller(
+        toys.plain(), toys.two_bn(), toys.card(), options, CPU, generator, 2, notes.append
+    )
+    images = toys.images(8)
+    assert made.step(images.images[:4], images.labels[:4]).isfinite()
+    assert made.step(images.images[4:], images.labels[4:]).isfinite()
+    (note,) = notes
+    assert "without compilation" in note
+    assert "no compiler here" in note
+    assert "story" not in note
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"optimizer": "adamw", "lr": 1e-3}])
+def test_training_in_two_parts_ends_where_one_does(toys, changes):
+    settings = {"batch_size": 4, "augmentation": Augmentation(crop=1, flip=True, mixup=0.5)}
+    options, images = taught(3, **(settings | changes)), toys.images(8)
+    whole, parts = toys.two_bn(), toys.two_bn()
+    for student in (whole, parts):
+        with torch.no_grad():
+            student.fc.weight.mul_(-1)
+    train(toys, whole, toys.two_bn(), images, options)
+
+    teacher = toys.two_bn()
+    with frozen(teacher):
+        first = distiller(toys, parts, teacher, images, options)
+        draws = Draws(4, torch.Generator().manual_seed(0))
+        draws.add(8)
+        for _ in range(3):
+            first.step(*images.batch(draws.next()))
+        kept = {k: v.clone() for k, v in prefixed("made", first.state()).items()}
+        dealt = {k: v.clone() for k, v in draws.state().items()}
+        for _ in range(2):  # what is lost
+            first.step(*images.batch(draws.next()))
+        second = distiller(toys, parts, teacher, images, options)
+        second.restore(below("made", kept))
+        draws = Draws(4, torch.Generator())
+        draws.restore(dealt)
+        assert second.done == 3
+        while second.done < second.total:
+            second.step(*images.batch(draws.next()))
+        second.finish(images)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
+# --- varied images ----------------------------------------------------------------------------
+
+
+def augmenter(seed=0, **options):
+    return Augmenter(Augmentation(**options), torch.Generator().manual_seed(seed))
+
+
+def test_without_augmentation_images_stay_as_they_are(toys):
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    mixed = augmenter()(images, labels)
+    assert mixed.images is images
+    assert torch.equal(mixed.labels, labels)
+    assert mixed.share == 1
+
+
+def test_mixup_by_its_own_share(toys):
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
+    mixed = augmenter(mixup=1.0)(images, labels)
+    assert 0 < mixed.share < 1
+    expected = mixed.share * images + (1 - mixed.share) * images[mixed.others]
+    torch.testing.assert_close(mixed.images, expected)
+
+
+def test_shares_follow_the_beta_distribution():
+    made = augmenter(mixup=0.5)
+    shares = torch.tensor([made._beta() for _ in range(4000)])
+    # Beta(½, ½) has mean ½ and variance 1/8; ± 5 standard deviations of the estimates.
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.028)
+    assert shares.var().item() == pytest.approx(0.125, abs=0.01)
+
+
+def test_cross_entropy_to_mixed_labels_by_hand():
+    logits = torch.tensor([[math.log(3), 0.0]])
+    mixed = Mixed(torch.zeros(1, 1, 1, 1), torch.tensor([0]), torch.tensor([1]), 0.75)
+    # -¾ ln ¾ - ¼ ln ¼
+    expected = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert mixed_cross_entropy(logits, mixed).item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -195,6 +387,47 @@ def test_in_order(toys):
     assert torch.equal(torch.cat([stored for stored, _ in batches]), images.images)
     assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
     assert list(in_order(toys.images(0), 3)) == []
+
+
+def drawn_from(size, batch_size=4, seed=0):
+    draws = Draws(batch_size, torch.Generator().manual_seed(seed))
+    draws.add(size)
+    return draws
+
+
+def test_every_image_comes_once_before_any_comes_again():
+    draws = drawn_from(10)
+    dealt = [draws.next() for _ in range(5)]
+    assert [len(batch) for batch in dealt] == [4] * 5
+    flat = [index for batch in dealt for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != list(range(10))
+
+
+def test_a_set_smaller_than_a_batch_is_dealt_whole():
+    draws = drawn_from(3)
+    assert sorted(draws.next()) == [0, 1, 2]
+    assert sorted(draws.next()) == [0, 1, 2]
+
+
+def test_what_is_added_comes_next():
+    draws = drawn_from(8)
+    draws.next()
+    draws.add(4)
+    assert sorted(draws.next()) == [8, 9, 10, 11]
+    rest = draws.next()
+    assert max(rest) < 8
+    assert len({*draws.next(), *draws.next(), *draws.next()}) == 12
+
+
+def test_dealing_goes_on_from_a_state():
+    draws = drawn_from(10)
+    draws.next()
+    state = {k: v.clone() for k, v in draws.state().items()}
+    expected = [draws.next() for _ in range(6)]
+    other = Draws(4, torch.Generator())
+    other.restore(state)
+    assert [other.next() for _ in range(6)] == expected
 
 
 def numbered(count):

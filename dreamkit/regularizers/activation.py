@@ -1,0 +1,25 @@
+"""Strength of the teacher's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dreamkit.types import InversionStep
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Minus the mean absolute feature before the last layer: real images excite more filters.
+
+    Data-Free Learning of student networks (DAFL, Chen et al., ICCV 2019), L_a.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        """Return the term, of shape ()."""
+        assert step.features is not None, "the synthesizer supplies what 'needs' declares"
+        return -step.features.abs().mean()

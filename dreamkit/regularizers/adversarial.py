@@ -1,0 +1,33 @@
+"""Disagreement between teacher and student, sought where they agree on the class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreamkit.types import InversionStep
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """Minus the divergence of a student from the teacher: makes images that it has yet to learn.
+
+    The loss of boundary-supporting adversaries in Contrastive Model Inversion (Fang et al., IJCAI
+    2021) and FastDFKD (Fang et al., AAAI 2022): -KL(p_T ‖ p_S) of the images that both put into
+    one class, 0 for the others, averaged over the batch; at most 0. Where they disagree already
+    there is no call for more.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"student_logits"})
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        """Return the term, of shape ()."""
+        assert step.student_logits is not None, "the synthesizer supplies what 'needs' declares"
+        log_p = F.log_softmax(step.student_logits, dim=1)
+        log_q = F.log_softmax(step.teacher_logits, dim=1)
+        divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+        agreed = step.student_logits.argmax(1) == step.teacher_logits.argmax(1)
+        return -(divergence * agreed).mean()

@@ -1,0 +1,188 @@
+"""Contrastive Model Inversion: dreams that differ from one another and from those before.
+
+Fang et al., "Contrastive Model Inversion for Data-Free Knowledge Distillation", IJCAI 2021. With
+the terms ``bn_feature`` (weight 1) and ``adversarial`` (0.5) it is the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit.arithmetic import autocast
+from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.model_state import seeded
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers, inputs_of
+from dreamkit.synthesizers.engine import Evaluator
+from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
+from dreamkit.synthesizers.inversion_loss import InversionLoss
+from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
+
+EMBEDDING = 256
+"""Size of what images are compared by."""
+BETAS = (0.9, 0.999)
+
+
+def info_nce(local: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """Return the contrastive loss of views against images: each is to find its own.
+
+    Args:
+        local: (N, D), unit vectors with gradients.
+        others: (M, D), unit vectors; the first N are the views' own images.
+        temperature: > 0.
+    """
+    own = torch.arange(len(local), device=local.device)
+    return F.cross_entropy(local @ others.T / temperature, own)
+
+
+def random_resized_crop(images: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
+    """Return a random part of each image, at the images' size.
+
+    Args:
+        images: (N, C, H, W).
+        smallest: area of the smallest part, in (0, 1].
+        generator: on the CPU.
+    """
+    area = smallest + (1 - smallest) * torch.rand(len(images), generator=generator)
+    side = area.sqrt()
+    centre = (2 * torch.rand(len(images), 2, generator=generator) - 1) * (1 - side[:, None])
+    affine = torch.zeros(len(images), 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1] = side, side
+    affine[:, :, 2] = centre
+    grid = F.affine_grid(affine.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+class CMIDreamer(GenerativeDreamer):
+    """CMI bound to a teacher; it carries the projection and a bank of earlier images' features."""
+
+    def __init__(
+        self,
+        options: CMI,
+        teacher: Teacher,
+        loss: InversionLoss,
+        device: torch.device,
+        choices: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        super().__init__(options, teacher, loss, device, choices, note)
+        self.options = options
+        width = self._features(torch.zeros(2, *self.shape, device=device)).shape[1]
+        with seeded(options.seed):
+            head = nn.Sequential(
+                nn.Linear(width, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
+            )
+        self.head = head.to(device)
+        self.head_optimizer = torch.optim.Adam(
+            self.head.parameters(), lr=options.lr_head, betas=BETAS
+        )
+        self.bank = torch.zeros(0, width, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the projection, its optimizer's momenta, and the bank."""
+        state = prefixed("head", self.head.state_dict())
+        state |= prefixed("optimizer", optimizer_state(self.head_optimizer))
+        return state | {"bank": self.bank}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+        self.head.load_state_dict(below("head", state))
+        restore_optimizer(self.head_optimizer, below("optimizer", state))
+        self.bank = state["bank"].to(self.device)
+
+    def make(self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep) -> Dream:
+        """Train a generator of this batch's own, with its noise."""
+        options = self.options
+        draws = torch.Generator().manual_seed(plan.seed)
+        labels = self.labels(plan.size, draws)
+        noise = self.noise(plan.size, draws).requires_grad_()
+        views = self.views(steps, draws)
+        network = self.new_generator(plan.seed)
+        optimizer = torch.optim.Adam([*network.parameters(), noise], lr=options.lr, betas=BETAS)
+        best = torch.zeros(plan.size, *self.shape, device=self.device)
+        lowest = torch.tensor(torch.inf, device=self.device)
+        for step in range(steps):
+            optimizer.zero_grad()
+            self.head_optimizer.zero_grad()
+            images = self.render(network, noise)
+            contrast = options.contrast * self._contrast(images, draws)
+            # Through to the images' making twice: by the engine's gradient, and by autograd.
+            contrast.backward(retain_graph=True)
+            found = self.descend(evaluator, images, labels, views[step], plan.index)
+            total = found.loss + contrast.detach()
+            better = total < lowest
+            best = torch.where(better, images.detach(), best)
+            lowest = torch.where(better, total, lowest)
+            optimizer.step()
+            self.head_optimizer.step()
+            on_step(step + 1, {"loss": total, "contrast": contrast.detach(), **found.terms})
+        with torch.no_grad():
+            self.bank = torch.cat([self._features(best), self.bank])[: options.bank]
+        return Dream(best, labels, float(lowest))
+
+    def _contrast(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Compare a part of each image with every whole image of the batch and the bank."""
+        part = random_resized_crop(images, self.options.smallest_crop, draws)
+        local = F.normalize(self.head(self._features(part)), dim=1)
+        with torch.no_grad():
+            whole = self._features(images)
+        known = torch.cat([whole, self.bank])
+        return info_nce(local, F.normalize(self.head(known), dim=1), self.options.temperature)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Return the mean of each channel at each BatchNorm's input, image by image (N, F)."""
+        layers = batch_norm_layers(self.teacher.model)
+        with inputs_of(layers) as tap, autocast(self.evaluator.precision, self.device):
+            self.teacher.model(images)
+        return torch.cat([x.float().flatten(2).mean(2) for x in tap.inputs.values()], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMI(Generative):
+    """Contrastive Model Inversion: dreams unlike one another (Fang et al., IJCAI 2021).
+
+    Each batch has a generator and noise of its own, trained for ``steps`` steps. Beside the
+    inversion's terms, a part of each image must be told by its features from all other images,
+    those of earlier batches too: its batches build on one another.
+
+    Args:
+        images: how many to dream.
+        regularizers: the weighted terms; the paper's are ``bn_feature`` (1) and ``adversarial``
+            (0.5), which needs a student in training.
+        cross_entropy: weight of the cross-entropy to the labels.
+        batch_size: images made together, over which feature statistics are taken.
+        steps: generator steps for each batch; its best images are kept.
+        latent: size of the generator's noise.
+        width: channels of the generator at the images' size.
+        jitter: largest random shift in pixels of what the teacher sees; null is an eighth of the
+            side (4 at 32×32).
+        flip: mirror what the teacher sees left to right in half of the steps; wrong for digits
+            and text.
+        lr: Adam's learning rate for the generator and its noise.
+        lr_head: Adam's learning rate for the projection of the features.
+        contrast: weight of the contrastive term.
+        temperature: of the contrastive term.
+        smallest_crop: area of the smallest part that is compared, as a share of the image's.
+        bank: how many earlier images are compared with.
+        seed: of the projection's first weights.
+        engine: how the teacher is computed.
+    """
+
+    cross_entropy: Annotated[float, Field(ge=0)] = 1.0
+    steps: Annotated[int, Field(ge=1)] = 200
+    flip: bool = True
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr_head: Annotated[float, Field(gt=0)] = 1e-3
+    contrast: Annotated[float, Field(ge=0)] = 0.8
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.25
+    bank: Annotated[int, Field(ge=0)] = 1024
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    dreamer: ClassVar[type[GenerativeDreamer]] = CMIDreamer

@@ -1,0 +1,268 @@
+"""Adaptive DeepInversion: what is dreamed when, and that a run in two parts ends where one does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dreamkit.applications import teaching
+from dreamkit.applications.adaptive import Adaptive, Growth, growing
+from dreamkit.applications.dreaming import batch_plans
+from dreamkit.applications.teaching import train_student
+from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.js_compete import JSCompete
+from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.pool import Pool
+from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion, Stage
+from dreamkit.synthesizers.engine import Engine
+from dreamkit.training.augmenter import Augmentation
+from dreamkit.training.distillation import Distillation
+from dreamkit.types import RunContext, StoredImages
+
+CPU = torch.device("cpu")
+TRAINING = Distillation(
+    steps=12,
+    batch_size=4,
+    lr=0.05,
+    precision="float32",
+    augmentation=Augmentation(crop=1, flip=True),
+)
+EVERY_THREE = Adaptive(every=3, batches=1)
+
+
+@pytest.fixture
+def context(toys, silent_log, tmp_path):
+    return make_context(toys, silent_log, tmp_path)
+
+
+def make_context(toys, log, folder):
+    return RunContext(
+        recipe={"synthesis": {"name": "deepinversion", "images": 10}},
+        seed=3,
+        device=CPU,
+        folder=folder,
+        teacher=toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc")),
+        synthesizer=DeepInversion(
+            images=10,
+            batch_size=4,
+            regularizers=(Term("bn_feature", 1.0, BNFeature()), Term("js", 1.0, JSCompete())),
+            stages=(Stage(2),),
+            engine=Engine(precision="float32", compile=False),
+        ),
+        evaluation=None,
+        latency=None,
+        log=log,
+    )
+
+
+def student_of(toys):
+    student = toys.two_bn()
+    with torch.no_grad():
+        student.fc.weight.mul_(-1)
+    return student
+
+
+def teach(context, student, options=EVERY_THREE):
+    with growing(context, student, options) as growth:
+        return train_student(context, student, growth, TRAINING, "training")
+
+
+def stored(context):
+    folder = context.folder / "dreams"
+    return {p.name: p.read_bytes() for p in folder.glob("shard-*.safetensors")}
+
+
+# --- the rhythm -------------------------------------------------------------------------------
+
+
+class Planned:
+    """A dreaming that dreams nothing: 10 images in batches of 4, 4 and 2."""
+
+    plans = batch_plans(10, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Adaptive(every=3, batches=1), {0: 1, 3: 2, 6: 3}),
+        (Adaptive(every=1, batches=2), {0: 2, 1: 3}),
+        (Adaptive(every=50, batches=9), {0: 3}),
+    ],
+)
+def test_new_dreams_come_at_their_steps(options, expected):
+    growth = Growth(options, Planned())
+    assert growth.images == 10
+    came = {}
+    for step in range(12):
+        if growth.due(step):
+            growth.batches = min(growth.batches + options.batches, 3)
+            came[step] = growth.batches
+    assert came == expected
+
+
+def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
+    context, toys, monkeypatch
+):
+    student, seen, used = student_of(toys), [], []
+    dream, step = Inversion.dream, teaching.Distiller.step
+
+    def watch(self, plan, on_step):
+        seen.append((plan.index, student.fc.weight.detach().clone()))
+        return dream(self, plan, on_step)
+
+    def count(self, images, labels):
+        used.append(images)
+        return step(self, images, labels)
+
+    monkeypatch.setattr(Inversion, "dream", watch)
+    monkeypatch.setattr(teaching.Distiller, "step", count)
+    pool = teach(context, student)
+    assert [index for index, _ in seen] == [0, 1, 2]
+    weights = [w for _, w in seen]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert len(pool) == 10
+    assert len(used) == 12
+    newest, _ = pool.batch(range(4, 8))
+    assert sorted(x.sum().item() for x in used[3]) == sorted(x.sum().item() for x in newest)
+    assert context.metrics["training.steps"] == 12
+
+
+def test_rounds_dream_several_batches_against_one_student(context, toys, monkeypatch):
+    student, seen, dream = student_of(toys), [], Inversion.dream
+
+    def watch(self, plan, on_step):
+        seen.append(student.fc.weight.detach().clone())
+        return dream(self, plan, on_step)
+
+    monkeypatch.setattr(Inversion, "dream", watch)
+    teach(context, student, Adaptive(every=6, batches=2))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+# --- kill and resume --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["first dream", "later dream", "training", "after"])
+def test_a_killed_run_ends_with_the_same_pool_and_student(
+    toys, silent_log, tmp_path, monkeypatch, where
+):
+    whole = make_context(toys, silent_log, tmp_path / "whole")
+    expected = student_of(toys)
+    pool = teach(whole, expected)
+
+    parts = make_context(toys, silent_log, tmp_path / "parts")
+    dream, step = Inversion.dream, teaching.Distiller.step
+    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0 if where == "training" else 60.0)
+
+    def kill_dream(self, plan, on_step):
+        if plan.index == {"first dream": 0, "later dream": 2}.get(where):
+            raise KeyboardInterrupt
+        return dream(self, plan, on_step)
+
+    def kill_step(self, images, labels):
+        if self.done == {"training": 5, "after": 11}.get(where):
+            raise KeyboardInterrupt
+        return step(self, images, labels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Inversion, "dream", kill_dream)
+        patched.setattr(teaching.Distiller, "step", kill_step)
+        with pytest.raises(KeyboardInterrupt):
+            teach(parts, student_of(toys))
+    before = stored(parts)
+    student = student_of(toys)
+    again = teach(parts, student)
+    assert before.items() <= stored(parts).items()
+    assert stored(parts) == stored(whole)
+    assert torch.equal(again.batch(range(10))[0], pool.batch(range(10))[0])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+
+
+def test_a_finished_training_is_not_repeated(context, toys, monkeypatch):
+    first, second = student_of(toys), student_of(toys)
+    teach(context, first)
+    monkeypatch.setattr(teaching.Distiller, "step", None)
+    teach(context, second)
+    assert torch.equal(first.fc.weight, second.fc.weight)
+    assert any("going on from step 12 of 12" in note for note in context.log.notes)
+
+
+def test_a_batch_that_is_gone_from_under_a_checkpoint_is_named(context, toys):
+    teach(context, student_of(toys))
+    (context.folder / "dreams" / "shard-000001.safetensors").unlink()
+    with pytest.raises(DreamkitError, match="batch 1 .* is gone.*checkpoints"):
+        teach(context, student_of(toys))
+
+
+def test_a_batch_that_overflows_is_left_out_of_the_pool(context, toys, monkeypatch):
+    dream = Inversion.dream
+
+    def overflow(self, plan, on_step):
+        if plan.index == 1:
+            raise NonFiniteLoss("the loss of batch 1 is not finite")
+        return dream(self, plan, on_step)
+
+    monkeypatch.setattr(Inversion, "dream", overflow)
+    assert len(teach(context, student_of(toys))) == 6
+    assert sorted(DreamStore(context.folder / "dreams").shards) == [0, 2]
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    tensors = {"a": shared, "b": shared.t(), "c": torch.tensor(3)}
+    write_checkpoint(tmp_path / "x" / "t.safetensors", tensors, {"batches": 2})
+    state, facts = read_checkpoint(tmp_path / "x" / "t.safetensors")
+    assert facts == {"batches": 2}
+    assert state.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(state[name], value)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert read_checkpoint(tmp_path / "t.safetensors") is None
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "foreign"])
+def test_a_damaged_checkpoint_is_refused_with_the_fix(tmp_path, damage):
+    path = tmp_path / "t.safetensors"
+    write_checkpoint(path, {"a": torch.zeros(64)}, {})
+    blob = bytearray(path.read_bytes())
+    if damage == "bit":
+        blob[-1] ^= 1
+    elif damage == "cut":
+        del blob[-10:]
+    else:
+        blob = bytearray(json.dumps({"not": "safetensors"}).encode())
+    path.write_bytes(blob)
+    with pytest.raises(StoreError, match="delete it"):
+        read_checkpoint(path)
+
+
+# --- the pool ---------------------------------------------------------------------------------
+
+
+def test_a_pool_grows_and_keeps_its_order(toys):
+    images = toys.images(9)
+    pool = Pool()
+    assert len(pool) == 0
+    for first, last in ((0, 2), (2, 3), (3, 9)):
+        part = StoredImages(images.images[first:last], images.labels[first:last])
+        pool.add(part)
+        assert len(pool) == last
+    chosen = [8, 0, 3, 3]
+    found, labels = pool.batch(chosen)
+    assert torch.equal(found, images.images[chosen])
+    assert torch.equal(labels, images.labels[chosen])
+    with pytest.raises(IndexError):
+        pool.batch([9])
