@@ -198,7 +198,7 @@ def test_a_finished_training_is_not_repeated(context, toys, monkeypatch):
 def test_a_batch_that_is_gone_from_under_a_checkpoint_is_named(context, toys):
     teach(context, student_of(toys))
     (context.folder / "dreams" / "shard-000001.safetensors").unlink()
-    with pytest.raises(DreamkitError, match="batch 1 .* is gone.*checkpoints"):
+    with pytest.raises(DreamkitError, match=r"batch 1 .* is gone.*checkpoints"):
         teach(context, student_of(toys))
 
 
