@@ -29,7 +29,7 @@ from dreamkit.applications.dreaming import batch_plans
 from dreamkit.applications.judge import check_verifier, metric_names
 from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cross_model import observe
-from dreamkit.evaluation.frechet_distance import find_layer
+from dreamkit.evaluation.features import find_layer
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.latency.torch_eager import processor_name
 from dreamkit.registry import Term

@@ -38,7 +38,7 @@ from dreamkit.runner import choose_device
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import DatasetImages, TorchvisionDataset
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.teachers.cifar_networks import NETWORKS
+from dreamkit.teachers.cifar_networks import NETWORKS, build_network
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.types import Images, ImageSource, StoredImages
 
@@ -225,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console.print("reading images")
     images, tested, card = read_data(options)
-    precision = settled(options.precision, device)
+    precision = settled(options.precision, device, build_network(options.model, 2, 3))
     if options.data is None:
         folder = "/".join(options.train.resolve().parts[-2:]) if options.train else ""
         options.data = folder or options.torchvision[0]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -22,10 +23,20 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def settled(precision: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """Return a precision; ``auto`` is bfloat16 where the hardware multiplies it natively."""
+def settled(
+    precision: Literal["auto"] | Precision, device: torch.device, model: nn.Module | None = None
+) -> Precision:
+    """Return the precision for a model, if given; ``auto`` is bfloat16 where that is faster.
+
+    That is where the hardware multiplies it natively; but on a CPU depthwise convolutions in
+    bfloat16 are slower than in float32 (see ``benchmarks/README.md``, MobileNetV2).
+    """
     if precision != "auto":
         return precision
+    modules = () if model is None else model.modules()
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in modules)
+    if device.type == "cpu" and depthwise:
+        return "float32"
     return "bfloat16" if has_native_bfloat16(device) else "float32"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +33,24 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
     """Give an optimizer of the same parameters its tensors back; its settings stay."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, Any]] = {}
     for key, value in state.items():
         number, _, name = key.partition(".")
-        slots.setdefault(int(number), {})[name] = value.clone()
+        parameter = parameters[int(number)]
+        kept = value.clone()
+        if value.shape == parameter.shape:  # laid out as the parameter, as it was before
+            kept = torch.empty_like(parameter).copy_(value)
+        slots.setdefault(int(number), {})[name] = kept
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over a state: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -53,6 +53,25 @@ def hooked(
             handle.remove()
 
 
+class InputTap:
+    """Keeps what some modules of a model were given in its last forward pass, by name."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Note one module's input."""
+        self.inputs[name] = x
+
+
+@contextlib.contextmanager
+def inputs_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[InputTap]:
+    """Hook some modules for as long as the block lasts, to see what they are given."""
+    tap = InputTap()
+    with hooked(modules, tap.see):
+        yield tap
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from torch's global generators by ``seed``, and leave them as they were."""

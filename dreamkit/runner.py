@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from dreamkit.applications.dreaming import estimate_synthesis
-from dreamkit.applications.teaching import CHECKPOINTS
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog
@@ -139,7 +138,7 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
         log.close()
     report = build_report(loaded, context, log)
     write_pages(report, directory)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / RunContext.CHECKPOINTS, ignore_errors=True)
     show(report, folder, console)
 
 

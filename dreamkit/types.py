@@ -413,6 +413,7 @@ class RunContext:
 
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"
+    CHECKPOINTS: ClassVar[str] = "checkpoints"
 
 
 class Application(Protocol):

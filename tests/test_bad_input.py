@@ -730,4 +730,5 @@ def test_a_competition_without_a_student_names_what_would_supply_one(
     tiny["synthesis"]["regularizers"] = [{"name": "js_compete", "weight": 1}]
     done = invoke("validate", str(recipe_file(tiny)))
     assert done.code == 2
-    assert "synthesis: js_compete needs the option 'student', or an application" in done.err
+    assert "synthesis: js_compete needs a student: an application" in done.err
+    assert "or the option 'student'" in done.err

@@ -101,7 +101,7 @@ def test_an_unknown_name(invoke: Invoke) -> None:
     code, out, err = invoke("show", "regularizers", "bn_featur")
     assert (code, out) == (2, "")
     assert err.startswith("error: no name 'bn_featur' among the regularizers; did you mean ")
-    assert "'bn_feature'? (choices: bn_feature, js_compete, l2, tv" in err
+    assert "'bn_feature'? (choices: activation, adversarial, bn_feature, " in err
     assert invoke("show", "teachers", "tim").err.startswith("error: no source 'tim' among the ")
 
 

@@ -5,6 +5,7 @@ Yin et al., CVPR 2020, section 3.4 (eq. 8 and 9) and, for its rhythm, section 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,25 @@ class Growth:
         """How many batches of the plan are in the pool, or were left out for good."""
         self.seconds = 0.0
 
+    def check(self, steps: int) -> None:
+        """Refuse a training that would end before all dreams are there.
+
+        Args:
+            steps: of the training.
+
+        Raises:
+            DreamkitError: naming how many steps it takes.
+        """
+        events = math.ceil(len(self.dreams.plans) / self.options.batches)
+        last = self.options.every * (events - 1)
+        if last >= steps:
+            raise DreamkitError(
+                f"the last of {len(self.dreams.plans)} batches of dreams would come before step "
+                f"{last + 1}, and the training has {steps}: give it 'steps: {last + 1}' or more, "
+                "lower 'adaptive.every', or dream fewer images",
+                ("training",),
+            )
+
     @property
     def images(self) -> int:
         """How many images the pool is to hold in the end."""
@@ -65,6 +85,10 @@ class Growth:
     def dream(self) -> int:
         """Merge as many batches as come at once, from the store or new; return their images."""
         before = len(self.pool)
+        if self.options.batches > 1:
+            self.dreams.context.log.note(
+                f"dreaming {self.options.batches} batches against the student as it is"
+            )
         until = min(self.batches + self.options.batches, len(self.dreams.plans))
         while self.batches < until:
             self._merge()

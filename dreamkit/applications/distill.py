@@ -20,11 +20,11 @@ from dreamkit.applications.dreaming import (
 )
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import DreamkitError, OptionError, placed
+from dreamkit.errors import OptionError, placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
-from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.distillation import Distillation
+from dreamkit.teachers.checking import check_fits, check_outputs
+from dreamkit.training.distillation import Distillation, lay_out
 from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
 
 
@@ -67,17 +67,10 @@ class Distill:
         Raises:
             DreamkitError: it does not fit the teacher.
         """
-        card = context.teacher.card
         with placed("student"):
             made = self.student.load(context.seed)
             check_outputs(made)
-        if made.card.num_classes != card.num_classes or made.card.input_size != card.input_size:
-            raise DreamkitError(
-                f"the student {made.card.name} takes {made.card.input_size} and has "
-                f"{made.card.num_classes} outputs; the teacher {card.name} takes "
-                f"{card.input_size} and has {card.num_classes}",
-                ("student",),
-            )
+            check_fits(made.card, context.teacher.card)
         made.model.to(context.device)
         return made
 
@@ -90,7 +83,7 @@ class Distill:
         images = self._teach(context, student)
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
-        if "student.accuracy" in context.metrics:
+        if context.metrics.get("teacher.accuracy"):
             ratio = context.metrics["student.accuracy"] / context.metrics["teacher.accuracy"]
             context.metrics["student.accuracy_ratio"] = ratio
         kept = dataclasses.replace(
@@ -106,7 +99,9 @@ class Distill:
             images = images_for(context, self.images)
             with placed("training", always=False):
                 return train_student(context, student, images, self.training, "training")
+        lay_out(student, self.training, context.device)  # before it is compiled as a competitor
         with growing(context, student, self.adaptive) as growth:
+            growth.check(self.training.total_steps(growth.images))
             with placed("training", always=False):
                 images = train_student(context, student, growth, self.training, "training")
             report_synthesis(context, growth.dreams.store)

@@ -105,10 +105,10 @@ def open_store(context: RunContext) -> DreamStore:
         raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
     store = _store(context)
     for batch in store.skipped.values():
-        context.log.note(
-            f"batch {batch.index} was left out ({batch.reason}); to try it again, remove it from "
-            f"'skipped' in {store.folder / MANIFEST}"
-        )
+        note = f"batch {batch.index} was left out ({batch.reason})"
+        if store.state is None:  # else later ones build on its absence
+            note += f"; to try it again, remove it from 'skipped' in {store.folder / MANIFEST}"
+        context.log.note(note)
     return store
 
 
@@ -232,7 +232,8 @@ def dreaming(
         context.teacher, context.device, store.choices, log.note, student
     ) as dreamer:
         work = Dreaming(context, store, dreamer)
-        work.estimate()
+        if work.missing():
+            work.estimate()
         state = store.read_state()
         if state:
             dreamer.restore(state)

@@ -19,8 +19,8 @@ from dreamkit.applications.dreaming import images_for, is_own_dreams
 from dreamkit.applications.measuring import measure_quality
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
+from dreamkit.evaluation.features import find_layer
 from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
-from dreamkit.evaluation.frechet_distance import find_layer
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
 from dreamkit.store.dreams import DreamStore

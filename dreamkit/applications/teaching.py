@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dreamkit.applications.adaptive import Growth
+from dreamkit.errors import StoreError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
@@ -18,7 +19,6 @@ from dreamkit.training.batches import Draws
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.types import Images, RunContext
 
-CHECKPOINTS = "checkpoints"
 CHECKPOINT_SECONDS = 60.0
 """Most training that an interruption loses."""
 _CURVE_POINTS = 200
@@ -48,9 +48,9 @@ def train_student(
     Returns:
         The images that it was taught on.
     """
-    path = context.folder / CHECKPOINTS / f"{stage}.safetensors" if resumable else None
+    path = context.folder / RunContext.CHECKPOINTS / f"{stage}.safetensors"
     with frozen(context.teacher.model), seeded(context.seed):
-        teaching = _Teaching(context, student, images, options, stage, path)
+        teaching = _Teaching(context, student, images, options, stage, path if resumable else None)
         teaching.run()
     return teaching.pool
 
@@ -95,6 +95,8 @@ class _Teaching:
 
     def run(self) -> None:
         log, every = self.context.log, max(1, self.total // _CURVE_POINTS)
+        if self.options.evaluate_every is not None and self.context.evaluation is None:
+            log.note("evaluate_every has no effect: there are no evaluation images")
         if not self._restore():
             log.begin(self.stage)
             if self.growth is None:
@@ -120,8 +122,11 @@ class _Teaching:
         self.context.metrics["training.steps"] = self.distiller.done
 
     def _grow(self, growth: Growth) -> None:
-        """Dream against the student as it is, having kept it: after a kill it is dreamed again."""
-        self._save()
+        """Dream against the student as it is.
+
+        A run that is killed later and goes on from an earlier checkpoint comes by here again with
+        the same student, and finds these dreams in the store.
+        """
         self.draws.add(growth.dream())
         self.context.log.record("pool", self.distiller.done, {"images": len(self.pool)})
 
@@ -135,18 +140,26 @@ class _Teaching:
         self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.distiller.finite:
             return
         state = prefixed("distiller", self.distiller.state())
         state |= prefixed("draws", self.draws.state())
         state["random"] = torch.get_rng_state()
         if self.context.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.context.device)
-        facts: dict[str, Any] = {"seconds": self.seconds}
-        if self.growth is not None:
-            facts["batches"] = self.growth.batches
+        facts = {"seconds": self.seconds, "of": self._of}
+        facts["batches"] = 0 if self.growth is None else self.growth.batches
         write_checkpoint(self.checkpoint, state, facts)
         self.saved = time.perf_counter()
+
+    @property
+    def _of(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run beside the recipe."""
+        return {
+            "images": len(self.pool) if self.growth is None else self.growth.images,
+            "steps": self.total,
+            "teacher": self.context.teacher.card.weights_sha256,
+        }
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint; return whether there was one."""
@@ -154,6 +167,11 @@ class _Teaching:
         if found is None:
             return False
         state, facts = found
+        if facts["of"] != self._of:
+            raise StoreError(
+                f"{self.checkpoint} is of a training with {facts['of']}, and this one has "
+                f"{self._of}; delete it to train from the start"
+            )
         if self.growth is not None:
             self.growth.restore(facts["batches"])
         self.distiller.restore(below("distiller", state))

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
-from dreamkit.evaluation.frechet_distance import Gaussian, find_layer, pooled
-from dreamkit.model_state import eval_mode, hooked
+from dreamkit.evaluation.features import find_layer, pooled
+from dreamkit.evaluation.frechet_distance import Gaussian
+from dreamkit.model_state import eval_mode, inputs_of
 from dreamkit.types import NO_LABEL, Images, Teacher
 
 _BATCH = 256
@@ -71,15 +72,6 @@ class Observed:
         return float((self.logits.argmax(1) == self.labels)[known].float().mean())
 
 
-class _Watch:
-    """Keeps a module's last input."""
-
-    features: Tensor | None = None
-
-    def __call__(self, name: str, module: nn.Module, x: Tensor) -> None:
-        self.features = pooled(module, x)
-
-
 @torch.no_grad()
 def observe(
     verifier: Teacher,
@@ -105,16 +97,15 @@ def observe(
     model, card = verifier.model, verifier.card
     watched = [find_layer(model, card, layer)] if layer is not None else []
     logits, labels, features = [], [], None
-    watch = _Watch()
-    with eval_mode(model), hooked(watched, watch):
+    with eval_mode(model), inputs_of(watched) as tap:
         for first in range(0, len(images), _BATCH):
             stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
             logits.append(model(as_seen_by(card, stored.to(device))).float().cpu())
             labels.append(given)
-            if watched and watch.features is None:
-                raise DreamkitError(f"{card.name} never calls its module '{layer}'", ("layer",))
-            if watch.features is not None:
-                part = Gaussian.of(watch.features)
+            for name, module in watched:
+                if name not in tap.inputs:
+                    raise DreamkitError(f"{card.name} never calls its module '{layer}'", ("layer",))
+                part = Gaussian.of(pooled(module, tap.inputs[name]))
                 features = part if features is None else features.joined(part)
             advance(first + len(stored))
     found = Observed(torch.cat(logits), torch.cat(labels), features)

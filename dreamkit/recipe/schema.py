@@ -78,10 +78,11 @@ class Recipe:
             raise OptionError("application", "it uses dreams, so the recipe needs 'synthesis'")
         term = getattr(self.synthesis, "needs_student", None)
         if term is not None and not getattr(self.application, "trains_student", False):
+            named = ", or the option 'student'" if hasattr(self.synthesis, "student") else ""
             raise OptionError(
                 "synthesis",
-                f"{term} needs the option 'student', or an application that dreams against the "
-                "student it trains (distill with 'adaptive')",
+                f"{term} needs a student: an application that dreams against the one it trains "
+                f"(distill with 'adaptive'){named}",
             )
 
 

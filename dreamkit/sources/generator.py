@@ -101,4 +101,5 @@ class GeneratorImages:
             raise DreamkitError("the generator's images are not finite", ("path",))
         if list(shape[2:]) != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        stored: Tensor = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+        return stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreamkit.errors import StoreError
+from dreamkit.flat_state import hash_state
 from dreamkit.store.atomic import write_atomically
 
 FORMAT = 1
@@ -36,7 +36,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[s
         raise StoreError(f"{path.parent} cannot be made: {error.strerror}") from error
     # Cloned: tied weights share storage, which safetensors refuses.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps({"format": FORMAT, "facts": dict(facts), "sha256": _digest(state)})
+    text = json.dumps({"format": FORMAT, "facts": dict(facts), "sha256": hash_state(state)})
     write_atomically(path, safetensors.torch.save(state, {"dreamkit": text}))
 
 
@@ -52,7 +52,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
         with safe_open(path, "pt") as file:
             described = json.loads(file.metadata()["dreamkit"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        intact = described["format"] == FORMAT and described["sha256"] == _digest(state)
+        intact = described["format"] == FORMAT and described["sha256"] == hash_state(state)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} cannot be read ({error}); {_FIX}") from error
     if not intact:
@@ -61,7 +61,3 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 _FIX = "delete it, and the same command trains from the start; dreams are kept"
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(safetensors.torch.save(dict(state))).hexdigest()

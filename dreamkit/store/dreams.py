@@ -240,6 +240,8 @@ class DreamStore:
 
     def _open_shard(self, shard: Shard) -> dict[str, Tensor]:
         fix = "delete the file, and the same command dreams that batch again"
+        if self.state is not None:
+            fix = "remove the folder: later batches build on it"
         return self._open_file(shard.file, shard.sha256, fix)
 
     def _open_file(self, name: str, sha256: str, fix: str) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamkit.errors import RunDirectoryError
 from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.types import RunContext
 
 RECIPE = "recipe.resolved.yaml"
 REPORT = "report.json"
@@ -72,7 +73,12 @@ class RunDirectory:
 
         What lies in the folder then is records of the failure, and the mended recipe may use it.
         """
-        if not self.started and not any(entry.is_dir() for entry in self.folder.iterdir()):
+        kept = [
+            entry
+            for entry in self.folder.iterdir()
+            if entry.is_dir() and entry.name != RunContext.CHECKPOINTS
+        ]
+        if not self.started and not kept:
             shutil.rmtree(self.folder)
 
     def recipe(self) -> str | None:

@@ -146,24 +146,24 @@ class SmoothedStatistics:
     """A moving average of layers' statistics over batches.
 
     Batches of a generator are less diverse than data are; it is their average that is to match the
-    stored statistics (Fang et al., "Contrastive Model Inversion", IJCAI 2021, and FastDFKD).
+    stored statistics (Fang et al., "Contrastive Model Inversion", IJCAI 2021, and FastDFKD). Before
+    the first batch the stored statistics themselves stand for it.
 
     Args:
         rate: share of earlier batches, in [0, 1).
+        layers: any batch's statistics, for what the layers have stored.
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, layers: tuple[LayerStatistics, ...]) -> None:
         self.rate = rate
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._seen = {s.name: (s.running_mean.clone(), s.running_var.clone()) for s in layers}
 
     def blended(self, statistics: tuple[LayerStatistics, ...]) -> tuple[LayerStatistics, ...]:
-        """Return a batch's statistics averaged with those of the batches before, if any."""
+        """Return a batch's statistics averaged with those of the batches before."""
         return tuple(self._blend(layer) for layer in statistics)
 
     def _blend(self, layer: LayerStatistics) -> LayerStatistics:
-        before = self._seen.get(layer.name)
-        if before is None:
-            return layer
+        before = self._seen[layer.name]
         mean = self.rate * before[0] + (1 - self.rate) * layer.mean
         var = self.rate * before[1] + (1 - self.rate) * layer.var
         return replace(layer, mean=mean, var=var)
@@ -179,38 +179,10 @@ class SmoothedStatistics:
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Go on from an average."""
-        names = dict.fromkeys(key.rpartition(".")[0] for key in state)
-        self._seen = {n: (state[f"{n}.0"].to(device), state[f"{n}.1"].to(device)) for n in names}
-
-
-class InputTap:
-    """Keeps what some layers of a model were given in its last forward pass."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, Tensor] = {}
-
-    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        """Note one layer's input."""
-        self.inputs[name] = x
-
-    def take(self) -> dict[str, Tensor]:
-        """Return the inputs by layer, and let go of them."""
-        taken, self.inputs = self.inputs, {}
-        return taken
-
-
-def last_linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the linear layer defined last, the classifier, as a list of one; or none."""
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return linear[-1:]
-
-
-@contextmanager
-def inputs_of(layers: list[tuple[str, nn.Module]]) -> Iterator[InputTap]:
-    """Hook layers for as long as the block lasts, to see what they are given."""
-    tap = InputTap()
-    with hooked(layers, tap.see):
-        yield tap
+        self._seen = {
+            name: (state[f"{name}.0"].to(device), state[f"{name}.1"].to(device))
+            for name in self._seen
+        }
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Contrastive Model Inversion: dreams that differ from one another and from those before.
 
-Fang et al., "Contrastive Model Inversion for Data-Free Knowledge Distillation", IJCAI 2021. With
-the terms ``bn_feature`` (weight 1) and ``adversarial`` (0.5) it is the paper's.
+Fang et al., "Contrastive Model Inversion for Data-Free Knowledge Distillation", IJCAI 2021, with
+the terms ``bn_feature`` (weight 1) and ``adversarial`` (0.5). Unlike the authors' code, parts are
+square and not mirrored, parts of earlier images are not compared anew, and the bank is smaller.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.arithmetic import autocast
+from dreamkit.errors import TeacherMismatch
+from dreamkit.evaluation.features import pooled
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
-from dreamkit.model_state import seeded
-from dreamkit.synthesizers.bn_statistics import batch_norm_layers, inputs_of
+from dreamkit.model_state import inputs_of, seeded
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers
+from dreamkit.synthesizers.dreamer import Best
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
 from dreamkit.synthesizers.inversion_loss import InversionLoss
@@ -26,7 +30,7 @@ from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
 
 EMBEDDING = 256
 """Size of what images are compared by."""
-BETAS = (0.9, 0.999)
+BETAS = (0.5, 0.999)
 
 
 def info_nce(local: Tensor, others: Tensor, temperature: float) -> Tensor:
@@ -73,15 +77,15 @@ class CMIDreamer(GenerativeDreamer):
     ) -> None:
         super().__init__(options, teacher, loss, device, choices, note)
         self.options = options
-        width = self._features(torch.zeros(2, *self.shape, device=device)).shape[1]
+        with torch.no_grad():
+            blank = torch.zeros(2, *self.shape, device=device)
+            width = self._features(blank, self.evaluator).shape[1]
         with seeded(options.seed):
             head = nn.Sequential(
                 nn.Linear(width, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
         self.head = head.to(device)
-        self.head_optimizer = torch.optim.Adam(
-            self.head.parameters(), lr=options.lr_head, betas=BETAS
-        )
+        self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=options.lr_head)
         self.bank = torch.zeros(0, width, device=device)
 
     def state(self) -> dict[str, Tensor]:
@@ -96,51 +100,55 @@ class CMIDreamer(GenerativeDreamer):
         restore_optimizer(self.head_optimizer, below("optimizer", state))
         self.bank = state["bank"].to(self.device)
 
-    def make(self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep) -> Dream:
+    def take_steps(
+        self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep
+    ) -> Dream:
         """Train a generator of this batch's own, with its noise."""
         options = self.options
         draws = torch.Generator().manual_seed(plan.seed)
         labels = self.labels(plan.size, draws)
         noise = self.noise(plan.size, draws).requires_grad_()
         views = self.views(steps, draws)
-        network = self.new_generator(plan.seed)
+        network = self.new_generator(plan.seed ^ 1)  # other draws than the noise
         optimizer = torch.optim.Adam([*network.parameters(), noise], lr=options.lr, betas=BETAS)
-        best = torch.zeros(plan.size, *self.shape, device=self.device)
-        lowest = torch.tensor(torch.inf, device=self.device)
+        best = Best(torch.zeros(plan.size, *self.shape, device=self.device))
         for step in range(steps):
             optimizer.zero_grad()
             self.head_optimizer.zero_grad()
-            images = self.render(network, noise)
-            contrast = options.contrast * self._contrast(images, draws)
-            # Through to the images' making twice: by the engine's gradient, and by autograd.
-            contrast.backward(retain_graph=True)
-            found = self.descend(evaluator, images, labels, views[step], plan.index)
+            images = self.render(network, noise, evaluator)
+            leaf = images.detach().requires_grad_()
+            contrast = options.contrast * self._contrast(leaf, draws, evaluator)
+            contrast.backward()
+            assert leaf.grad is not None
+            found = evaluator(images, labels, views[step])
+            images.backward(found.gradient + leaf.grad)
             total = found.loss + contrast.detach()
-            better = total < lowest
-            best = torch.where(better, images.detach(), best)
-            lowest = torch.where(better, total, lowest)
+            best.offer(images, total)
             optimizer.step()
             self.head_optimizer.step()
             on_step(step + 1, {"loss": total, "contrast": contrast.detach(), **found.terms})
+        best.require_finite(plan)
         with torch.no_grad():
-            self.bank = torch.cat([self._features(best), self.bank])[: options.bank]
-        return Dream(best, labels, float(lowest))
+            newest = self._features(best.found, evaluator)
+            self.bank = torch.cat([newest, self.bank])[: options.bank]
+        return Dream(best.found, labels, float(best.loss))
 
-    def _contrast(self, images: Tensor, draws: torch.Generator) -> Tensor:
+    def _contrast(self, images: Tensor, draws: torch.Generator, evaluator: Evaluator) -> Tensor:
         """Compare a part of each image with every whole image of the batch and the bank."""
         part = random_resized_crop(images, self.options.smallest_crop, draws)
-        local = F.normalize(self.head(self._features(part)), dim=1)
+        local = F.normalize(self.head(self._features(part, evaluator)), dim=1)
         with torch.no_grad():
-            whole = self._features(images)
-        known = torch.cat([whole, self.bank])
-        return info_nce(local, F.normalize(self.head(known), dim=1), self.options.temperature)
+            known = torch.cat([self._features(images, evaluator), self.bank])
+            whole = F.normalize(self.head(known), dim=1)
+        return info_nce(local, whole, self.options.temperature)
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor, evaluator: Evaluator) -> Tensor:
         """Return the mean of each channel at each BatchNorm's input, image by image (N, F)."""
         layers = batch_norm_layers(self.teacher.model)
-        with inputs_of(layers) as tap, autocast(self.evaluator.precision, self.device):
+        with inputs_of(layers) as tap, autocast(evaluator.precision, self.device):
             self.teacher.model(images)
-        return torch.cat([x.float().flatten(2).mean(2) for x in tap.inputs.values()], dim=1)
+        found = [pooled(layer, tap.inputs[name]) for name, layer in layers if name in tap.inputs]
+        return torch.cat([x.float() for x in found], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,3 +194,17 @@ class CMI(Generative):
     seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = CMIDreamer
+
+    def check(self, teacher: Teacher) -> None:
+        """Refuse a teacher that the terms do not fit, or one without BatchNorm to compare at."""
+        super().check(teacher)
+        if not batch_norm_layers(teacher.model):
+            raise TeacherMismatch(
+                f"cmi compares images by what BatchNorm layers are given, and {teacher.card.name} "
+                "has none; fast_meta and dafl do without"
+            )
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of the cross-entropy to the labels."""
+        return self.cross_entropy

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.synthesizers.dreamer import Best
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
 from dreamkit.synthesizers.inversion_loss import InversionLoss
@@ -47,20 +48,27 @@ class DAFLDreamer(GenerativeDreamer):
         self.generator.load_state_dict(below("generator", state))
         restore_optimizer(self.optimizer, below("optimizer", state))
 
-    def make(self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep) -> Dream:
+    def take_steps(
+        self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep
+    ) -> Dream:
         """Train the generator for some steps, and return what it made in the last."""
         draws = torch.Generator().manual_seed(plan.seed)
         views = self.views(steps, draws)
         unused = torch.zeros(plan.size, dtype=torch.int64, device=self.device)
+        best = Best(torch.zeros((), device=self.device))
         for step in range(steps):
             self.optimizer.zero_grad()
-            images = self.render(self.generator, self.noise(plan.size, draws))
-            found = self.descend(evaluator, images, unused, views[step], plan.index)
+            images = self.render(self.generator, self.noise(plan.size, draws), evaluator)
+            found = evaluator(images, unused, views[step])
+            images.backward(found.gradient)
             self.optimizer.step()
+            last = found.loss.clone()  # what is compiled may write over it
+            best.offer(best.found, last)
             on_step(step + 1, {"loss": found.loss, **found.terms})
+        best.require_finite(plan)
         with torch.no_grad():
             labels = self.teacher.model(images).argmax(1)
-        return Dream(images.detach(), labels, float(found.loss))
+        return Dream(images.detach(), labels, float(last))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,6 @@ class DAFL(Generative):
         images: how many to dream.
         regularizers: the weighted terms; the paper's are ``one_hot`` (1),
             ``information_entropy`` (5) and ``activation`` (0.1).
-        cross_entropy: has no labels to go by here, so it stays 0.
         batch_size: images made together.
         steps: generator steps for each batch of dreams; the last one's images are kept.
         latent: size of the generator's noise.
@@ -87,10 +94,14 @@ class DAFL(Generative):
         engine: how the teacher is computed.
     """
 
-    cross_entropy: Annotated[float, Field(ge=0, le=0)] = 0.0
     jitter: Annotated[int, Field(ge=0)] | None = 0
     steps: Annotated[int, Field(ge=1)] = 1
     lr: Annotated[float, Field(gt=0)] = 1e-3
     seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = DAFLDreamer
+
+    @property
+    def label_weight(self) -> float:
+        """None: labels are what the teacher makes of the images."""
+        return 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.card import Card
-from dreamkit.errors import NonFiniteLoss, TeacherMismatch, placed
-from dreamkit.model_state import frozen
+from dreamkit.errors import TeacherMismatch, placed
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
-from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, compile_seconds
+from dreamkit.synthesizers.dreamer import Best, LossDreamer
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import (
     InversionLoss,
     bound_loss,
@@ -31,14 +31,13 @@ from dreamkit.synthesizers.inversion_loss import (
     competing,
 )
 from dreamkit.synthesizers.memory import largest_batch
-from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
+from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.checking import check_fits, check_outputs
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
     Dream,
-    Estimate,
     OnStep,
     Parameterisation,
     Regularizer,
@@ -165,11 +164,11 @@ class DeepInversion:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         check_terms(self.regularizers, teacher)
         with ExitStack() as stack:
-            if student is None:
-                student = self._load_student(teacher)
-                if student is not None:
-                    stack.enter_context(borrowed(student.to(device)))
-            loss = stack.enter_context(bound_loss(teacher.model, self.regularizers, student))
+            named = self._load_student(teacher)
+            if named is not None:
+                student = named.to(device)
+                stack.enter_context(borrowed(student))
+            loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
             inversion = Inversion(self, teacher, loss, device, choices or {}, note)
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
@@ -180,12 +179,7 @@ class DeepInversion:
         with placed("student"):
             student = self.student.load(seed=0)
             check_outputs(student)
-            ours, theirs = student.card, teacher.card
-            if (ours.num_classes, ours.input_size) != (theirs.num_classes, theirs.input_size):
-                raise TeacherMismatch(
-                    f"{ours.name} takes {ours.input_size} and has {ours.num_classes} outputs; the "
-                    f"teacher takes {theirs.input_size} and has {theirs.num_classes}"
-                )
+            check_fits(student.card, teacher.card)
         return student.model
 
     def check(self, teacher: Teacher) -> None:
@@ -203,7 +197,7 @@ class DeepInversion:
                 )
 
 
-class Inversion:
+class Inversion(LossDreamer):
     """DeepInversion bound to a frozen teacher on a device.
 
     Args:
@@ -224,14 +218,8 @@ class Inversion:
         choices: Mapping[str, Any],
         note: Callable[[str], None],
     ) -> None:
+        super().__init__(options.engine, teacher, loss, device, choices, note)
         self.options = options
-        self.teacher = teacher
-        self.terms = loss
-        self.device = device
-        self.note = note
-        settled = {"precision": options.engine.precision, "compile": options.engine.compile}
-        self.engine = Engine(**(settled | {k: choices[k] for k in settled if k in choices}))
-        self.evaluator = self.engine.evaluator(self.terms, device)
         batch_size = choices.get("batch_size", options.batch_size)
         self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
 
@@ -240,45 +228,18 @@ class Inversion:
         """How many images are dreamed together."""
         return self._batch_size
 
-    @property
-    def choices(self) -> dict[str, Any]:
-        """The batch size and how the engine computes; plain data."""
-        return {
-            "batch_size": self.batch_size,
-            "precision": self.evaluator.precision,
-            "compile": self.engine.compile is True,
-        }
-
-    def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
+    def make(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
         """Optimise one batch through every stage.
 
-        A batch whose loss overflows starts once more from its seed, in float32.
-
         Raises:
-            NonFiniteLoss: it overflowed there too.
+            NonFiniteLoss: its loss overflowed.
         """
-        with self._rival():
-            if self.evaluator.exact:
-                return self._dream(plan, self.evaluator, on_step)
-            try:
-                return self._dream(plan, self.evaluator, on_step)
-            except NonFiniteLoss as error:
-                self.note(f"{error.message}; once more in float32")
-            exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
-            return self._dream(plan, exact, on_step)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: a batch depends on its seed alone."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Do nothing."""
-
-    def _dream(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
         labels = options.label_plan(plan, card.num_classes, generator).to(self.device)
-        images, loss, done = None, torch.tensor(math.inf), 0
+        images: Tensor | None = None
+        best: Best | None = None
+        done = 0
         for stage in options.stages:
             size = stage.resolution(card)
             if images is None:
@@ -291,16 +252,13 @@ class Inversion:
             def counted(step: int, terms: Mapping[str, Tensor], done: int = done) -> None:
                 on_step(done + step, terms)
 
-            found = self._stage(start, labels, stage, generator, evaluator, counted)
-            if found is None:
-                raise NonFiniteLoss(
-                    f"the loss of batch {plan.index} is not finite: lower the learning rate or "
-                    "the weights of the regularizers"
-                )
-            images, loss = found
+            best = self._stage(start, labels, stage, generator, evaluator, counted)
+            best.require_finite(plan)
+            images = options.parameterisation.render(best.found, size)
             done += stage.steps
         assert images is not None
-        return Dream(images, labels, float(loss))
+        assert best is not None
+        return Dream(images, labels, float(best.loss))
 
     def _stage(
         self,
@@ -310,8 +268,8 @@ class Inversion:
         generator: torch.Generator,
         evaluator: Evaluator,
         on_step: OnStep,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Optimise at one resolution; return the best images and their loss, if it was finite."""
+    ) -> Best:
+        """Optimise at one resolution; return the best parameters of its steps."""
         options, size = self.options, stage.resolution(self.teacher.card)
         limits = self.teacher.card.pixel_range(parameters) if options.clip else None
         parameters = self._clipped(parameters, size, limits).contiguous().requires_grad_()
@@ -323,8 +281,7 @@ class Inversion:
         )
         draws = draw_views(stage.steps, self._jitter(stage), options.flip, generator)
         draws = draws.to(self.device)
-        best, best_loss = parameters.detach().clone(), torch.tensor(math.inf, device=self.device)
-        finite = torch.tensor(True, device=self.device)
+        best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
             factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
@@ -334,21 +291,15 @@ class Inversion:
             (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
-            # The loss is of the parameters before the step; the choice needs no host sync.
-            better = found.loss < best_loss
-            best = torch.where(better, parameters.detach(), best)
-            best_loss = torch.where(better, found.loss, best_loss)
-            finite &= torch.isfinite(found.loss)
+            best.offer(parameters, found.loss)  # the loss is of the parameters before the step
             optimizer.step()
             if limits is not None:
                 with torch.no_grad():
                     parameters.copy_(self._clipped(parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
-            if (step + 1) % SYNC_EVERY == 0 and (not finite or plateau(step + 1, best_loss)):
+            if (step + 1) % SYNC_EVERY == 0 and (not best.finite or plateau(step + 1, best.loss)):
                 break
-        if not finite:
-            return None
-        return options.parameterisation.render(best, size), best_loss
+        return best
 
     def _clipped(
         self, parameters: Tensor, size: tuple[int, int], limits: tuple[Tensor, Tensor] | None
@@ -360,13 +311,6 @@ class Inversion:
             images = self.options.parameterisation.render(parameters, size)
             return self.options.parameterisation.encode(images.clamp(*limits))
 
-    @contextmanager
-    def _rival(self) -> Iterator[None]:
-        """Keep the student frozen; it may be one that is trained between dreams."""
-        student = self.terms.student
-        with frozen(student) if student is not None else nullcontext():
-            yield
-
     def _jitter(self, stage: Stage) -> tuple[int, int]:
         card = self.teacher.card
         height, width = stage.resolution(card)
@@ -376,32 +320,7 @@ class Inversion:
         jitter = self.options.jitter
         return round(jitter * height / last_height), round(jitter * width / last_width)
 
-    def prepare(self, images: int) -> Estimate:
-        """Time a few steps of every stage, compile if that pays, and estimate the cost.
-
-        Args:
-            images: how many are to be dreamed.
-
-        Returns:
-            Seconds for all of them, compilation included; peak memory of a step.
-        """
-        with self._rival():
-            self.engine, estimate = prepare(
-                self.engine,
-                self.evaluator,
-                self._phases(),
-                images / self.batch_size,
-                compile_seconds(self.teacher.model),
-                self.note,
-            )
-        return estimate
-
-    def compile(self) -> str | None:
-        """Compile for full batches of every stage; return why that did not work, if so."""
-        with self._rival():
-            return compile_phases(self.evaluator, self._phases())
-
-    def _phases(self) -> list[Phase]:
+    def phases(self) -> list[Phase]:
         """Return the stages of a full batch as what can be timed and compiled."""
         card, found = self.teacher.card, []
         size = min(self.batch_size, self.options.images)
@@ -438,7 +357,7 @@ class Inversion:
             labels = torch.zeros(size, dtype=torch.int64, device=self.device)
             self.evaluator(images, labels, torch.zeros(3, dtype=torch.int64, device=self.device))
 
-        with self._rival():
+        with self.rival_frozen():
             found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
         self.note(f"batch_size: auto is {found} on this machine")
         return found

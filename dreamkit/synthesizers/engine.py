@@ -45,16 +45,22 @@ class Engine:
 
     Args:
         precision: of the network's arithmetic; statistics, regularizers and the loss are always
-            float32. ``auto`` is bfloat16 where the hardware multiplies it natively.
+            float32. ``auto`` is bfloat16 where the hardware multiplies it natively, except for
+            networks with depthwise convolutions on a CPU.
         compile: ``auto`` compiles if the run is long enough to pay for it.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
 
-    def evaluator(self, objective: Objective, device: torch.device) -> Evaluator:
+    def evaluator(
+        self,
+        objective: Objective,
+        device: torch.device,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> Evaluator:
         """Return what evaluates an objective on a device, eager as yet."""
-        return Evaluator(objective, device, settled(self.precision, device))
+        return Evaluator(objective, device, settled(self.precision, device), note)
 
 
 @contextmanager
@@ -94,9 +100,17 @@ class Evaluator:
         objective: the mathematics.
         device: where tensors are.
         precision: of the networks' arithmetic.
+        note: told if what was compiled fails later.
     """
 
-    def __init__(self, objective: Objective, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        device: torch.device,
+        precision: Precision,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.note = note
         self.objective = objective
         self.device = device
         self.precision = precision
@@ -105,8 +119,15 @@ class Evaluator:
 
     def __call__(self, images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
         """Return the terms at images as rolled and mirrored by ``draw``, and the gradient."""
-        function = self._compiled.get(tuple(images.shape), self._loss)
-        return self._evaluate(function, images, labels, draw)
+        function = self._compiled.get(tuple(images.shape))
+        if function is None:
+            return self._evaluate(self._loss, images, labels, draw)
+        try:
+            return self._evaluate(function, images, labels, draw)
+        except Exception as error:  # it may be compiled anew, when a term is added, and fail
+            self.discard_compiled()
+            self.note(f"inversion goes on without compilation: {_reason(error)}")
+            return self._evaluate(self._loss, images, labels, draw)
 
     @property
     def exact(self) -> bool:
@@ -149,8 +170,7 @@ class Evaluator:
                 for view in views:
                     found = self._evaluate(function, images, labels, view)
         except Exception as error:  # whatever a compiler raises, eager still works
-            reason = str(error).strip().partition("\n")[0]
-            return f"it could not be compiled ({type(error).__name__}: {reason})"
+            return f"it could not be compiled ({_reason(error)})"
         expected = self._evaluate(self._loss, images, labels, views[-1])
         off = _distance(found, expected)
         allowed = LOSS_TOLERANCE[self.dtype], GRADIENT_TOLERANCE[self.dtype]
@@ -173,6 +193,10 @@ class Evaluator:
             gc.collect()  # a compiled function and what it closes over hold each other
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Terms]]

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.synthesizers.bn_statistics import SmoothedStatistics
+from dreamkit.synthesizers.dreamer import Best
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
 from dreamkit.synthesizers.generator_network import Generator
 from dreamkit.synthesizers.inversion_loss import InversionLoss
-from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
+from dreamkit.types import BatchPlan, Dream, LayerStatistics, OnStep, Teacher
 
 BETAS = (0.5, 0.999)
 
@@ -41,11 +42,12 @@ class FastMetaDreamer(GenerativeDreamer):
     ) -> None:
         super().__init__(options, teacher, loss, device, choices, note)
         self.options = options
+        self.first_whole_batch = options.warmup
         self.generator = self.new_generator(options.seed)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=options.lr * options.steps, betas=BETAS
         )
-        self.statistics = SmoothedStatistics(options.smoothing)
+        self.statistics = SmoothedStatistics(options.smoothing, self._statistics_of_nothing())
         if options.smoothing and loss.tap is not None:
             loss.smoothed = self.statistics
 
@@ -61,40 +63,45 @@ class FastMetaDreamer(GenerativeDreamer):
         restore_optimizer(self.optimizer, below("optimizer", state))
         self.statistics.restore(below("statistics", state), self.device)
 
-    def make(self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep) -> Dream:
+    @torch.no_grad()
+    def _statistics_of_nothing(self) -> tuple[LayerStatistics, ...]:
+        """Return each layer's statistics for one blank image, for what the layer has stored."""
+        if self.terms.tap is None:
+            return ()
+        return self.terms.tap(torch.zeros(1, *self.shape, device=self.device))[1]
+
+    def take_steps(
+        self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep
+    ) -> Dream:
         """Adapt a copy of the generator and its noise to a batch, and learn from the way there."""
         options = self.options
-        self.loss.student = self.student if plan.index >= options.warmup else None
+        self.terms.student = self.student if plan.index >= options.warmup else None
         draws = torch.Generator().manual_seed(plan.seed)
         labels = self.labels(plan.size, draws)
         noise = self.noise(plan.size, draws).requires_grad_()
         views = self.views(steps, draws)
         fast = copy.deepcopy(self.generator)
-        inner = torch.optim.Adam(
-            [
-                {"params": list(fast.parameters())},
-                {"params": [noise], "lr": options.lr_noise},
-            ],
-            lr=options.lr,
-            betas=BETAS,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": list(fast.parameters())},
+            {"params": [noise], "lr": options.lr_noise},
+        ]
+        inner = torch.optim.Adam(groups, lr=options.lr, betas=BETAS)
         self.optimizer.zero_grad(set_to_none=False)
-        best = torch.zeros(plan.size, *self.shape, device=self.device)
-        lowest = torch.tensor(torch.inf, device=self.device)
+        best = Best(torch.zeros(plan.size, *self.shape, device=self.device))
         for step in range(steps):
             inner.zero_grad()
-            images = self.render(fast, noise)
-            found = self.descend(evaluator, images, labels, views[step], plan.index)
-            better = found.loss < lowest
-            best = torch.where(better, images.detach(), best)
-            lowest = torch.where(better, found.loss, lowest)
+            images = self.render(fast, noise, evaluator)
+            found = evaluator(images, labels, views[step])
+            images.backward(found.gradient)
+            best.offer(images, found.loss)
             if options.meta == "maml":
                 self._gather(fast)
             inner.step()
             on_step(step + 1, {"loss": found.loss, **found.terms})
+        best.require_finite(plan)
         self._learn(fast)
-        self._remember(best)
-        return Dream(best, labels, float(lowest))
+        self._remember(best.found)
+        return Dream(best.found, labels, float(best.loss))
 
     def _gather(self, fast: Generator) -> None:
         """Add the copy's gradients to the generator's: MAML to the first order."""
@@ -114,8 +121,8 @@ class FastMetaDreamer(GenerativeDreamer):
     @torch.no_grad()
     def _remember(self, images: Tensor) -> None:
         """Take the batch's statistics into the smoothed ones."""
-        if self.loss.smoothed is not None and self.loss.tap is not None:
-            _, statistics = self.loss.tap(images)
+        if self.terms.smoothed is not None and self.terms.tap is not None:
+            _, statistics = self.terms.tap(images)
             self.statistics.update(statistics)
 
 
@@ -164,3 +171,8 @@ class FastMeta(Generative):
     seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = FastMetaDreamer
+
+    @property
+    def label_weight(self) -> float:
+        """Weight of the cross-entropy to the labels."""
+        return self.cross_entropy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from dreamkit.arithmetic import autocast
 from dreamkit.errors import NonFiniteLoss
-from dreamkit.model_state import frozen, seeded
+from dreamkit.model_state import seeded
 from dreamkit.registry import Term, TermsOf
-from dreamkit.synthesizers.engine import Engine, Evaluation, Evaluator, compile_seconds
+from dreamkit.synthesizers.dreamer import LossDreamer
+from dreamkit.synthesizers.engine import Engine, Evaluator
 from dreamkit.synthesizers.generator_network import Generator
 from dreamkit.synthesizers.inversion_loss import InversionLoss, bound_loss, check_terms, competing
-from dreamkit.synthesizers.planning import Phase, prepare
+from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Regularizer, Teacher
+from dreamkit.types import BatchPlan, Dream, OnStep, Regularizer, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,6 @@ class Generative(ABC):
     Args:
         images: how many to dream.
         regularizers: the weighted terms beside the cross-entropy.
-        cross_entropy: weight of the cross-entropy to the labels.
         batch_size: images made together, over which feature statistics are taken.
         steps: generator steps for each batch of dreams.
         latent: size of the generator's noise.
@@ -49,7 +49,6 @@ class Generative(ABC):
 
     images: Annotated[int, Field(ge=1)]
     regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")]
-    cross_entropy: Annotated[float, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=2)] = 256
     steps: Annotated[int, Field(ge=1)] = 5
     latent: Annotated[int, Field(ge=1)] = 256
@@ -59,6 +58,11 @@ class Generative(ABC):
     engine: Engine = field(default_factory=Engine)
 
     dreamer: ClassVar[type[GenerativeDreamer]]
+
+    @property
+    @abstractmethod
+    def label_weight(self) -> float:
+        """Weight of the cross-entropy to the labels."""
 
     @property
     def steps_per_batch(self) -> int:
@@ -87,14 +91,14 @@ class Generative(ABC):
         self.check(teacher)
         with ExitStack() as stack:
             loss = stack.enter_context(
-                bound_loss(teacher.model, self.regularizers, student, self.cross_entropy)
+                bound_loss(teacher, self.regularizers, student, self.label_weight)
             )
             dreamer = self.dreamer(self, teacher, loss, device, choices or {}, note)
             stack.callback(dreamer.evaluator.discard_compiled)
             yield dreamer
 
 
-class GenerativeDreamer(ABC):
+class GenerativeDreamer(LossDreamer):
     """A generator method bound to a frozen teacher on a device.
 
     Args:
@@ -106,6 +110,9 @@ class GenerativeDreamer(ABC):
         note: told what the user must know.
     """
 
+    first_whole_batch = 0
+    """The first batch on which every term counts: what others cost is told from it."""
+
     def __init__(
         self,
         options: Generative,
@@ -115,95 +122,48 @@ class GenerativeDreamer(ABC):
         choices: Mapping[str, Any],
         note: Callable[[str], None],
     ) -> None:
-        self.teacher = teacher
-        self.loss = loss
-        self.student = loss.student
-        self.device = device
-        self.note = note
+        super().__init__(options.engine, teacher, loss, device, choices, note)
         self.shape = teacher.card.input_size
-        self._batch_size = options.batch_size
+        self.pixels = teacher.card.pixel_range(torch.zeros((), device=device))
         self._common = options
-        settled = {"precision": options.engine.precision, "compile": options.engine.compile}
-        self.engine = Engine(**(settled | {k: choices[k] for k in settled if k in choices}))
-        self.evaluator = self.engine.evaluator(loss, device)
 
     @property
     def batch_size(self) -> int:
         """How many images are dreamed together."""
-        return self._batch_size
+        return self._common.batch_size
 
-    @property
-    def choices(self) -> dict[str, Any]:
-        """How the engine computes; plain data."""
-        return {"precision": self.evaluator.precision, "compile": self.engine.compile is True}
+    def make(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
+        """Make one batch.
 
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Return what is carried from batch to batch."""
-
-    @abstractmethod
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state that ``state`` returned."""
+        Raises:
+            NonFiniteLoss: its loss overflowed.
+        """
+        return self.take_steps(plan, self._common.steps, evaluator, on_step)
 
     @abstractmethod
-    def make(self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep) -> Dream:
+    def take_steps(
+        self, plan: BatchPlan, steps: int, evaluator: Evaluator, on_step: OnStep
+    ) -> Dream:
         """Make a batch in some generator steps.
 
         Raises:
             NonFiniteLoss: its loss overflowed.
         """
 
-    def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
-        """Make one batch; one that overflows is made once more from its seed, in float32.
-
-        Raises:
-            NonFiniteLoss: it overflowed there too; what is carried on is as before.
-        """
-        before, steps = _copied(self.state()), self._common.steps
-        exact = Engine(precision="float32", compile=False).evaluator(self.loss, self.device)
-        with self._rival():
-            try:
-                return self.make(plan, steps, self.evaluator, on_step)
-            except NonFiniteLoss as error:
-                self.restore(before)
-                if self.evaluator.exact:
-                    raise
-                self.note(f"{error.message}; once more in float32")
-            try:
-                return self.make(plan, steps, exact, on_step)
-            except NonFiniteLoss:
-                self.restore(before)
-                raise
-
-    def prepare(self, images: int) -> Estimate:
-        """Time a few steps, compile if that pays, and estimate the cost of images."""
-        before = _copied(self.state())
-        plan = BatchPlan(0, 0, self.batch_size, 0)
+    def phases(self) -> list[Phase]:
+        """Return the steps of a batch."""
+        plan = BatchPlan(self.first_whole_batch, 0, self.batch_size, 0)
 
         def run(steps: int, on_step: OnStep) -> None:
-            self.make(plan, steps, self.evaluator, on_step)
+            with suppress(NonFiniteLoss):  # only the time counts here
+                self.take_steps(plan, steps, self.evaluator, on_step)
 
-        blank = torch.zeros(self.batch_size, *self.shape, device=self.device)
-        labels = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        try:
-            with self._rival():
-                self.engine, estimate = prepare(
-                    self.engine,
-                    self.evaluator,
-                    [Phase(self._common.steps, run, blank, labels)],
-                    images / self.batch_size,
-                    compile_seconds(self.teacher.model),
-                    self.note,
-                )
-        finally:
-            self.restore(before)
-        return estimate
-
-    @contextmanager
-    def _rival(self) -> Iterator[None]:
-        """Keep the student frozen; it is trained between dreams."""
-        with frozen(self.student) if self.student is not None else nullcontext():
-            yield
+        draws = torch.Generator().manual_seed(0)
+        labels = self.labels(self.batch_size, draws)
+        with torch.no_grad():
+            noise = self.noise(self.batch_size, draws)
+            sample = self.render(self.new_generator(0), noise, self.evaluator)
+        return [Phase(self._common.steps, run, sample, labels)]
 
     # --- for the methods ----------------------------------------------------------------------
 
@@ -228,31 +188,10 @@ class GenerativeDreamer(ABC):
         shift = (height // 8, width // 8) if jitter is None else (jitter, jitter)
         return draw_views(steps, shift, self._common.flip, generator).to(self.device)
 
-    def render(self, network: nn.Module, noise: Tensor) -> Tensor:
+    def render(self, network: nn.Module, noise: Tensor, evaluator: Evaluator) -> Tensor:
         """Return the normalised images (N, C, H, W) of noise, with gradients."""
-        with autocast(self.evaluator.precision, self.device):
+        with autocast(evaluator.precision, self.device):
             pixels = network(noise)
-        low, high = self.teacher.card.pixel_range(noise)
+        low, high = self.pixels
         images: Tensor = low + pixels.float() * (high - low)
         return images
-
-    def descend(
-        self, evaluator: Evaluator, images: Tensor, labels: Tensor, draw: Tensor, index: int
-    ) -> Evaluation:
-        """Evaluate the loss at images, and carry its gradient back to what made them.
-
-        Raises:
-            NonFiniteLoss: it is not finite; ``index`` is the batch's.
-        """
-        found = evaluator(images, labels, draw)
-        if not torch.isfinite(found.loss):
-            raise NonFiniteLoss(
-                f"the loss of batch {index} is not finite: lower the learning rate or the weights "
-                "of the regularizers"
-            )
-        images.backward(found.gradient)
-        return found
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}

@@ -7,12 +7,15 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+BASE = 8
+"""Largest side that the noise is projected to."""
+
 
 class Generator(nn.Module):
-    """Noise to images with pixels in (0, 1): a linear layer, then two doublings of the size.
+    """Noise to images with pixels in (0, 1): a linear layer, then doublings of the size.
 
     The decoder of DCGAN (Radford et al. 2016) with nearest upsampling for transposed convolutions,
-    as in DAFL (Chen et al., ICCV 2019), section 4.
+    as in DAFL (Chen et al., ICCV 2019), section 4: two doublings, more above 32 pixels.
 
     Args:
         latent: size of the noise.
@@ -22,22 +25,26 @@ class Generator(nn.Module):
 
     def __init__(self, latent: int, width: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        channels, *size = shape
-        self.sizes = [tuple(math.ceil(side / part) for side in size) for part in (4, 2, 1)]
+        channels, height, cells = shape
+        doublings = max(2, math.ceil(math.log2(max(height, cells) / BASE)))
+        parts = [2**power for power in range(doublings, -1, -1)]
+        self.sizes = [(math.ceil(height / part), math.ceil(cells / part)) for part in parts]
         self.width = width
         self.project = nn.Linear(latent, 2 * width * math.prod(self.sizes[0]))
-        self.bn0 = nn.BatchNorm2d(2 * width)
-        self.conv1 = nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(2 * width)
-        self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(2 * width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(2 * width, wide, 3, padding=1, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.LeakyReLU(0.2),
+            )
+            for wide in [2 * width] * (doublings - 1) + [width]
+        )
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, noise: Tensor) -> Tensor:
         """Map noise (N, latent) to pixels (N, C, H, W) in (0, 1)."""
-        x = self.project(noise).view(-1, 2 * self.width, *self.sizes[0])
-        x = F.interpolate(self.bn0(x), size=self.sizes[1], mode="nearest")
-        x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2)
-        x = F.interpolate(x, size=self.sizes[2], mode="nearest")
-        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
-        return self.conv3(x).sigmoid()
+        x = self.bn(self.project(noise).view(-1, 2 * self.width, *self.sizes[0]))
+        for size, block in zip(self.sizes[1:], self.blocks, strict=True):
+            x = block(F.interpolate(x, size=size, mode="nearest"))
+        return self.last(x).sigmoid()  # type: ignore[no-any-return]

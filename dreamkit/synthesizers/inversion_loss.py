@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import TeacherMismatch
+from dreamkit.errors import DreamkitError, TeacherMismatch
+from dreamkit.evaluation.features import find_layer, penultimate_layer
+from dreamkit.model_state import InputTap, inputs_of
 from dreamkit.registry import Term
 from dreamkit.synthesizers.bn_statistics import (
     BatchNormTap,
-    InputTap,
     SmoothedStatistics,
     batch_norm_layers,
-    inputs_of,
-    last_linear,
     tapped,
 )
 from dreamkit.synthesizers.engine import borrowed
@@ -82,8 +81,8 @@ class InversionLoss:
             else:
                 logits = self.teacher(images)
             if self.features is not None:
-                (features,) = self.features.take().values()
-                features = features.float()
+                (features,) = self.features.inputs.values()
+                features = features.float().flatten(1)
             if self.student is not None:
                 student_logits = self.student(images).float()
         logits = logits.float()
@@ -124,17 +123,20 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 "({source: folder, path: ...})",
                 ("regularizers", index),
             )
-        if "features" in needs(term.entry) and not last_linear(teacher.model):
-            raise TeacherMismatch(
-                f"{term.name} looks at what the last linear layer is given, and "
-                f"{teacher.card.name} has no linear layer; leave the term out",
-                ("regularizers", index),
-            )
+        if "features" in needs(term.entry):
+            try:
+                penultimate_layer(teacher.model, teacher.card)
+            except DreamkitError as error:
+                raise TeacherMismatch(
+                    f"{term.name} looks at what the last linear layer is given, and "
+                    f"{teacher.card.name} calls none; leave the term out",
+                    ("regularizers", index),
+                ) from error
 
 
 @contextmanager
 def bound_loss(
-    teacher: nn.Module,
+    teacher: Teacher,
     regularizers: Terms,
     student: nn.Module | None,
     cross_entropy: float = 1.0,
@@ -147,12 +149,13 @@ def bound_loss(
         student: left out of the loss where no term needs it.
         cross_entropy: weight of the classification term.
     """
-    wants = needed(regularizers)
+    wants, model = needed(regularizers), teacher.model
     with ExitStack() as stack:
-        stack.enter_context(borrowed(teacher))
-        tap = stack.enter_context(tapped(teacher)) if "bn_statistics" in wants else None
+        stack.enter_context(borrowed(model))
+        tap = stack.enter_context(tapped(model)) if "bn_statistics" in wants else None
         features = None
         if "features" in wants:
-            features = stack.enter_context(inputs_of(last_linear(teacher)))
+            layer = find_layer(model, teacher.card, None)
+            features = stack.enter_context(inputs_of([layer]))
         rival = student if "student_logits" in wants else None
-        yield InversionLoss(teacher, regularizers, tap, features, rival, cross_entropy)
+        yield InversionLoss(model, regularizers, tap, features, rival, cross_entropy)

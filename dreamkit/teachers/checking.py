@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from dreamkit.card import Card
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode
 from dreamkit.types import Teacher
+
+
+def check_fits(student: Card, teacher: Card) -> None:
+    """Refuse a student that does not take the teacher's images or have its outputs.
+
+    Raises:
+        TeacherMismatch: saying what both take and return.
+    """
+    ours, theirs = student, teacher
+    if (ours.num_classes, ours.input_size) != (theirs.num_classes, theirs.input_size):
+        raise TeacherMismatch(
+            f"the student {ours.name} takes {ours.input_size} and has {ours.num_classes} outputs; "
+            f"the teacher {theirs.name} takes {theirs.input_size} and has {theirs.num_classes}"
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""The networks that papers on CIFAR use, by name; all take images of 32×32."""
+"""The networks that papers on CIFAR use, by name; all take images of 32×32.
+
+torchvision is imported where it is used: a saved student of another kind loads without it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from functools import partial
 from types import MappingProxyType
 
 from torch import nn
-from torchvision import models
-from torchvision.models import vgg
 
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.wide_resnet import WideResNet
@@ -37,11 +38,11 @@ def _wide_resnet(depth: int, widen: int, num_classes: int, in_channels: int) -> 
     return WideResNet(depth, widen, num_classes, in_channels)
 
 
-def _imagenet_resnet(
-    build: Callable[..., nn.Module], num_classes: int, in_channels: int
-) -> nn.Module:
+def _imagenet_resnet(name: str, num_classes: int, in_channels: int) -> nn.Module:
     """Return torchvision's, with a 3×3 stem of stride 1 in place of 7×7 and max pooling."""
-    model = build(weights=None, num_classes=num_classes)
+    from torchvision.models import get_model
+
+    model: nn.Module = get_model(name, weights=None, num_classes=num_classes)
     stem = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = stem, nn.Identity()
@@ -50,6 +51,8 @@ def _imagenet_resnet(
 
 def _vgg11_bn(num_classes: int, in_channels: int) -> nn.Module:
     """Return torchvision's features with one linear layer: its own three are for 7×7 features."""
+    from torchvision.models import vgg
+
     features = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
     features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
     for module in features:
@@ -69,7 +72,9 @@ def _vgg11_bn(num_classes: int, in_channels: int) -> nn.Module:
 
 def _mobilenetv2(num_classes: int, in_channels: int) -> nn.Module:
     """Return torchvision's at an eighth of the input's size, not a thirty-second."""
-    model: nn.Module = models.mobilenet_v2(
+    from torchvision.models import mobilenet_v2
+
+    model: nn.Module = mobilenet_v2(
         weights=None,
         num_classes=num_classes,
         inverted_residual_setting=[list(stage) for stage in _MOBILENET_STAGES],
@@ -85,8 +90,8 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "resnet20": partial(_small_resnet, 20),
         "resnet32": partial(_small_resnet, 32),
         "resnet56": partial(_small_resnet, 56),
-        "resnet18": partial(_imagenet_resnet, models.resnet18),
-        "resnet34": partial(_imagenet_resnet, models.resnet34),
+        "resnet18": partial(_imagenet_resnet, "resnet18"),
+        "resnet34": partial(_imagenet_resnet, "resnet34"),
         "vgg11_bn": _vgg11_bn,
         "wrn_40_2": partial(_wide_resnet, 40, 2),
         "wrn_16_1": partial(_wide_resnet, 16, 1),

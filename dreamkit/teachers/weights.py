@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
+from dreamkit.flat_state import hash_state
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
 _SHOWN_KEYS = 4
@@ -37,11 +37,7 @@ def check_file(option: str, path: str) -> None:
 
 def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 over a model's state dict: names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_state(model.state_dict())
 
 
 def read_state_dict(path: str, key: str | None = None, prefix: str = "") -> dict[str, Tensor]:

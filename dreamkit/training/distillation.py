@@ -55,7 +55,8 @@ class Distillation:
             those of training.
         evaluate_every: steps between looks at the accuracy on evaluation images; null never does.
         precision: of the networks' arithmetic; weights, statistics and losses stay float32.
-            ``auto`` is bfloat16 where the hardware multiplies it natively.
+            ``auto`` is bfloat16 where the hardware multiplies it natively, except for students
+            with depthwise convolutions on a CPU.
         compile: compile both networks with ``torch.compile``; a minute or so, which pays in runs
             of a thousand steps and more.
     """
@@ -135,9 +136,8 @@ class Distiller:
         self.total = total
         self.note = note
         self.done = 0
-        self.precision = settled(options.precision, device)
-        if self.precision == "bfloat16":
-            student.to(memory_format=torch.channels_last)
+        self.precision = settled(options.precision, device, student)
+        lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
         self.augmenter = Augmenter(options.augmentation, generator)
@@ -183,12 +183,11 @@ class Distiller:
             group["lr"] = self.options.lr * self.options.lr_factor(self.done, self.total)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        parts = zip(
-            stored.chunk(self.options.accumulate),
-            labels.chunk(self.options.accumulate),
-            strict=True,
-        )
-        for images, classes in parts:
+        # BatchNorm in training has no variance to learn from a single image of 1×1 features.
+        parts = max(1, min(self.options.accumulate, len(stored) // 2))
+        for images, classes in zip(
+            stored.tensor_split(parts), labels.tensor_split(parts), strict=True
+        ):
             share = len(images) / len(stored)
             partial = share * self._loss(images.to(self.device), classes.to(self.device))
             partial.backward()
@@ -207,10 +206,6 @@ class Distiller:
         loss = distillation_loss(student_logits, teacher_logits, self.options.temperature)
         if self.options.hard_labels == 0:
             return loss
-        if int(labels.min()) == NO_LABEL:
-            raise DreamkitError(
-                "these images have no labels to learn: set it to 0", ("hard_labels",)
-            )
         hard = mixed_cross_entropy(student_logits, mixed)
         return (1 - self.options.hard_labels) * loss + self.options.hard_labels * hard
 
@@ -252,7 +247,8 @@ class Distiller:
         if self.average is not None and self.done:
             self.student.load_state_dict(self.average.module.state_dict())
         self.student.eval()
-        if not all(p.isfinite().all() for p in self.parameters):
+        self.student.to(memory_format=torch.contiguous_format)  # as it will be when it is loaded
+        if not self.finite:
             raise DreamkitError(
                 f"the student's weights are not finite after {self.done} steps: lower lr, or set "
                 "clip_norm",
@@ -261,6 +257,11 @@ class Distiller:
         if self.options.recalibrate and self.done:
             batches, size = self.options.recalibrate, self.options.batch_size
             recalibrate(self.student, images, self.card, self.device, batches, size)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are."""
+        return all(bool(p.isfinite().all()) for p in self.parameters)
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, as a flat dictionary of tensors."""
@@ -279,6 +280,12 @@ class Distiller:
         restore_optimizer(self.optimizer, below("optimizer", state))
         if self.average is not None:
             self.average.load_state_dict(below("average", state))
+
+
+def lay_out(student: nn.Module, options: Distillation, device: torch.device) -> None:
+    """Lay a student's weights out as its training reads them fastest."""
+    if settled(options.precision, device, student) == "bfloat16":
+        student.to(memory_format=torch.channels_last)
 
 
 _Forward = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -146,6 +146,18 @@ def test_rounds_dream_several_batches_against_one_student(context, toys, monkeyp
     assert not torch.equal(seen[1], seen[2])
 
 
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [(Adaptive(every=6, batches=1), 13), (Adaptive(every=12, batches=2), 13)],
+)
+def test_a_training_too_short_for_its_dreams_says_how_long_it_must_be(options, needed):
+    growth = Growth(options, Planned())
+    growth.check(needed)
+    with pytest.raises(DreamkitError, match=f"before step {needed}, and the training has 12") as e:
+        growth.check(12)
+    assert e.value.path == ("training",)
+
+
 # --- kill and resume --------------------------------------------------------------------------
 
 
@@ -213,6 +225,23 @@ def test_a_batch_that_overflows_is_left_out_of_the_pool(context, toys, monkeypat
     monkeypatch.setattr(Inversion, "dream", overflow)
     assert len(teach(context, student_of(toys))) == 6
     assert sorted(DreamStore(context.folder / "dreams").shards) == [0, 2]
+
+
+def test_a_checkpoint_of_another_training_is_refused(context, toys, monkeypatch):
+    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0)
+    teach(context, student_of(toys))
+    context.teacher.card = toys.card(weights_sha256="another")
+    images, student = toys.images(10), student_of(toys)
+    with pytest.raises(StoreError, match="is of a training with.*delete it"):
+        train_student(context, student, images, TRAINING, "training")
+
+
+def test_weights_that_are_not_finite_are_not_kept(context, toys):
+    student = student_of(toys)
+    wild = Distillation(steps=12, batch_size=4, lr=1e30, precision="float32")
+    with pytest.raises(DreamkitError, match="not finite"):
+        train_student(context, student, toys.images(10), wild, "training")
+    assert not (context.folder / "checkpoints").exists()
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit.applications.dreaming import judge
-from dreamkit.arithmetic import has_native_bfloat16
+from dreamkit.arithmetic import has_native_bfloat16, settled
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers import deepinversion, engine, memory, planning
+from dreamkit.synthesizers import deepinversion, dreamer, engine, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import (
     DeepInversion,
@@ -126,6 +126,16 @@ def test_auto_precision_is_what_the_processor_multiplies(monkeypatch):
     assert not has_native_bfloat16(torch.device("mps"))
 
 
+def test_auto_precision_of_depthwise_convolutions_on_a_cpu_is_float32(monkeypatch, toys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert settled("auto", CPU, toys.depthwise()) == "float32"
+    assert settled("bfloat16", CPU, toys.depthwise()) == "bfloat16"
+    assert settled("auto", CPU, toys.two_bn()) == "bfloat16"
+    given = options(engine=Engine())
+    with given.session(toys.teacher(toys.depthwise()), CPU) as session:
+        assert session.choices["precision"] == "float32"
+
+
 # --- compilation ------------------------------------------------------------------------------
 
 
@@ -221,7 +231,7 @@ def test_a_compiler_that_fails_leaves_eager_and_is_named(monkeypatch, toys):
 
 def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 30.0)
+    monkeypatch.setattr(dreamer, "compile_seconds", lambda model: 30.0)
     seconds = iter([1.0, 1.0, 0.5])  # eager; then eager and compiled
     monkeypatch.setattr(planning, "_seconds_a_step", lambda phase, device: next(seconds))
     given = options(engine=Engine(precision="float32"), stages=(Stage(10),))
@@ -240,7 +250,7 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
 @pytest.mark.parametrize(("asked", "used"), [("auto", False), (True, True)])
 def test_compiled_and_slower_is_used_only_if_asked_for(monkeypatch, toys, asked, used):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
-    monkeypatch.setattr(deepinversion, "compile_seconds", lambda model: 0.0)
+    monkeypatch.setattr(dreamer, "compile_seconds", lambda model: 0.0)
     seconds = iter([1.0, 1.5])  # eager, compiled
     monkeypatch.setattr(planning, "_seconds_a_step", lambda phase, device: next(seconds))
     notes = []

@@ -16,14 +16,9 @@ from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.evaluation import fidelity
 from dreamkit.evaluation.classifier_score import classifier_score
 from dreamkit.evaluation.cross_model import Observed, as_seen_by, observe
+from dreamkit.evaluation.features import find_layer, penultimate_layer, pooled
 from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores, weights_path
-from dreamkit.evaluation.frechet_distance import (
-    Gaussian,
-    find_layer,
-    frechet_distance,
-    penultimate_layer,
-    pooled,
-)
+from dreamkit.evaluation.frechet_distance import Gaussian, frechet_distance
 from dreamkit.evaluation.judgement import judge_by
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams

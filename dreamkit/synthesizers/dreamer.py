@@ -1,0 +1,181 @@
+"""What the synthesizers of this package do alike: dream batches by a loss bound to a teacher."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamkit.arithmetic import settled
+from dreamkit.errors import NonFiniteLoss
+from dreamkit.model_state import frozen
+from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
+from dreamkit.synthesizers.inversion_loss import InversionLoss
+from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
+from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Teacher
+
+
+class LossDreamer(ABC):
+    """A synthesizer bound to a frozen teacher on a device, which dreams by an inversion's loss.
+
+    Args:
+        engine: how the recipe wants it computed.
+        teacher: frozen, on ``device``.
+        loss: of the teacher, and of the competitor on ``device`` if there is one.
+        device: where to work.
+        choices: what an earlier session settled.
+        note: told what the user must know.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        teacher: Teacher,
+        loss: InversionLoss,
+        device: torch.device,
+        choices: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        self.teacher = teacher
+        self.terms = loss
+        self.student = loss.student
+        self.device = device
+        self.note = note
+        precision = choices.get("precision", engine.precision)
+        self.engine = Engine(
+            precision=settled(precision, device, teacher.model),
+            compile=choices.get("compile", engine.compile),
+        )
+        self.evaluator = self.engine.evaluator(loss, device, note)
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """How many images are dreamed together."""
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The batch size and how the engine computes; plain data."""
+        return {
+            "batch_size": self.batch_size,
+            "precision": self.evaluator.precision,
+            "compile": self.engine.compile is True,
+        }
+
+    @abstractmethod
+    def make(self, plan: BatchPlan, evaluator: Evaluator, on_step: OnStep) -> Dream:
+        """Make one batch.
+
+        Raises:
+            NonFiniteLoss: its loss overflowed.
+        """
+
+    @abstractmethod
+    def phases(self) -> list[Phase]:
+        """Return what a full batch consists of."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is carried from batch to batch: nothing, if a batch is its seed's alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+        assert not state, "who carries something on knows how to take it up again"
+
+    def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
+        """Make one batch; one whose loss overflows starts once more from its seed, in float32.
+
+        Raises:
+            NonFiniteLoss: it overflowed there too; what is carried on is as before.
+        """
+        with self.rival_frozen(), self._undone_on_overflow():
+            try:
+                with self._undone_on_overflow():
+                    return self.make(plan, self.evaluator, on_step)
+            except NonFiniteLoss as error:
+                if self.evaluator.exact:
+                    raise
+                self.note(f"{error.message}; once more in float32")
+            exact = Engine(precision="float32", compile=False).evaluator(self.terms, self.device)
+            return self.make(plan, exact, on_step)
+
+    @contextmanager
+    def _undone_on_overflow(self) -> Iterator[None]:
+        before = {name: value.detach().clone() for name, value in self.state().items()}
+        try:
+            yield
+        except NonFiniteLoss:
+            self.restore(before)
+            raise
+
+    def prepare(self, images: int) -> Estimate:
+        """Time a few steps, compile if that pays, and estimate the cost.
+
+        Args:
+            images: how many are to be dreamed.
+
+        Returns:
+            Seconds for all of them, compilation included; peak memory of a step.
+        """
+        before = {name: value.detach().clone() for name, value in self.state().items()}
+        try:
+            with self.rival_frozen():
+                self.engine, estimate = prepare(
+                    self.engine,
+                    self.evaluator,
+                    self.phases(),
+                    images / self.batch_size,
+                    compile_seconds(self.teacher.model),
+                    self.note,
+                )
+        finally:
+            self.restore(before)
+        return estimate
+
+    def compile(self) -> str | None:
+        """Compile for full batches of every phase; return why that did not work, if so."""
+        with self.rival_frozen():
+            return compile_phases(self.evaluator, self.phases())
+
+    @contextmanager
+    def rival_frozen(self) -> Iterator[None]:
+        """Keep the student frozen; it may be one that is trained between dreams."""
+        with frozen(self.student) if self.student is not None else nullcontext():
+            yield
+
+
+class Best:
+    """The best so far of what steps found, without a look from the host.
+
+    Args:
+        start: stands for the best until there is one.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.found = start
+        self.loss = torch.tensor(torch.inf, device=start.device)
+        self.finite = torch.tensor(True, device=start.device)
+        """Whether every loss was, a tensor of shape ()."""
+
+    def offer(self, found: Tensor, loss: Tensor) -> None:
+        """Take what a step found, if its loss (of shape ()) is lower."""
+        better = loss < self.loss
+        self.found = torch.where(better, found.detach(), self.found)
+        self.loss = torch.where(better, loss.detach(), self.loss)
+        self.finite = self.finite & torch.isfinite(loss)
+
+    def require_finite(self, plan: BatchPlan) -> None:
+        """Look whether all steps were sound; it waits for the device.
+
+        Raises:
+            NonFiniteLoss: one was not.
+        """
+        if not self.finite:
+            raise NonFiniteLoss(
+                f"the loss of batch {plan.index} is not finite: lower the learning rate or the "
+                "weights of the regularizers"
+            )
