@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -21,7 +23,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.sources.digits import Digits
 from dreamkit.store.artifact import read_artifact
-from dreamkit.synthesizers.deepinversion import Inversion
+from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -233,13 +235,68 @@ def test_the_flagships_smoke_preset_whole(tmp_path):
 
 
 def test_paper_presets_optimise_pixels_to_the_last_step() -> None:
-    # They name image folders that need not be here, so the recipe is built without evaluation.
+    # They name images and weights that need not be here, so the recipe is built without.
     checked = []
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         if "\n  paper:" not in path.read_text("utf-8"):
             continue
-        loaded = read_recipe(path, build_registries, "paper", ["evaluation=null"])
-        assert isinstance(loaded.recipe.synthesis.parameterisation, Pixels)
-        assert loaded.recipe.synthesis.patience is None
-        checked.append(path.name)
-    assert "prune_resnet50_ha.yaml" in checked
+        without = ["evaluation=null", "teacher.weights=null"]
+        synthesis = read_recipe(path, build_registries, "paper", without).recipe.synthesis
+        if isinstance(synthesis, DeepInversion):
+            assert isinstance(synthesis.parameterisation, Pixels)
+            assert synthesis.patience is None
+            checked.append(path.name)
+    assert {"prune_resnet50_ha.yaml", "adaptive.yaml", "transfer_resnet50.yaml"} <= {*checked}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_adaptive_presets_train_long_enough_for_all_their_dreams(path) -> None:
+    presets = yaml.safe_load(path.read_text(encoding="utf-8")).get("presets") or {}
+    for preset in (None, *presets):
+        without = ["evaluation=null"]
+        if path.parent.name == "cifar10":
+            without.append("teacher.weights=null")
+        recipe = read_recipe(path, build_registries, preset, without).recipe
+        rhythm = getattr(recipe.application, "adaptive", None)
+        if rhythm is None:
+            continue
+        images, batch = recipe.synthesis.images, recipe.synthesis.batch_size
+        events = math.ceil(math.ceil(images / batch) / rhythm.batches)
+        steps = recipe.application.training.total_steps(images)
+        assert rhythm.every * (events - 1) < steps, preset
+
+
+FEW = {
+    "adaptive": ("synthesis.stages=[{steps: 2}]", "synthesis.batch_size=16"),
+    "dafl": ("synthesis.steps=2", "synthesis.batch_size=16"),
+    "fast_meta": ("synthesis.steps=2", "synthesis.batch_size=16", "synthesis.warmup=1"),
+    "cmi": ("synthesis.steps=2", "synthesis.batch_size=16"),
+}
+
+
+@pytest.mark.parametrize("preset", FEW)
+def test_a_student_and_its_dreams_grow_together(tmp_path, invoke, preset):
+    pytest.importorskip("sklearn", reason="the recipe is judged on scikit-learn's digits")
+    changes = [*FEW[preset], "synthesis.images=48", "application.adaptive.every=2"]
+    changes += ["application.training={steps: 6, batch_size: 16, precision: float32}"]
+    command = ["run", str(ROOT / "recipes" / "digits" / "distill.yaml"), "--preset", preset]
+    for change in changes:
+        command += ["--set", change]
+    folder = tmp_path / "run"
+    code, _, err = invoke(*command, "--out", str(folder))
+    assert code == 0, err
+    metrics = metrics_of(folder)
+    assert metrics["synthesis.images"] == 48
+    assert metrics["training.steps"] == 6
+    assert 0 <= metrics["student.accuracy"] <= 1
+    assert not (folder / "checkpoints").exists()
+    assert dreamkit.load_student(folder / "student", allow_builder=True).card.num_classes == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "recipes" / "cifar10").iterdir()))
+def test_every_cifar_recipes_smoke_preset_whole(tmp_path, invoke, name):
+    command = ("run", str(ROOT / "recipes" / "cifar10" / f"{name}.yaml"), "--preset", "smoke")
+    code, _, err = invoke(*command, "--set", "teacher.weights=null", "--out", str(tmp_path / "run"))
+    assert code == 0, err
+    assert metrics_of(tmp_path / "run")["synthesis.images"] == 32

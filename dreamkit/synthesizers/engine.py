@@ -33,9 +33,9 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """How far a compiled loss may be from the eager one, relative."""
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 """How far a compiled gradient may be from the eager one, relative in the l2 norm."""
-COMPILE_SECONDS = 10.0
-COMPILE_SECONDS_PER_LAYER = 1.0
-EXPECTED_SPEEDUP = 1.4
+COMPILE_SECONDS = 15.0
+COMPILE_SECONDS_PER_LAYER = 1.2
+EXPECTED_SPEEDUP = 1.3
 """Of a compiled step over an eager one, for planning: see ``benchmarks/README.md``."""
 
 

@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_training_is_refused(context, toys, monkeypatch)
     teach(context, student_of(toys))
     context.teacher.card = toys.card(weights_sha256="another")
     images, student = toys.images(10), student_of(toys)
-    with pytest.raises(StoreError, match="is of a training with.*delete it"):
+    with pytest.raises(StoreError, match=r"is of a training with.*delete it"):
         train_student(context, student, images, TRAINING, "training")
 
 

@@ -237,12 +237,12 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
     given = options(engine=Engine(precision="float32"), stages=(Stage(10),))
     notes = []
     with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
-        # 10 batches of 10 s: at 1.4 times the speed 28.6 s are saved.
+        # 10 batches of 10 s: at 1.3 times the speed 23 s are saved, and with 14 batches 32 s.
         assert session.prepare(40).seconds == pytest.approx(100)
         assert session.choices["compile"] is False
     assert "about 30 s" in notes[-1]
     with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
-        assert session.prepare(44).seconds == pytest.approx(55, abs=1)
+        assert session.prepare(56).seconds == pytest.approx(70, abs=1)
         assert session.choices["compile"] is True
     assert "2.0 times as fast" in notes[-1]
 
