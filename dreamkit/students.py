@@ -1,19 +1,23 @@
-"""Loading a saved student."""
+"""Loading a saved student, as a model or as a teacher of recipes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from dreamkit.errors import ArtifactError, DreamkitError
+from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
+from dreamkit.model_state import seeded
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.recipe import build_entry
-from dreamkit.store.artifact import read_artifact
-from dreamkit.teachers.weights import load_into
+from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
+from dreamkit.teachers.weights import hash_weights, load_into
+from dreamkit.types import Teacher
 
 
 def load_student(
@@ -45,14 +49,62 @@ def load_student(
     """
     folder = Path(path)
     artifact = read_artifact(folder)
-    if builder is not None:
-        model = builder()
-    else:
-        model = _build(folder, artifact.builder, allow_builder)
-    Surgery.from_json(artifact.surgery).rebuild(model)
+    model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
     model.card = artifact.card  # type: ignore[assignment]
     return model.eval()
+
+
+@dataclass(frozen=True)
+class SavedStudent:
+    """A student that an earlier run saved: to teach, to go on teaching, or to prune further.
+
+    Args:
+        path: the ``student`` folder of a run.
+        weights: ``saved``, or null for the architecture with random ones.
+        allow_builder: let the artifact import and run a builder function of its own naming. Only
+            for artifacts that you trust.
+    """
+
+    path: str
+    weights: Literal["saved"] | None = "saved"
+    allow_builder: bool = False
+
+    def __post_init__(self) -> None:
+        if not (Path(self.path) / SPECIFICATION).is_file():
+            raise MissingPath("path", f"no such student: {self.path} (no {SPECIFICATION})")
+
+    def build(self) -> nn.Module:
+        """Return the architecture, as it was pruned, with random weights."""
+        folder = Path(self.path)
+        return _architecture(folder, read_artifact(folder), None, self.allow_builder)
+
+    def load(self, seed: int) -> Teacher:
+        """Return the student in eval mode with its card."""
+        folder = Path(self.path)
+        artifact = read_artifact(folder)
+        with seeded(seed):
+            model = _architecture(folder, artifact, None, self.allow_builder)
+        if self.weights is not None:
+            load_into(model, artifact.state, str(folder))
+        card = dataclasses.replace(
+            artifact.card,
+            trained=artifact.card.trained and self.weights is not None,
+            weights_sha256=hash_weights(model),
+        )
+        return Teacher(model.eval(), card, artifact.builder, artifact.surgery)
+
+
+def _architecture(
+    folder: Path,
+    artifact: Artifact,
+    builder: Callable[[], nn.Module] | None,
+    allow_builder: bool,
+) -> nn.Module:
+    """Return what an artifact's weights fit into."""
+    model = _build(folder, artifact.builder, allow_builder) if builder is None else builder()
+    Surgery.from_json(artifact.surgery).rebuild(model)
+    return model
 
 
 def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.Module:

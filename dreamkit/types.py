@@ -20,11 +20,19 @@ from dreamkit.card import Card
 
 @dataclass
 class Teacher:
-    """A trained model in eval mode, its card, and the recipe entry that builds it unweighted."""
+    """A trained model in eval mode, its card, and how it is built without its weights.
+
+    Args:
+        model: in eval mode.
+        card: of the model.
+        builder: the recipe entry that builds it, unweighted.
+        surgery: what was pruned of what that builds, as ``pruning.surgery`` writes it.
+    """
 
     model: nn.Module
     card: Card
     builder: dict[str, Any]
+    surgery: dict[str, Any] = field(default_factory=dict)
 
 
 class TeacherSource(Protocol):

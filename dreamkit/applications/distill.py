@@ -92,7 +92,7 @@ class Distill:
             origin=f"distilled from {teacher.card.name}",
             weights_sha256=None,
         )
-        write_artifact(student_folder(context), student, kept, made.builder, {})
+        write_artifact(student_folder(context), student, kept, made.builder, made.surgery)
 
     def _teach(self, context: RunContext, student: nn.Module) -> Images:
         if self.adaptive is None:

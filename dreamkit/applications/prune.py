@@ -170,7 +170,7 @@ class _Pruning:
         for parameter in student.parameters():
             parameter.requires_grad_(True)
         self.graph = ChannelGraph(student, self.card.input_size, self.card.num_classes)
-        self.surgery = Surgery()
+        self.surgery = Surgery.from_json(context.teacher.surgery)
         self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
         self.generator = torch.Generator().manual_seed(context.seed)
         groups, skipped = self.graph.groups()

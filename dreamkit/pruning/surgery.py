@@ -7,6 +7,7 @@ are cut from the originals by the same slicing that later rebuilds the student.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Surgery:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Surgery:
         """Read a record written by ``to_json``."""
-        return Surgery(dict(data.get("kept", {})), dict(data.get("attributes", {})))
+        data = copy.deepcopy(dict(data))
+        return Surgery(data.get("kept", {}), data.get("attributes", {}))
 
     @contextmanager
     def recorded(self, model: nn.Module) -> Iterator[None]:

@@ -11,11 +11,13 @@ import safetensors.torch
 import torch
 
 import dreamkit
-from dreamkit.errors import ArtifactError, DreamkitError
+from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.store.artifact import read_artifact, write_artifact
+from dreamkit.students import SavedStudent
 from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.weights import hash_weights
 
 FRESH = """
 import pickle
@@ -195,3 +197,52 @@ def test_tied_weights_are_saved(toys, tmp_path):
     write_artifact(tmp_path, model, toys.card(), {}, {})
     state = read_artifact(tmp_path).state
     assert torch.equal(state["0.weight"], state["1.weight"])
+
+
+# --- a student as a teacher -------------------------------------------------------------------
+
+
+def test_a_saved_student_is_a_teacher_of_recipes(pruned):
+    model, folder = pruned
+    teacher = SavedStudent(str(folder)).load(0)
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(teacher.model(x), model(x))
+    assert not teacher.model.training
+    assert teacher.card.trained
+    assert teacher.card.weights_sha256 == hash_weights(model)
+    assert teacher.builder == {"source": "bundled", "model": "digits_resnet8"}
+
+
+def test_a_saved_students_architecture_with_random_weights(pruned):
+    model, folder = pruned
+    given = SavedStudent(str(folder), weights=None)
+    made, again, other = (given.load(seed) for seed in (1, 1, 2))
+    assert made.model.conv1.weight.shape == model.conv1.weight.shape
+    assert torch.equal(made.model.conv1.weight, again.model.conv1.weight)
+    assert not torch.equal(made.model.conv1.weight, other.model.conv1.weight)
+    assert not made.card.trained
+    assert given.build().conv1.weight.shape == model.conv1.weight.shape
+
+
+def test_a_student_taught_or_cut_further_loads_without_the_first(pruned, tmp_path):
+    _, folder = pruned
+    teacher = SavedStudent(str(folder)).load(0)
+    before = json.dumps(teacher.surgery)
+    surgery = Surgery.from_json(teacher.surgery)
+    graph = ChannelGraph(teacher.model, (1, 8, 8), 10)
+    with surgery.recorded(teacher.model):
+        group = graph.groups()[0][0]
+        graph.remove(group, [0])
+    assert json.dumps(teacher.surgery) == before
+    where = tmp_path / "again"
+    write_artifact(where, teacher.model, teacher.card, teacher.builder, surgery.to_json())
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(dreamkit.load_student(where)(x), teacher.model(x))
+
+
+def test_a_student_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MissingPath, match="no such student") as caught:
+        SavedStudent(str(tmp_path))
+    assert caught.value.option == "path"

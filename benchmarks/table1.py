@@ -1,0 +1,149 @@
+"""Table 1 of DeepInversion: students taught without data, method by method, beside the paper's.
+
+    python benchmarks/table1.py --seed 0 1 2                       # the recipes' own teacher
+    python benchmarks/table1.py --methods deepinversion adaptive --preset paper
+    python benchmarks/table1.py --set teacher.weights=runs/teachers/resnet20.safetensors \\
+        --set 'evaluation={source: folder, path: cifar10/test}'
+    python benchmarks/table1.py --quick    # the mechanics: smoke presets, random weights
+
+Every cell is a run of ``recipes/cifar10/<method>.yaml`` under --out; finished ones are read, not
+repeated, and interrupted ones go on. ``--set`` changes all recipes alike (as of ``dreamkit run``):
+another pair is --set teacher.model=resnet34 --set teacher.weights=... --set
+application.student.model=resnet18.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dreamkit.errors import DreamkitError
+from dreamkit.latency.torch_eager import processor_name
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
+from dreamkit.runner import run
+from dreamkit.store.run_directory import read_report
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "cifar10"
+METHODS = ("noise", "deepdream", "deepinversion", "adaptive", "dafl", "fast_meta", "cmi")
+PAPER = {
+    # Yin et al., CVPR 2020, Table 1: teacher, then noise, DeepDream, DeepInversion, Adaptive.
+    ("vgg11_bn", "vgg11_bn"): (92.34, 13.55, 36.59, 84.16, 90.78),
+    ("vgg11_bn", "resnet18"): (92.34, 13.45, 39.67, 83.82, 90.36),
+    ("resnet34", "resnet18"): (95.42, 13.61, 29.98, 91.43, 93.26),
+}
+PEERS = {"dafl": 92.22, "fast_meta": 93.63, "cmi": 94.84}
+"""ResNet-34 to ResNet-18 by the methods' authors, as Fast-Datafree's README gives them (Fast-5)."""
+KEYS = {
+    "accuracy": "student.accuracy",
+    "ratio": "student.accuracy_ratio",
+    "teacher": "teacher.accuracy",
+    "images": "synthesis.images",
+    "synthesis_seconds": "synthesis.seconds",
+    "training_seconds": "training.seconds",
+}
+
+
+def run_cell(
+    method: str, seed: int, preset: str, changes: Sequence[str], out: Path, console: Console
+) -> tuple[dict[str, float], tuple[str, str]]:
+    """Run one recipe, or read its finished run; return its figures and the pair of networks."""
+    file = RECIPES / f"{method}.yaml"
+    loaded = read_recipe(file, build_registries, preset, [*changes, f"seed={seed}"])
+    folder = out / f"{method}-{preset}-{seed}"
+    console.print(f"\n{method}, seed {seed}")
+    metrics = read_report(run(loaded, folder, console))["metrics"]
+    recipe = loaded.root.plain()
+    pair = recipe["teacher"]["model"], recipe["application"]["student"]["model"]
+    return {name: metrics[key] for name, key in KEYS.items() if key in metrics}, pair
+
+
+def published(method: str, pair: tuple[str, str]) -> str:
+    """Return what was published for a method and a pair of networks, in per cent."""
+    if pair in PAPER and method in METHODS[:4]:
+        return f"{PAPER[pair][1 + METHODS.index(method)]:.2f}"
+    if pair == ("resnet34", "resnet18") and method in PEERS:
+        return f"{PEERS[method]:.2f}"
+    return ""
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write a mean, and the deviation of several."""
+    if not values:
+        return "-"
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def table(rows: dict[str, list[dict[str, float]]], pair: tuple[str, str]) -> str:
+    """Write the results as Markdown."""
+    lines = [
+        f"| {pair[0]} → {pair[1]} | student, % | of its teacher | teacher, % | images "
+        "| synthesis, s | training, s | published, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method, cells in rows.items():
+        found = {name: [cell[name] for cell in cells if name in cell] for name in KEYS}
+        percent = {name: [100 * value for value in found[name]] for name in ("accuracy", "teacher")}
+        shown = [
+            method,
+            spread(percent["accuracy"], 2),
+            spread(found["ratio"], 3),
+            spread(percent["teacher"], 2),
+            f"{mean(found['images']):.0f}",
+            spread(found["synthesis_seconds"], 0),
+            spread(found["training_seconds"], 0),
+            published(method, pair),
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("runs/table1"))
+    parser.add_argument("--quick", action="store_true", help="smoke presets, random weights")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset = "smoke"
+        options.changes.append("teacher.weights=null")
+    console = Console(stderr=True)
+    rows: dict[str, list[dict[str, float]]] = {}
+    pair = ("", "")
+    try:
+        for method in options.methods:
+            for seed in options.seed:
+                cell, pair = run_cell(
+                    method, seed, options.preset, options.changes, options.out, console
+                )
+                rows.setdefault(method, []).append(cell)
+    except DreamkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    threads = torch.get_num_threads()
+    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
+    print(f"{len(options.seed)} seeds\n\n{table(rows, pair)}")
+    if options.json:
+        data: dict[str, Any] = {"processor": name, "preset": options.preset, "pair": pair}
+        data |= {"changes": options.changes, "seeds": options.seed, "results": rows}
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
