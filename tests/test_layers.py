@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
     {"types", "card", "errors", "version"},
-    {"recipe", "registry", "model_state", "importing", "arithmetic", "flat_state"},
+    {"recipe", "registry", "model_state", "importing", "arithmetic", "compilation", "flat_state"},
     {
         *(
             "regularizers",

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from dreamkit.applications.adaptive import Growth
+from dreamkit.arithmetic import settled
 from dreamkit.errors import StoreError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
+from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.batches import Draws
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.types import Images, RunContext
@@ -49,7 +51,10 @@ def train_student(
         The images that it was taught on.
     """
     path = context.folder / RunContext.CHECKPOINTS / f"{stage}.safetensors"
-    with frozen(context.teacher.model), seeded(context.seed):
+    # Where networks compute in bfloat16 both read their weights with channels last.
+    low = settled(options.precision, context.device, student) == "bfloat16"
+    hold = borrowed if low else frozen
+    with hold(context.teacher.model), seeded(context.seed):
         teaching = _Teaching(context, student, images, options, stage, path if resumable else None)
         teaching.run()
     return teaching.pool

@@ -7,9 +7,6 @@ returns the weighted terms of the loss; the engine returns those terms and their
 from __future__ import annotations
 
 import gc
-import logging
-import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.arithmetic import Precision, autocast, settled
+from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.views import View
 
@@ -126,7 +124,7 @@ class Evaluator:
             return self._evaluate(function, images, labels, draw)
         except Exception as error:  # it may be compiled anew, when a term is added, and fail
             self.discard_compiled()
-            self.note(f"inversion goes on without compilation: {_reason(error)}")
+            self.note(f"inversion goes on without compilation: {reason_of(error)}")
             return self._evaluate(self._loss, images, labels, draw)
 
     @property
@@ -163,14 +161,14 @@ class Evaluator:
         # view, so that what was frozen into it would show.
         views = torch.tensor([[0, 0, 0], [1, 0, 0], [-1, 1, 1]], device=self.device)
         try:
-            with _quiet_compiler():
+            with quiet_compiler():
                 function = torch.compile(
-                    _with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
+                    with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
                 )
                 for view in views:
                     found = self._evaluate(function, images, labels, view)
         except Exception as error:  # whatever a compiler raises, eager still works
-            return f"it could not be compiled ({_reason(error)})"
+            return f"it could not be compiled ({reason_of(error)})"
         expected = self._evaluate(self._loss, images, labels, views[-1])
         off = _distance(found, expected)
         allowed = LOSS_TOLERANCE[self.dtype], GRADIENT_TOLERANCE[self.dtype]
@@ -195,27 +193,7 @@ class Evaluator:
                 torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 _Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Terms]]
-
-
-def _with_cache_of_its_own(method: Any) -> _Loss:
-    """Copy a method, code and all: the compiler keeps what it made by code object, and only a few.
-
-    So engines do not crowd each other out, and what one compiled goes when it does.
-    """
-    function = method.__func__
-    copied = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return types.MethodType(copied, method.__self__)
 
 
 def _distance(found: Evaluation, expected: Evaluation) -> tuple[float, float]:
@@ -228,20 +206,6 @@ def _distance(found: Evaluation, expected: Evaluation) -> tuple[float, float]:
 def _within(off: tuple[float, float], allowed: tuple[float, float]) -> bool:
     """Return whether both distances are allowed; one that is not a number is not."""
     return off[0] <= allowed[0] and off[1] <= allowed[1]
-
-
-@contextmanager
-def _quiet_compiler() -> Iterator[None]:
-    """Keep the compiler's remarks on other devices from the user's terminal."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def compile_seconds(model: nn.Module) -> float:

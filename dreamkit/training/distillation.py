@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dreamkit.arithmetic import autocast, settled
 from dreamkit.card import Card
+from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.training.augmenter import Augmentation, Augmenter
@@ -93,7 +94,7 @@ class Distillation:
         """Return how many optimizer steps a run over this many images takes."""
         if self.steps is not None:
             return self.steps
-        if self.epochs == 0:
+        if self.epochs == 0 or images == 0:
             return 0
         return max(1, round(self.epochs * images / min(self.batch_size, images)))
 
@@ -147,7 +148,7 @@ class Distiller:
             self.average = AveragedModel(student, multi_avg_fn=averaging, use_buffers=True)
         self._forward: _Forward = self._logits
         if options.compile:
-            self._forward = torch.compile(self._logits, dynamic=False)
+            self._forward = torch.compile(with_cache_of_its_own(self._logits), dynamic=False)
         student.train()
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -215,12 +216,10 @@ class Distiller:
         if self._forward == self._logits:
             return self._logits(images)
         try:
-            return self._forward(images)
+            with quiet_compiler():
+                return self._forward(images)
         except Exception as error:  # whatever a compiler raises, eager still works
-            reason = str(error).strip().partition("\n")[0]
-            self.note(
-                f"training runs without compilation: it failed ({type(error).__name__}: {reason})"
-            )
+            self.note(f"training runs without compilation: it failed ({reason_of(error)})")
             self._forward = self._logits
             return self._logits(images)
 

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dreamkit import compilation
 from dreamkit.applications.dreaming import judge
 from dreamkit.arithmetic import has_native_bfloat16, settled
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers import deepinversion, dreamer, engine, memory, planning
+from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import (
     DeepInversion,
@@ -274,7 +275,7 @@ def test_what_a_session_settled_holds_for_the_next(monkeypatch, toys):
 
 def test_a_copied_method_is_compiled_apart():
     held = evaluator()
-    copy = engine._with_cache_of_its_own(held._loss)
+    copy = compilation.with_cache_of_its_own(held._loss)
     assert copy.__func__.__code__ is not held._loss.__func__.__code__
     x = images(1, 1, 2, 2)
     assert torch.equal(copy(x, None, NO_VIEW)[0], held._loss(x, None, NO_VIEW)[0])
