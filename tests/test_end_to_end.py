@@ -300,3 +300,45 @@ def test_every_cifar_recipes_smoke_preset_whole(tmp_path, invoke, name):
     code, _, err = invoke(*command, "--set", "teacher.weights=null", "--out", str(tmp_path / "run"))
     assert code == 0, err
     assert metrics_of(tmp_path / "run")["synthesis.images"] == 32
+
+
+OFTEN = """
+import sys
+from dreamkit.applications import teaching
+from dreamkit.cli import main
+teaching.CHECKPOINT_SECONDS = 0.2
+sys.argv = ["dreamkit", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_adaptive_run_killed_hard_ends_like_an_undisturbed_one(tmp_path):
+    pytest.importorskip("sklearn", reason="the recipe is judged on scikit-learn's digits")
+    recipe = str(ROOT / "recipes" / "digits" / "distill.yaml")
+    command = [sys.executable, "-c", OFTEN, "run", recipe, "--preset", "adaptive"]
+    command += ["--set", "synthesis.stages=[{steps: 60}]", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    kept = parts / "checkpoints" / "training.safetensors"
+    killed = 0
+    for _ in range(2):
+        before = kept.stat().st_mtime_ns if kept.exists() else 0
+        process = subprocess.Popen(
+            [*command, str(parts)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            if kept.exists() and kept.stat().st_mtime_ns > before:
+                process.kill()
+                killed += 1
+                break
+            time.sleep(0.02)
+        process.wait()
+    assert killed == 2
+    assert not (parts / "report.json").exists()
+    subprocess.run([*command, str(parts)], check=True, capture_output=True)
+    for file in (
+        "student/model.safetensors",
+        *(f"dreams/shard-{i:06d}.safetensors" for i in range(8)),
+    ):
+        assert (parts / file).read_bytes() == (whole / file).read_bytes(), file
