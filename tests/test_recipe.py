@@ -95,7 +95,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file:
     assert [line.removeprefix(f"{path}:") for line in found] == [
         "2:1 sede: unknown option; did you mean 'seed'?",
         "4:19 teacher.source: no source 'bundeld' among the teachers; did you mean 'bundled'? "
-        "(choices: bundled, checkpoint, cifar, timm, torchvision)",
+        "(choices: bundled, checkpoint, cifar, student, timm, torchvision)",
         "7:11 synthesis.images: should be a valid integer (got '4')",
         "9:8 synthesis.stages[0].stpes: unknown option; did you mean 'steps'?",
         "10:15 synthesis.stages[1].steps: should be greater than or equal to 1 (got 0)",
