@@ -7,9 +7,9 @@ square and not mirrored, parts of earlier images are not compared anew, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,10 +22,9 @@ from dreamkit.evaluation.features import pooled
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import inputs_of, seeded
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
-from dreamkit.synthesizers.dreamer import Best
+from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
-from dreamkit.synthesizers.inversion_loss import InversionLoss
 from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
 
 EMBEDDING = 256
@@ -66,27 +65,19 @@ def random_resized_crop(images: Tensor, smallest: float, generator: torch.Genera
 class CMIDreamer(GenerativeDreamer):
     """CMI bound to a teacher; it carries the projection and a bank of earlier images' features."""
 
-    def __init__(
-        self,
-        options: CMI,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        super().__init__(options, teacher, loss, device, choices, note)
+    def __init__(self, options: CMI, session: Session) -> None:
+        super().__init__(options, session)
         self.options = options
         with torch.no_grad():
-            blank = torch.zeros(2, *self.shape, device=device)
+            blank = torch.zeros(2, *self.shape, device=self.device)
             width = self._features(blank, self.evaluator).shape[1]
         with seeded(options.seed):
             head = nn.Sequential(
                 nn.Linear(width, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
-        self.head = head.to(device)
+        self.head = head.to(self.device)
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=options.lr_head)
-        self.bank = torch.zeros(0, width, device=device)
+        self.bank = torch.zeros(0, width, device=self.device)
 
     def state(self) -> dict[str, Tensor]:
         """Return the projection, its optimizer's momenta, and the bank."""

@@ -6,35 +6,26 @@ Chen et al., "Data-Free Learning of Student Networks", ICCV 2019. With the terms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
-from dreamkit.synthesizers.dreamer import Best
+from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
-from dreamkit.synthesizers.inversion_loss import InversionLoss
-from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
+from dreamkit.types import BatchPlan, Dream, OnStep
 
 
 class DAFLDreamer(GenerativeDreamer):
     """DAFL bound to a teacher; it carries its generator from batch to batch."""
 
-    def __init__(
-        self,
-        options: DAFL,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        super().__init__(options, teacher, loss, device, choices, note)
+    def __init__(self, options: DAFL, session: Session) -> None:
+        super().__init__(options, session)
         self.generator = self.new_generator(options.seed)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=options.lr)
 

@@ -22,10 +22,9 @@ from dreamkit.card import Card
 from dreamkit.errors import TeacherMismatch, placed
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
-from dreamkit.synthesizers.dreamer import Best, LossDreamer
+from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import (
-    InversionLoss,
     bound_loss,
     check_terms,
     competing,
@@ -169,7 +168,7 @@ class DeepInversion:
                 student = named.to(device)
                 stack.enter_context(borrowed(student))
             loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
-            inversion = Inversion(self, teacher, loss, device, choices or {}, note)
+            inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note))
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
 
@@ -202,25 +201,13 @@ class Inversion(LossDreamer):
 
     Args:
         options: the recipe's.
-        teacher: frozen, on ``device``.
-        loss: of the teacher, and of the competitor on ``device`` if there is one.
-        device: where to work.
-        choices: what an earlier session settled.
-        note: told what the user must know.
+        session: what it works with.
     """
 
-    def __init__(
-        self,
-        options: DeepInversion,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        super().__init__(options.engine, teacher, loss, device, choices, note)
+    def __init__(self, options: DeepInversion, session: Session) -> None:
+        super().__init__(options.engine, session)
         self.options = options
-        batch_size = choices.get("batch_size", options.batch_size)
+        batch_size = session.choices.get("batch_size", options.batch_size)
         self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
 
     @property

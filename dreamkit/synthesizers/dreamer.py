@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
 from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Teacher
 
 
-class LossDreamer(ABC):
-    """A synthesizer bound to a frozen teacher on a device, which dreams by an inversion's loss.
+@dataclass(frozen=True)
+class Session:
+    """What a synthesizer dreams with.
 
     Args:
-        engine: how the recipe wants it computed.
         teacher: frozen, on ``device``.
         loss: of the teacher, and of the competitor on ``device`` if there is one.
         device: where to work.
@@ -31,26 +32,34 @@ class LossDreamer(ABC):
         note: told what the user must know.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        self.teacher = teacher
-        self.terms = loss
-        self.student = loss.student
-        self.device = device
-        self.note = note
+    teacher: Teacher
+    loss: InversionLoss
+    device: torch.device
+    choices: Mapping[str, Any]
+    note: Callable[[str], None]
+
+
+class LossDreamer(ABC):
+    """A synthesizer bound to a frozen teacher on a device, which dreams by an inversion's loss.
+
+    Args:
+        engine: how the recipe wants it computed.
+        session: what it works with.
+    """
+
+    def __init__(self, engine: Engine, session: Session) -> None:
+        self.teacher = session.teacher
+        self.terms = session.loss
+        self.student = session.loss.student
+        self.device = session.device
+        self.note = session.note
+        choices = session.choices
         precision = choices.get("precision", engine.precision)
         self.engine = Engine(
-            precision=settled(precision, device, teacher.model),
+            precision=settled(precision, self.device, self.teacher.model),
             compile=choices.get("compile", engine.compile),
         )
-        self.evaluator = self.engine.evaluator(loss, device, note)
+        self.evaluator = self.engine.evaluator(self.terms, self.device, self.note)
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ paper's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.synthesizers.bn_statistics import SmoothedStatistics
-from dreamkit.synthesizers.dreamer import Best
+from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
 from dreamkit.synthesizers.generator_network import Generator
-from dreamkit.synthesizers.inversion_loss import InversionLoss
-from dreamkit.types import BatchPlan, Dream, LayerStatistics, OnStep, Teacher
+from dreamkit.types import BatchPlan, Dream, LayerStatistics, OnStep
 
 BETAS = (0.5, 0.999)
 
@@ -31,16 +30,8 @@ BETAS = (0.5, 0.999)
 class FastMetaDreamer(GenerativeDreamer):
     """FastDFKD bound to a teacher; it carries the meta-generator from batch to batch."""
 
-    def __init__(
-        self,
-        options: FastMeta,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        super().__init__(options, teacher, loss, device, choices, note)
+    def __init__(self, options: FastMeta, session: Session) -> None:
+        super().__init__(options, session)
         self.options = options
         self.first_whole_batch = options.warmup
         self.generator = self.new_generator(options.seed)
@@ -48,8 +39,8 @@ class FastMetaDreamer(GenerativeDreamer):
             self.generator.parameters(), lr=options.lr * options.steps, betas=BETAS
         )
         self.statistics = SmoothedStatistics(options.smoothing, self._statistics_of_nothing())
-        if options.smoothing and loss.tap is not None:
-            loss.smoothed = self.statistics
+        if options.smoothing and self.terms.tap is not None:
+            self.terms.smoothed = self.statistics
 
     def state(self) -> dict[str, Tensor]:
         """Return the meta-generator, its optimizer's momenta, and the smoothed statistics."""

@@ -20,10 +20,10 @@ from dreamkit.arithmetic import autocast
 from dreamkit.errors import NonFiniteLoss
 from dreamkit.model_state import seeded
 from dreamkit.registry import Term, TermsOf
-from dreamkit.synthesizers.dreamer import LossDreamer
+from dreamkit.synthesizers.dreamer import LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator
 from dreamkit.synthesizers.generator_network import Generator
-from dreamkit.synthesizers.inversion_loss import InversionLoss, bound_loss, check_terms, competing
+from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.types import BatchPlan, Dream, OnStep, Regularizer, Teacher
@@ -93,7 +93,7 @@ class Generative(ABC):
             loss = stack.enter_context(
                 bound_loss(teacher, self.regularizers, student, self.label_weight)
             )
-            dreamer = self.dreamer(self, teacher, loss, device, choices or {}, note)
+            dreamer = self.dreamer(self, Session(teacher, loss, device, choices or {}, note))
             stack.callback(dreamer.evaluator.discard_compiled)
             yield dreamer
 
@@ -103,28 +103,17 @@ class GenerativeDreamer(LossDreamer):
 
     Args:
         options: the recipe's.
-        teacher: frozen, on ``device``.
-        loss: of the teacher, and of the student in training on ``device`` if there is one.
-        device: where to work.
-        choices: what an earlier session settled.
-        note: told what the user must know.
+        session: what it works with.
     """
 
     first_whole_batch = 0
     """The first batch on which every term counts: what others cost is told from it."""
 
-    def __init__(
-        self,
-        options: Generative,
-        teacher: Teacher,
-        loss: InversionLoss,
-        device: torch.device,
-        choices: Mapping[str, Any],
-        note: Callable[[str], None],
-    ) -> None:
-        super().__init__(options.engine, teacher, loss, device, choices, note)
-        self.shape = teacher.card.input_size
-        self.pixels = teacher.card.pixel_range(torch.zeros((), device=device))
+    def __init__(self, options: Generative, session: Session) -> None:
+        super().__init__(options.engine, session)
+        card = session.teacher.card
+        self.shape = card.input_size
+        self.pixels = card.pixel_range(torch.zeros((), device=session.device))
         self._common = options
 
     @property
