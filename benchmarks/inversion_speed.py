@@ -259,6 +259,29 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def remarks(result: dict[str, Any]) -> str:
+    """Write where a step's time goes, what went wrong, and the peaks of memory."""
+    lines = []
+    if result["profile"]:
+        seconds, peak = result["seconds"]["bfloat16, compiled"], result["matmul_peak"]["bfloat16"]
+        rate = result["flops_a_step"] / (seconds * result["profile"]["convolutions"]) / peak
+        lines.append(
+            "where a compiled bfloat16 step goes: "
+            + ", ".join(f"{kind} {part:.0%}" for kind, part in result["profile"].items())
+            + f"; the convolutions run at {rate:.0%} of the matmul peak"
+        )
+    lines += [f"note: {note}" for note in result["notes"]]
+    for batch, used in result["memory_by_batch"].items():
+        plain = used["plain loop"]
+        shares = [
+            f"{variant} {amount / 2**20:.0f} MB ({amount / plain:.2f})"
+            for variant, amount in used.items()
+            if amount is not None and plain
+        ]
+        lines.append(f"peak memory at batch {batch}: " + ", ".join(shares))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -307,26 +330,8 @@ def main() -> None:
         result |= {"size": case.size, "matmul_peak": peaks, "memory": found[result["batch"]]}
         result["memory_by_batch"] = found
         results.append(result)
-        print(table([result]), flush=True)
-        if result["profile"]:
-            seconds, peak = result["seconds"]["bfloat16, compiled"], peaks["bfloat16"]
-            share = result["profile"]["convolutions"]
-            rate = result["flops_a_step"] / (seconds * share) / peak
-            print(
-                "where a compiled bfloat16 step goes: "
-                + ", ".join(f"{kind} {part:.0%}" for kind, part in result["profile"].items())
-                + f"; the convolutions run at {rate:.0%} of the matmul peak"
-            )
-        for note in result["notes"]:
-            print(f"note: {note}")
-        for batch, used in found.items():
-            plain = used["plain loop"]
-            shares = [
-                f"{variant} {amount / 2**20:.0f} MB ({amount / plain:.2f})"
-                for variant, amount in used.items()
-                if amount is not None and plain
-            ]
-            print(f"peak memory at batch {batch}: " + ", ".join(shares), flush=True)
+        print(table([result]))
+        print(remarks(result), flush=True)
     print("\n" + table(results))
     if options.json:
         options.json.write_text(
