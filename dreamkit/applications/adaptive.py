@@ -51,7 +51,6 @@ class Growth:
         self.pool = Pool()
         self.batches = 0
         """How many batches of the plan are in the pool, or were left out for good."""
-        self.seconds = 0.0
 
     def check(self, steps: int) -> None:
         """Refuse a training that would end before all dreams are there.
