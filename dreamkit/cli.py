@@ -104,6 +104,7 @@ def run(
     from dreamkit.recipe import read_recipe
     from dreamkit.runner import default_folder, dry_run
     from dreamkit.runner import run as run_recipe
+    from dreamkit.store.run_directory import read_report
 
     loaded = read_recipe(recipe, build_registries, preset, set_ or [])
     _warn(loaded.registries)
@@ -113,6 +114,8 @@ def run(
             dry_run(loaded, folder, Console())
         else:
             run_recipe(loaded, folder, Console(), resume)
+            if read_report(folder)["failures"]:
+                raise typer.Exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

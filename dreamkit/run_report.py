@@ -47,6 +47,7 @@ def build_report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dic
         "teacher": context.teacher.card.to_json(),
         "metrics": dict(sorted(context.metrics.items())),
         "notes": log.notes,
+        "failures": context.failures,
         "seconds": log.seconds,
         "details": context.details,
         "versions": versions,
@@ -90,6 +91,8 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     line = fidelity_line(report)
     if line is not None:
         console.print(line, highlight=False, markup=False)
+    for failure in report["failures"]:
+        console.print(f"FAILED: {failure}", highlight=False, markup=False)
     console.print(
         f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
     )

@@ -6,9 +6,10 @@ channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -274,6 +275,24 @@ class ChannelGroup:
     channels: int
     members: tuple[Member, ...]
 
+    def shapes_without(
+        self, shapes: Mapping[str, LayerShape], channels: int
+    ) -> dict[str, LayerShape]:
+        """Return what becomes of this group's layers once some of its channels are gone.
+
+        Args:
+            shapes: by name, of the model's convolutions and linear layers.
+            channels: how many go.
+        """
+        after: dict[str, LayerShape] = {}
+        for member in self.members:
+            if member.layer in shapes:
+                # A flattened feature map gives a linear layer several inputs for each channel.
+                gone = round(channels * len(member.index) / self.channels)
+                shape = after.get(member.layer, shapes[member.layer])
+                after[member.layer] = shape.without(member.axis, gone)
+        return after
+
 
 @dataclass(frozen=True)
 class PruningStep:
@@ -289,6 +308,7 @@ class PruningStep:
         batches: yields normalised images (N, C, H, W) and labels (N,), a fixed few batches.
         latency: times modules on the target.
         generator: for anything random in a criterion.
+        earlier: what the same criterion said of these channels the step before; None at first.
     """
 
     model: nn.Module
@@ -300,6 +320,7 @@ class PruningStep:
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     latency: LatencyTable
     generator: torch.Generator
+    earlier: Sequence[Tensor] | None = None
 
 
 class Criterion(Protocol):
@@ -328,6 +349,32 @@ class LayerShape:
     def depthwise(self) -> bool:
         """Whether every channel has a filter of its own."""
         return self.kind == "conv" and self.groups > 1 and self.groups == self.c_in == self.c_out
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        weights = self.c_in // self.groups * self.c_out * math.prod(self.kernel)
+        return weights + (self.c_out if self.bias else 0)
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds for one image, each counted once."""
+        spots = 1
+        if self.kind == "conv":
+            for size, kernel, stride, padding, dilation in zip(
+                self.feature_map, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            ):
+                spots *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        return spots * self.c_in // self.groups * self.c_out * math.prod(self.kernel)
+
+    def without(self, axis: str, channels: int) -> LayerShape:
+        """Return the shape with fewer channels on one axis; depthwise layers lose on both."""
+        if self.depthwise:
+            left = self.c_out if axis == "in" else max(self.c_out - channels, 1)
+            return replace(self, c_in=left, c_out=left, groups=left)
+        if axis == "out":
+            return replace(self, c_out=max(self.c_out - channels, 1))
+        return replace(self, c_in=max(self.c_in - channels, 1))
 
 
 class LatencyTable(Protocol):
@@ -405,6 +452,7 @@ class RunContext:
         log: records, notes and progress.
         metrics: dotted names to numbers; accuracies in [0, 1], latencies in ms.
         details: anything else worth keeping in ``report.json``.
+        failures: what was asked for and not reached; the run is kept, and ends with status 1.
     """
 
     recipe: Mapping[str, Any]
@@ -418,6 +466,7 @@ class RunContext:
     log: RunLog
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"

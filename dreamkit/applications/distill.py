@@ -83,9 +83,6 @@ class Distill:
         images = self._teach(context, student)
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
-        if context.metrics.get("teacher.accuracy"):
-            ratio = context.metrics["student.accuracy"] / context.metrics["teacher.accuracy"]
-            context.metrics["student.accuracy_ratio"] = ratio
         kept = dataclasses.replace(
             teacher.card,
             name=made.card.name,

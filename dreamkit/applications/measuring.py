@@ -9,7 +9,7 @@ from torch import nn
 
 from dreamkit.evaluation.accuracy import accuracy, agreement
 from dreamkit.evaluation.cost import count
-from dreamkit.types import Images, RunContext
+from dreamkit.types import Images, RunContext, Timing
 
 
 def measure_quality(
@@ -17,11 +17,15 @@ def measure_quality(
 ) -> None:
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
-    Agreement is how often the model predicts the teacher's class; it needs no real data.
+    Agreement is how often the model predicts the teacher's class; it needs no real data. Where the
+    teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
     """
     card, device = context.teacher.card, context.device
     if context.evaluation is not None:
-        context.metrics[f"{name}.accuracy"] = accuracy(model, context.evaluation, card, device)
+        found = accuracy(model, context.evaluation, card, device)
+        context.metrics[f"{name}.accuracy"] = found
+        if name != "teacher" and context.metrics.get("teacher.accuracy"):
+            context.metrics[f"{name}.accuracy_ratio"] = found / context.metrics["teacher.accuracy"]
     if dreams is not None and name != "teacher":
         agreed = agreement(model, context.teacher.model, dreams, card, device)
         context.metrics[f"{name}.agreement"] = agreed
@@ -36,15 +40,20 @@ def measure_cost(context: RunContext, models: Mapping[str, nn.Module]) -> None:
         context.metrics[f"{name}.flops"] = cost.flops
         if cost.uncounted:
             context.details.setdefault("flops_uncounted", {})[name] = cost.uncounted
+    for name, timing in time_models(context, models).items():
+        context.metrics[f"{name}.latency_ms"] = timing.median_ms
+        context.metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
+    context.details["latency_target"] = context.latency.describe()
+
+
+def time_models(context: RunContext, models: Mapping[str, nn.Module]) -> dict[str, Timing]:
+    """Time models in turn on the run's latency target; they end up where they were."""
     home = context.device
-    example = torch.zeros(context.latency.batch_size, *size)
+    example = torch.zeros(context.latency.batch_size, *context.teacher.card.input_size)
     try:
         pairs = [(model.cpu(), example) for model in models.values()]
         timings = context.latency.time(pairs)
     finally:
         for model in models.values():
             model.to(home)
-    for name, timing in zip(models, timings, strict=True):
-        context.metrics[f"{name}.latency_ms"] = timing.median_ms
-        context.metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
-    context.details["latency_target"] = context.latency.describe()
+    return dict(zip(models, timings, strict=True))

@@ -11,25 +11,31 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from dreamkit.applications.budget import TOLERANCE, Budget, Target
 from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
-from dreamkit.applications.measuring import measure_cost, measure_quality
+from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
+from dreamkit.applications.ranking import Normalise, Ranking
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
-from dreamkit.evaluation.cost import count
+from dreamkit.errors import MissingPath, NothingToPrune, StoreError, TeacherMismatch, placed
+from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.lut import LookUpTable, read_table
 from dreamkit.pruning.graph import ChannelGraph, Skipped
-from dreamkit.pruning.selection import Limits, choose
+from dreamkit.pruning.knapsack import choose_knapsack
+from dreamkit.pruning.selection import Limits, choose, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.atomic import write_json
+from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
@@ -45,37 +51,8 @@ from dreamkit.types import (
 )
 
 LUT_FILE = "latency_lut.json"
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is to be left, as shares of the teacher's; every one that is given must be met.
-
-    Args:
-        flops: of FLOPs.
-        params: of parameters.
-        channels: of the channels that can be pruned.
-        latency: of the latency that the look-up table predicts.
-    """
-
-    flops: Ratio | None = None
-    params: Ratio | None = None
-    channels: Ratio | None = None
-    latency: Ratio | None = None
-
-    def __post_init__(self) -> None:
-        if not self.goals:
-            raise ValueError("give at least one of flops, params, channels, latency")
-
-    @property
-    def goals(self) -> dict[str, float]:
-        """The shares that are given, by name."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-
-    def met(self, shares: dict[str, float]) -> bool:
-        """Whether every goal is reached."""
-        return all(shares[name] <= goal for name, goal in self.goals.items())
+_EVALUATED = 2048
+"""Evaluation images that are looked at after every round."""
 
 
 @dataclass(frozen=True)
@@ -97,32 +74,45 @@ class Prune:
         criteria: the weighted terms of the importance I; the lowest goes first.
         target: what is to be left.
         recovery: distillation from the teacher after pruning.
+        finetune: distillation between two rounds of pruning; null prunes without a pause.
         limits: floors and chunk size.
-        step: share of the prunable channels that is removed between two rankings.
+        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
+            or ``knapsack``, the least importance that saves what a round has to (HALP; Shen et
+            al., NeurIPS 2022).
+        step: what is removed between two rankings at the most, a share of the prunable channels
+            (``greedy``) or of what each goal counts (``knapsack``).
         ranking_batches: batches of images a ranking is averaged over.
         batch_size: images in each of them, and in BatchNorm recalibration.
         recalibration_batches: batches that BatchNorm statistics are recomputed over after
             every step.
-        normalise: ``mean`` divides each criterion by the mean of its absolute values over all
-            channels, so that weights compare criteria of different units; ``none`` is eq. 10
-            as it stands.
+        normalise: what each criterion's values are divided by, so that weights compare criteria
+            of different units: the ``mean`` or the ``max`` of their absolute values over all
+            channels, the mean within each ``group`` (for criteria whose size differs from layer
+            to layer), or ``none``, which is eq. 10 as it stands.
         images: what channels are ranked on; this run's own dreams by default.
+        latency_table: a table that ``dreamkit lut build`` measured on this target; what it lacks
+            is measured during the run.
     """
 
     criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
     target: Target
-    recovery: Recovery = Recovery()
-    limits: Limits = Limits()  # noqa: RUF009
+    recovery: Recovery = field(default_factory=Recovery)
+    finetune: Recovery | None = None
+    limits: Limits = field(default_factory=Limits)
+    selection: Literal["greedy", "knapsack"] = "greedy"
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=2)] = 64
     recalibration_batches: Annotated[int, Field(ge=1)] = 16
-    normalise: Literal["mean", "none"] = "mean"
+    normalise: Normalise = "mean"
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
+    latency_table: str | None = None
 
     def __post_init__(self) -> None:
         if not self.criteria:
             raise ValueError("criteria: give at least one criterion")
+        if self.latency_table is not None and not Path(self.latency_table).is_file():
+            raise MissingPath("latency_table", f"no such table: {self.latency_table}")
 
     @property
     def needs_synthesis(self) -> bool:
@@ -132,111 +122,176 @@ class Prune:
     def run(self, context: RunContext) -> None:
         """Dream, rank and remove, recover, evaluate and save."""
         teacher = context.teacher
-        student = copy.deepcopy(teacher.model)
-        work = _Pruning(self, context, student)
         images = images_for(context, self.images)
         measure_quality(context, "teacher", teacher.model, None)
-        start = time.perf_counter()
-        work.reach_target(self._sample(images, context.seed))
-        context.metrics["pruning.seconds"] = time.perf_counter() - start
+        work = _Pruning(self, context, images)
+        work.reach_target()
+        student = work.student
         measure_quality(context, "pruned", student, images)
         with placed("recovery", always=False):
-            # What is pruned depends on the latencies of the day: another try's student is another.
-            train_student(context, student, images, self.recovery, "recovery", resumable=False)
+            train_student(context, student, images, self.recovery, "recovery")
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):
             context.metrics[f"pruned.{name}"] = context.metrics[f"student.{name}"]
+        work.judge_latency()
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        surgery = work.surgery.to_json()
+        surgery = work.cut.after(Surgery.from_json(teacher.surgery)).to_json()
         write_artifact(student_folder(context), student, card, teacher.builder, surgery)
-
-    def _sample(self, images: Images, seed: int) -> Images:
-        """Draw what rankings and recalibration look at: image folders come sorted by class."""
-        count = self.batch_size * max(self.ranking_batches, self.recalibration_batches)
-        return drawn(images, count, torch.Generator().manual_seed(seed))
 
 
 class _Pruning:
     """One pruning run: the student, its channel graph, and the record of what was cut."""
 
-    def __init__(self, options: Prune, context: RunContext, student: nn.Module) -> None:
+    def __init__(self, options: Prune, context: RunContext, images: Images) -> None:
         self.options = options
         self.context = context
-        self.student = student
+        self.images = images
         self.card = context.teacher.card
-        for parameter in student.parameters():
-            parameter.requires_grad_(True)
-        self.graph = ChannelGraph(student, self.card.input_size, self.card.num_classes)
-        self.surgery = Surgery.from_json(context.teacher.surgery)
-        self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
+        self.student = copy.deepcopy(context.teacher.model)
+        self.cut = Surgery()
+        self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
+        count = options.batch_size * max(options.ranking_batches, options.recalibration_batches)
+        # Drawn: image folders come sorted by class.
+        self.sample = drawn(images, count, torch.Generator().manual_seed(context.seed))
+        self.evaluated: Images | None = None
+        if context.evaluation is not None:
+            draws = torch.Generator().manual_seed(context.seed)
+            self.evaluated = drawn(context.evaluation, _EVALUATED, draws)
+        self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
+        if options.latency_table is not None:
+            with placed("latency_table"):
+                known = read_table(Path(options.latency_table), context.latency, strict=True)
+            self.table.points = known.points | self.table.points
+        self.checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
+        self.rounds = 0
+        self.seconds = 0.0
+        self.shares: dict[str, float] = {}
+        found = read_checkpoint(self.checkpoint)
+        self._trace()
         groups, skipped = self.graph.groups()
-        self.originals = {group.name: group.channels for group in groups}
-        self.skipped = skipped
         context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
-        self._check_any(groups)
-        self.before = self._amounts(groups)
+        self.originals = {group.name: group.channels for group in groups}
+        self._check_any(groups, skipped)
+        teacher_ms = None if found is None else found[1]["teacher_ms"]
+        channels = sum(self.originals.values())
+        self.budget = Budget(options.target, context, self.table, channels, teacher_ms)
+        if found is None:
+            context.log.begin("pruning")
+            self.shares = dict.fromkeys(self.budget.before, 1.0)
+        else:
+            self._restore(*found)
 
-    def _check_any(self, groups: list[ChannelGroup]) -> None:
+    def _trace(self) -> None:
+        """Find the student's channel groups, as it is."""
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(True)
+        self.graph = ChannelGraph(self.student, self.card.input_size, self.card.num_classes)
+
+    def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
         limits = self.options.limits
-        if not any(limits.spare(group.channels, group.channels) for group in groups):
-            blocked = self.skipped + [
+        if not any(limits.chunks(group, group.channels) for group in groups):
+            blocked = skipped + [
                 Skipped(g.name, f"{g.channels} channels leave no spare chunk of {limits.chunk}")
                 for g in groups
             ]
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
             raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
-    def reach_target(self, images: Images) -> None:
+    # --- rounds -------------------------------------------------------------------------------
+
+    def reach_target(self) -> None:
         """Rank and remove until the target is met.
 
         Raises:
             NothingToPrune: the limits are reached before the target.
         """
-        options, log = self.options, self.context.log
-        log.begin("pruning")
-        most = amount = max(1, round(options.step * sum(self.originals.values())))
-        shares = dict.fromkeys(self.before, 1.0)
-        reached, rounds = 0.0, 0
-        with log.progress("pruning", 1000) as advance:
-            while not options.target.met(shares):
-                removed = self._round(images, amount, shares)
-                amounts = self._amounts(self.graph.groups()[0])
-                shares = {name: amounts[name] / self.before[name] for name in amounts}
-                before, reached = reached, self._progress(shares)
-                # The last round removes about what is still missing, at this round's rate.
-                missing = (1 - reached) / max(reached - before, 1e-6) * removed
-                amount = max(1, min(most, round(missing)))
-                rounds += 1
-                log.record("pruning", rounds, {"removed_channels": removed, **shares})
+        context, budget = self.context, self.budget
+        with context.log.progress("pruning", 1000) as advance:
+            while not budget.met(self.shares):
+                start = time.perf_counter()
+                removed = self._round()
+                self.seconds += time.perf_counter() - start
+                self.rounds += 1
+                context.log.record("pruning", self.rounds, self._look(removed))
                 if self.table.points:
-                    write_json(self.context.folder / LUT_FILE, self.table.to_json())
-                advance(min(1000, round(1000 * reached)))
-        for name, share in shares.items():
-            self.context.metrics[f"pruned.{name}_ratio"] = share
-        self.context.metrics["pruned.rounds"] = rounds
+                    write_json(context.folder / LUT_FILE, self.table.to_json())
+                self._save()
+                advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))
+        context.metrics["pruning.seconds"] = self.seconds
+        context.metrics["pruned.rounds"] = self.rounds
+        for name, share in self.shares.items():
+            context.metrics[f"pruned.{name}_ratio"] = share
 
-    def _round(self, images: Images, amount: int, shares: dict[str, float]) -> int:
-        """Rank, remove about ``amount`` channels, recalibrate; return how many went."""
+    def _round(self) -> int:
+        """Rank, remove, recalibrate, perhaps recover; return how many channels went."""
+        options, context = self.options, self.context
         groups, _ = self.graph.groups()
-        scores = self.importance(groups, images)
-        chosen = choose(groups, scores, self.originals, self.options.limits, amount)
+        chosen = self._choose(groups)
         if not chosen:
-            self._give_up(shares)
-        device = self.context.device
-        if device.type == "mps":
+            self._give_up()
+        if context.device.type == "mps":
             self.student.cpu()  # the record needs float64, which MPS does not have
-        with self.surgery.recorded(self.student):
+        with self.cut.recorded(self.student):
             for group in groups:
                 if group.name in chosen:
                     self.graph.remove(group, chosen[group.name])
-        self.student.to(device)
+        self.student.to(context.device)
         self._check_runs(chosen)
-        self._recalibrate(images)
+        self.ranking.forget(chosen, groups)
+        recalibrate(
+            self.student,
+            self.sample,
+            self.card,
+            context.device,
+            options.recalibration_batches,
+            options.batch_size,
+        )
+        if options.finetune is not None:
+            with placed("finetune", always=False):
+                train_student(
+                    context, self.student, self.images, options.finetune, "finetune", False
+                )
+        left = sum(group.channels for group in self.graph.groups()[0])
+        self.shares = self.budget.shares(self.student, left)
+        if self.budget.met(self.shares):
+            self.shares = self.budget.verified(self.student, self.shares)
         return sum(len(channels) for channels in chosen.values())
+
+    def _choose(self, groups: list[ChannelGroup]) -> dict[str, list[int]]:
+        options, budget = self.options, self.budget
+        scores = self.importance(groups)
+        chunks = removable(groups, scores, self.originals, options.limits)
+        if options.selection == "knapsack":
+            needs = budget.needs(self.student, self.shares, options.step)
+            return choose_knapsack(chunks, needs) or {}
+        most = max(1, round(options.step * sum(self.originals.values())))
+        return choose(chunks, most, budget.watch(self.student, groups, self.shares))
+
+    def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
+        """Return the weighted sum of the criteria, (channels,) for each group."""
+        step = PruningStep(
+            model=self.student,
+            teacher=self.context.teacher.model,
+            groups=groups,
+            card=self.card,
+            chunk=self.options.limits.chunk,
+            device=self.context.device,
+            batches=self._batches,
+            latency=self.table,
+            generator=self.generator,
+        )
+        return self.ranking(step)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        options, device = self.options, self.context.device
+        for stored, labels in itertools.islice(
+            in_order(self.sample, options.batch_size), options.ranking_batches
+        ):
+            yield self.card.normalise(stored.to(device)), labels.to(device)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:
@@ -247,69 +302,78 @@ class _Pruning:
                 f"are removed, so its code fixes their number: {error}"
             ) from error
 
-    def importance(self, groups: list[ChannelGroup], images: Images) -> list[Tensor]:
-        """Return the weighted sum of the criteria, (channels,) for each group."""
-        step = PruningStep(
-            model=self.student,
-            teacher=self.context.teacher.model,
-            groups=groups,
-            card=self.card,
-            chunk=self.options.limits.chunk,
-            device=self.context.device,
-            batches=lambda: self._batches(images),
-            latency=self.table,
-            generator=self.generator,
-        )
-        total = [torch.zeros(group.channels) for group in groups]
-        for term in self.options.criteria:
-            scores = term.entry(step)
-            scale = 1.0
-            if self.options.normalise == "mean":
-                scale = float(torch.cat(scores).abs().mean()) or 1.0
-            for sum_, score in zip(total, scores, strict=True):
-                sum_ += term.weight * score.cpu() / scale
-        return total
-
-    def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-        options, device = self.options, self.context.device
-        for stored, labels in itertools.islice(
-            in_order(images, options.batch_size), options.ranking_batches
-        ):
-            yield self.card.normalise(stored.to(device)), labels.to(device)
-
-    def _recalibrate(self, images: Images) -> None:
-        options = self.options
-        recalibrate(
-            self.student,
-            images,
-            self.card,
-            self.context.device,
-            options.recalibration_batches,
-            options.batch_size,
-        )
-
-    def _amounts(self, groups: list[ChannelGroup]) -> dict[str, float]:
-        """Return FLOPs, parameters, prunable channels and, if it is a goal, predicted latency."""
-        cost = count(self.student, self.card.input_size)
-        channels = sum(group.channels for group in groups)
-        amounts: dict[str, float] = {"channels": channels}
-        amounts |= {"flops": cost.flops, "params": cost.params}
-        if "latency" in self.options.target.goals:
-            shapes = self.table.shapes(self.student, self.card.input_size)
-            amounts["latency"] = sum(self.table.predict(shape) for shape in shapes.values())
-        return amounts
-
-    def _progress(self, shares: dict[str, float]) -> float:
-        goals = self.options.target.goals
-        return min((1 - shares[name]) / (1 - goal) for name, goal in goals.items())
-
-    def _give_up(self, shares: dict[str, float]) -> None:
+    def _give_up(self) -> None:
         reached = ", ".join(
-            f"{name} {shares[name]:.3f} (target {goal})"
-            for name, goal in self.options.target.goals.items()
+            f"{name} {self.shares[name]:.3f} (target {goal:.3f})"
+            for name, goal in self.budget.goals.items()
         )
         raise NothingToPrune(
             f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
             "lower limits.min_channels or limits.chunk, or set an easier target",
             ("target",),
         )
+
+    # --- records ------------------------------------------------------------------------------
+
+    def _look(self, removed: int) -> dict[str, float]:
+        """Return what a round's record holds."""
+        found = {"removed_channels": float(removed), **self.shares}
+        if self.evaluated is not None:
+            device = self.context.device
+            found["accuracy"] = accuracy(self.student, self.evaluated, self.card, device)
+        timings = time_models(self.context, {"student": self.student})
+        found["latency_ms"] = timings["student"].median_ms
+        return found
+
+    def judge_latency(self) -> None:
+        """Say so if the finished student misses its latency budget."""
+        metrics, goals = self.context.metrics, self.budget.goals
+        if "latency" not in goals:
+            return
+        budget = self.budget.latency_ms(metrics["teacher.latency_ms"])
+        metrics["student.latency_budget_ms"] = budget
+        if metrics["student.latency_ms"] > (1 + TOLERANCE) * budget:
+            self.context.failures.append(
+                f"the student takes {metrics['student.latency_ms']:.3f} ms and was to take "
+                f"{budget:.3f} ms; its latency was within the budget when pruning ended, so "
+                "either the machine was busy or timings of this length vary by more than "
+                f"{TOLERANCE:.0%} here"
+            )
+
+    def _save(self) -> None:
+        tensors = prefixed("student", self.student.state_dict())
+        tensors |= prefixed("ranking", self.ranking.state())
+        tensors["generator"] = self.generator.get_state()
+        facts = {
+            "of": self._of,
+            "cut": self.cut.to_json(),
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "shares": self.shares,
+            "teacher_ms": self.budget.teacher_ms,
+            "correction": self.budget.correction,
+        }
+        write_checkpoint(self.checkpoint, tensors, facts)
+
+    @property
+    def _of(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run beside the recipe."""
+        teacher = self.context.teacher.card.weights_sha256
+        return {"images": len(self.images), "teacher": teacher}
+
+    def _restore(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on after the last round that an interrupted try finished."""
+        if facts["of"] != self._of:
+            raise StoreError(
+                f"{self.checkpoint} is of a pruning with {facts['of']}, and this one has "
+                f"{self._of}; delete it to prune from the start"
+            )
+        self.cut = Surgery.from_json(facts["cut"])
+        self.cut.rebuild(self.student)
+        self.student.load_state_dict(below("student", state))
+        self._trace()
+        self.ranking.restore(below("ranking", state))
+        self.generator.set_state(state["generator"])
+        self.rounds, self.seconds = facts["rounds"], facts["seconds"]
+        self.shares, self.budget.correction = facts["shares"], facts["correction"]
+        self.context.log.note(f"pruning: going on after round {self.rounds}")

@@ -36,7 +36,7 @@ def train_student(
 ) -> Images:
     """Distil the run's teacher into ``student``, reporting under ``stage``.
 
-    Adds ``training.seconds``.
+    Adds to ``training.seconds`` and ``training.steps``.
 
     Args:
         context: the run's.
@@ -123,8 +123,9 @@ class _Teaching:
         start = time.perf_counter()
         self.distiller.finish(self.pool)
         self.seconds += time.perf_counter() - start
-        self.context.metrics["training.seconds"] = self.seconds
-        self.context.metrics["training.steps"] = self.distiller.done
+        spent = {"training.seconds": self.seconds, "training.steps": self.distiller.done}
+        metrics = self.context.metrics  # a run may train more than once
+        metrics |= {name: metrics.get(name, 0) + number for name, number in spent.items()}
 
     def _grow(self, growth: Growth) -> None:
         """Dream against the student as it is.

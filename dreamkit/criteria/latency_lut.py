@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -34,25 +33,9 @@ class LatencyLUT:
         removed = min(step.chunk, group.channels - 1)
         if removed < 1:
             return 0.0
-        after: dict[str, LayerShape] = {}
-        for member in group.members:
-            if member.layer in shapes:
-                # A flattened feature map gives a linear layer several inputs for each channel.
-                gone = round(removed * len(member.index) / group.channels)
-                shape = after.get(member.layer, shapes[member.layer])
-                after[member.layer] = without(shape, member.axis, gone)
+        after = group.shapes_without(shapes, removed)
         change = sum(
             step.latency.predict(shape) - step.latency.predict(shapes[layer])
             for layer, shape in after.items()
         )
         return change / removed
-
-
-def without(shape: LayerShape, axis: str, channels: int) -> LayerShape:
-    """Return a layer's shape with fewer channels on one axis; depthwise layers lose on both."""
-    if shape.depthwise:
-        left = shape.c_out if axis == "in" else max(shape.c_out - channels, 1)
-        return dataclasses.replace(shape, c_in=left, c_out=left, groups=left)
-    if axis == "out":
-        return dataclasses.replace(shape, c_out=max(shape.c_out - channels, 1))
-    return dataclasses.replace(shape, c_in=max(shape.c_in - channels, 1))

@@ -32,10 +32,13 @@ class Taylor:
             information), so the ranking holds from the first step. ``exact_kl`` is the plain
             gradient. ``ce`` is cross-entropy to the images' labels.
         temperature: of both softmaxes, for ``kl`` and ``exact_kl``.
+        ema: share of the earlier steps' importances in each step's, a moving average; 0 forgets
+            them.
     """
 
     loss: Literal["kl", "exact_kl", "ce"] = "kl"
     temperature: Annotated[float, Field(gt=0)] = 3.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return importances >= 0, one tensor (channels,) for each group."""
@@ -57,7 +60,12 @@ class Taylor:
             for parameter, before, required in kept:
                 parameter.requires_grad_(required)
                 parameter.grad = before
-        return [score / max(batches, 1) for score in scores]
+        found = [score / max(batches, 1) for score in scores]
+        if self.ema == 0 or step.earlier is None:
+            return found
+        return [
+            torch.lerp(new, old, self.ema) for new, old in zip(found, step.earlier, strict=True)
+        ]
 
     def _loss(self, step: PruningStep, images: Tensor, labels: Tensor) -> Tensor:
         logits = step.model(images)

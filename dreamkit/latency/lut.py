@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dreamkit.errors import DreamkitError
 from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
@@ -65,12 +66,45 @@ class LookUpTable:
         return {"format": FORMAT, "target": self.backend.describe(), "points": rows}
 
 
-def read_table(path: Path, backend: LatencyBackend) -> LookUpTable:
-    """Read a table, or return an empty one if it is absent or was measured on another target."""
+def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> LookUpTable:
+    """Read a table.
+
+    Args:
+        path: its file.
+        backend: the target it must have been measured on.
+        strict: refuse a file that does not serve. Else a table is a cache: one that is absent,
+            damaged or of another target is an empty one.
+
+    Raises:
+        DreamkitError: the file does not serve, and ``strict`` is set.
+    """
+    try:
+        return LookUpTable(backend, read_points(path, backend.describe()))
+    except DreamkitError:
+        if strict:
+            raise
+        return LookUpTable(backend)
+
+
+def read_points(path: Path, target: Mapping[str, str] | None = None) -> dict[LayerShape, Timing]:
+    """Return what a table's file holds.
+
+    Args:
+        path: the file.
+        target: what it must have been measured on, as a backend describes it; None for anything.
+
+    Raises:
+        DreamkitError: it cannot be read, or is of another target.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT or data["target"] != backend.describe():
-            return LookUpTable(backend)
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
+        other = [
+            f"{key} is {data['target'].get(key)}, here {value}"
+            for key, value in (target or {}).items()
+            if data["target"].get(key) != value
+        ]
         points = {}
         for row in data["points"]:
             timing = Timing(row.pop("median_ms"), row.pop("spread_ms"))
@@ -78,9 +112,14 @@ def read_table(path: Path, backend: LatencyBackend) -> LookUpTable:
                 k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
             }
             points[LayerShape(**fields)] = timing
-    except (OSError, ValueError, KeyError, TypeError):
-        return LookUpTable(backend)  # a table is a cache: what cannot be read is measured again
-    return LookUpTable(backend, points)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DreamkitError(f"{path} cannot be read as a latency table: {error}") from error
+    if other:
+        raise DreamkitError(
+            f"{path} was measured on another target: {'; '.join(other)}. Measure it here with "
+            "'dreamkit lut build'"
+        )
+    return points
 
 
 def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:

@@ -44,6 +44,16 @@ class Surgery:
         data = copy.deepcopy(dict(data))
         return Surgery(data.get("kept", {}), data.get("attributes", {}))
 
+    def after(self, earlier: Surgery) -> Surgery:
+        """Return the record of both, of which this one came second."""
+        kept = dict(earlier.kept)
+        for name, axes in self.kept.items():
+            kept[name] = _compose(kept.get(name), axes)
+        attributes = {name: dict(stated) for name, stated in earlier.attributes.items()}
+        for name, stated in self.attributes.items():
+            attributes.setdefault(name, {}).update(stated)
+        return Surgery(kept, attributes)
+
     @contextmanager
     def recorded(self, model: nn.Module) -> Iterator[None]:
         """Note what is cut from ``model`` in the block, on top of what was cut before."""

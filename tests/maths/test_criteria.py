@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit.criteria.latency_lut import LatencyLUT, without
+from dreamkit.criteria.bn_scale import BNScale
+from dreamkit.criteria.fpgm import FPGM
+from dreamkit.criteria.latency_lut import LatencyLUT
+from dreamkit.criteria.magnitude import Magnitude
+from dreamkit.criteria.random import Random
 from dreamkit.criteria.taylor import Taylor, gate_gradients
 from dreamkit.errors import NothingToPrune
 from dreamkit.latency.lut import layer_shapes
@@ -312,10 +317,81 @@ def test_concatenation(toys):
 
 def test_without():
     conv = LayerShape("conv", 8, 16, feature_map=(4, 4))
-    assert (without(conv, "out", 3).c_in, without(conv, "out", 3).c_out) == (8, 13)
-    assert (without(conv, "in", 3).c_in, without(conv, "in", 3).c_out) == (5, 16)
-    assert without(conv, "in", 99).c_in == 1
+    assert (conv.without("out", 3).c_in, conv.without("out", 3).c_out) == (8, 13)
+    assert (conv.without("in", 3).c_in, conv.without("in", 3).c_out) == (5, 16)
+    assert conv.without("in", 99).c_in == 1
     depthwise = LayerShape("conv", 8, 8, groups=8, feature_map=(4, 4))
-    both = without(without(depthwise, "out", 3), "in", 3)
+    both = depthwise.without("out", 3).without("in", 3)
     assert (both.c_in, both.c_out, both.groups) == (5, 5, 5)
-    assert without(without(depthwise, "in", 3), "out", 3) == both
+    assert depthwise.without("in", 3).without("out", 3) == both
+
+
+# --- weights alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_is_the_norm_of_filters(toys, p):
+    model = toys.two_bn()
+    step = step_of(toys, model, batches=[])
+    scores = by_name(step, Magnitude(norm=p)(step))
+    expected = model.conv1.weight.detach().abs().pow(p).sum((1, 2, 3)).pow(1 / p)
+    torch.testing.assert_close(scores["conv1"], expected)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "reduce"),
+    [("sum", lambda a, b: a + b), ("mean", lambda a, b: (a + b) / 2), ("max", torch.maximum)],
+)
+def test_coupled_layers_are_reduced(toys, reduction, reduce):
+    model = toys.residual()
+    step = step_of(toys, model, batches=[])
+    (score,) = [s for s in Magnitude(reduction=reduction)(step) if len(s) == 4]
+    norms = [c.weight.detach().abs().sum((1, 2, 3)) for c in (model.conv1, model.conv2)]
+    torch.testing.assert_close(score, reduce(*norms))
+
+
+def test_bn_scale_is_the_size_of_gamma(toys):
+    model = toys.residual()
+    with torch.no_grad():
+        model.bn1.weight.copy_(torch.tensor([1.0, -2, 3, 0]))
+        model.bn2.weight.copy_(torch.tensor([-0.5, 0.5, 0, 0]))
+    step = step_of(toys, model, batches=[])
+    (score,) = [s for s in BNScale()(step) if len(s) == 4]
+    assert score.tolist() == [1.5, 2.5, 3, 0]
+
+
+def test_bn_scale_without_batch_norm_is_refused(toys):
+    step = step_of(toys, toys.plain(), batches=[])
+    with pytest.raises(NothingToPrune, match=r"conv\d has no BatchNorm with a scale; use taylor"):
+        BNScale()(step)
+
+
+def test_fpgm_scores_the_filter_in_the_middle_lowest(toys):
+    model = toys.two_bn()
+    with torch.no_grad():
+        for number, value in enumerate((0.0, 1, 2, 10)):
+            model.conv1.weight[number] = value
+    step = step_of(toys, model, batches=[])
+    score = by_name(step, FPGM()(step))["conv1"]
+    # Filters of 27 equal weights lie √27·|difference| apart: 0: 1+2+10, 1: 1+1+9, 2: 2+1+8, ...
+    torch.testing.assert_close(score, 27**0.5 * torch.tensor([13.0, 11, 11, 27]))
+
+
+def test_random_is_a_function_of_the_steps_generator(toys):
+    runs = [torch.cat(Random()(step_of(toys, toys.two_bn(), seed=s))) for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert runs[0].min() >= 0
+    assert runs[0].max() < 1
+
+
+def test_taylor_averages_over_steps(toys):
+    model = toys.two_bn()
+    step = step_of(toys, model)
+    plain = Taylor(loss="ce")(step)
+    earlier = [torch.full_like(score, 5.0) for score in plain]
+    averaged = Taylor(loss="ce", ema=0.75)(dataclasses.replace(step, earlier=earlier))
+    for new, score in zip(averaged, plain, strict=True):
+        torch.testing.assert_close(new, 0.75 * 5 + 0.25 * score)
+    for new, score in zip(Taylor(loss="ce", ema=0.75)(step), plain, strict=True):
+        torch.testing.assert_close(new, score)

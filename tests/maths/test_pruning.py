@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import ArtifactError
+from dreamkit.latency.lut import layer_shapes
 from dreamkit.pruning.graph import ChannelGraph, classifier_layers
-from dreamkit.pruning.selection import Limits, choose
+from dreamkit.pruning.knapsack import choose_knapsack
+from dreamkit.pruning.prospect import Prospect
+from dreamkit.pruning.selection import LayerLimits, Limits, choose, removable
 from dreamkit.pruning.surgery import Surgery
-from dreamkit.types import ChannelGroup
+from dreamkit.types import ChannelGroup, Member
 
 SIZE = (3, 8, 8)
 
@@ -264,6 +269,19 @@ def test_a_block_that_removes_nothing_records_nothing(toys):
     toys.assert_same_state(model, before)
 
 
+def test_two_records_make_one(toys):
+    cut, fresh = toys.two_bn(), toys.two_bn()
+    first = prune(cut, {"conv1": [1], "conv2": [0, 5]})
+    second = prune(cut, {"conv1": [1]})
+    both = second.after(first)
+    assert both.kept["conv1.weight"] == [[0, 3], None, None, None]
+    assert both.kept["conv2.weight"] == [[1, 2, 3, 4], [0, 3], None, None]
+    both.rebuild(fresh)
+    fresh.load_state_dict(cut.state_dict())
+    assert torch.equal(fresh(images()), cut(images()))
+    assert str(fresh) == str(cut)
+
+
 @pytest.mark.parametrize("wrong", ["conv_head", "flattened"])
 def test_rebuild_on_another_architecture_is_refused(toys, wrong):
     surgery = prune(toys.two_bn(), {"conv2": [0]})
@@ -324,21 +342,40 @@ def test_every_kind_of_batch_norm_is_cut_or_the_group_is_skipped(norm):
 @pytest.mark.parametrize(
     ("limits", "original", "now", "expected"),
     [
-        (Limits(), 16, 16, 14),  # a tenth of 16 is 1.6: 14 of 16 may go, 2 stay
-        (Limits(), 10, 10, 8),  # nine of ten may go, but never fewer than 2 are left
-        (Limits(chunk=4), 16, 16, 12),  # 14 spare, in fours
-        (Limits(chunk=4), 16, 5, 0),  # 3 spare, no whole chunk
-        (Limits(max_ratio=0.5), 16, 12, 4),  # floor 8
-        (Limits(max_ratio=0.5), 16, 8, 0),
-        (Limits(max_ratio=0.5), 16, 6, 0),  # below the floor already
-        (Limits(min_channels=7), 16, 16, 9),
-        (Limits(max_ratio=0.29), 100, 100, 29),  # 0.29·100 is 28.999… in floating point
-        (Limits(max_ratio=1, min_channels=1), 8, 8, 7),
-        (Limits(max_ratio=1, min_channels=1, chunk=8), 8, 8, 0),
+        (Limits(), 16, 16, [1] * 14),  # a tenth of 16 is 1.6: 14 of 16 may go, 2 stay
+        (Limits(), 10, 10, [1] * 8),  # nine of ten may go, but never fewer than 2 are left
+        (Limits(chunk=4), 16, 16, [4, 4, 4]),  # 14 spare, in fours
+        (Limits(chunk=4), 16, 5, [1]),  # what is left is a multiple of four
+        (Limits(chunk=16), 30, 30, [14]),
+        (Limits(chunk=16), 10, 10, []),
+        (Limits(max_ratio=0.5), 16, 12, [1] * 4),  # floor 8
+        (Limits(max_ratio=0.5), 16, 8, []),
+        (Limits(max_ratio=0.5), 16, 6, []),  # below the floor already
+        (Limits(min_channels=7), 16, 16, [1] * 9),
+        (Limits(max_ratio=0.29), 100, 100, [1] * 29),  # 0.29·100 is 28.999… in floating point
+        (Limits(max_ratio=1, min_channels=1), 8, 8, [1] * 7),
+        (Limits(max_ratio=1, min_channels=1, chunk=8), 8, 8, []),
     ],
 )
-def test_spare(limits, original, now, expected):
-    assert limits.spare(original, now) == expected
+def test_chunks(limits, original, now, expected):
+    assert limits.chunks(group("a", now), original) == expected
+
+
+def test_limits_of_some_layers():
+    def of(layer):
+        every = torch.arange(8)
+        made, read = Member(layer, "out", every, every), Member("reader", "in", every, every)
+        return ChannelGroup("root", 8, (made, read))
+
+    exceptions = (
+        LayerLimits("layer4.*", max_ratio=0),
+        LayerLimits("layer?.*", min_channels=6),
+        LayerLimits("reader", max_ratio=0),
+    )
+    limits = Limits(exceptions=exceptions)
+    assert limits.chunks(of("layer4.conv"), 8) == []
+    assert limits.chunks(of("layer3.conv"), 8) == [1, 1]
+    assert limits.chunks(of("stem"), 8) == [1] * 6, "a layer that only reads them does not count"
 
 
 def group(name, channels):
@@ -348,6 +385,7 @@ def group(name, channels):
 A, B = group("a", 4), group("b", 4)
 SCORES = [torch.tensor([5.0, 1, 3, 2]), torch.tensor([0.5, 9, 2.5, 8])]
 FREE = Limits(max_ratio=1, min_channels=1)
+FOUR = {"a": 4, "b": 4}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +398,7 @@ FREE = Limits(max_ratio=1, min_channels=1)
     ],
 )
 def test_choose_takes_the_lowest_scores_of_all_groups(channels, expected):
-    assert choose([A, B], SCORES, {"a": 4, "b": 4}, FREE, channels) == expected
+    assert choose(removable([A, B], SCORES, FOUR, FREE), channels) == expected
 
 
 @pytest.mark.parametrize(
@@ -375,20 +413,119 @@ def test_choose_takes_the_lowest_scores_of_all_groups(channels, expected):
 )
 def test_choose_in_chunks(channels, expected):
     limits = Limits(chunk=2, max_ratio=1, min_channels=1)
-    assert choose([A, B], SCORES, {"a": 4, "b": 4}, limits, channels) == expected
+    assert choose(removable([A, B], SCORES, FOUR, limits), channels) == expected
 
 
 def test_choose_minds_what_was_removed_before():
     # a had 8 channels, of which half may go: none is spare at 4. b may lose 2 of 4.
-    chosen = choose([A, B], SCORES, {"a": 8, "b": 4}, Limits(max_ratio=0.5), 99)
-    assert chosen == {"b": [0, 2]}
+    chunks = removable([A, B], SCORES, {"a": 8, "b": 4}, Limits(max_ratio=0.5))
+    assert choose(chunks, 99) == {"b": [0, 2]}
 
 
 def test_choose_nothing_where_the_limits_leave_nothing():
-    assert choose([A, B], SCORES, {"a": 4, "b": 4}, Limits(min_channels=4), 3) == {}
+    assert choose(removable([A, B], SCORES, FOUR, Limits(min_channels=4)), 3) == {}
 
 
 def test_choose_takes_negative_scores_first():
     scores = [torch.tensor([0.0, 1, 2, 3]), torch.tensor([-1.0, -3, -2, 4])]
-    chosen = choose([A, B], scores, {"a": 4, "b": 4}, FREE, 3)
-    assert chosen == {"b": [1, 2, 0]}
+    assert choose(removable([A, B], scores, FOUR, FREE), 3) == {"b": [1, 2, 0]}
+
+
+def test_choose_ends_with_the_chunk_that_is_enough():
+    seen = []
+
+    def enough(chunk):
+        seen.append((chunk.group.name, chunk.channels))
+        return len(seen) == 2
+
+    assert choose(removable([A, B], SCORES, FOUR, FREE), 99, enough) == {"b": [0], "a": [1]}
+    assert seen == [("b", [0]), ("a", [1])]
+
+
+# --- the knapsack -----------------------------------------------------------------------------
+
+
+def by_brute_force(chunks, needs):
+    """Return the least sum of scores that saves enough, None if nothing does."""
+    best = None
+    for counts in itertools.product(*(range(len(group) + 1) for group in chunks)):
+        taken = [group[:n] for n, group in zip(counts, chunks, strict=True) if n]
+        saved = [
+            sum(save(c[0].group, sum(len(k.channels) for k in c)) for c in taken)
+            for save, _ in needs
+        ]
+        if all(s >= need - 1e-9 for s, (_, need) in zip(saved, needs, strict=True)):
+            score = sum(chunk.score for group in taken for chunk in group)
+            best = score if best is None else min(best, score)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_knapsack_is_solved_exactly(seed):
+    draws = torch.Generator().manual_seed(seed)
+    groups = [group(name, 6) for name in "abc"]
+    scores = [torch.rand(6, generator=draws) - 0.1 for _ in groups]
+    limits = Limits(chunk=1 + seed % 2, max_ratio=1, min_channels=1)
+    chunks = removable(groups, scores, {"a": 6, "b": 6, "c": 6}, limits)
+    # Savings with steps, as measured latencies have them: one chunk in two may save nothing.
+    steps = {name: torch.rand(7, generator=draws).cumsum(0).tolist() for name in "abc"}
+
+    def milliseconds(group, channels):
+        return steps[group.name][channels // 2 * 2] - steps[group.name][0]
+
+    needs = [(milliseconds, 2.0)]
+    if seed % 3 == 0:
+        needs.append((lambda group, channels: channels, 9))
+    chosen = choose_knapsack(chunks, needs)
+    best = by_brute_force(chunks, needs)
+    assert (chosen is None) == (best is None)
+    if chosen is not None:
+        found = sum(
+            float(scores["abc".index(name)][channels].sum()) for name, channels in chosen.items()
+        )
+        assert found == pytest.approx(best, abs=1e-4)
+        for name, channels in chosen.items():
+            order = torch.argsort(scores["abc".index(name)], stable=True).tolist()
+            assert channels == order[: len(channels)], "less important chunks go first"
+
+
+def test_a_knapsack_that_cannot_be_filled():
+    def number(group, channels):
+        return channels
+
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    assert choose_knapsack(chunks, [(number, 7)]) is None
+    assert choose_knapsack([[], []], [(number, 1)]) is None
+    assert choose_knapsack(chunks, [(number, 6)]) == {"a": [1, 3, 2], "b": [0, 2, 3]}
+
+
+# --- costs told from shapes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("toy", ["two_bn", "residual", "depthwise", "conv_head", "plain"])
+def test_costs_of_shapes_are_those_of_the_layers(toys, toy):
+    model = getattr(toys, toy)()
+    shapes = layer_shapes(model, SIZE)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = sum(p.numel() for layer in layers for p in layer.parameters())
+    assert sum(shape.params for shape in shapes.values()) == weights
+    counted = FlopCountAnalysis(model, torch.zeros(1, *SIZE)).by_operator()
+    expected = counted["conv"] + counted["linear"]
+    assert expected > 0
+    assert sum(shape.flops for shape in shapes.values()) == expected
+
+
+def test_a_prospect_is_what_surgery_leads_to(toys):
+    model, removals = toys.residual(), {"conv1": [0, 2], "conv2": [0, 2], "conv3": [1]}
+    prospect = Prospect(layer_shapes(model, SIZE))
+    before = prospect.total(lambda shape: shape.params)
+    saved = []
+    for found in ChannelGraph(model, SIZE, 3).groups()[0]:
+        if found.name in removals:
+            gone = len(removals[found.name])
+            saved.append(prospect.saved(found, gone, lambda shape: shape.params))
+            prospect.take(found, gone)
+    prune(model, removals)
+    assert prospect.shapes == layer_shapes(model, SIZE)
+    assert prospect.total(lambda shape: shape.params) == before - sum(saved)
+    assert min(saved) > 0

@@ -136,8 +136,8 @@ def test_a_damaged_specification(pruned, tmp_path, text):
 
 
 def test_another_format(pruned, tmp_path):
-    with pytest.raises(ArtifactError, match="format 2, this version reads 1"):
-        dreamkit.load_student(edited(copied(pruned, tmp_path), format=2))
+    with pytest.raises(ArtifactError, match="format 1, this version reads 2"):
+        dreamkit.load_student(edited(copied(pruned, tmp_path), format=1))
 
 
 def test_a_record_that_does_not_fit_the_builder(pruned, tmp_path):

@@ -1,0 +1,227 @@
+"""What a pruned network may cost, what it does cost, and what it would once more is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from dreamkit.applications.measuring import time_models
+from dreamkit.errors import NothingToPrune
+from dreamkit.evaluation.cost import count
+from dreamkit.latency.lut import LookUpTable
+from dreamkit.pruning.prospect import Prospect
+from dreamkit.pruning.selection import Chunk
+from dreamkit.types import ChannelGroup, LayerShape, RunContext
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+TOLERANCE = 0.05
+"""By how much a measured latency may miss its budget."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be left; every goal that is given must be met.
+
+    Args:
+        flops: share of the teacher's FLOPs.
+        params: share of its parameters.
+        channels: share of the channels that can be pruned.
+        latency: share of its latency, as it is measured on the target.
+        latency_ms: milliseconds on the target.
+    """
+
+    flops: Ratio | None = None
+    params: Ratio | None = None
+    channels: Ratio | None = None
+    latency: Ratio | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        if not any(dataclasses.asdict(self).values()):
+            raise ValueError("give at least one of flops, params, channels, latency, latency_ms")
+
+    @property
+    def timed(self) -> bool:
+        """Whether a latency is a goal."""
+        return self.latency is not None or self.latency_ms is not None
+
+
+class Budget:
+    """The goals of a pruning run as shares of what its teacher costs.
+
+    A latency is predicted by the look-up table while channels go, and measured when the prediction
+    meets the goal. If the measurement does not, the prediction is corrected by it.
+
+    Args:
+        target: the goals.
+        context: the run's; its teacher is what shares are of.
+        table: predicts latencies.
+        channels: how many of the teacher's can be pruned.
+        teacher_ms: its latency, where an earlier try of the run measured it.
+
+    Raises:
+        NothingToPrune: the teacher is as fast as asked for already.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        context: RunContext,
+        table: LookUpTable,
+        channels: int,
+        teacher_ms: float | None = None,
+    ) -> None:
+        self.context = context
+        self.table = table
+        self.correction = 1.0
+        self.teacher_ms = teacher_ms
+        self.target = target
+        self.size = context.teacher.card.input_size
+        stated = {name: getattr(target, name) for name in ("flops", "params", "channels")}
+        self.goals: dict[str, float] = {k: v for k, v in stated.items() if v is not None}
+        if target.timed:
+            if teacher_ms is None:
+                self.teacher_ms = self._measured(context.teacher.model)["model"]
+            self.goals["latency"] = self._latency_goal(target)
+        self.before = self._amounts(context.teacher.model, channels)
+
+    def _latency_goal(self, target: Target) -> float:
+        assert self.teacher_ms is not None
+        shares = [] if target.latency is None else [target.latency]
+        if target.latency_ms is not None:
+            shares.append(target.latency_ms / self.teacher_ms)
+            if shares[-1] >= 1:
+                raise NothingToPrune(
+                    f"the teacher takes {self.teacher_ms:.3f} ms here, which meets the budget of "
+                    f"{target.latency_ms} ms already",
+                    ("target", "latency_ms"),
+                )
+        return min(shares)
+
+    def _measured(self, *models: nn.Module) -> dict[str, float]:
+        names = ("model", "teacher")
+        timings = time_models(self.context, dict(zip(names, models, strict=False)))
+        return {name: timing.median_ms for name, timing in timings.items()}
+
+    def latency_ms(self, teacher_ms: float) -> float:
+        """Return the latency that is asked for, in milliseconds.
+
+        Args:
+            teacher_ms: the teacher's, measured beside what is to be judged.
+        """
+        share, limit = self.target.latency, self.target.latency_ms
+        return min(math.inf if limit is None else limit, (share or math.inf) * teacher_ms)
+
+    @property
+    def costs(self) -> dict[str, Callable[[LayerShape], float]]:
+        """What a layer of some shape costs, for every goal but channels."""
+        known: dict[str, Callable[[LayerShape], float]] = {
+            "flops": lambda shape: shape.flops,
+            "params": lambda shape: shape.params,
+            "latency": self.table.predict,
+        }
+        return {name: cost for name, cost in known.items() if name in self.goals}
+
+    def _amounts(self, model: nn.Module, channels: int) -> dict[str, float]:
+        cost = count(model, self.size)
+        amounts: dict[str, float] = {"channels": channels}
+        amounts |= {"flops": cost.flops, "params": cost.params}
+        if "latency" in self.goals:
+            prospect = Prospect(self.table.shapes(model, self.size))
+            amounts["latency"] = prospect.total(self.table.predict)
+        return amounts
+
+    def shares(self, model: nn.Module, channels: int) -> dict[str, float]:
+        """Return what a model costs as shares of the teacher's, its latency as predicted.
+
+        Args:
+            model: pruned.
+            channels: how many of it can be pruned further.
+        """
+        amounts = self._amounts(model, channels)
+        shares = {name: amount / self.before[name] for name, amount in amounts.items()}
+        if "latency" in shares:
+            shares["latency"] *= self.correction
+        return shares
+
+    def met(self, shares: Mapping[str, float]) -> bool:
+        """Whether every goal is reached."""
+        return all(shares[name] <= goal for name, goal in self.goals.items())
+
+    def progress(self, shares: Mapping[str, float]) -> float:
+        """Return the share of the way to the goal that is furthest, 1 where all are reached."""
+        return min((1 - shares[name]) / (1 - goal) for name, goal in self.goals.items())
+
+    def verified(self, model: nn.Module, shares: Mapping[str, float]) -> dict[str, float]:
+        """Measure the latency where it is a goal; return the shares with it, and learn from it.
+
+        Args:
+            model: pruned.
+            shares: as predicted.
+        """
+        if "latency" not in self.goals:
+            return dict(shares)
+        found = self._measured(model, self.context.teacher.model)
+        share = self.goals["latency"] * found["model"] / self.latency_ms(found["teacher"])
+        self.correction *= share / shares["latency"]
+        return {**shares, "latency": share}
+
+    def watch(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], shares: Mapping[str, float]
+    ) -> Callable[[Chunk], bool]:
+        """Return what tells, chunk by chunk, whether enough of a model is chosen.
+
+        Args:
+            model: as it is.
+            groups: of it.
+            shares: its.
+        """
+        prospect = Prospect(self.table.shapes(model, self.size))
+        now = {name: prospect.total(cost) for name, cost in self.costs.items()}
+        left = all_channels = sum(group.channels for group in groups)
+
+        def enough(chunk: Chunk) -> bool:
+            nonlocal left
+            prospect.take(chunk.group, len(chunk.channels))
+            left -= len(chunk.channels)
+            after = {n: shares[n] * prospect.total(c) / now[n] for n, c in self.costs.items()}
+            after["channels"] = shares["channels"] * left / all_channels
+            return self.met(after)
+
+        return enough
+
+    def needs(
+        self, model: nn.Module, shares: Mapping[str, float], most: float
+    ) -> list[tuple[Callable[[ChannelGroup, int], float], float]]:
+        """Return what a round has to save, as a knapsack takes it.
+
+        Args:
+            model: as it is.
+            shares: its.
+            most: share of what the teacher costs that a round saves at the most.
+        """
+        prospect = Prospect(self.table.shapes(model, self.size))
+        found: list[tuple[Callable[[ChannelGroup, int], float], float]] = []
+
+        def saved(cost: Callable[[LayerShape], float], group: ChannelGroup, channels: int) -> float:
+            return prospect.saved(group, channels, cost)
+
+        for name, goal in self.goals.items():
+            share = min(most, shares[name] - goal)
+            if share <= 0:
+                continue
+            if name == "channels":
+                found.append((lambda group, channels: channels, share * self.before[name]))
+                continue
+            cost = self.costs[name]
+            # Shapes do not tell all of a cost: what is saved is a share of what they do tell.
+            need = share / shares[name] * prospect.total(cost)
+            found.append((partial(saved, cost), need))
+        return found

@@ -1,0 +1,38 @@
+"""The norm of filters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dreamkit.criteria.coupled import Reduction, coupled_scores, filters
+from dreamkit.types import PruningStep
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Norm of a channel's filters: what is small is taken to matter little.
+
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. Filters of different layers
+    differ in size, so ``normalise: group`` of the application suits it.
+
+    Args:
+        norm: 1 or 2, the p of the norm.
+        reduction: how the norms of coupled layers become one.
+    """
+
+    norm: Literal[1, 2] = 1
+    reduction: Reduction = "sum"
+
+    def __call__(self, step: PruningStep) -> list[Tensor]:
+        """Return norms >= 0, one tensor (channels,) for each group."""
+        return [
+            coupled_scores(step.model, group, self._norms, self.reduction, "layer with filters")
+            for group in step.groups
+        ]
+
+    def _norms(self, layer: nn.Module) -> Tensor | None:
+        rows = filters(layer)
+        return None if rows is None else rows.norm(self.norm, dim=1)

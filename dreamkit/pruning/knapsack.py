@@ -1,0 +1,89 @@
+"""HALP's choice of what goes: the least importance for what must be saved, as a knapsack.
+
+Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022. Of each group chunks
+go in the order of their importance; what a chunk saves is told from the layers' shapes with all
+other groups as they are, which holds for steps that are small. The problem is solved exactly, as a
+mixed-integer program (SciPy's HiGHS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from dreamkit.pruning.selection import Chunk
+from dreamkit.types import ChannelGroup
+
+Saved = Callable[[ChannelGroup, int], float]
+"""What taking some channels of a group, and no others, saves."""
+
+_SECONDS = 60.0
+_GAP = 1e-4
+"""Shares of the optimum that are not worth a search."""
+
+
+def choose_knapsack(
+    chunks: Sequence[Sequence[Chunk]], needs: Sequence[tuple[Saved, float]]
+) -> dict[str, list[int]] | None:
+    """Choose the chunks whose importances sum to the least, among those that save enough.
+
+    Args:
+        chunks: of each group, in the order in which they may go.
+        prospect: the model's layers as they are.
+        needs: what channels save of something, and how much of it, above 0, must be saved.
+
+    Returns:
+        The channels to remove of each group, by name; None where the chunks cannot save as much.
+    """
+    items = [chunk for group in chunks for chunk in group]
+    if not items:
+        return None
+    scores = np.array([chunk.score for chunk in items])
+    saved = [np.array(_savings(chunks, saved)) / need for saved, need in needs]
+    rows = [LinearConstraint(row[None], 1.0) for row in saved]
+    pairs = _neighbours(chunks)
+    if pairs:
+        # +1 for the earlier chunk of a pair, -1 for the later: it goes only if the earlier does.
+        row = np.repeat(np.arange(len(pairs)), 2)
+        value = np.tile([1.0, -1.0], len(pairs))
+        order = csr_array((value, (row, np.ravel(pairs))), shape=(len(pairs), len(items)))
+        rows.append(LinearConstraint(order, 0.0))
+    solved = milp(
+        scores / (np.abs(scores).max() or 1.0),
+        integrality=np.ones(len(items)),
+        bounds=(0, 1),
+        constraints=rows,
+        options={"time_limit": _SECONDS, "mip_rel_gap": _GAP},
+    )
+    if solved.x is None:
+        return None
+    chosen: dict[str, list[int]] = {}
+    for chunk, taken in zip(items, solved.x, strict=True):
+        if taken > 0.5:
+            chosen.setdefault(chunk.group.name, []).extend(chunk.channels)
+    return chosen
+
+
+def _savings(chunks: Sequence[Sequence[Chunk]], saved: Saved) -> list[float]:
+    """Return what each chunk saves once those of its group before it are gone."""
+    found = []
+    for group in chunks:
+        gone, before = 0, 0.0
+        for chunk in group:
+            gone += len(chunk.channels)
+            after = saved(chunk.group, gone)
+            found.append(after - before)
+            before = after
+    return found
+
+
+def _neighbours(chunks: Sequence[Sequence[Chunk]]) -> list[tuple[int, int]]:
+    """Return the places of every chunk and of the one that may go after it."""
+    pairs, first = [], 0
+    for group in chunks:
+        pairs += [(first + k, first + k + 1) for k in range(len(group) - 1)]
+        first += len(group)
+    return pairs

@@ -1,0 +1,146 @@
+"""Pruning of single weights, and the files that hold what is left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from dreamkit.applications.prune import Recovery
+from dreamkit.applications.recover import Recover
+from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
+from dreamkit.store.artifact import read_artifact, write_artifact
+from dreamkit.training.augmenter import Augmentation
+from dreamkit.types import RunContext, Timing
+
+
+def weights(model):
+    return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_the_smallest_weights_of_all_layers_go(toys, sparsity):
+    model, whole = toys.two_bn(), toys.two_bn()
+    masks = prune_weights(model, sparsity)
+    before = torch.cat([w.detach().flatten().abs() for w in weights(whole)])
+    after = torch.cat([w.detach().flatten() for w in weights(model)])
+    left = after != 0
+    assert int((~left).sum()) == round(sparsity * len(after))
+    assert before[~left].max() <= before[left].min()
+    assert torch.equal(after[left].abs(), before[left])
+    assert sparsity_of(model) == pytest.approx(sparsity, abs=1e-2)
+    assert set(masks) == {"conv1.weight", "conv2.weight", "fc.weight"}
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    assert all(isinstance(w, nn.Parameter) for w in weights(model))
+    for name, value in whole.state_dict().items():
+        if name not in masks:
+            assert torch.equal(model.state_dict()[name], value), "the rest stays"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_is_gone_stays_gone(toys, optimizer):
+    model = toys.two_bn()
+    masks = prune_weights(model, 0.6)
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    more = {"momentum": 0.9, "nesterov": True} if optimizer == "sgd" else {}
+    steps = kinds[optimizer](model.parameters(), lr=0.1, weight_decay=0.1, **more)
+    before = model.conv1.weight.detach().clone()
+    images = toys.card().normalise(toys.images(8).images)
+
+    def step():
+        steps.zero_grad()
+        model(images).square().mean().backward()
+        steps.step()
+
+    with kept_at_zero(model, masks):
+        for _ in range(5):
+            step()
+    for name, mask in masks.items():
+        assert torch.equal(
+            model.get_parameter(name)[mask == 0], torch.zeros(int((mask == 0).sum()))
+        )
+    assert not torch.equal(model.conv1.weight, before)
+    step()
+    assert model.conv1.weight[masks["conv1.weight"] == 0].abs().max() > 0, "and no longer"
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_mostly_zero_tensors_take_less_room_and_come_back_exactly(toys, tmp_path):
+    model = nn.Linear(1000, 100)
+    write_artifact(tmp_path / "dense", model, toys.card(), {}, {})
+    prune_weights(model, 0.75)
+    write_artifact(tmp_path / "sparse", model, toys.card(), {}, {})
+    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("dense", "sparse")]
+    # A quarter of the values, and a bit for each place.
+    assert sizes[1] == pytest.approx(sizes[0] * (0.25 + 1 / 32), rel=0.02)
+    state = read_artifact(tmp_path / "sparse").state
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value)
+        assert state[name].shape == value.shape
+    assert json.loads((tmp_path / "dense" / "artifact.json").read_text())["sparse"] == {}
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 11), (2, 3, 5, 1), (0,), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_every_shape_and_type_is_stored(toys, tmp_path, shape, dtype):
+    model = nn.Module()
+    value = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.9).to(dtype)
+    model.register_buffer("b", value)
+    write_artifact(tmp_path, model, toys.card(), {}, {})
+    found = read_artifact(tmp_path).state["b"]
+    assert found.dtype == dtype
+    assert torch.equal(found, value)
+    safetensors.torch.load_file(tmp_path / "model.safetensors")
+
+
+# --- the application --------------------------------------------------------------------------
+
+
+class Source:
+    path = "somewhere"
+
+    def __init__(self, stored):
+        self.stored = stored
+
+    def open(self, card):
+        return self.stored
+
+
+class Still:
+    batch_size = 1
+
+    def describe(self):
+        return {"device": "still"}
+
+    def time(self, modules):
+        return [Timing(1.0, 0.0) for _ in modules]
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recover(toys, silent_log, tmp_path, ema, precision):
+    teacher = toys.teacher(toys.two_bn())
+    before = toys.state(teacher.model)
+    cpu = torch.device("cpu")
+    run = RunContext({}, 3, cpu, tmp_path, teacher, None, toys.images(9), Still(), silent_log)
+    training = Recovery(
+        steps=6, batch_size=8, precision=precision, ema=ema, augmentation=Augmentation(mixup=1)
+    )
+    Recover(sparsity=0.75, training=training, images=Source(toys.images(24))).run(run)
+    toys.assert_same_state(teacher.model, before)
+    metrics = run.metrics
+    assert metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert {"pruned.accuracy", "student.accuracy", "student.accuracy_ratio"} <= metrics.keys()
+    saved = read_artifact(tmp_path / "student")
+    again = toys.two_bn()
+    again.load_state_dict(saved.state)
+    assert sparsity_of(again) == metrics["student.sparsity"]
+    pruned = toys.two_bn()
+    prune_weights(pruned, 0.75)
+    assert not torch.equal(again.fc.weight, pruned.fc.weight), "it was trained"
