@@ -34,7 +34,7 @@ from plain_loop import PlainLoop, paper_settings
 
 from dreamkit.card import Card
 from dreamkit.evaluation.cost import count
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.synthesizers.deepinversion import Inversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import peak_memory

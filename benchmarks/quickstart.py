@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.runner import run

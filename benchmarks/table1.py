@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.runner import run

@@ -31,7 +31,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cross_model import observe
 from dreamkit.evaluation.features import find_layer
 from dreamkit.evaluation.judgement import Judgement, judge_by
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.registry import Term
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.folder import Folder

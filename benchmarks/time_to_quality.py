@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dreamkit.applications.dreaming import batch_seed, judge
 from dreamkit.arithmetic import has_native_bfloat16
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.report.figures import grid
 from dreamkit.synthesizers.bn_statistics import tapped

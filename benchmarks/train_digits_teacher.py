@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.evaluation.accuracy import accuracy
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.sources.digits import SIZE, Digits
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.batches import epochs_of

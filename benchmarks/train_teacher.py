@@ -33,7 +33,7 @@ from dreamkit.arithmetic import settled
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.evaluation.accuracy import accuracy
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.runner import choose_device
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import DatasetImages, TorchvisionDataset
@@ -85,7 +85,7 @@ def read_data(options: argparse.Namespace) -> tuple[StoredImages, StoredImages, 
         std=std,
         num_classes=classes,
         class_names=names,
-        origin=options.command,
+        origin=f"trained on {options.data}",
     )
     return train, in_memory(testing.open(card), options), card
 
@@ -151,7 +151,9 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "benchmarks/train_teacher.py", *given])
 
 
-def notes_of(training: Training, tested: StoredImages, compiled: bool) -> dict[str, Any]:
+def notes_of(
+    training: Training, tested: StoredImages, compiled: bool, command: str
+) -> dict[str, Any]:
     """Return what is worth knowing of how the weights came about."""
     return {
         "test_accuracy": round(training.history[-1]["test_accuracy"], 4),
@@ -163,7 +165,7 @@ def notes_of(training: Training, tested: StoredImages, compiled: bool) -> dict[s
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "command": training.card.origin,
+        "command": command,
     }
 
 
@@ -223,18 +225,18 @@ def run(options: argparse.Namespace) -> None:
     """Read, train and write."""
     console, device = Console(), choose_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    console.print("reading images")
-    images, tested, card = read_data(options)
-    precision = settled(options.precision, device, build_network(options.model, 2, 3))
     if options.data is None:
         folder = "/".join(options.train.resolve().parts[-2:]) if options.train else ""
         options.data = folder or options.torchvision[0]
+    console.print("reading images")
+    images, tested, card = read_data(options)
+    precision = settled(options.precision, device, build_network(options.model, 2, 3))
     own = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
     settings = Settings(**own | {"images": len(images), "precision": precision})
     training = Training(settings, card, device, options.compile)
     checkpoint = options.out / f"{options.model}.unfinished.safetensors"
     train(training, (images, tested), checkpoint, options.evaluate_every, console)
-    notes = notes_of(training, tested, options.compile)
+    notes = notes_of(training, tested, options.compile, options.command)
     card = replace(card, notes=notes)
     written = write_teacher(options.out, options.model, training, card)
     if options.bundle:

@@ -31,6 +31,9 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure what there is on this machine.")
 app.add_typer(bench, name="bench")
 
+lut = typer.Typer(no_args_is_help=True, help="Measure layers' latencies on this machine.")
+app.add_typer(lut, name="lut")
+
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml")]
 Preset = Annotated[str | None, typer.Option(help="A preset of the recipe, e.g. smoke")]
 Overrides = Annotated[
@@ -266,6 +269,124 @@ def export_dreams(
     if folder != run_directory and (run_directory / "report.json").is_file():
         names = read_report(run_directory)["teacher"]["class_names"]
     print(f"{export(DreamStore(folder), out, names)} images written to {out}")
+
+
+@app.command()
+def export(
+    run_directory: Annotated[
+        Path, typer.Argument(help="A finished run's directory, or its student folder")
+    ],
+    format_: Annotated[
+        Literal["onnx", "torch-export", "torchscript"], typer.Option("--format", help="Of the file")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(help="The file; beside the student if not given")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images it takes at once [default: any number]")
+    ] = None,
+    allow_builder: Annotated[
+        bool, typer.Option(help="Run the builder function that the student names; see the README")
+    ] = False,
+) -> None:
+    """Export a run's student, run the file, and compare it with the model.
+
+    A file that does not do what the model does is not written.
+
+    Examples:
+
+        dreamkit export runs/quickstart
+
+        dreamkit export runs/quickstart --format torch-export --batch-size 1
+    """
+    from dreamkit.exporting import export_student, show_exported
+
+    show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
+
+
+@app.command()
+def doctor(
+    teacher: Annotated[str, typer.Argument(metavar="SOURCE:MODEL", help="E.g. timm:resnet50")],
+    weights: Annotated[
+        Literal["default", "null"],
+        typer.Option(help="null: random ones, nothing is downloaded"),
+    ] = "null",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together")] = 8,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where")] = "auto",
+) -> None:
+    """Say what of a teacher can be inverted and pruned, what cannot and why, and at what cost.
+
+    Examples:
+
+        dreamkit doctor torchvision:resnet50
+
+        dreamkit doctor timm:hrnet_w18_small --batch-size 2
+    """
+    from dreamkit.doctor import diagnose, show_diagnosis
+    from dreamkit.runner import choose_device
+    from dreamkit.teacher_bench import load_named
+
+    found = load_named(_registries(None), "TEACHER", teacher, weights)
+    console = Console()
+    show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size), console)
+
+
+@lut.command("build")
+def lut_build(
+    teacher: Annotated[str, typer.Argument(metavar="SOURCE:MODEL", help="E.g. timm:resnet50")],
+    out: Annotated[Path, typer.Option(help="The table's file, gone on with if it is there")],
+    backend: Annotated[
+        str, typer.Option(help="torch-cpu, torch-cuda or onnxruntime")
+    ] = "torch-cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Pinned [default: all]")] = None,
+    least: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of a layer's channels that may be left")
+    ] = 0.1,
+) -> None:
+    """Measure every distinct layer of a network over channel counts, on this machine.
+
+    A recipe uses the table with 'application.latency_table'.
+
+    Examples:
+
+        dreamkit lut build torchvision:resnet50 --out resnet50.json
+
+        dreamkit lut build cifar:resnet20 --backend onnxruntime --threads 1 --out edge.json
+    """
+    from dreamkit.lut_building import build_for
+
+    try:
+        build_for(_registries(None), teacher, out, backend, batch_size, threads, least, Console())
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@lut.command("show")
+def lut_show(
+    table: Annotated[Path, typer.Argument(help="A table's file")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE:MODEL", help="Hold the table against this network, measured"),
+    ] = None,
+    variants: Annotated[int, typer.Option(min=2, help="Random prunings of it")] = 20,
+    seed: Annotated[int, typer.Option(help="Of what they lose")] = 0,
+) -> None:
+    """Print a latency table, and how well it predicts whole networks.
+
+    Examples:
+
+        dreamkit lut show resnet50.json
+
+        dreamkit lut show resnet50.json --teacher torchvision:resnet50 --variants 20
+    """
+    from dreamkit.lut_building import check_for, show_table
+
+    console = Console()
+    show_table(table, console)
+    if teacher is not None:
+        check_for(_registries(None), teacher, table, variants, seed, console)
 
 
 @bench.command("teachers")

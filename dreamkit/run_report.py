@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dreamkit.latency.torch_eager import processor_name
+from dreamkit.latency.processor import processor_name
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import grid
 from dreamkit.report.html import render

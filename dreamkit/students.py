@@ -55,6 +55,20 @@ def load_student(
     return model.eval()
 
 
+def load_unpruned(path: str | Path, allow_builder: bool = False) -> nn.Module:
+    """Return the network that a student was pruned from, with random weights, in eval mode.
+
+    Args:
+        path: the ``student`` folder of a run.
+        allow_builder: as of ``load_student``.
+
+    Raises:
+        ArtifactError: as ``load_student`` does.
+    """
+    folder = Path(path)
+    return _build(folder, read_artifact(folder).builder, allow_builder).eval()
+
+
 @dataclass(frozen=True)
 class SavedStudent:
     """A student that an earlier run saved: to teach, to go on teaching, or to prune further.

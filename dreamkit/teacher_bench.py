@@ -288,14 +288,16 @@ def load_teacher(registries: Registries, source: str, model: str, weights: Weigh
     return teacher
 
 
-def _load_verifier(registries: Registries, named: str) -> Teacher:
-    """Return the verifier that ``SOURCE:MODEL`` names."""
+def load_named(registries: Registries, option: str, named: str, weights: Weights) -> Teacher:
+    """Return the teacher that ``SOURCE:MODEL`` names.
+
+    Raises:
+        DreamkitError: as ``load_teacher`` does, or it is written otherwise; ``option`` says where.
+    """
     source, _, model = named.partition(":")
     if not model:
-        raise DreamkitError(
-            f"--verifier {named}: write SOURCE:MODEL, e.g. torchvision:mobilenet_v2"
-        )
-    return load_teacher(registries, source, model, "default")
+        raise DreamkitError(f"{option} {named}: write SOURCE:MODEL, e.g. torchvision:mobilenet_v2")
+    return load_teacher(registries, source, model, weights)
 
 
 # --- the sweep ------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def sweep(
     verifier = None
     if settings.verifier is not None and len(kept) < len(selection):
         # Here, so that no teacher's time is spent on a download or a mistake.
-        judging = _load_verifier(registries, settings.verifier)
+        judging = load_named(registries, "--verifier", settings.verifier, "default")
         check_outputs(judging)
         verifier = judging.card
         del judging
@@ -582,7 +584,7 @@ def _verified(
     if reason is not None:
         return {"reason": f"no cross-model accuracy: {reason}"}
     device = torch.device(settings.device)
-    verifier = _load_verifier(registries, settings.verifier)
+    verifier = load_named(registries, "--verifier", settings.verifier, "default")
     verifier.model.to(device)
     images = dreams.images.to(device).float()
     if images.shape[2:] != card.input_size[1:]:

@@ -27,7 +27,17 @@ LAYERS = (
     },
     {"synthesizers"},
     {"applications"},
-    {"runner", "run_report", "plugins", "hookspecs", "students", "teacher_bench"},
+    {
+        "runner",
+        "run_report",
+        "plugins",
+        "hookspecs",
+        "students",
+        "teacher_bench",
+        "exporting",
+        "doctor",
+        "lut_building",
+    },
     {"cli", "__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

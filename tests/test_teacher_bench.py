@@ -153,7 +153,7 @@ def test_every_figure_of_a_teacher(monkeypatch: pytest.MonkeyPatch, digits: Teac
     # The same model under another name: it agrees with itself at its own size.
     other = dataclasses.replace(digits.card, weights_sha256="another")
     verifier = Teacher(digits.model, other, digits.builder)
-    monkeypatch.setattr(teacher_bench, "_load_verifier", lambda registries, named: verifier)
+    monkeypatch.setattr(teacher_bench, "load_named", lambda *arguments: verifier)
     settings = dataclasses.replace(SETTINGS, steps=60, verifier="x:y")
     row = told(Task(*DIGITS, settings, other))
     assert row.reasons == []
@@ -214,7 +214,7 @@ def test_a_verifier_of_another_size_sees_the_dreams_scaled(
 
     card = changed(digits.card, input_size=(1, 20, 12))
     verifier = Teacher(Verifier(), card, {})
-    monkeypatch.setattr(teacher_bench, "_load_verifier", lambda registries, named: verifier)
+    monkeypatch.setattr(teacher_bench, "load_named", lambda *arguments: verifier)
     row = told(Task(*DIGITS, dataclasses.replace(SETTINGS, verifier="x:y"), card))
     assert (seen, row.cross_model_accuracy) == ([(4, 1, 20, 12)], 0.5)
 

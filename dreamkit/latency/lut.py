@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +78,40 @@ def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> Loo
     Raises:
         DreamkitError: the file does not serve, and ``strict`` is set.
     """
+    here = backend.describe()
     try:
-        return LookUpTable(backend, read_points(path, backend.describe()))
+        target, points = read_file(path)
     except DreamkitError:
         if strict:
             raise
         return LookUpTable(backend)
+    if target == here:
+        return LookUpTable(backend, points)
+    if strict:
+        keys = sorted(target.keys() | here.keys())
+        other = [
+            f"{key} {target.get(key)} there, {here.get(key)} here"
+            for key in keys
+            if target.get(key) != here.get(key)
+        ]
+        raise DreamkitError(
+            f"{path} was measured on another target ({'; '.join(other)}): measure it here with "
+            "'dreamkit lut build'"
+        )
+    return LookUpTable(backend)
 
 
-def read_points(path: Path, target: Mapping[str, str] | None = None) -> dict[LayerShape, Timing]:
-    """Return what a table's file holds.
-
-    Args:
-        path: the file.
-        target: what it must have been measured on, as a backend describes it; None for anything.
+def read_file(path: Path) -> tuple[dict[str, str], dict[LayerShape, Timing]]:
+    """Return what a table was measured on, as a backend describes it, and its points.
 
     Raises:
-        DreamkitError: it cannot be read, or is of another target.
+        DreamkitError: it cannot be read.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
-        other = [
-            f"{key} is {data['target'].get(key)}, here {value}"
-            for key, value in (target or {}).items()
-            if data["target"].get(key) != value
-        ]
+        target = {str(key): str(value) for key, value in data["target"].items()}
         points = {}
         for row in data["points"]:
             timing = Timing(row.pop("median_ms"), row.pop("spread_ms"))
@@ -114,12 +121,7 @@ def read_points(path: Path, target: Mapping[str, str] | None = None) -> dict[Lay
             points[LayerShape(**fields)] = timing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DreamkitError(f"{path} cannot be read as a latency table: {error}") from error
-    if other:
-        raise DreamkitError(
-            f"{path} was measured on another target: {'; '.join(other)}. Measure it here with "
-            "'dreamkit lut build'"
-        )
-    return points
+    return target, points
 
 
 def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
@@ -188,6 +190,19 @@ def _grid(channels: int, multiple: int) -> list[tuple[int, float]]:
     share = (units - low) / step
     points = [(low * multiple, 1 - share), ((low + step) * multiple, share)]
     return [(point, part) for point, part in points if part > 0]
+
+
+def grid_below(channels: int, multiple: int, least: float) -> list[int]:
+    """Return the grid points that serve every count from a share of some channels to all of them.
+
+    Args:
+        channels: all of them.
+        multiple: the layer's groups; counts are multiples of it.
+        least: the share, in (0, 1].
+    """
+    lowest = max(multiple, math.ceil(least * channels / multiple) * multiple)
+    counts = range(lowest, channels + 1, multiple)
+    return sorted({point for count in counts for point, _ in _grid(count, multiple)})
 
 
 def _corners(shape: LayerShape) -> list[tuple[LayerShape, float]]:

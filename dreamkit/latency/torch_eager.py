@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -16,12 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError
+from dreamkit.latency.processor import processor_name
+from dreamkit.latency.sampling import alternate, nothing
 from dreamkit.model_state import device_of, eval_mode
 from dreamkit.types import Timing
-
-_SAMPLE_MS = 0.5
-"""A sample lasts at least this long: shorter ones measure the clock and the scheduler."""
-_MAX_CALLS = 50
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class TorchCPU:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            return _alternate(modules, self.warmup, self.repeats, _nothing)
+            return _alternate(modules, self.warmup, self.repeats)
         finally:
             torch.set_num_threads(before)
 
@@ -104,57 +99,14 @@ class TorchCUDA:
             )
 
 
-def _nothing() -> None:
-    """Stand in for synchronisation where calls return when they are done."""
-
-
 @torch.no_grad()
 def _alternate(
     modules: Sequence[tuple[nn.Module, Tensor]],
     warmup: int,
     repeats: int,
-    synchronise: Callable[[], Any],
+    synchronise: Callable[[], Any] = nothing,
 ) -> list[Timing]:
     with ExitStack() as stack:
         for module, _ in modules:
             stack.enter_context(eval_mode(module))
-        calls = [_calls_per_sample(module, x, synchronise) for module, x in modules]
-        samples: list[list[float]] = [[] for _ in modules]
-        for repeat in range(-warmup, repeats):
-            for number, (module, x) in enumerate(modules):
-                ms = _sample(module, x, calls[number], synchronise)
-                if repeat >= 0:
-                    samples[number].append(ms)
-    timings = []
-    for values in samples:
-        low, _, high = statistics.quantiles(values, n=4)
-        timings.append(Timing(statistics.median(values), high - low))
-    return timings
-
-
-def _calls_per_sample(module: nn.Module, x: Tensor, synchronise: Callable[[], Any]) -> int:
-    _sample(module, x, 1, synchronise)  # the first call allocates and picks kernels
-    once = _sample(module, x, 1, synchronise)
-    return max(1, min(_MAX_CALLS, round(_SAMPLE_MS / max(once, 1e-6))))
-
-
-def _sample(module: nn.Module, x: Tensor, calls: int, synchronise: Callable[[], Any]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    for _ in range(calls):
-        module(x)
-    synchronise()
-    return (time.perf_counter() - start) * 1e3 / calls
-
-
-def processor_name() -> str:
-    """Return the processor's name, and on Linux its family and model, which tell it apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (ln.partition(":") for ln in lines)}
-    name = facts.get("model name", platform.machine())
-    if "cpu family" in facts:
-        name += f" (family {facts['cpu family']} model {facts.get('model', '?')})"
-    return name
+        return alternate([partial(m, x) for m, x in modules], warmup, repeats, synchronise)

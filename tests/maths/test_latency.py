@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
-from dreamkit.latency.torch_eager import TorchCPU, processor_name
+from dreamkit.latency.processor import processor_name
+from dreamkit.latency.torch_eager import TorchCPU
 from dreamkit.types import LayerShape, Timing
 
 MAP = (6, 6)

@@ -1,0 +1,61 @@
+"""Timing calls in turn, so that what slows the machine down slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dreamkit.types import Timing
+
+_SAMPLE_MS = 0.5
+"""A sample lasts at least this long: shorter ones measure the clock and the scheduler."""
+_MAX_CALLS = 50
+
+
+def nothing() -> None:
+    """Stand in for synchronisation where calls return when they are done."""
+
+
+def alternate(
+    calls: Sequence[Callable[[], Any]],
+    warmup: int,
+    repeats: int,
+    synchronise: Callable[[], Any] = nothing,
+) -> list[Timing]:
+    """Time calls; samples of different calls alternate.
+
+    Args:
+        calls: what to time.
+        warmup: untimed samples of each before the first.
+        repeats: timed samples of each, of which the median counts.
+        synchronise: waits until what was called is done.
+    """
+    numbers = [_calls_per_sample(call, synchronise) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    for repeat in range(-warmup, repeats):
+        for call, number, values in zip(calls, numbers, samples, strict=True):
+            ms = _sample(call, number, synchronise)
+            if repeat >= 0:
+                values.append(ms)
+    timings = []
+    for values in samples:
+        low, _, high = statistics.quantiles(values, n=4)
+        timings.append(Timing(statistics.median(values), high - low))
+    return timings
+
+
+def _calls_per_sample(call: Callable[[], Any], synchronise: Callable[[], Any]) -> int:
+    _sample(call, 1, synchronise)  # the first call allocates and picks kernels
+    once = _sample(call, 1, synchronise)
+    return max(1, min(_MAX_CALLS, round(_SAMPLE_MS / max(once, 1e-6))))
+
+
+def _sample(call: Callable[[], Any], number: int, synchronise: Callable[[], Any]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    synchronise()
+    return (time.perf_counter() - start) * 1e3 / number

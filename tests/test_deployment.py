@@ -1,0 +1,177 @@
+"""Looking teachers over, tables of latencies, and files for other runtimes, by the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import dreamkit
+from dreamkit import exporting
+from dreamkit.card import Card
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.surgery import Surgery
+from dreamkit.store.artifact import write_artifact
+from dreamkit.teachers.bundled import BundledTeacher
+
+DIGITS = "bundled:digits_resnet8"
+CIFAR = "cifar:resnet20"
+
+
+# --- doctor -----------------------------------------------------------------------------------
+
+
+def test_the_doctor_tells_what_can_be_done(invoke):
+    code, out, _ = invoke("doctor", DIGITS, "--device", "cpu")
+    assert code == 0
+    assert "10 classes, 1x8x8" in out
+    assert "inversion: yes, 9 BatchNorm layers" in out
+    groups, channels = re.search(r"pruning: (\d+) channel groups, (\d+) channels", out).groups()
+    found, _ = ChannelGraph(BundledTeacher("digits_resnet8").build(), (1, 8, 8), 10).groups()
+    assert (int(groups), int(channels)) == (len(found), sum(group.channels for group in found))
+    assert "makes the model's outputs" in out
+
+
+def test_a_network_without_batch_norm_can_be_pruned_all_the_same(invoke):
+    code, out, _ = invoke("doctor", "torchvision:alexnet", "--device", "cpu")
+    assert code == 0
+    assert "inversion: no. " in out
+    assert "pruning: 7 channel groups" in out
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("resnet50", "write SOURCE:MODEL"), ("bundled:digits_resnet9", "did you mean")],
+)
+def test_a_teacher_that_is_not_there(invoke, named, message):
+    code, _, err = invoke("doctor", named)
+    assert code == 2
+    assert message in err
+
+
+# --- look-up tables ---------------------------------------------------------------------------
+
+
+def test_a_table_is_built_once_shown_and_held_against_networks(tmp_path, invoke):
+    path = tmp_path / "tables" / "t.json"
+    build = ("lut", "build", DIGITS, "--out", path, "--least", "0.75", "--threads", "1")
+    code, out, _ = invoke(*build)
+    assert code == 0
+    number = int(re.search(r"(\d+) layers measured", out).group(1))
+    points = json.loads(path.read_text())["points"]
+    assert len(points) == number > 10
+    first = path.read_bytes()
+    code, out, _ = invoke(*build)
+    assert f"0 layers measured, {number} were there" in out
+    assert path.read_bytes() == first
+    code, out, _ = invoke("lut", "show", path, "--teacher", DIGITS, "--variants", "3")
+    assert code == 0
+    assert "threads: 1" in out
+    assert "3x3 on 8x8, stride 1" in out
+    assert re.search(r"R² -?\d\.\d+|R² -?\d+\.\d+", out)
+    assert len(re.findall(r"pruned \d", out)) == 3
+
+
+def test_a_table_of_another_target_is_not_gone_on_with(tmp_path, invoke):
+    path = tmp_path / "t.json"
+    build = ("lut", "build", DIGITS, "--out", path, "--least", "1")
+    assert invoke(*build, "--threads", "1")[0] == 0
+    before = path.read_bytes()
+    code, _, err = invoke(*build, "--threads", "1", "--batch-size", "2")
+    assert code == 2
+    assert "another target (batch_size 1 there, 2 here)" in err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 9}'])
+def test_a_file_that_is_no_table(tmp_path, invoke, text):
+    path = tmp_path / "t.json"
+    path.write_text(text)
+    code, _, err = invoke("lut", "show", path)
+    assert code == 2
+    assert "cannot be read as a latency table" in err
+
+
+def test_an_unknown_backend(tmp_path, invoke):
+    code, _, err = invoke("lut", "build", DIGITS, "--out", tmp_path / "t", "--backend", "torch-cpi")
+    assert code == 2
+    assert "did you mean 'torch-cpu'?" in err
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """Save a pruned student as a run does; return the run's directory."""
+    teacher = BundledTeacher("digits_resnet8").load(0)
+    model, surgery = teacher.model, Surgery()
+    graph = ChannelGraph(model, (1, 8, 8), 10)
+    with surgery.recorded(model):
+        for group in graph.groups()[0]:
+            graph.remove(group, range(group.channels // 2))
+    write_artifact(
+        tmp_path / "run" / "student", model, teacher.card, teacher.builder, surgery.to_json()
+    )
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export", "torchscript"])
+@pytest.mark.parametrize("more", [(), ("--batch-size", "1")], ids=["any", "one"])
+def test_exported_files_do_what_the_model_does(student, invoke, kind, more):
+    if kind == "onnx":
+        pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    code, out, _ = invoke("export", student, "--format", kind, *more)
+    assert code == 0
+    assert "agrees with the model in 100.0%" in out
+    assert re.search(r"student: \d+\.\d+ ms", out)
+    assert re.search(r"unpruned: \d+\.\d+ ms", out)
+    (path,) = (student / "student").glob("model.[op]*")
+    model = dreamkit.load_student(student / "student")
+    for count in [1] if more else [1, 5]:
+        x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))
+        found = exporting._opened(kind, path, x)(x)
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_that_does_something_else_is_not_written(student, invoke, monkeypatch):
+    opened = exporting._opened
+
+    def other(kind, path, example):
+        run = opened(kind, path, example)
+        return lambda images: run(images) + 0.1
+
+    monkeypatch.setattr(exporting, "_opened", other)
+    code, _, err = invoke("export", student, "--format", "torchscript")
+    assert code == 2
+    assert "does not do what the model does" in err
+    assert {file.name for file in (student / "student").iterdir()} == {
+        "artifact.json",
+        "model.safetensors",
+    }
+
+
+def test_a_model_that_cannot_be_exported(student, invoke, monkeypatch):
+    class Odd(torch.nn.Module):
+        card = Card("odd", (1, 8, 8), (0.5,), (0.5,), 2, "")
+
+        def forward(self, x):
+            if float(x.sum()) > 0:
+                return x.flatten(1)[:, :2]
+            return x.flatten(1)[:, 2:4]
+
+    monkeypatch.setattr(exporting, "load_student", lambda *a, **k: Odd())
+    code, _, err = invoke("export", student, "--format", "torch-export")
+    assert code == 2
+    assert "cannot be exported as torch-export: " in err
+    assert "Traceback" not in err
+
+
+def test_nothing_to_export(tmp_path, invoke):
+    code, _, err = invoke("export", tmp_path)
+    assert code == 2
+    assert "holds no student" in err
