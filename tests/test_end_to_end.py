@@ -342,3 +342,55 @@ def test_an_adaptive_run_killed_hard_ends_like_an_undisturbed_one(tmp_path):
         *(f"dreams/shard-{i:06d}.safetensors" for i in range(8)),
     ):
         assert (parts / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+SHRINKING = {
+    "prune": {
+        "name": "prune",
+        "criteria": [{"name": "taylor", "weight": 1}],
+        "target": {"channels": 0.9},
+        "recovery": {"steps": 6, "batch_size": 8},
+        "ranking_batches": 1,
+        "recalibration_batches": 1,
+        "batch_size": 8,
+    },
+    "recover": {"name": "recover", "sparsity": 0.5, "training": {"steps": 6, "batch_size": 8}},
+}
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_network_is_made_smaller_on_its_own_dreams(
+    tmp_path, invoke, tiny, recipe_file, name, every
+):
+    tiny["synthesis"] |= {"images": 24, "batch_size": 8, "stages": [{"steps": 2}]}
+    tiny["application"] = dict(SHRINKING[name])
+    if every is not None:
+        tiny["synthesis"]["regularizers"].append({"name": "js_compete", "weight": 1})
+        tiny["application"]["adaptive"] = {"every": every}
+    code, _, err = invoke("run", recipe_file(tiny), "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["synthesis.images"] == 24
+    assert metrics["training.steps"] == 6
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    pool = [
+        (r["step"], r["numbers"]["images"]) for r in log if r["stage"] == "pool" and "step" in r
+    ]
+    # The first batch came before the training, the others while it went on.
+    assert pool == ([] if every is None else [(2, 16), (4, 24)])
+    student = dreamkit.load_student(tmp_path / "run" / "student")
+    whole = sum(p.numel() for p in student.parameters())
+    assert (whole < metrics["teacher.params"]) == (name == "prune")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_adaptive_dreams_that_training_would_not_see_are_refused_before_any(
+    tmp_path, invoke, tiny, recipe_file
+):
+    tiny["synthesis"] |= {"images": 24, "batch_size": 8}
+    tiny["synthesis"]["regularizers"].append({"name": "js_compete", "weight": 1})
+    tiny["application"] = SHRINKING["recover"] | {"adaptive": {"every": 3}}
+    code, _, err = invoke("run", recipe_file(tiny), "--out", tmp_path / "run")
+    assert code == 2
+    assert "give it 'steps: 7' or more" in err

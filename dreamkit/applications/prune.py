@@ -19,12 +19,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit.applications.adaptive import Adaptive
 from dreamkit.applications.budget import TOLERANCE, Budget, Target
-from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
+from dreamkit.applications.dreaming import is_own_dreams, student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
 from dreamkit.applications.ranking import Normalise, Ranking
-from dreamkit.applications.teaching import train_student
-from dreamkit.errors import MissingPath, NothingToPrune, StoreError, TeacherMismatch, placed
+from dreamkit.applications.teaching import first_images, go_on_with, train_student
+from dreamkit.errors import (
+    MissingPath,
+    NothingToPrune,
+    OptionError,
+    StoreError,
+    TeacherMismatch,
+    placed,
+)
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.lut import LookUpTable, read_table
@@ -90,6 +98,9 @@ class Prune:
             channels, the mean within each ``group`` (for criteria whose size differs from layer
             to layer), or ``none``, which is eq. 10 as it stands.
         images: what channels are ranked on; this run's own dreams by default.
+        adaptive: dream while the pruned network recovers, against it (Adaptive DeepInversion, with
+            the regularizer ``js_compete``); null dreams everything first. The first of these
+            dreams are made before pruning, and channels are ranked on them.
         latency_table: a table that ``dreamkit lut build`` measured on this target; what it lacks
             is measured during the run.
     """
@@ -106,6 +117,7 @@ class Prune:
     recalibration_batches: Annotated[int, Field(ge=1)] = 16
     normalise: Normalise = "mean"
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
+    adaptive: Adaptive | None = None
     latency_table: str | None = None
 
     def __post_init__(self) -> None:
@@ -113,23 +125,36 @@ class Prune:
             raise ValueError("criteria: give at least one criterion")
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")
+        if self.adaptive is not None and not self.needs_synthesis:
+            raise OptionError("adaptive", "it dreams, so leave 'images' out")
 
     @property
     def needs_synthesis(self) -> bool:
         """Whether the run dreams its images itself."""
         return is_own_dreams(self.images)
 
+    @property
+    def trains_student(self) -> bool:
+        """Whether dreams are made against the network as it recovers."""
+        return self.adaptive is not None
+
+    def make_student(self, context: RunContext) -> Teacher:
+        """Return a copy of the teacher: what is to be pruned, and what competes at first."""
+        return dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
+
     def run(self, context: RunContext) -> None:
         """Dream, rank and remove, recover, evaluate and save."""
         teacher = context.teacher
-        images = images_for(context, self.images)
+        # A copy of the teacher agrees with it: the first dreams against it are DeepInversion's.
+        images = first_images(
+            context, self.images, self.adaptive, self.make_student(context).model, self.recovery
+        )
         measure_quality(context, "teacher", teacher.model, None)
         work = _Pruning(self, context, images)
         work.reach_target()
         student = work.student
         measure_quality(context, "pruned", student, images)
-        with placed("recovery", always=False):
-            train_student(context, student, images, self.recovery, "recovery")
+        images = go_on_with(context, student, images, self.adaptive, self.recovery, "recovery")
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):

@@ -13,18 +13,20 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import nn
 
-from dreamkit.applications.dreaming import images_for, is_own_dreams, student_folder
+from dreamkit.applications.adaptive import Adaptive
+from dreamkit.applications.dreaming import is_own_dreams, student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import Recovery
-from dreamkit.applications.teaching import train_student
-from dreamkit.errors import placed
+from dreamkit.applications.teaching import first_images, go_on_with
+from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import ImageSource, RunContext
+from dreamkit.types import Images, ImageSource, RunContext, Teacher
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,47 @@ class Recover:
         recalibration_batches: batches that BatchNorm statistics are recomputed over before the
             accuracy of what pruning left is read; 0 leaves them.
         images: what the network recovers on; this run's own dreams by default.
+        adaptive: dream while the network recovers, against it (Adaptive DeepInversion, with the
+            regularizer ``js_compete``); null dreams everything first.
     """
 
     sparsity: Annotated[float, Field(gt=0, lt=1)]
     training: Recovery = field(default_factory=Recovery)
     recalibration_batches: Annotated[int, Field(ge=0)] = 16
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
+    adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        if self.adaptive is not None and not self.needs_synthesis:
+            raise OptionError("adaptive", "it dreams, so leave 'images' out")
 
     @property
     def needs_synthesis(self) -> bool:
         """Whether the run dreams its images itself."""
         return is_own_dreams(self.images)
 
+    @property
+    def trains_student(self) -> bool:
+        """Whether dreams are made against the network as it recovers."""
+        return self.adaptive is not None
+
+    def make_student(self, context: RunContext) -> Teacher:
+        """Return a copy of the teacher without the weights that go."""
+        made = dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
+        prune_weights(made.model, self.sparsity)
+        return made
+
     def run(self, context: RunContext) -> None:
         """Dream, prune, recover, evaluate and save."""
         teacher = context.teacher
-        images = images_for(context, self.images)
-        measure_quality(context, "teacher", teacher.model, None)
         student = copy.deepcopy(teacher.model)
         masks = prune_weights(student, self.sparsity)
-        if self.recalibration_batches:
-            batches, size = self.recalibration_batches, self.training.batch_size
-            # Drawn: image folders come sorted by class.
-            draws = torch.Generator().manual_seed(context.seed)
-            sample = drawn(images, batches * size, draws)
-            recalibrate(student, sample, teacher.card, context.device, batches, size)
+        images = first_images(context, self.images, self.adaptive, student, self.training)
+        measure_quality(context, "teacher", teacher.model, None)
+        self._recalibrate(context, student, images)
         measure_quality(context, "pruned", student, images)
-        with kept_at_zero(student, masks), placed("training", always=False):
-            train_student(context, student, images, self.training, "recovery")
+        with kept_at_zero(student, masks):
+            images = go_on_with(context, student, images, self.adaptive, self.training, "training")
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         context.metrics["student.sparsity"] = sparsity_of(student)
@@ -75,3 +90,11 @@ class Recover:
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
         write_artifact(student_folder(context), student, card, teacher.builder, teacher.surgery)
+
+    def _recalibrate(self, context: RunContext, student: nn.Module, images: Images) -> None:
+        if self.recalibration_batches == 0:
+            return
+        batches, size = self.recalibration_batches, self.training.batch_size
+        # Drawn: image folders come sorted by class.
+        sample = drawn(images, batches * size, torch.Generator().manual_seed(context.seed))
+        recalibrate(student, sample, context.teacher.card, context.device, batches, size)

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamkit.applications.adaptive import Growth
+from dreamkit.applications.adaptive import Adaptive, Growth, growing
+from dreamkit.applications.dreaming import images_for, report_synthesis
 from dreamkit.arithmetic import settled
-from dreamkit.errors import StoreError
+from dreamkit.errors import StoreError, placed
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.batches import Draws
-from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.types import Images, RunContext
+from dreamkit.training.distillation import Distillation, Distiller, lay_out
+from dreamkit.types import Images, ImageSource, RunContext
 
 CHECKPOINT_SECONDS = 60.0
 """Most training that an interruption loses."""
@@ -58,6 +59,64 @@ def train_student(
         teaching = _Teaching(context, student, images, options, stage, path if resumable else None)
         teaching.run()
     return teaching.pool
+
+
+def first_images(
+    context: RunContext,
+    source: ImageSource | None,
+    adaptive: Adaptive | None,
+    student: nn.Module,
+    options: Distillation,
+) -> Images:
+    """Return the images that an application begins with, before its student is trained.
+
+    Args:
+        context: the run's.
+        source: of images; the run's own dreams if None.
+        adaptive: the rhythm of dreams that are made against the student; None dreams all first.
+        student: what the first of them are made against.
+        options: of the training, which is refused if it is too short for all dreams.
+    """
+    if adaptive is None:
+        return images_for(context, source)
+    with growing(context, student, adaptive) as growth:
+        growth.check(options.total_steps(growth.images))
+        growth.dream()
+    return growth.pool
+
+
+def go_on_with(
+    context: RunContext,
+    student: nn.Module,
+    images: Images,
+    adaptive: Adaptive | None,
+    options: Distillation,
+    place: str,
+) -> Images:
+    """Distil the run's teacher into ``student`` on ``first_images`` and those to come.
+
+    Args:
+        context: the run's.
+        student: as ``train_student`` takes it.
+        images: from ``first_images``.
+        adaptive: as it was given to that.
+        options: how the student is trained.
+        place: where the options stand in the application, for messages.
+
+    Returns:
+        The images that it was taught on.
+    """
+    stage = "recovery"
+    if adaptive is None:
+        with placed(place, always=False):
+            return train_student(context, student, images, options, stage)
+    lay_out(student, options, context.device)  # before it is compiled as a competitor
+    with growing(context, student, adaptive) as growth:
+        growth.restore(min(adaptive.batches, len(growth.dreams.plans)))
+        with placed(place, always=False):
+            pool = train_student(context, student, growth, options, stage)
+        report_synthesis(context, growth.dreams.store)
+    return pool
 
 
 class _Teaching:
@@ -104,8 +163,7 @@ class _Teaching:
             log.note("evaluate_every has no effect: there are no evaluation images")
         if not self._restore():
             log.begin(self.stage)
-            if self.growth is None:
-                self.draws.add(len(self.pool))
+            self.draws.add(len(self.pool))
         with log.progress(self.stage, self.total) as advance:
             while (done := self.distiller.done) < self.total:
                 if self.growth is not None and self.growth.due(done):

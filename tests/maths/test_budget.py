@@ -218,8 +218,8 @@ def test_a_latency_budget_that_is_missed_in_the_end_is_a_failure(toys, context, 
         run.latency.factor = 1.2  # the machine became busy after pruning
         return trained(*arguments, **named)
 
-    trained = prune_module.train_student
-    monkeypatch.setattr(prune_module, "train_student", slower)
+    trained = prune_module.go_on_with
+    monkeypatch.setattr(prune_module, "go_on_with", slower)
     whole = 1e-3 * weights_of(run.teacher.model)
     pruning(toys, target=Target(latency_ms=0.6 * whole)).run(run)
     student = run.metrics["student.latency_ms"]
@@ -254,7 +254,7 @@ def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(toys, context, mo
     parts.folder = parts.folder / "parts"
     with monkeypatch.context() as patch:
         if where == "recovery":
-            patch.setattr(prune_module, "train_student", raising)
+            patch.setattr(prune_module, "go_on_with", raising)
         else:
             after = prune_module._Pruning._look
 
@@ -282,7 +282,7 @@ def raising(*arguments, **named):
 def test_a_checkpoint_of_another_teacher_is_refused(toys, context, monkeypatch):
     run = context(Weights(), toys.two_bn())
     with monkeypatch.context() as patch:
-        patch.setattr(prune_module, "train_student", raising)
+        patch.setattr(prune_module, "go_on_with", raising)
         with pytest.raises(Interrupted):
             pruning(toys).run(run)
     with pytest.raises(StoreError, match="delete it to prune from the start"):
