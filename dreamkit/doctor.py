@@ -60,8 +60,7 @@ def diagnose(teacher: Teacher, device: torch.device, batch_size: int) -> Diagnos
     skipped: list[Skipped] = []
     unprunable = None
     try:
-        card = teacher.card
-        groups, skipped = ChannelGraph(teacher.model, card.input_size, card.num_classes).groups()
+        groups, skipped = ChannelGraph(teacher.model, teacher.card.input_size).groups()
     except DreamkitError as error:
         unprunable = error.message
     uninvertible, inversion = None, None

@@ -138,13 +138,14 @@ def check_table(
 def pruned_at_random(teacher: Teacher, draws: torch.Generator) -> nn.Module:
     """Return a copy of a network of which each channel group lost a random share."""
     model = copy.deepcopy(teacher.model)
-    graph = ChannelGraph(model, teacher.card.input_size, teacher.card.num_classes)
+    graph = ChannelGraph(model, teacher.card.input_size)
     most = float(torch.rand((), generator=draws))
+    removed = {}
     for group in graph.groups()[0]:
         share = 0.9 * most * float(torch.rand((), generator=draws))
         gone = torch.randperm(group.channels, generator=draws)[: int(share * group.channels)]
-        if len(gone):
-            graph.remove(group, gone.tolist())
+        removed[group.name] = gone.tolist()
+    graph.remove(removed)
     return model
 
 

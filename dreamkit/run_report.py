@@ -28,7 +28,7 @@ from dreamkit.version import __version__
 
 _PICTURED = 512
 """Images that the grid is picked from."""
-_VERSIONS = ("torch", "torchvision", "timm", "torch-pruning", "numpy")
+_VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
 def build_report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:

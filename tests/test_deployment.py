@@ -13,7 +13,6 @@ import dreamkit
 from dreamkit import exporting
 from dreamkit.card import Card
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
 
@@ -30,7 +29,7 @@ def test_the_doctor_tells_what_can_be_done(invoke):
     assert "10 classes, 1x8x8" in out
     assert "inversion: yes, 9 BatchNorm layers" in out
     groups, channels = re.search(r"pruning: (\d+) channel groups, (\d+) channels", out).groups()
-    found, _ = ChannelGraph(BundledTeacher("digits_resnet8").build(), (1, 8, 8), 10).groups()
+    found, _ = ChannelGraph(BundledTeacher("digits_resnet8").build(), (1, 8, 8)).groups()
     assert (int(groups), int(channels)) == (len(found), sum(group.channels for group in found))
     assert "makes the model's outputs" in out
 
@@ -108,14 +107,10 @@ def test_an_unknown_backend(tmp_path, invoke):
 def student(tmp_path: Path) -> Path:
     """Save a pruned student as a run does; return the run's directory."""
     teacher = BundledTeacher("digits_resnet8").load(0)
-    model, surgery = teacher.model, Surgery()
-    graph = ChannelGraph(model, (1, 8, 8), 10)
-    with surgery.recorded(model):
-        for group in graph.groups()[0]:
-            graph.remove(group, range(group.channels // 2))
-    write_artifact(
-        tmp_path / "run" / "student", model, teacher.card, teacher.builder, surgery.to_json()
-    )
+    graph = ChannelGraph(teacher.model, (1, 8, 8))
+    graph.remove({group.name: range(group.channels // 2) for group in graph.groups()[0]})
+    surgery, folder = graph.surgery.to_json(), tmp_path / "run" / "student"
+    write_artifact(folder, teacher.model, teacher.card, teacher.builder, surgery)
     return tmp_path / "run"
 
 

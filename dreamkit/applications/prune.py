@@ -214,7 +214,7 @@ class _Pruning:
         """Find the student's channel groups, as it is."""
         for parameter in self.student.parameters():
             parameter.requires_grad_(True)
-        self.graph = ChannelGraph(self.student, self.card.input_size, self.card.num_classes)
+        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
         limits = self.options.limits
@@ -258,13 +258,9 @@ class _Pruning:
         chosen = self._choose(groups)
         if not chosen:
             self._give_up()
-        if context.device.type == "mps":
-            self.student.cpu()  # the record needs float64, which MPS does not have
-        with self.cut.recorded(self.student):
-            for group in groups:
-                if group.name in chosen:
-                    self.graph.remove(group, chosen[group.name])
-        self.student.to(context.device)
+        for parameter in self.student.parameters():
+            parameter.grad = None  # of the old shape
+        self.graph.remove(chosen)
         self._check_runs(chosen)
         self.ranking.forget(chosen, groups)
         recalibrate(

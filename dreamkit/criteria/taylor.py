@@ -91,12 +91,11 @@ def gate_gradients(model: nn.Module, group: ChannelGroup) -> Tensor:
     Raises:
         NothingToPrune: the group has no layer to put a gate behind.
     """
-    members = [(member, model.get_submodule(member.layer)) for member in group.members]
-    producers = [(m, layer) for m, layer in members if m.axis == "out"]
-    norms = [
-        (m, layer) for m, layer in producers if isinstance(layer, nn.modules.batchnorm._NormBase)
-    ]
-    gated = norms or producers
+    made = [(m, model.get_submodule(m.layer)) for m in group.members if m.axis == "out"]
+    kinds: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
+    if not any(isinstance(layer, kinds) for _, layer in made):
+        kinds = (nn.Conv2d, nn.Linear)
+    gated = [(member, layer) for member, layer in made if isinstance(layer, kinds)]
     if not gated:
         raise NothingToPrune(f"the channel group {group.name} has no layer that makes its channels")
     total = torch.zeros(group.channels)

@@ -1,40 +1,19 @@
-"""Which channels can only be removed together: torch-pruning's dependency graph, made plain."""
+"""Which channels can only be removed together, and removing them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch_pruning as tp
-from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torch import nn
 
-from dreamkit.model_state import device_of, eval_mode, hooked
+from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.tracing import NONE, Trace, Use, trace
 from dreamkit.types import ChannelGroup, Member
 
-_LAYERS = (nn.Conv2d, nn.Linear)
-
-
-class FrozenBatchNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
-    """Cuts torchvision's frozen BatchNorm, whose weights are buffers."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        """Remove some channels from every buffer."""
-        buffers = dict(layer.named_buffers(recurse=False))
-        keep = sorted(set(range(self.get_out_channels(layer))) - set(idxs))
-        for name, buffer in buffers.items():
-            setattr(layer, name, buffer[keep])
-        return layer
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        """Return how many channels the layer normalises."""
-        return len(dict(layer.named_buffers(recurse=False))["weight"])
-
-    prune_in_channels = prune_out_channels
-    get_in_channels = get_out_channels
+_FIXED = "the model's code fixes how many there are"
 
 
 @dataclass(frozen=True)
@@ -49,114 +28,152 @@ class ChannelGraph:
     """The channel groups of a model, kept true while channels are removed.
 
     Args:
-        model: as it now is; traced once, here.
+        model: as it now is; run a few times, here.
         input_size: (channels, height, width).
-        num_classes: outputs; the layers that make them are left alone.
+        surgery: record of what was cut before, which is gone on with.
     """
 
     def __init__(
-        self, model: nn.Module, input_size: tuple[int, int, int], num_classes: int
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        surgery: Surgery | None = None,
     ) -> None:
         self.model = model
-        example = torch.zeros(1, *input_size, device=device_of(model))
-        self.classifier = classifier_layers(model, example, num_classes)
-        # Normalisation layers in eval mode take a batch of one; gradients are what is traced.
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with eval_mode(model), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self._graph = tp.DependencyGraph().build_dependency(
-                    model,
-                    example,
-                    verbose=False,
-                    customized_pruners={FrozenBatchNorm2d: FrozenBatchNormPruner()},
-                )
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-        self._names = {module: name for name, module in model.named_modules()}
+        self.surgery = Surgery() if surgery is None else surgery
+        self._size = input_size
+        self._take(trace(model, input_size))
+        self._rule_out_fixed()
+
+    def _take(self, found: Trace) -> None:
+        """Sort channels into groups: those that the same layers have."""
+        self._uses = [
+            Use(use.name, use.axis, [found.find(label) for label in use.labels])
+            for use in found.uses.values()
+        ]
+        self._reasons = {
+            label: found.reason(label)
+            for use in self._uses
+            for label in use.labels
+            if label != NONE
+        }
+        self._names = self._named()
+
+    def _named(self) -> dict[int, str]:
+        """Return the group of each channel, named for the first layer that makes it."""
+        places: dict[int, list[tuple[str, str]]] = {}
+        for use in self._uses:
+            for label in use.labels:
+                if label != NONE:
+                    places.setdefault(label, []).append((use.name, use.axis))
+        names: dict[tuple[object, ...], str] = {}
+        given: dict[str, int] = {}
+        found = {}
+        for label, layers in places.items():
+            signature = (self._reasons[label], *layers)
+            if signature not in names:
+                makers = [name for name, axis in layers if axis == "out"]
+                name = (makers or [layers[0][0]])[0]
+                given[name] = given.get(name, 0) + 1
+                names[signature] = name if given[name] == 1 else f"{name}#{given[name]}"
+            found[label] = names[signature]
+        return found
 
     def groups(self) -> tuple[list[ChannelGroup], list[Skipped]]:
         """Return the groups that can be pruned, and those that cannot."""
-        ignored = [self.model.get_submodule(name) for name in self.classifier]
+        channels: dict[str, dict[int, int]] = {}
+        for use in self._uses:
+            for label in use.labels:
+                if label != NONE:
+                    numbers = channels.setdefault(self._names[label], {})
+                    numbers.setdefault(label, len(numbers))
+        members: dict[str, list[Member]] = {name: [] for name in channels}
+        for use in self._uses:
+            for name in dict.fromkeys(self._names[x] for x in use.labels if x != NONE):
+                index = [i for i, label in enumerate(use.labels) if label in channels[name]]
+                channel = [channels[name][use.labels[i]] for i in index]
+                member = Member(use.name, use.axis, torch.tensor(index), torch.tensor(channel))
+                members[name].append(member)
         found, skipped = [], []
-        for group in self._graph.get_all_groups(
-            ignored_layers=ignored, root_module_types=list(_LAYERS)
-        ):
-            name = self._names[group[0].dep.target.module]
-            reason = self._obstacle(group)
+        for name, numbers in channels.items():
+            reason = self._reasons[next(iter(numbers))]
             if reason is not None:
                 skipped.append(Skipped(name, reason))
-                continue
-            channels = len(group[0].idxs)
-            found.append(ChannelGroup(name, channels, tuple(self._members(group))))
-        skipped += [Skipped(name, "makes the model's outputs") for name in self.classifier]
+            elif any(member.axis == "out" for member in members[name]):
+                found.append(ChannelGroup(name, len(numbers), tuple(members[name])))
+            else:
+                skipped.append(Skipped(name, "no layer makes them"))
         return found, skipped
 
-    def remove(self, group: ChannelGroup, channels: Sequence[int]) -> None:
-        """Remove some of a group's channels from every layer that has them."""
-        root = self.model.get_submodule(group.name)
-        prune = self._graph.get_pruner_of_module(root).prune_out_channels
-        self._graph.get_pruning_group(root, prune, sorted(channels)).prune(record_history=False)
+    def remove(self, removed: Mapping[str, Sequence[int]]) -> None:
+        """Remove channels of some groups, by name, from every layer that has them.
 
-    def _members(self, group: Any) -> list[Member]:
-        members: dict[tuple[str, str], Member] = {}
-        for item in group:
-            dep, module = item.dep, item.dep.target.module
-            if module not in self._names or not list(module.parameters(recurse=False)):
-                continue
-            out = self._graph.is_out_channel_pruning_fn(dep.handler) or _is_depthwise(module)
-            name = self._names[module]
-            axis = "out" if out else "in"
-            index, channel = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-            if (known := members.get((name, axis))) is not None:
-                index = torch.cat([known.index, index])
-                channel = torch.cat([known.channel, channel])
-            members[name, axis] = Member(name, axis, index, channel)
-        return list(members.values())
+        The numbers are those of ``groups``, all of them as they are before.
+        """
+        gone = self._labels_of(removed)
+        for use in self._uses:
+            kept = [i for i, label in enumerate(use.labels) if label not in gone]
+            if len(kept) < len(use.labels):
+                self.surgery.cut(self.model, use.name, use.axis, kept)
+                use.labels = [use.labels[i] for i in kept]
 
-    def _obstacle(self, group: Any) -> str | None:
-        for item in group:
-            dep, module = item.dep, item.dep.target.module
-            out = self._graph.is_out_channel_pruning_fn(dep.handler)
-            if out and self._names.get(module) in self.classifier:
-                return f"meets the model's outputs in {self._names[module]}"
-            if isinstance(module, nn.Conv2d) and module.groups > 1 and not _is_depthwise(module):
-                return f"{self._names[module]} is a grouped convolution"
-            # The axes of an image batch, last first: width, height, channels.
-            if any(getattr(dep.target.grad_fn, "_saved_pad", ())[4:6]):
-                return "its channels meet others beside padded zeros, which shift them"
-            if isinstance(module, nn.Parameter):
-                return "depends on a parameter outside any layer"
-            if dep.target.module in self._names and None in item.root_idxs:
-                return f"its channels cannot be followed to {self._names[module]}"
-        return None
+    def _labels_of(self, removed: Mapping[str, Sequence[int]]) -> set[int]:
+        numbers: dict[str, list[int]] = {}
+        seen = set()
+        for use in self._uses:
+            for label in use.labels:
+                if label != NONE and label not in seen:
+                    seen.add(label)
+                    numbers.setdefault(self._names[label], []).append(label)
+        return {
+            numbers[name][channel] for name, channels in removed.items() for channel in channels
+        }
+
+    # --- what code fixes ----------------------------------------------------------------------
+
+    def _rule_out_fixed(self) -> None:
+        """Rule out groups without some of whose channels the model does not run, or runs askew."""
+        suspects = [group.name for group in self.groups()[0] if group.channels > 1]
+        for name in self._failing(suspects):
+            for label, group in self._names.items():
+                if group == name:
+                    self._reasons[label] = _FIXED
+
+    def _failing(self, suspects: list[str]) -> list[str]:
+        """Return those groups that cannot lose a channel, by halving."""
+        if not suspects or self._runs_without(suspects):
+            return []
+        if len(suspects) == 1:
+            return suspects
+        half = len(suspects) // 2
+        return self._failing(suspects[:half]) + self._failing(suspects[half:])
+
+    def _runs_without(self, names: list[str]) -> bool:
+        """Whether every layer still reads what it should once some groups lost a channel each."""
+        trial = copy.copy(self)
+        trial.model = copy.deepcopy(self.model)
+        trial.surgery = Surgery()
+        trial._uses = [Use(use.name, use.axis, use.labels) for use in self._uses]
+        trial.remove({name: [0] for name in names})
+        try:
+            found = trace(trial.model, self._size)
+        except Exception:  # whatever the model's code raises when its numbers do not fit
+            return False
+        return _same_structure(trial._uses, found)
 
 
-def _is_depthwise(module: object) -> bool:
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.groups > 1
-        and module.groups == module.in_channels == module.out_channels
-    )
-
-
-def classifier_layers(model: nn.Module, example: Tensor, num_classes: int) -> list[str]:
-    """Return the layers that make the outputs.
-
-    That is the last convolution or linear layer in forward order with ``num_classes`` outputs (in
-    some models, e.g. DLA, a 1×1 convolution), or the last one of all if none has.
-    """
-    order: list[tuple[str, int]] = []
-
-    def see(name: str, module: nn.Module, _: Tensor) -> None:
-        outputs = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-        order.append((name, int(outputs)))  # type: ignore[arg-type]
-
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _LAYERS)]
-    with torch.no_grad(), eval_mode(model), hooked(layers, see):
-        model(example)
-    matching = [name for name, outputs in order if outputs == num_classes]
-    return [matching[-1] if matching else order[-1][0]]
+def _same_structure(expected: list[Use], found: Trace) -> bool:
+    """Whether the same channels meet in two traces, whatever their numbers."""
+    there: dict[int, int] = {}
+    back: dict[int, int] = {}
+    for use in expected:
+        other = found.uses.get((use.name, use.axis))
+        if use.axis.startswith("attribute"):
+            continue  # whether a number is found again depends on what else equals it
+        if other is None or len(other.labels) != len(use.labels):
+            return False
+        for label, raw in zip(use.labels, other.labels, strict=True):
+            root = found.find(raw)
+            if there.setdefault(label, root) != root or back.setdefault(root, label) != label:
+                return False
+    return True

@@ -1,22 +1,18 @@
-"""The record of what pruning removed, by which a student is rebuilt without the pruning library.
-
-While torch-pruning cuts, every tensor of the model holds the position of each of its elements
-instead of its values. What is left then tells which positions were kept on every axis; the values
-are cut from the originals by the same slicing that later rebuilds the student.
-"""
+"""Cutting channels out of a model, and the record by which a student is cut the same way again."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from dreamkit.errors import ArtifactError
+from dreamkit.pruning.tracing import is_depthwise
 
 Axes = list[list[int] | None]
 """For each axis of a tensor the positions kept, or None for all of them."""
@@ -54,36 +50,82 @@ class Surgery:
             attributes.setdefault(name, {}).update(stated)
         return Surgery(kept, attributes)
 
-    @contextmanager
-    def recorded(self, model: nn.Module) -> Iterator[None]:
-        """Note what is cut from ``model`` in the block, on top of what was cut before."""
-        for parameter in model.parameters():
-            parameter.grad = None  # of the old shape
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        before = _tensors(model)
-        values = {name: tensor.detach() for name, tensor in before.items()}
-        sizes = _sizes(model)
-        for tensor in before.values():
-            tensor.data = _positions(tensor)
-        try:
-            yield
-            after = {name: t.detach().long() for name, t in _tensors(model).items()}
-        finally:
-            current = _tensors(model)
-            for name, tensor in current.items():
-                if name in frozen:
-                    tensor.requires_grad_(False)
-                if tensor.shape == values[name].shape:
-                    tensor.data = values[name]
-        for name, positions in after.items():
-            if positions.shape != values[name].shape:
-                axes = _kept_axes(name, positions, tuple(values[name].shape))
-                current[name].data = _take(values[name], axes)
-                self.kept[name] = _compose(self.kept.get(name), axes)
-        for name, stated in _sizes(model).items():
-            changed = {k: v for k, v in stated.items() if sizes[name].get(k) != v}
-            if changed:
-                self.attributes.setdefault(name, {}).update(changed)
+    # --- cutting ------------------------------------------------------------------------------
+
+    def cut(self, model: nn.Module, name: str, axis: str, kept: Sequence[int]) -> None:
+        """Keep some channels of a layer, in place, and record it.
+
+        Args:
+            model: whose layer.
+            name: of the layer, or of a parameter.
+            axis: as ``tracing.Use`` has it.
+            kept: positions along that axis.
+        """
+        if axis == "parameter":
+            tensor = _tensors(model)[name]
+            wide = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
+            self._take(model, name, wide, kept)
+            return
+        module = model.get_submodule(name)
+        if axis.startswith("attribute:"):
+            self._state(module, name, {axis.partition(":")[2]: len(kept)})
+        elif isinstance(module, _ConvNd):
+            self._cut_convolution(model, name, module, axis, kept)
+        elif isinstance(module, nn.Linear):
+            self._take(model, f"{name}.weight", 0 if axis == "out" else 1, kept)
+            if axis == "out" and module.bias is not None:
+                self._take(model, f"{name}.bias", 0, kept)
+            size = "out_features" if axis == "out" else "in_features"
+            self._state(module, name, {size: len(kept)})
+        else:
+            self._cut_normalisation(model, name, module, kept)
+
+    def _cut_convolution(
+        self, model: nn.Module, name: str, module: _ConvNd, axis: str, kept: Sequence[int]
+    ) -> None:
+        if axis == "out":
+            sizes = {"out_channels": len(kept)}
+            if is_depthwise(module):
+                sizes |= {"in_channels": len(kept), "groups": len(kept)}
+            self._take(model, f"{name}.weight", 0, kept)
+            if module.bias is not None:
+                self._take(model, f"{name}.bias", 0, kept)
+            self._state(module, name, sizes)
+            return
+        # All groups keep the same places: those of the first tell what a filter keeps.
+        size = module.in_channels // module.groups
+        self._take(model, f"{name}.weight", 1, [place for place in kept if place < size])
+        self._state(module, name, {"in_channels": len(kept)})
+
+    def _cut_normalisation(
+        self, model: nn.Module, name: str, module: nn.Module, kept: Sequence[int]
+    ) -> None:
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        size = max(tensor.numel() for _, tensor in own)
+        for key, tensor in own:
+            if tensor.dim() == 1 and len(tensor) == size:
+                self._take(model, f"{name}.{key}", 0, kept)
+        sizes: dict[str, Any] = {
+            key: len(kept)
+            for key in ("num_features", "num_channels", "num_parameters")
+            if getattr(module, key, None) == size
+        }
+        if getattr(module, "normalized_shape", None) == (size,):
+            sizes["normalized_shape"] = (len(kept),)
+        self._state(module, name, sizes)
+
+    def _take(self, model: nn.Module, name: str, dim: int, kept: Sequence[int]) -> None:
+        tensor = _tensors(model)[name]
+        axes: Axes = [list(kept) if axis == dim else None for axis in range(tensor.dim())]
+        _replace(model, name, _cut(tensor.detach(), axes))
+        self.kept[name] = _compose(self.kept.get(name), axes)
+
+    def _state(self, module: nn.Module, name: str, sizes: Mapping[str, Any]) -> None:
+        for key, value in sizes.items():
+            setattr(module, key, value)
+            self.attributes.setdefault(name, {})[key] = value
+
+    # --- repeating ----------------------------------------------------------------------------
 
     def rebuild(self, model: nn.Module) -> None:
         """Cut an unpruned model of the same builder the same way, in place.
@@ -96,14 +138,11 @@ class Surgery:
         for name, axes in self.kept.items():
             if name not in tensors or len(axes) != tensors[name].dim():
                 raise ArtifactError(f"the builder's model has no tensor '{name}' of this shape")
-            owner, attribute = modules[name.rpartition(".")[0]], name.rpartition(".")[2]
             try:
-                cut = _take(tensors[name].detach(), axes)
+                cut = _cut(tensors[name].detach(), axes)
             except (IndexError, TypeError, RuntimeError) as error:
                 raise ArtifactError(f"channels kept of '{name}' do not exist: {error}") from error
-            if isinstance(tensors[name], nn.Parameter):
-                cut = nn.Parameter(cut, tensors[name].requires_grad)
-            setattr(owner, attribute, cut)
+            _replace(model, name, cut)
         for name, changed in self.attributes.items():
             module = modules.get(name)
             known = _sizes_of(module) if module is not None else {}
@@ -120,35 +159,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor.dim() > 0}
 
 
-def _positions(tensor: Tensor) -> Tensor:
-    # float64 counts exactly to 2^53, and unlike integers may be a Parameter that needs gradients.
-    return torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(
-        tensor.shape
-    )
+def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = getattr(owner, key)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, old.requires_grad)
+    setattr(owner, key, value)
 
 
-def _kept_axes(name: str, positions: Tensor, shape: tuple[int, ...]) -> Axes:
-    """Read the kept positions of every axis off a cut tensor of positions."""
-    axes: Axes = []
-    first = positions[(0,) * positions.dim()]
-    stride = 1
-    strides: list[int] = []
-    for size in reversed(shape):
-        strides.insert(0, stride)
-        stride *= size
-    expected = torch.zeros_like(positions)
-    for axis, size in enumerate(shape):
-        line = positions[tuple(slice(None) if a == axis else 0 for a in range(len(shape)))]
-        kept = (line // strides[axis]) % size
-        axes.append(None if len(kept) == size else kept.tolist())
-        view = [-1 if a == axis else 1 for a in range(len(shape))]
-        expected = expected + (kept * strides[axis]).view(view)
-    if not torch.equal(expected, positions):
-        raise RuntimeError(f"'{name}' was not cut along its axes (first position {int(first)})")
-    return axes
-
-
-def _take(tensor: Tensor, axes: Axes) -> Tensor:
+def _cut(tensor: Tensor, axes: Axes) -> Tensor:
     for axis, kept in enumerate(axes):
         if kept is not None:
             tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
@@ -165,10 +186,6 @@ def _compose(earlier: Axes | None, later: Axes) -> Axes:
         else:
             composed.append([first[i] for i in second])
     return composed
-
-
-def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {name: _sizes_of(module) for name, module in model.named_modules()}
 
 
 def _sizes_of(module: nn.Module) -> dict[str, Any]:

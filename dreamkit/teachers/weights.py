@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +114,10 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     ]
     if complaints:
         raise WeightsMismatch(f"{origin} does not fit the model: {'; '.join(complaints)}")
-    model.load_state_dict(dict(state), strict=False)
+    found = OrderedDict(state)
+    # Some models ask for the version of their weights, which safetensors does not hold.
+    found._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
+    model.load_state_dict(found, strict=False)
 
 
 def download(what: str, fetch: Callable[[], M]) -> M:

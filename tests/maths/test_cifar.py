@@ -14,7 +14,6 @@ import dreamkit
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, WeightsMismatch
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.store.artifact import write_artifact
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers, tapped
 from dreamkit.teachers import bundled
@@ -117,13 +116,11 @@ def test_wide_resnet_refuses_other_depths(depth):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in LARGE])
 def test_channels_can_be_removed_and_students_reload(name, tmp_path):
     entry = CifarTeacher(name, num_classes=5)
-    teacher, surgery = entry.load(0), Surgery()
+    teacher = entry.load(0)
     before = sum(p.numel() for p in teacher.model.parameters())
-    graph = ChannelGraph(teacher.model, (3, 32, 32), 5)
+    graph = ChannelGraph(teacher.model, (3, 32, 32))
     groups, skipped = graph.groups()
-    with surgery.recorded(teacher.model):
-        for group in groups:
-            graph.remove(group, range(group.channels // 2))
+    graph.remove({group.name: range(group.channels // 2) for group in groups})
     padded = name in {"resnet20", "resnet32", "resnet56"}
     # What padded shortcuts meet is one stream from the first convolution to the last; without it
     # the insides of (depth - 2) / 2 blocks are left.
@@ -132,7 +129,7 @@ def test_channels_can_be_removed_and_students_reload(name, tmp_path):
         assert len(groups) == (int(name.removeprefix("resnet")) - 2) // 2
     # Half the channels are a quarter of most weights, or half where one end of a block stays.
     assert sum(p.numel() for p in teacher.model.parameters()) < (0.52 if padded else 0.3) * before
-    write_artifact(tmp_path, teacher.model, teacher.card, teacher.builder, surgery.to_json())
+    write_artifact(tmp_path, teacher.model, teacher.card, teacher.builder, graph.surgery.to_json())
     loaded = dreamkit.load_student(tmp_path)
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     with torch.no_grad():

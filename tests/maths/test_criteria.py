@@ -42,7 +42,7 @@ def two_batches(toys, labels=3):
 
 def step_of(toys, model, teacher=None, batches=None, groups=None, chunk=1, size=(3, 8, 8), seed=7):
     given = two_batches(toys) if batches is None else batches
-    found = ChannelGraph(model, size, 3).groups()[0] if groups is None else groups
+    found = ChannelGraph(model, size).groups()[0] if groups is None else groups
     return PruningStep(
         model=model,
         teacher=toys.copy(model) if teacher is None else teacher,

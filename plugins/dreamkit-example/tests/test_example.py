@@ -139,7 +139,7 @@ def test_weight_std_scores_the_groups_that_dreamkit_finds():
     ).eval()
     with torch.no_grad():
         model[3].weight.copy_(torch.tensor([[0.0, 2.0], [0.0, 8.0], [0.0, 4.0]])[:, None, None])
-    groups, _ = ChannelGraph(model, (1, 4, 4), num_classes=2).groups()
+    groups, _ = ChannelGraph(model, (1, 4, 4)).groups()
     (scores,) = WeightStd()(pruning_step(model, groups))
     # The first layer's filters have one weight each; the depthwise ones deviate by half their step.
     assert scores.tolist() == [1.0, 4.0, 2.0]
