@@ -19,20 +19,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
+from recipe_runs import RECIPES, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.processor import processor_name
-from dreamkit.plugins import build_registries
-from dreamkit.recipe import read_recipe
-from dreamkit.runner import run
-from dreamkit.store.run_directory import read_report
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "cifar10"
 METHODS = ("noise", "deepdream", "deepinversion", "adaptive", "dafl", "fast_meta", "cmi")
 PAPER = {
     # Yin et al., CVPR 2020, Table 1: teacher, then noise, DeepDream, DeepInversion, Adaptive.
@@ -56,13 +52,10 @@ KEYS = {
 def run_cell(
     method: str, seed: int, preset: str, changes: Sequence[str], out: Path, console: Console
 ) -> tuple[dict[str, float], tuple[str, str]]:
-    """Run one recipe, or read its finished run; return its figures and the pair of networks."""
-    file = RECIPES / f"{method}.yaml"
-    loaded = read_recipe(file, build_registries, preset, [*changes, f"seed={seed}"])
+    """Return the figures of a recipe's run, and the pair of networks."""
+    file = RECIPES / "cifar10" / f"{method}.yaml"
     folder = out / f"{method}-{preset}-{seed}"
-    console.print(f"\n{method}, seed {seed}")
-    metrics = read_report(run(loaded, folder, console))["metrics"]
-    recipe = loaded.root.plain()
+    metrics, recipe = run_recipe(file, preset, [*changes, f"seed={seed}"], folder, console)
     models = recipe["teacher"]["model"], recipe["application"]["student"]["model"]
     pair = models[0].removeprefix("cifar10_"), models[1]
     return {name: metrics[key] for name, key in KEYS.items() if key in metrics}, pair
@@ -73,14 +66,6 @@ def published(method: str, pair: tuple[str, str]) -> str:
     if method in METHODS[:4]:
         return f"{PAPER[pair][1 + METHODS.index(method)]:.2f}"
     return f"{PEERS[method]:.2f}" if pair == LARGE and method in PEERS else ""
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Write a mean, and the deviation of several."""
-    if not values:
-        return "-"
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 
 
 def table(rows: dict[str, list[dict[str, float]]], pair: tuple[str, str]) -> str:

@@ -27,7 +27,7 @@ def load_student(
 ) -> nn.Module:
     """Load a student that a run saved; its outputs are those it had when it was saved.
 
-    Neither pickle nor the pruning library is involved.
+    No pickle is involved.
 
     Args:
         path: the ``student`` folder of a run.

@@ -1,4 +1,4 @@
-"""The student artifact: a model that reloads without pickle and without the pruning library.
+"""The student artifact: a model that reloads without pickle.
 
 ``artifact.json`` holds the builder (a recipe's teacher entry without weights), the channels kept
 of every parameter, and the card; ``model.safetensors`` the weights. A tensor that is mostly zeros

@@ -1,0 +1,225 @@
+"""Tables 4 and 5 of DeepInversion: pruning with images from here and there, and for hardware.
+
+    python benchmarks/pruning_tables.py --set 'evaluation={source: folder, path: cifar10/test}'
+    python benchmarks/pruning_tables.py --original cifar10/train --proxy svhn/train --seed 0 1 2
+    python benchmarks/pruning_tables.py --tables 5 --eta 0.03 0.1 0.3 1
+    python benchmarks/pruning_tables.py --quick    # the mechanics
+
+Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out; finished ones are read, not
+repeated, and interrupted ones go on. ``--set`` changes all of them (as of ``dreamkit run``). Rows
+that need --original, --proxy or --generator are left out without. In table 4 channels are ranked by
+Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dreams left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from recipe_runs import RECIPES, run_recipe, spread
+from rich.console import Console
+
+from dreamkit.errors import DreamkitError
+from dreamkit.latency.processor import processor_name
+
+RECIPE = RECIPES / "cifar10" / "prune_ha.yaml"
+RATIOS = (0.29, 0.63)
+"""FLOPs left in the paper's table 4: -71 % and -37 %."""
+PAPER_4 = {
+    # Yin et al., CVPR 2020, Table 4: ResNet-50, top-1 after -71 % and -37 % FLOPs.
+    "no fine-tuning": (1.9, 16.6),
+    "partial original": (69.8, 74.9),
+    "proxy": (66.0, 73.8),
+    "generator": (63.0, 73.7),
+    "deepinversion": (55.9, 72.0),
+    "adaptive": (60.7, 73.3),
+}
+PAPER_5 = {
+    # Table 5: ResNet-50 at -20 % of its filters: GFLOPs, ms, top-1.
+    "teacher": (4.1, 4.90, 76.1),
+    "Taylor": (2.7, 4.38, 75.5),
+    "HA": (3.1, 4.24, 76.1),
+    "ADI": (2.7, 4.36, 73.3),
+    "ADI + HA": (2.9, 4.22, 74.0),
+}
+TAYLOR = "application.criteria=[{name: taylor, weight: 1}]"
+PLAIN = ["application.adaptive=null", "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"]
+
+
+@dataclass
+class Cell:
+    """One run: what it is called, and what it changes of the recipe."""
+
+    name: str
+    changes: list[str]
+
+
+class Tables:
+    """The runs of both tables.
+
+    Args:
+        options: from the command line.
+        console: where progress is shown.
+    """
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options = options
+        self.console = console
+
+    def run(self, cell: Cell) -> list[dict[str, float]]:
+        """Run a cell with every seed; return the metrics of each."""
+        found = []
+        for seed in self.options.seed:
+            folder = self.options.out / f"{cell.name}-{self.options.preset}-{seed}"
+            changes = [*self.options.changes, *cell.changes, f"seed={seed}"]
+            metrics, _ = run_recipe(RECIPE, self.options.preset, changes, folder, self.console)
+            found.append(metrics)
+        return found
+
+    def sources(self) -> dict[str, list[str]]:
+        """Return what each source of images changes of the recipe."""
+        options, known = self.options, {}
+        for name, path in (("partial original", options.original), ("proxy", options.proxy)):
+            if path is not None:
+                known[name] = given(f"{{source: folder, path: {path}}}")
+        if options.generator is not None:
+            known["generator"] = given(
+                f"{{source: generator, path: {options.generator}, images: {options.generated}, "
+                f"latent: {options.latent}}}"
+            )
+        return known | {"deepinversion": PLAIN, "adaptive": []}
+
+    def table4(self) -> tuple[str, dict[str, list[list[dict[str, float]]]]]:
+        """Return the table of image sources as Markdown, and its metrics by row and ratio."""
+        results: dict[str, list[list[dict[str, float]]]] = {}
+        for source, changes in self.sources().items():
+            results[source] = [
+                self.run(
+                    Cell(
+                        f"4-{source.replace(' ', '_')}-{ratio}",
+                        [TAYLOR, f"application.target={{flops: {ratio}}}", *changes],
+                    )
+                )
+                for ratio in self.options.ratios
+            ]
+        lines = [
+            "| images | "
+            + " | ".join(f"{ratio:.0%} of the FLOPs: accuracy, %" for ratio in self.options.ratios)
+            + " | paper, 29 % | paper, 63 % |",
+            "|---" * (3 + len(self.options.ratios)) + "|",
+        ]
+        rows = {"no fine-tuning": (results["deepinversion"], "pruned.accuracy")}
+        rows |= {source: (cells, "student.accuracy") for source, cells in results.items()}
+        for name, (cells, key) in rows.items():
+            shown = [spread([100 * m[key] for m in runs if key in m], 2) for runs in cells]
+            paper = [f"{value:.1f}" for value in PAPER_4[name]]
+            lines.append("| " + " | ".join([name, *shown, *paper]) + " |")
+        return "\n".join(lines), results
+
+    def table5(self) -> tuple[str, dict[str, list[dict[str, float]]]]:
+        """Return the hardware-aware table as Markdown, and its metrics by row."""
+        target = f"application.target={{flops: {self.options.ratio}}}"
+        original = self.options.original
+        real = PLAIN if original is None else given(f"{{source: folder, path: {original}}}")
+        cells = {"Taylor": Cell("5-taylor", [TAYLOR, target, *real])}
+        for eta in self.options.eta:
+            criteria = hardware_aware(eta)
+            cells[f"HA, η {eta}"] = Cell(f"5-ha-{eta}", [criteria, target, *real])
+        cells["ADI"] = Cell("5-adi", [TAYLOR, target])
+        for eta in self.options.eta:
+            cells[f"ADI + HA, η {eta}"] = Cell(f"5-adi_ha-{eta}", [hardware_aware(eta), target])
+        results = {name: self.run(cell) for name, cell in cells.items()}
+        lines = [
+            "| pruned by | MFLOPs | measured latency, ms | of its teacher's | accuracy, % "
+            "| paper: GFLOPs | ms | top-1, % |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines.append(row5("teacher", next(iter(results.values())), "teacher"))
+        lines += [row5(name, runs, "student") for name, runs in results.items()]
+        return "\n".join(lines), results
+
+
+def given(source: str) -> list[str]:
+    """Return what makes a recipe prune on images that are there, and dream none."""
+    return ["application.adaptive=null", "synthesis=null", f"application.images={source}"]
+
+
+def hardware_aware(eta: float) -> str:
+    return (
+        f"application.criteria=[{{name: taylor, weight: 1}}, {{name: latency_lut, weight: {eta}}}]"
+    )
+
+
+def row5(name: str, runs: list[dict[str, float]], model: str) -> str:
+    latency = [m[f"{model}.latency_ms"] for m in runs]
+    share = [m[f"{model}.latency_ms"] / m["teacher.latency_ms"] for m in runs]
+    accuracy = [100 * m[f"{model}.accuracy"] for m in runs if f"{model}.accuracy" in m]
+    shown = [
+        name,
+        spread([m[f"{model}.flops"] / 1e6 for m in runs], 1),
+        spread(latency, 3),
+        spread(share, 3),
+        spread(accuracy, 2),
+    ]
+    paper = PAPER_5[name.partition(",")[0]]
+    return "| " + " | ".join([*shown, *(str(value) for value in paper)]) + " |"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tables", type=int, nargs="+", choices=[4, 5], default=[4, 5])
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    parser.add_argument("--ratio", type=float, default=0.5, help="of table 5's FLOPs")
+    parser.add_argument("--eta", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--original", type=Path, help="class folders of some training images")
+    parser.add_argument("--proxy", type=Path, help="class folders of other images")
+    parser.add_argument("--generator", type=Path, help="a TorchScript file, e.g. a GAN's")
+    parser.add_argument("--latent", default="[128]", help="the shape of its noise")
+    parser.add_argument("--generated", type=int, default=3072, help="images drawn from it")
+    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("runs/pruning_tables"))
+    parser.add_argument("--quick", action="store_true", help="smoke presets")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset = "smoke"
+    return options
+
+
+def main() -> None:
+    options = parse()
+    tables = Tables(options, Console(stderr=True))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    data: dict[str, object] = {
+        "processor": name,
+        "preset": options.preset,
+        "changes": options.changes,
+        "seeds": options.seed,
+    }
+    shown = []
+    try:
+        for number in options.tables:
+            text, results = tables.table4() if number == 4 else tables.table5()
+            shown.append(f"Table {number}\n\n{text}")
+            data[f"table{number}"] = results
+    except DreamkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    threads = torch.get_num_threads()
+    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
+    print(f"{len(options.seed)} seeds\n")
+    print("\n\n".join(shown))
+    if options.json:
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
