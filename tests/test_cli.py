@@ -123,7 +123,7 @@ def test_show_prints_nested_options_and_what_is_required(invoke: Invoke) -> None
     assert "its own defaults" in rows["recovery"]
     assert "temperature" in rows
     assert "max_ratio" in rows
-    assert '"mean" | "none"' in rows["normalise"]
+    assert '"mean" | "max" | "group" | "none"' in rows["normalise"]
 
 
 def entries() -> list[tuple[str, str]]:

@@ -145,12 +145,13 @@ class Prune:
     def run(self, context: RunContext) -> None:
         """Dream, rank and remove, recover, evaluate and save."""
         teacher = context.teacher
+        work = _Pruning(self, context)
         # A copy of the teacher agrees with it: the first dreams against it are DeepInversion's.
         images = first_images(
             context, self.images, self.adaptive, self.make_student(context).model, self.recovery
         )
         measure_quality(context, "teacher", teacher.model, None)
-        work = _Pruning(self, context, images)
+        work.begin(images)
         work.reach_target()
         student = work.student
         measure_quality(context, "pruned", student, images)
@@ -170,15 +171,37 @@ class Prune:
 class _Pruning:
     """One pruning run: the student, its channel graph, and the record of what was cut."""
 
-    def __init__(self, options: Prune, context: RunContext, images: Images) -> None:
+    def __init__(self, options: Prune, context: RunContext) -> None:
         self.options = options
         self.context = context
-        self.images = images
         self.card = context.teacher.card
         self.student = copy.deepcopy(context.teacher.model)
         self.cut = Surgery()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
+        self.rounds = 0
+        self.seconds = 0.0
+        self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
+        if options.latency_table is not None:
+            with placed("latency_table"):
+                known = read_table(Path(options.latency_table), context.latency, strict=True)
+            self.table.points = known.points | self.table.points
+        self._trace()
+        groups, skipped = self.graph.groups()
+        context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
+        self.originals = {group.name: group.channels for group in groups}
+        self._check_any(groups, skipped)
+        self.checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
+        self.found = read_checkpoint(self.checkpoint)
+        teacher_ms = None if self.found is None else self.found[1]["teacher_ms"]
+        channels = sum(self.originals.values())
+        self.budget = Budget(options.target, context, self.table, channels, teacher_ms)
+        self.shares = dict.fromkeys(self.budget.before, 1.0)
+
+    def begin(self, images: Images) -> None:
+        """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
+        options, context = self.options, self.context
+        self.images = images
         count = options.batch_size * max(options.ranking_batches, options.recalibration_batches)
         # Drawn: image folders come sorted by class.
         self.sample = drawn(images, count, torch.Generator().manual_seed(context.seed))
@@ -186,29 +209,10 @@ class _Pruning:
         if context.evaluation is not None:
             draws = torch.Generator().manual_seed(context.seed)
             self.evaluated = drawn(context.evaluation, _EVALUATED, draws)
-        self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
-        if options.latency_table is not None:
-            with placed("latency_table"):
-                known = read_table(Path(options.latency_table), context.latency, strict=True)
-            self.table.points = known.points | self.table.points
-        self.checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
-        self.rounds = 0
-        self.seconds = 0.0
-        self.shares: dict[str, float] = {}
-        found = read_checkpoint(self.checkpoint)
-        self._trace()
-        groups, skipped = self.graph.groups()
-        context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
-        self.originals = {group.name: group.channels for group in groups}
-        self._check_any(groups, skipped)
-        teacher_ms = None if found is None else found[1]["teacher_ms"]
-        channels = sum(self.originals.values())
-        self.budget = Budget(options.target, context, self.table, channels, teacher_ms)
-        if found is None:
+        if self.found is None:
             context.log.begin("pruning")
-            self.shares = dict.fromkeys(self.budget.before, 1.0)
         else:
-            self._restore(*found)
+            self._restore(*self.found)
 
     def _trace(self) -> None:
         """Find the student's channel groups, as it is."""

@@ -122,9 +122,9 @@ def test_channels_can_be_removed_and_students_reload(name, tmp_path):
     groups, skipped = graph.groups()
     graph.remove({group.name: range(group.channels // 2) for group in groups})
     padded = name in {"resnet20", "resnet32", "resnet56"}
-    # What padded shortcuts meet is one stream from the first convolution to the last; without it
-    # the insides of (depth - 2) / 2 blocks are left.
-    assert len(skipped) == (2 if padded else 1)
+    # What padded shortcuts meet is one stream from the first convolution to the last, of three
+    # widths; without it the insides of (depth - 2) / 2 blocks are left.
+    assert len(skipped) == (4 if padded else 1)
     if padded:
         assert len(groups) == (int(name.removeprefix("resnet")) - 2) // 2
     # Half the channels are a quarter of most weights, or half where one end of a block stays.
