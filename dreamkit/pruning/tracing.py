@@ -184,7 +184,8 @@ class _Tracer(TorchDispatchMode):
             for name, module in self.model.named_modules():
                 enter, leave = self._hooks(name, module)
                 stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+                handle = module.register_forward_hook(leave, with_kwargs=True)
+                stack.callback(handle.remove)
             yield
 
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Any]:
@@ -196,11 +197,12 @@ class _Tracer(TorchDispatchMode):
             elif not self.inside:
                 self.under_way.append((name, module))
 
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        def leave(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             if leaf:
                 self.inside -= 1
                 if not self.inside:
-                    self._set(output, self._layer(name, module, inputs[0], output))
+                    x = inputs[0] if inputs else next(iter(named.values()))
+                    self._set(output, self._layer(name, module, x, output))
             elif not self.inside:
                 self.under_way.pop()
 

@@ -181,7 +181,8 @@ class Twice(nn.Module):
         self.fc = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.fc((self.both(self.left(x)) * self.both(self.right(x))).mean((2, 3)))
+        met = self.both(self.left(x)) * self.both(input=self.right(x))
+        return self.fc(met.mean((2, 3)))
 
 
 @pytest.mark.parametrize(
