@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.lut import LookUpTable, grid_below, layer_shapes, read_file, read_table
+from dreamkit.latency.lut import LookUpTable, grid_below, read_file, read_table
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
@@ -30,11 +30,12 @@ _AT_ONCE = 24
 
 
 def shapes_to_measure(
-    model: nn.Module, card_size: tuple[int, int, int], least: float
+    table: LookUpTable, model: nn.Module, card_size: tuple[int, int, int], least: float
 ) -> list[LayerShape]:
     """Return the points of a table that serves a network and all that pruning makes of it.
 
     Args:
+        table: knows which layers count on its target.
         model: the network.
         card_size: of its images, (channels, height, width).
         least: share of a layer's channels that pruning leaves at the least.
@@ -43,7 +44,11 @@ def shapes_to_measure(
         For each distinct layer, the points of the grid from ``least`` of its channels to all.
     """
     found: dict[LayerShape, None] = {}
-    for shape in layer_shapes(model, card_size).values():
+    for shape in table.shapes(model, card_size).values():
+        if shape.kind == "norm":
+            counts = grid_below(shape.c_out, 1, least)
+            found |= {replace(shape, c_in=c, c_out=c): None for c in counts}
+            continue
         if shape.depthwise:
             counts = grid_below(shape.c_out, 1, least)
             found |= {replace(shape, c_in=c, c_out=c, groups=c): None for c in counts}
@@ -129,7 +134,7 @@ def check_table(
     predicted = []
     example = torch.randn(table.backend.batch_size, *size)
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
-        predicted.append(Prospect(layer_shapes(model, size)).total(table.predict))
+        predicted.append(Prospect(table.shapes(model, size)).total(table.predict))
     timings = table.backend.time([(model, example) for model in models])
     measured = [timing.median_ms for timing in timings]
     return Fit(predicted, measured)
@@ -173,7 +178,7 @@ def build_for(
     if path.is_file():
         table = read_table(path, target, strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shapes = shapes_to_measure(found.model, found.card.input_size, least)
+    shapes = shapes_to_measure(table, found.model, found.card.input_size, least)
     number = build_table(table, shapes, path, console)
     kept = f", {len(shapes) - number} were there" if number < len(shapes) else ""
     _say(console, f"{path}: {number} layers measured{kept}")
@@ -220,6 +225,9 @@ def show_table(path: Path, console: Console) -> None:
 def _kind(shape: LayerShape) -> str:
     if shape.kind == "linear":
         return "linear"
+    if shape.kind == "norm":
+        size = "x".join(map(str, shape.feature_map))
+        return " and ".join(filter(None, ("BatchNorm", shape.activation))) + f" on {size}"
     size, kernel, stride = (
         "x".join(map(str, numbers)) for numbers in (shape.feature_map, shape.kernel, shape.stride)
     )
@@ -228,7 +236,11 @@ def _kind(shape: LayerShape) -> str:
 
 
 def _channels(shape: LayerShape) -> str:
-    return str(shape.c_out) if shape.depthwise else f"{shape.c_in}→{shape.c_out}"
+    return (
+        str(shape.c_out)
+        if shape.depthwise or shape.kind == "norm"
+        else f"{shape.c_in}→{shape.c_out}"
+    )
 
 
 def check_for(

@@ -332,9 +332,13 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A convolution or linear layer at one input: the key of a latency look-up table."""
+    """A layer at one input: the key of a latency look-up table.
 
-    kind: str  # "conv" or "linear"
+    ``kind`` is ``conv``, ``linear`` or ``norm``: a BatchNorm of ``c_out`` channels, together with
+    the activation module that follows it.
+    """
+
+    kind: str
     c_in: int
     c_out: int
     kernel: tuple[int, ...] = (1, 1)
@@ -344,6 +348,7 @@ class LayerShape:
     groups: int = 1
     bias: bool = False
     feature_map: tuple[int, ...] = ()
+    activation: str = ""
 
     @property
     def depthwise(self) -> bool:
@@ -353,12 +358,16 @@ class LayerShape:
     @property
     def params(self) -> int:
         """Weights and biases."""
+        if self.kind == "norm":
+            return 2 * self.c_out
         weights = self.c_in // self.groups * self.c_out * math.prod(self.kernel)
         return weights + (self.c_out if self.bias else 0)
 
     @property
     def flops(self) -> int:
-        """Multiply-adds for one image, each counted once."""
+        """Multiply-adds for one image, each counted once; those of a BatchNorm are not."""
+        if self.kind == "norm":
+            return 0
         spots = 1
         if self.kind == "conv":
             for size, kernel, stride, padding, dilation in zip(
@@ -369,6 +378,9 @@ class LayerShape:
 
     def without(self, axis: str, channels: int) -> LayerShape:
         """Return the shape with fewer channels on one axis; depthwise layers lose on both."""
+        if self.kind == "norm":
+            left = max(self.c_out - channels, 1)
+            return replace(self, c_in=left, c_out=left)
         if self.depthwise:
             left = self.c_out if axis == "in" else max(self.c_out - channels, 1)
             return replace(self, c_in=left, c_out=left, groups=left)
@@ -384,7 +396,7 @@ class LatencyTable(Protocol):
         """Return one layer's latency in milliseconds."""
 
     def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
-        """Return the shape of every convolution and linear layer of a model, by name."""
+        """Return the shape of every layer of a model that counts, by name."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +408,11 @@ class Timing:
 
 
 class LatencyBackend(Protocol):
-    """An entry of ``latency_backends``."""
+    """An entry of ``latency_backends``.
+
+    A runtime that folds BatchNorm into convolutions says so:
+    ``folds_norms: ClassVar[bool] = True``.
+    """
 
     batch_size: int
 

@@ -1,26 +1,32 @@
 """Latency look-up tables: each distinct layer measured on the target, and interpolated.
 
 LAT of a model is the sum over its convolutions and linear layers (hardware-aware pruning,
-DeepInversion eq. 10; HALP, Shen et al. 2022).
+DeepInversion eq. 10; HALP, Shen et al. 2022), and over BatchNorm with its activation where the
+target computes them apart.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
-FORMAT = 1
+FORMAT = 2
+_ACTIVATIONS = {
+    *("ReLU", "ReLU6", "LeakyReLU", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "Sigmoid", "Mish"),
+    *("ELU", "Tanh"),
+}
 
 
 class LookUpTable:
@@ -54,15 +60,15 @@ class LookUpTable:
             self.points |= dict(zip(missing, self.backend.time(built), strict=True))
 
     def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
-        """Return the shape of every convolution and linear layer, by name, in forward order."""
-        return layer_shapes(model, input_size)
+        """Return the shape of every layer that counts on the target, by name, in forward order."""
+        shapes = layer_shapes(model, input_size)
+        if not getattr(self.backend, "folds_norms", False):
+            return shapes
+        return {name: shape for name, shape in shapes.items() if shape.kind != "norm"}
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON-safe data, with what its figures hold for."""
-        rows = [
-            {**dataclasses.asdict(shape), **dataclasses.asdict(timing)}
-            for shape, timing in self.points.items()
-        ]
+        rows = [{**asdict(shape), **asdict(timing)} for shape, timing in self.points.items()]
         return {"format": FORMAT, "target": self.backend.describe(), "points": rows}
 
 
@@ -125,10 +131,16 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[LayerShape, Timing]]:
 
 
 def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
-    """Return the shape of every convolution and linear layer that a forward pass calls."""
+    """Return the shape of every layer that a forward pass calls, in its order.
+
+    Layers are convolutions, linear ones, and BatchNorm of feature maps with the activation module
+    that is called next.
+    """
     found: dict[str, LayerShape] = {}
+    norms: list[str] = []
 
     def see(name: str, module: nn.Module, x: Tensor) -> None:
+        norm = norms.pop() if norms else None
         if isinstance(module, nn.Conv2d):
             found[name] = LayerShape(
                 kind="conv",
@@ -145,9 +157,25 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         elif isinstance(module, nn.Linear):
             bias = module.bias is not None
             found[name] = LayerShape("linear", module.in_features, module.out_features, bias=bias)
+        elif isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            size = x.shape[1]
+            own = type(getattr(module, "act", None)).__name__  # timm's BatchNormAct2d
+            activation = own if own in _ACTIVATIONS else ""
+            found[name] = LayerShape(
+                "norm", size, size, feature_map=tuple(x.shape[2:]), activation=activation
+            )
+            if not activation:
+                norms.append(name)
+        elif norm is not None and type(module).__name__ in _ACTIVATIONS:
+            found[norm] = replace(found[norm], activation=type(module).__name__)
 
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not list(module.children()) or isinstance(module, nn.BatchNorm2d)
+    ]
     example = torch.zeros(1, *input_size, device=device_of(model))
-    with torch.no_grad(), eval_mode(model), hooked(model.named_modules(), see):
+    with torch.no_grad(), eval_mode(model), hooked(leaves, see):
         model(example)
     return found
 
@@ -164,6 +192,13 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
 
 def build_layer(shape: LayerShape, batch_size: int) -> tuple[nn.Module, Tensor]:
     """Return a layer of this shape and an input for it."""
+    if shape.kind == "norm":
+        parts: list[nn.Module] = [nn.BatchNorm2d(shape.c_out)]
+        if shape.activation:
+            parts.append(getattr(nn, shape.activation)())
+        return nn.Sequential(*parts).eval(), torch.randn(
+            batch_size, shape.c_out, *shape.feature_map
+        )
     if shape.kind == "linear":
         layer: nn.Module = nn.Linear(shape.c_in, shape.c_out, bias=shape.bias)
         return layer.eval(), torch.randn(batch_size, shape.c_in)
@@ -207,13 +242,14 @@ def grid_below(channels: int, multiple: int, least: float) -> list[int]:
 
 def _corners(shape: LayerShape) -> list[tuple[LayerShape, float]]:
     """Return the grid shapes around a shape, and the share of each in its latency."""
+    if shape.kind == "norm":
+        return [(replace(shape, c_in=c, c_out=c), share) for c, share in _grid(shape.c_out, 1)]
     if shape.depthwise:
         return [
-            (dataclasses.replace(shape, c_in=c, c_out=c, groups=c), share)
-            for c, share in _grid(shape.c_out, 1)
+            (replace(shape, c_in=c, c_out=c, groups=c), share) for c, share in _grid(shape.c_out, 1)
         ]
     return [
-        (dataclasses.replace(shape, c_in=c_in, c_out=c_out), share_in * share_out)
+        (replace(shape, c_in=c_in, c_out=c_out), share_in * share_out)
         for c_in, share_in in _grid(shape.c_in, shape.groups)
         for c_out, share_out in _grid(shape.c_out, shape.groups)
     ]

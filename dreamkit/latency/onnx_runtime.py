@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -39,6 +39,8 @@ class OnnxRuntime:
     threads: Annotated[int, Field(ge=1)] | None = None
     warmup: Annotated[int, Field(ge=0)] = 3
     repeats: Annotated[int, Field(ge=3)] = 15
+
+    folds_norms: ClassVar[bool] = True
 
     def describe(self) -> dict[str, str]:
         """Return processor, runtime, dtype, threads and batch size."""

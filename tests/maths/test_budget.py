@@ -30,6 +30,7 @@ class Weights:
     """
 
     batch_size = 1
+    folds_norms = True
 
     def __init__(self, extra=0.0, factor=1.0):
         self.extra, self.factor = extra, factor

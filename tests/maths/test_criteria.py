@@ -31,7 +31,8 @@ class ProductTable:
         return 0.001 * shape.c_in * shape.c_out
 
     def shapes(self, model, input_size):
-        return layer_shapes(model, input_size)
+        shapes = layer_shapes(model, input_size)
+        return {name: shape for name, shape in shapes.items() if shape.kind != "norm"}
 
 
 def two_batches(toys, labels=3):

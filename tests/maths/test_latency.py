@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
@@ -20,6 +21,7 @@ class Bilinear:
     """A target on which a layer takes 2 + 3·c_in + 5·c_out + 7·c_in·c_out ms."""
 
     batch_size = 2
+    folds_norms = True
 
     def __init__(self, name="bilinear"):
         self.name = name
@@ -188,7 +190,9 @@ def test_layer_shapes_by_hand(toys):
     three = {"kernel": (3, 3), "padding": (1, 1)}
     assert layer_shapes(toys.depthwise(), (3, 8, 10)) == {
         "conv1": LayerShape("conv", 3, 4, **three, feature_map=(8, 10)),
+        "bn1": LayerShape("norm", 4, 4, feature_map=(8, 10)),
         "depthwise": LayerShape("conv", 4, 4, **three, groups=4, feature_map=(8, 10)),
+        "bn2": LayerShape("norm", 4, 4, feature_map=(8, 10)),
         "pointwise": LayerShape("conv", 4, 6, bias=True, feature_map=(8, 10)),
         "fc": LayerShape("linear", 6, 3, bias=True),
     }
@@ -200,6 +204,34 @@ def test_layer_shapes_see_the_input_of_each_layer(toys):
     assert shapes["conv1"].stride == (2, 2)
     assert shapes["conv1"].feature_map == (4, 4)
     assert (shapes["fc1"].c_in, shapes["fc1"].c_out) == (16, 5)
+
+
+def test_a_norm_is_timed_with_the_activation_module_that_comes_next():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU6(),
+        BatchNormAct2d(4),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 2, 1),
+        nn.SiLU(),
+    )
+    shapes = layer_shapes(model.eval(), (2, 5, 6))
+    norms = {name: shape.activation for name, shape in shapes.items() if shape.kind == "norm"}
+    assert norms == {"1": "ReLU6", "3": "ReLU", "4": ""}
+    built, x = build_layer(shapes["1"], 3)
+    assert [type(part) for part in built] == [nn.BatchNorm2d, nn.ReLU6]
+    assert x.shape == (3, 4, 5, 6)
+    without = shapes["1"].without("out", 3)
+    assert (without.c_in, without.c_out, without.params, without.flops) == (1, 1, 2, 0)
+
+
+def test_norms_count_where_the_target_does_not_fold_them():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)).eval()
+    apart, folded = LookUpTable(TorchCPU(warmup=0, repeats=3)), LookUpTable(Bilinear())
+    assert list(apart.shapes(model, (2, 5, 6))) == ["0", "1"]
+    assert list(folded.shapes(model, (2, 5, 6))) == ["0"]
+    assert apart.predict(apart.shapes(model, (2, 5, 6))["1"]) > 0
 
 
 def test_padding_given_as_a_word():

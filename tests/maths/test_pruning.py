@@ -643,7 +643,8 @@ def test_a_knapsack_that_cannot_be_filled():
 def test_costs_of_shapes_are_those_of_the_layers(toys, toy):
     model = getattr(toys, toy)()
     shapes = layer_shapes(model, SIZE)
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     weights = sum(p.numel() for layer in layers for p in layer.parameters())
     assert sum(shape.params for shape in shapes.values()) == weights
     counted = FlopCountAnalysis(model, torch.zeros(1, *SIZE)).by_operator()
