@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from dreamkit.card import Card
 from dreamkit.plugins import build_registries
@@ -101,3 +103,46 @@ def test_some_networks(tmp_path):
 @pytest.mark.slow
 def test_every_network(tmp_path):
     check([pair for pair in ALL if pair not in ALWAYS], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_network_without_batch_norm_is_pruned_on_images_of_a_folder(
+    tmp_path, invoke, recipe_file
+):
+    draws = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = torch.randint(0, 256, (32, 32, 3), generator=draws, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{number}.png")
+    size = {"input_size": [3, 32, 32]}
+    recipe = {
+        "name": "convnext",
+        "device": "cpu",
+        "teacher": {"source": "timm", "model": "convnext_atto", "weights": None, **size},
+        "application": {
+            "name": "prune",
+            "criteria": [{"name": "taylor", "weight": 1}],
+            "target": {"flops": 0.8},
+            "images": {"source": "folder", "path": str(tmp_path / "images"), "labelled": False},
+            "ranking_batches": 1,
+            "batch_size": 8,
+            "step": 0.2,
+            "recovery": {"steps": 1, "batch_size": 8},
+        },
+    }
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run")
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["metrics"]["pruned.flops_ratio"] <= 0.8
+    recipe["synthesis"] = {
+        "name": "deepinversion",
+        "images": 8,
+        "batch_size": 8,
+        "stages": [{"steps": 1}],
+        "regularizers": [{"name": "bn_feature", "weight": 1}],
+    }
+    recipe["application"].pop("images")
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "dreamed")
+    assert code == 2
+    assert "BatchNorm" in err
