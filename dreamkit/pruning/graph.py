@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dreamkit.errors import NothingToPrune
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.pruning.tracing import NONE, Trace, Use, trace
 from dreamkit.types import ChannelGroup, Member
 
 _FIXED = "the model's code fixes how many there are"
+_CUT = "the code cuts them at a fixed number"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class ChannelGraph:
         self.model = model
         self.surgery = Surgery() if surgery is None else surgery
         self._size = input_size
-        self._take(trace(model, input_size))
+        try:
+            found = trace(model, input_size)
+        except Exception as error:  # the model is anyone's code
+            reason = " ".join(str(error).split())[:200]
+            raise NothingToPrune(f"the model's channels cannot be followed: {reason}") from error
+        self._take(found)
         self._rule_out_fixed()
 
     def _take(self, found: Trace) -> None:
@@ -51,6 +58,10 @@ class ChannelGraph:
             Use(use.name, use.axis, [found.find(label) for label in use.labels])
             for use in found.uses.values()
         ]
+        self._slices = [
+            ([found.find(label) for label in labels], numbers) for labels, numbers in found.slices
+        ]
+        self._cuts = [[found.find(label) for label in cut] for cut in found.cuts]
         self._reasons = {
             label: found.reason(label)
             for use in self._uses
@@ -134,45 +145,88 @@ class ChannelGraph:
     def _rule_out_fixed(self) -> None:
         """Rule out groups without some of whose channels the model does not run, or runs askew."""
         suspects = [group.name for group in self.groups()[0] if group.channels > 1]
-        for name in self._failing(suspects):
-            for label, group in self._names.items():
-                if group == name:
-                    self._reasons[label] = _FIXED
+        self._drop_needless(suspects)
+        held = {(use.name, use.axis) for use in self._uses}
+        for labels, numbers in self._slices:
+            if not held & set(numbers):
+                self._rule_out({self._names[label] for label in labels if label != NONE}, _CUT)
+        left = [group.name for group in self.groups()[0] if group.name in suspects]
+        self._rule_out(set(self._failing(left)), _FIXED)
+
+    def _rule_out(self, names: set[str], reason: str) -> None:
+        for label, name in self._names.items():
+            if name in names and self._reasons[label] is None:
+                self._reasons[label] = reason
+
+    def _drop_needless(self, suspects: list[str]) -> None:
+        """Forget numbers of modules that happen to equal a number of channels.
+
+        A number is one only if the model cannot do without its change.
+        """
+        numbers = [use for use in self._uses if use.axis.startswith("attribute:")]
+        if not numbers:
+            return
+        needed = [use for use in self._uses if use not in numbers]
+        for use in [None, *numbers]:
+            others = [n for n in numbers if use is not None and n is not use]
+            if self._runs_without(suspects, needed + others):
+                self._uses = needed + others
+                numbers = others
+                if not numbers:
+                    return
 
     def _failing(self, suspects: list[str]) -> list[str]:
         """Return those groups that cannot lose a channel, by halving."""
-        if not suspects or self._runs_without(suspects):
+        if not suspects or self._runs_without(suspects, self._uses):
             return []
         if len(suspects) == 1:
             return suspects
         half = len(suspects) // 2
         return self._failing(suspects[:half]) + self._failing(suspects[half:])
 
-    def _runs_without(self, names: list[str]) -> bool:
-        """Whether every layer still reads what it should once some groups lost a channel each."""
+    def _runs_without(self, names: list[str], uses: list[Use]) -> bool:
+        """Whether every layer still reads what it should once some groups lost channels.
+
+        Groups lose one or two in turn, and not the first ones alone: what is coupled without our
+        knowing shows by numbers that differ.
+        """
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
         trial.surgery = Surgery()
-        trial._uses = [Use(use.name, use.axis, use.labels) for use in self._uses]
-        trial.remove({name: [0] for name in names})
+        trial._uses = [Use(use.name, use.axis, use.labels) for use in uses]
+        sizes = {group.name: group.channels for group in self.groups()[0]}
+        removed = {}
+        for number, name in enumerate(names):
+            count = 1 + number % 2 if sizes[name] > 2 else 1
+            removed[name] = [(number + i) % sizes[name] for i in range(count)]
+        gone = trial._labels_of(removed)
         try:
+            trial.remove(removed)
             found = trace(trial.model, self._size)
         except Exception:  # whatever the model's code raises when its numbers do not fit
             return False
-        return _same_structure(trial._uses, found)
+        cuts = [[label for label in cut if label not in gone] for cut in self._cuts]
+        return _same_structure(trial._uses, cuts, found)
 
 
-def _same_structure(expected: list[Use], found: Trace) -> bool:
+def _same_structure(expected: list[Use], cuts: list[list[int]], found: Trace) -> bool:
     """Whether the same channels meet in two traces, whatever their numbers."""
-    there: dict[int, int] = {}
-    back: dict[int, int] = {}
+    pairs = []
     for use in expected:
-        other = found.uses.get((use.name, use.axis))
         if use.axis.startswith("attribute"):
             continue  # whether a number is found again depends on what else equals it
-        if other is None or len(other.labels) != len(use.labels):
+        other = found.uses.get((use.name, use.axis))
+        if other is None:
             return False
-        for label, raw in zip(use.labels, other.labels, strict=True):
+        pairs.append((use.labels, other.labels))
+    if len(cuts) != len(found.cuts):
+        return False
+    there: dict[int, int] = {}
+    back: dict[int, int] = {}
+    for labels, others in [*pairs, *zip(cuts, found.cuts, strict=True)]:
+        if len(labels) != len(others):
+            return False
+        for label, raw in zip(labels, others, strict=True):
             root = found.find(raw)
             if there.setdefault(label, root) != root or back.setdefault(root, label) != label:
                 return False

@@ -41,7 +41,10 @@ def choose_knapsack(
     items = [chunk for group in chunks for chunk in group]
     if not items:
         return None
+    sizes = np.array([len(chunk.channels) for chunk in items])
     scores = np.array([chunk.score for chunk in items])
+    # Importances below 0 would all be taken, however little has to be saved: the least becomes 0.
+    scores += max(0.0, -(scores / sizes).min()) * sizes
     saved = [np.array(_savings(chunks, saved)) / need for saved, need in needs]
     rows = [LinearConstraint(row[None], 1.0) for row in saved]
     pairs = _neighbours(chunks)

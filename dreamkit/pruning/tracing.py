@@ -30,11 +30,11 @@ _MOVING = {
     *(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.unsqueeze),
     *(aten.squeeze, aten.permute, aten.transpose, aten.t, aten.expand, aten.slice, aten.select),
     *(aten.split, aten.split_with_sizes, aten.unbind, aten.cat, aten.stack, aten.clone),
-    *(aten.contiguous, aten.alias, aten.detach, aten.flip, aten.roll, aten.index_select),
+    *(aten.contiguous, aten.alias, aten.detach, aten.flip, aten.roll),
     *(aten.constant_pad_nd, aten.pixel_shuffle, aten.pixel_unshuffle, aten.repeat),
-    *(aten.channel_shuffle, aten.native_channel_shuffle, aten.movedim, aten.squeeze_),
+    *(aten.channel_shuffle, aten.native_channel_shuffle, aten.movedim),
 }
-_REDUCING = {aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.norm}
+_REDUCING = {aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std}
 _POOLING = {
     *(aten.avg_pool2d, aten.max_pool2d_with_indices, aten._adaptive_avg_pool2d),
     *(aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.max_pool2d),
@@ -42,10 +42,12 @@ _POOLING = {
     *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten._upsample_nearest_exact2d),
     *(aten.reflection_pad2d, aten.replication_pad2d, aten.avg_pool1d, aten.upsample_nearest1d),
 }
-_MIXING = {
-    *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.matmul, aten.convolution, aten.mv),
-    aten._scaled_dot_product_flash_attention_for_cpu,
+_IN_PLACE_OF_EACH = {
+    *(aten._softmax, aten._log_softmax, aten.native_dropout, aten._to_copy, aten.copy_),
+    aten.as_strided_,  # of a pooled map, to change its layout
+    *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like),
 }
+"""Operations that leave every element where it is, though PyTorch does not tag them so."""
 
 
 @dataclass
@@ -67,12 +69,15 @@ class Use:
 class Trace:
     """What is known of a model's channels.
 
-    Args:
-        uses: every axis of every layer that has channels.
+    ``uses`` are the axes of all layers that have channels; ``cuts`` the channels before each place
+    at which the code cuts an activation, in the order of its run. ``slices`` are the channels that
+    are cut at one place, each with the uses that may hold its number.
     """
 
     def __init__(self) -> None:
         self.uses: dict[tuple[str, str], Use] = {}
+        self.cuts: list[list[int]] = []
+        self.slices: list[tuple[list[int], list[tuple[str, str]]]] = []
         self._parents: list[int] = [NONE]
         self._blocked: dict[int, str] = {}
 
@@ -326,11 +331,11 @@ class _Tracer(TorchDispatchMode):
             self._set(pooled, torch.tensor(along).view(shape).expand(pooled.shape))
         elif operation in _REDUCING and isinstance(outputs, Tensor):
             self._reduce(args, kwargs, outputs)
-        elif operation in _MIXING:
+        elif operation in _IN_PLACE_OF_EACH or _is_pointwise(func):
+            self._meet(operation, labelled, outputs)
+        else:
             for tensor in labelled:
                 self.trace.block(self.labels(tensor), f"they go through {operation}")
-        else:
-            self._meet(operation, labelled, outputs)
 
     def _meet(self, operation: Any, labelled: list[Tensor], outputs: Any) -> None:
         """Follow an operation element by element: sums, products, activations."""
@@ -345,10 +350,21 @@ class _Tracer(TorchDispatchMode):
             labels = labels.expand(output.shape)
             if together is None:
                 together = labels
-            else:
-                self.trace.couple_tensors(together, labels)
-                together = torch.where(together == NONE, labels, together)
+                continue
+            if self._partial(labels) or self._partial(together):
+                for met in (labels, together):
+                    self.trace.block(met, "some of them meet constants where others meet channels")
+            self.trace.couple_tensors(together, labels)
+            together = torch.where(together == NONE, labels, together)
         self._set(output, together)
+
+    def _partial(self, labels: Tensor) -> bool:
+        """Whether an axis has channels in some places and none in others."""
+        for dim in self._varying(labels):
+            along = labels.movedim(dim, 0).reshape(labels.shape[dim], -1).amax(1)
+            if bool((along == NONE).any()):
+                return True
+        return False
 
     def _reduce(self, args: Any, kwargs: Any, output: Tensor) -> None:
         """Follow a mean or a sum: over positions channels stay, over channels they are gone."""
@@ -356,8 +372,14 @@ class _Tracer(TorchDispatchMode):
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(labels.dim()))
         dims = [dim % labels.dim() for dim in dims]
-        if set(dims) & set(self._varying(labels)):
+        varying = set(self._varying(labels))
+        mixed = sorted(varying & set(dims))
+        if mixed and varying <= set(dims):
             return
+        for dim in mixed:  # channels of several that are added up, as of stacked branches
+            first = labels.narrow(dim, 0, 1)
+            for place in range(1, labels.shape[dim]):
+                self.trace.couple_tensors(first, labels.narrow(dim, place, 1))
         kept = labels.amax(dims, keepdim=output.dim() == labels.dim())
         self._set(output, kept)
 
@@ -415,12 +437,14 @@ class _Tracer(TorchDispatchMode):
                 )
                 return
             start, end = argument(2, "start", 0) or 0, argument(3, "end", None)
+            if argument(4, "step", 1) != 1:
+                self.trace.block(labels, "the code takes every few of them")
             for cut in (start, size if end is None else end):
                 place = cut + size if cut < 0 else cut
-                if 0 < place < size and not self._kept_number(labels, dim, place):
-                    self.trace.block(
-                        labels.narrow(dim, 0, place), "the code cuts them at a fixed number"
-                    )
+                if 0 < place < size:
+                    self._note_cut(labels, dim, place)
+                    held = self._kept_number(labels, dim, place)
+                    self.trace.slices.append((self._along(labels, dim, "a cut"), held))
         elif operation in (aten.split, aten.split_with_sizes):
             self._check_split(labels, args[1], argument(2, "dim", 0) % labels.dim(), varying)
 
@@ -435,13 +459,18 @@ class _Tracer(TorchDispatchMode):
         if len(set(parts)) > 1:
             self.trace.block(labels, "the code splits them into unequal parts")
             return
+        self._note_cut(labels, dim, parts[0])
         first = labels.narrow(dim, 0, parts[0])
         for number in range(1, len(parts)):
             self.trace.couple_tensors(first, labels.narrow(dim, number * parts[0], parts[0]))
         self._kept_number(labels, dim, parts[0])
         self._kept_number(labels, dim, size)
 
-    def _kept_number(self, labels: Tensor, dim: int, count: int) -> bool:
+    def _note_cut(self, labels: Tensor, dim: int, place: int) -> None:
+        """Remember which channels come before a cut, to see whether they still do without some."""
+        self.trace.cuts.append(self._along(labels, dim, "a cut")[:place])
+
+    def _kept_number(self, labels: Tensor, dim: int, count: int) -> list[tuple[str, str]]:
         """Record attributes of the module under way that hold a number of channels.
 
         Whether they are what the code cuts at is seen when the model runs without some.
@@ -451,7 +480,7 @@ class _Tracer(TorchDispatchMode):
         along = self._along(labels, dim, name)[:count]
         for key in held:
             self.trace.record(name, f"attribute:{key}", along)
-        return bool(held)
+        return [(name, f"attribute:{key}") for key in held]
 
 
 def numbers_of(module: nn.Module) -> dict[str, int]:
@@ -461,6 +490,16 @@ def numbers_of(module: nn.Module) -> dict[str, int]:
         for key, value in vars(module).items()
         if type(value) is int and not key.startswith("_") and value > 1
     }
+
+
+def _is_pointwise(func: Any) -> bool:
+    """Whether PyTorch tags an operation, or what it does in place, as one element by element."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    base = getattr(aten, func.overloadpacket.__name__.removesuffix("_"), None)
+    if base is None or func._overloadname not in base.overloads():
+        return False
+    return torch.Tag.pointwise in getattr(base, func._overloadname).tags
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
