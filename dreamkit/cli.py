@@ -117,7 +117,7 @@ def run(
             dry_run(loaded, folder, Console())
         else:
             run_recipe(loaded, folder, Console(), resume)
-            if read_report(folder)["failures"]:
+            if read_report(folder).get("failures"):
                 raise typer.Exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +44,30 @@ def hooked(
 ) -> Iterator[None]:
     """Show ``see`` the name, the module and its first input before each forward of some modules."""
 
-    def before(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(name, module, inputs[0])
+    def before(
+        name: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        see(name, module, inputs[0] if inputs else next(iter(named.values())))
 
-    handles = [m.register_forward_pre_hook(partial(before, name)) for name, m in modules]
+    handles = [
+        m.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, m in modules
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Load tensors into a model of today's code.
+
+    Some models ask for the version of their weights, which a plain dictionary does not hold.
+    """
+    found = OrderedDict(state)
+    own: Any = model.state_dict()
+    found._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
+    model.load_state_dict(found, strict=strict)
 
 
 class InputTap:

@@ -91,7 +91,7 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     line = fidelity_line(report)
     if line is not None:
         console.print(line, highlight=False, markup=False)
-    for failure in report["failures"]:
+    for failure in report.get("failures", []):
         console.print(f"FAILED: {failure}", highlight=False, markup=False)
     console.print(
         f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True

@@ -52,11 +52,12 @@ class Growth:
         self.batches = 0
         """How many batches of the plan are in the pool, or were left out for good."""
 
-    def check(self, steps: int) -> None:
+    def check(self, steps: int, place: str = "training") -> None:
         """Refuse a training that would end before all dreams are there.
 
         Args:
             steps: of the training.
+            place: where its options stand in the application.
 
         Raises:
             DreamkitError: naming how many steps it takes.
@@ -68,7 +69,7 @@ class Growth:
                 f"the last of {len(self.dreams.plans)} batches of dreams would come before step "
                 f"{last + 1}, and the training has {steps}: give it 'steps: {last + 1}' or more, "
                 "lower 'adaptive.every', or dream fewer images",
-                ("training",),
+                (place,),
             )
 
     @property

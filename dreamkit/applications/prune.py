@@ -36,6 +36,7 @@ from dreamkit.errors import (
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.lut import LookUpTable, read_table
+from dreamkit.model_state import load_state
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.knapsack import choose_knapsack
 from dreamkit.pruning.selection import Limits, choose, removable
@@ -147,8 +148,9 @@ class Prune:
         teacher = context.teacher
         work = _Pruning(self, context)
         # A copy of the teacher agrees with it: the first dreams against it are DeepInversion's.
+        copied = self.make_student(context).model
         images = first_images(
-            context, self.images, self.adaptive, self.make_student(context).model, self.recovery
+            context, self.images, self.adaptive, copied, self.recovery, "recovery"
         )
         measure_quality(context, "teacher", teacher.model, None)
         work.begin(images)
@@ -179,6 +181,7 @@ class _Pruning:
         self.cut = Surgery()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
+        self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
         self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
@@ -265,6 +268,7 @@ class _Pruning:
         for parameter in self.student.parameters():
             parameter.grad = None  # of the old shape
         self.graph.remove(chosen)
+        self.removed.append(chosen)
         self._check_runs(chosen)
         self.ranking.forget(chosen, groups)
         recalibrate(
@@ -277,9 +281,8 @@ class _Pruning:
         )
         if options.finetune is not None:
             with placed("finetune", always=False):
-                train_student(
-                    context, self.student, self.images, options.finetune, "finetune", False
-                )
+                stage = f"finetune {self.rounds + 1}"
+                train_student(context, self.student, self.images, options.finetune, stage, False)
         left = sum(group.channels for group in self.graph.groups()[0])
         self.shares = self.budget.shares(self.student, left)
         if self.budget.met(self.shares):
@@ -371,12 +374,15 @@ class _Pruning:
         tensors["generator"] = self.generator.get_state()
         facts = {
             "of": self._of,
-            "cut": self.cut.to_json(),
+            "removed": self.removed,
             "rounds": self.rounds,
             "seconds": self.seconds,
             "shares": self.shares,
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
+            "training": {
+                k: v for k, v in self.context.metrics.items() if k.startswith("training.")
+            },
         }
         write_checkpoint(self.checkpoint, tensors, facts)
 
@@ -393,12 +399,13 @@ class _Pruning:
                 f"{self.checkpoint} is of a pruning with {facts['of']}, and this one has "
                 f"{self._of}; delete it to prune from the start"
             )
-        self.cut = Surgery.from_json(facts["cut"])
-        self.cut.rebuild(self.student)
-        self.student.load_state_dict(below("student", state))
-        self._trace()
+        self.removed = facts["removed"]
+        for chosen in self.removed:
+            self.graph.remove(chosen)
+        load_state(self.student, below("student", state))
         self.ranking.restore(below("ranking", state))
         self.generator.set_state(state["generator"])
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
+        self.context.metrics |= facts["training"]
         self.shares, self.budget.correction = facts["shares"], facts["correction"]
         self.context.log.note(f"pruning: going on after round {self.rounds}")

@@ -77,7 +77,9 @@ class Recover:
         teacher = context.teacher
         student = copy.deepcopy(teacher.model)
         masks = prune_weights(student, self.sparsity)
-        images = first_images(context, self.images, self.adaptive, student, self.training)
+        images = first_images(
+            context, self.images, self.adaptive, student, self.training, "training"
+        )
         measure_quality(context, "teacher", teacher.model, None)
         self._recalibrate(context, student, images)
         measure_quality(context, "pruned", student, images)

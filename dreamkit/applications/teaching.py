@@ -67,6 +67,7 @@ def first_images(
     adaptive: Adaptive | None,
     student: nn.Module,
     options: Distillation,
+    place: str,
 ) -> Images:
     """Return the images that an application begins with, before its student is trained.
 
@@ -76,11 +77,12 @@ def first_images(
         adaptive: the rhythm of dreams that are made against the student; None dreams all first.
         student: what the first of them are made against.
         options: of the training, which is refused if it is too short for all dreams.
+        place: where the options stand in the application, for messages.
     """
     if adaptive is None:
         return images_for(context, source)
     with growing(context, student, adaptive) as growth:
-        growth.check(options.total_steps(growth.images))
+        growth.check(options.total_steps(growth.images), place)
         growth.dream()
     return growth.pool
 

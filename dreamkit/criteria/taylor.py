@@ -92,10 +92,10 @@ def gate_gradients(model: nn.Module, group: ChannelGroup) -> Tensor:
         NothingToPrune: the group has no layer to put a gate behind.
     """
     made = [(m, model.get_submodule(m.layer)) for m in group.members if m.axis == "out"]
-    kinds: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
-    if not any(isinstance(layer, kinds) for _, layer in made):
-        kinds = (nn.Conv2d, nn.Linear)
-    gated = [(member, layer) for member, layer in made if isinstance(layer, kinds)]
+    norms = nn.modules.batchnorm._NormBase
+    gated = [(m, v) for m, v in made if isinstance(v, norms) and isinstance(v.weight, Tensor)]
+    if not gated:
+        gated = [(m, v) for m, v in made if isinstance(v, nn.Conv2d | nn.Linear)]  # type: ignore[misc]
     if not gated:
         raise NothingToPrune(f"the channel group {group.name} has no layer that makes its channels")
     total = torch.zeros(group.channels)

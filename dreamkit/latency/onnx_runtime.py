@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamkit.errors import import_extra
+from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import eval_mode
@@ -98,22 +98,29 @@ def as_onnx(module: nn.Module, example: Tensor, any_batch: bool = False) -> byte
         module: on the CPU.
         example: an input.
         any_batch: whether it is to take any number of images, or the example's.
+
+    Raises:
+        DreamkitError: PyTorch cannot export it, or the extra ``onnx`` is not installed.
     """
     import_extra("onnx", "onnx")
     import_extra("onnxscript", "onnx")
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
-    with eval_mode(module), warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=[_INPUT],
-            output_names=[_OUTPUT],
-            opset_version=OPSET,
-            verbose=False,
-        )
+    try:
+        with eval_mode(module), warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=[_INPUT],
+                output_names=[_OUTPUT],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # exporters fail in as many ways as models can be written
+        reason = " ".join(str(error).split())[:300]
+        raise DreamkitError(f"the model cannot be exported as ONNX: {reason}") from error
     serialised: bytes = program.model_proto.SerializeToString()
     return serialised
 

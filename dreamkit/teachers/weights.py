@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
 from dreamkit.flat_state import hash_state
+from dreamkit.model_state import load_state
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
 _SHOWN_KEYS = 4
@@ -114,10 +114,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     ]
     if complaints:
         raise WeightsMismatch(f"{origin} does not fit the model: {'; '.join(complaints)}")
-    found = OrderedDict(state)
-    # Some models ask for the version of their weights, which safetensors does not hold.
-    found._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
-    model.load_state_dict(found, strict=False)
+    load_state(model, state, strict=False)
 
 
 def download(what: str, fetch: Callable[[], M]) -> M:

@@ -16,6 +16,7 @@ from dreamkit.card import Card
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.model_state import load_state
 from dreamkit.training.augmenter import Augmentation, Augmenter
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.losses import distillation_loss, mixed_cross_entropy
@@ -275,7 +276,7 @@ class Distiller:
         """Go on from a state that ``state`` returned."""
         self.done = int(state["done"])
         self.augmenter.restore(state["augmentation"])
-        self.student.load_state_dict(below("student", state))
+        load_state(self.student, below("student", state))
         restore_optimizer(self.optimizer, below("optimizer", state))
         if self.average is not None:
             self.average.load_state_dict(below("average", state))
