@@ -262,7 +262,7 @@ class Member:
     """
 
     layer: str
-    axis: str  # "out" or "in"
+    axis: str  # "out", "in", "parameter", or "attribute:NAME" for a number that a module keeps
     index: Tensor
     channel: Tensor
 
