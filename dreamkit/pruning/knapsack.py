@@ -32,7 +32,6 @@ def choose_knapsack(
 
     Args:
         chunks: of each group, in the order in which they may go.
-        prospect: the model's layers as they are.
         needs: what channels save of something, and how much of it, above 0, must be saved.
 
     Returns:
