@@ -84,25 +84,30 @@ def pruned_and_saved(source, model, folder):
         return network(x)
 
 
-def check(networks, folder: Path):
+def differing(networks, folder: Path) -> list[str]:
+    """Prune networks; return those whose outputs are others once they are loaded elsewhere."""
     expected = {}
     for source, model in networks:
         place = folder / f"{source}-{model}"
         place.mkdir()
         expected[place] = pruned_and_saved(source, model, place)
     subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, expected)], check=True)
-    for place, outputs in expected.items():
-        found = safetensors.torch.load_file(place / "y.safetensors")["y"]
-        torch.testing.assert_close(found, outputs, rtol=1e-5, atol=1e-5, msg=place.name)
+    return [
+        place.name
+        for place, outputs in expected.items()
+        if not torch.allclose(
+            safetensors.torch.load_file(place / "y.safetensors")["y"], outputs, 1e-5, 1e-5
+        )
+    ]
 
 
 def test_some_networks(tmp_path):
-    check(ALWAYS, tmp_path)
+    assert differing(ALWAYS, tmp_path) == []
 
 
 @pytest.mark.slow
 def test_every_network(tmp_path):
-    check([pair for pair in ALL if pair not in ALWAYS], tmp_path)
+    assert differing([pair for pair in ALL if pair not in ALWAYS], tmp_path) == []
 
 
 @pytest.mark.slow
