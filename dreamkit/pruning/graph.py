@@ -144,14 +144,17 @@ class ChannelGraph:
 
     def _rule_out_fixed(self) -> None:
         """Rule out groups without some of whose channels the model does not run, or runs askew."""
-        suspects = [group.name for group in self.groups()[0] if group.channels > 1]
-        self._drop_needless(suspects)
+        self._rule_out(set(self._failing(self._suspects())), _FIXED)
+        # Only now: where something fails in any case, no number shows that it is needless.
+        self._drop_needless(self._suspects())
         held = {(use.name, use.axis) for use in self._uses}
         for labels, numbers in self._slices:
             if not held & set(numbers):
                 self._rule_out({self._names[label] for label in labels if label != NONE}, _CUT)
-        left = [group.name for group in self.groups()[0] if group.name in suspects]
-        self._rule_out(set(self._failing(left)), _FIXED)
+        self._rule_out(set(self._failing(self._suspects())), _FIXED)
+
+    def _suspects(self) -> list[str]:
+        return [group.name for group in self.groups()[0] if group.channels > 1]
 
     def _rule_out(self, names: set[str], reason: str) -> None:
         for label, name in self._names.items():

@@ -199,6 +199,19 @@ class Windowed(nn.Module):
         return self.fc(F.max_pool2d(left * right, self.window).mean((2, 3)))
 
 
+class WindowedBesideFixed(Windowed):
+    """The same, with channels elsewhere whose number stands in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed = nn.Conv2d(3, 6, 1)
+        self.more = nn.Linear(6, 3)
+
+    def forward(self, x):
+        fixed = self.fixed(x).reshape(len(x), 6 * 64).view(len(x), 6, 64)
+        return super().forward(x) + self.more(fixed.mean(2))
+
+
 class Stacked(nn.Module):
     """Two branches, stacked and added up, meet a third."""
 
@@ -226,6 +239,7 @@ class Stacked(nn.Module):
         (Scaled, {"stem": 4, "up": 6}, {("stem", 2): [2]}),
         (Twice, {"left": 4, "both": 5}, {("left", 1): [1]}),
         (Windowed, {"stem": 4}, {("stem", 1): [1, 5]}),
+        (WindowedBesideFixed, {"stem": 4}, {("stem", 1): [1, 5]}),
         (Stacked, {"stem": 4}, {("stem", 3): [3]}),
     ],
 )
