@@ -14,10 +14,10 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from dreamkit.applications.dreaming import Dreaming, dreaming, open_store
-from dreamkit.errors import DreamkitError
+from dreamkit.applications.dreaming import Dreaming, dreaming, is_own_dreams, open_store
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.store.pool import Pool
-from dreamkit.types import RunContext
+from dreamkit.types import ImageSource, RunContext
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,35 @@ class Adaptive:
 
     every: Annotated[int, Field(ge=1)] = 50
     batches: Annotated[int, Field(ge=1)] = 1
+
+
+class Taught:
+    """What applications have in common that teach on images, or on dreams of their own.
+
+    They are dataclasses with the fields ``images`` and ``adaptive``.
+    """
+
+    images: ImageSource | None
+    adaptive: Adaptive | None
+
+    def check_adaptive(self) -> None:
+        """Refuse to dream against a student where images are given.
+
+        Raises:
+            OptionError: it was asked for.
+        """
+        if self.adaptive is not None and not self.needs_synthesis:
+            raise OptionError("adaptive", "it dreams, so leave 'images' out")
+
+    @property
+    def needs_synthesis(self) -> bool:
+        """Whether the run dreams its images itself."""
+        return is_own_dreams(self.images)
+
+    @property
+    def trains_student(self) -> bool:
+        """Whether dreams are made against the student in training."""
+        return self.adaptive is not None
 
 
 class Growth:

@@ -11,16 +11,15 @@ from typing import Annotated
 
 from torch import nn
 
-from dreamkit.applications.adaptive import Adaptive, growing
+from dreamkit.applications.adaptive import Adaptive, Taught, growing
 from dreamkit.applications.dreaming import (
     images_for,
-    is_own_dreams,
     report_synthesis,
     student_folder,
 )
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.teaching import train_student
-from dreamkit.errors import OptionError, placed
+from dreamkit.errors import placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.checking import check_fits, check_outputs
@@ -29,7 +28,7 @@ from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSour
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Taught):
     """Teach a student network the teacher's outputs on dreams (or other images).
 
     DeepInversion, section 4.4.
@@ -48,18 +47,7 @@ class Distill:
     adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
-        if self.adaptive is not None and not self.needs_synthesis:
-            raise OptionError("adaptive", "it dreams, so leave 'images' out")
-
-    @property
-    def needs_synthesis(self) -> bool:
-        """Whether the run dreams its images itself."""
-        return is_own_dreams(self.images)
-
-    @property
-    def trains_student(self) -> bool:
-        """Whether dreams are made against the student in training."""
-        return self.adaptive is not None
+        self.check_adaptive()
 
     def make_student(self, context: RunContext) -> Teacher:
         """Return the untrained student on the run's device, with its card and builder.

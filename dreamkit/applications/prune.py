@@ -19,16 +19,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamkit.applications.adaptive import Adaptive
+from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.budget import TOLERANCE, Budget, Target
-from dreamkit.applications.dreaming import is_own_dreams, student_folder
+from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
 from dreamkit.applications.ranking import Normalise, Ranking
 from dreamkit.applications.teaching import first_images, go_on_with, train_student
 from dreamkit.errors import (
     MissingPath,
     NothingToPrune,
-    OptionError,
     StoreError,
     TeacherMismatch,
     placed,
@@ -73,7 +72,7 @@ class Recovery(Distillation):
 
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(Taught):
     """Remove the least important channels on dreams until a target, then recover by distillation.
 
     DeepInversion, section 4.3 and eq. 10. With a criterion that measures time, two runs of one
@@ -126,18 +125,7 @@ class Prune:
             raise ValueError("criteria: give at least one criterion")
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")
-        if self.adaptive is not None and not self.needs_synthesis:
-            raise OptionError("adaptive", "it dreams, so leave 'images' out")
-
-    @property
-    def needs_synthesis(self) -> bool:
-        """Whether the run dreams its images itself."""
-        return is_own_dreams(self.images)
-
-    @property
-    def trains_student(self) -> bool:
-        """Whether dreams are made against the network as it recovers."""
-        return self.adaptive is not None
+        self.check_adaptive()
 
     def make_student(self, context: RunContext) -> Teacher:
         """Return a copy of the teacher: what is to be pruned, and what competes at first."""
@@ -189,7 +177,9 @@ class _Pruning:
             with placed("latency_table"):
                 known = read_table(Path(options.latency_table), context.latency, strict=True)
             self.table.points = known.points | self.table.points
-        self._trace()
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(True)
+        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
         groups, skipped = self.graph.groups()
         context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.originals = {group.name: group.channels for group in groups}
@@ -216,12 +206,6 @@ class _Pruning:
             context.log.begin("pruning")
         else:
             self._restore(*self.found)
-
-    def _trace(self) -> None:
-        """Find the student's channel groups, as it is."""
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(True)
-        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
         limits = self.options.limits

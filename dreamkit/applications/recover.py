@@ -15,12 +15,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dreamkit.applications.adaptive import Adaptive
-from dreamkit.applications.dreaming import is_own_dreams, student_folder
+from dreamkit.applications.adaptive import Adaptive, Taught
+from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import Recovery
 from dreamkit.applications.teaching import first_images, go_on_with
-from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
@@ -30,7 +29,7 @@ from dreamkit.types import Images, ImageSource, RunContext, Teacher
 
 
 @dataclass(frozen=True)
-class Recover:
+class Recover(Taught):
     """Set a share of all weights to zero, then recover by distillation with the zeros kept.
 
     arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go. Files
@@ -53,18 +52,7 @@ class Recover:
     adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
-        if self.adaptive is not None and not self.needs_synthesis:
-            raise OptionError("adaptive", "it dreams, so leave 'images' out")
-
-    @property
-    def needs_synthesis(self) -> bool:
-        """Whether the run dreams its images itself."""
-        return is_own_dreams(self.images)
-
-    @property
-    def trains_student(self) -> bool:
-        """Whether dreams are made against the network as it recovers."""
-        return self.adaptive is not None
+        self.check_adaptive()
 
     def make_student(self, context: RunContext) -> Teacher:
         """Return a copy of the teacher without the weights that go."""
