@@ -85,16 +85,21 @@ def export_student(
     path = out or folder / f"model{SUFFIXES[kind]}"
     stored, dreams = _images(run_directory, card, batch_size or COMPARED)
     images = card.normalise(stored)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        written = Path(scratch) / f"model{SUFFIXES[kind]}"
-        found = _checked(student, kind, written, images, batch_size)
-        unpruned = Path(scratch) / f"unpruned{SUFFIXES[kind]}"
-        _write(load_unpruned(folder, allow_builder), kind, unpruned, images, batch_size)
-        one = images[: batch_size or 1]
-        calls = [_opened(kind, file, one) for file in (written, unpruned)]
-        timings = alternate([partial(call, one) for call in calls], _WARMUP, _REPEATS)
-        written.replace(path)
+    if path.is_dir():
+        raise DreamkitError(f"{path} is a folder: name the file itself with --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            written = Path(scratch) / f"model{SUFFIXES[kind]}"
+            found = _checked(student, kind, written, images, batch_size)
+            unpruned = Path(scratch) / f"unpruned{SUFFIXES[kind]}"
+            _write(load_unpruned(folder, allow_builder), kind, unpruned, images, batch_size)
+            one = images[: batch_size or 1]
+            calls = [_opened(kind, file, one) for file in (written, unpruned)]
+            timings = alternate([partial(call, one) for call in calls], _WARMUP, _REPEATS)
+            written.replace(path)
+    except OSError as failure:
+        raise DreamkitError(f"{path} cannot be written: {failure.strerror}") from failure
     agreement, error, largest = found
     latency = dict(zip(("student", "unpruned"), timings, strict=True))
     return Exported(path, len(images), dreams, agreement, error, largest, latency)

@@ -177,7 +177,10 @@ def build_for(
     table = LookUpTable(target)
     if path.is_file():
         table = read_table(path, target, strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DreamkitError(f"{path.parent} cannot be made: {error.strerror}") from error
     shapes = shapes_to_measure(table, found.model, found.card.input_size, least)
     number = build_table(table, shapes, path, console)
     kept = f", {len(shapes) - number} were there" if number < len(shapes) else ""

@@ -166,6 +166,20 @@ def test_a_model_that_cannot_be_exported(student, invoke, monkeypatch):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [(".", "is a folder: name the file itself"), ("file/model.pt", "cannot be written: ")],
+)
+def test_a_place_where_no_file_can_be(student, tmp_path, invoke, out, message):
+    (tmp_path / "file").write_text("")
+    code, _, err = invoke("export", student, "--format", "torchscript", "--out", tmp_path / out)
+    assert code == 2
+    assert message in err
+    code, _, err = invoke("lut", "build", DIGITS, "--out", tmp_path / "file" / "t.json")
+    assert code == 2
+    assert "cannot be made: " in err
+
+
 def test_nothing_to_export(tmp_path, invoke):
     code, _, err = invoke("export", tmp_path)
     assert code == 2
