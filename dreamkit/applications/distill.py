@@ -23,7 +23,8 @@ from dreamkit.errors import placed
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.checking import check_fits, check_outputs
-from dreamkit.training.distillation import Distillation, lay_out
+from dreamkit.training.distillation import Distillation
+from dreamkit.training.trainer import lay_out
 from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
 
 

@@ -1,8 +1,9 @@
-"""Teaching a student within a run: distillation with its progress, record and checkpoints."""
+"""Teaching a student within a run: training with its progress, record and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import nn
 
 from dreamkit.applications.adaptive import Adaptive, Growth, growing
 from dreamkit.applications.dreaming import images_for, report_synthesis
-from dreamkit.arithmetic import settled
 from dreamkit.errors import StoreError, placed
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
@@ -19,7 +19,8 @@ from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.batches import Draws
-from dreamkit.training.distillation import Distillation, Distiller, lay_out
+from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.trainer import Batch, Trainer, lay_out
 from dreamkit.types import Images, ImageSource, RunContext
 
 CHECKPOINT_SECONDS = 60.0
@@ -37,28 +38,60 @@ def train_student(
 ) -> Images:
     """Distil the run's teacher into ``student``, reporting under ``stage``.
 
-    Adds to ``training.seconds`` and ``training.steps``.
-
     Args:
         context: the run's.
         student: on the run's device; trained in place and left in eval mode.
         images: fixed, or growing while the student is taught.
         options: how.
         stage: what it is called in records and reports.
-        resumable: keep checkpoints, and go on from one. The student must then be the same in
-            every try of the run.
+        resumable: as of ``teach``.
 
     Returns:
         The images that it was taught on.
     """
+    growing_images = images.images if isinstance(images, Growth) else len(images)
+    trainer = Distiller(
+        student,
+        context.teacher.model,
+        context.teacher.card,
+        options,
+        context.device,
+        torch.Generator().manual_seed(context.seed + 1),
+        options.total_steps(growing_images),
+        context.log.note,
+    )
+    return teach(context, trainer, [images], stage, resumable)[0]
+
+
+def teach(
+    context: RunContext,
+    trainer: Trainer[Any],
+    sets: Sequence[Images | Growth],
+    stage: str,
+    resumable: bool = True,
+) -> list[Images]:
+    """Let a trainer take all of its steps, reporting under ``stage``.
+
+    Adds to ``training.seconds`` and ``training.steps``.
+
+    Args:
+        context: the run's.
+        trainer: at its beginning.
+        sets: of images, from each of which a step takes a batch; one of them may grow.
+        stage: what it is called in records and reports.
+        resumable: keep checkpoints, and go on from one. The student must then be the same in
+            every try of the run.
+
+    Returns:
+        The sets, each as it was in the end.
+    """
     path = context.folder / RunContext.CHECKPOINTS / f"{stage}.safetensors"
     # Where networks compute in bfloat16 both read their weights with channels last.
-    low = settled(options.precision, context.device, student) == "bfloat16"
-    hold = borrowed if low else frozen
-    with hold(context.teacher.model), seeded(context.seed):
-        teaching = _Teaching(context, student, images, options, stage, path if resumable else None)
+    hold = borrowed if trainer.precision == "bfloat16" else frozen
+    with hold(trainer.teacher), seeded(context.seed):
+        teaching = _Teaching(context, trainer, sets, stage, path if resumable else None)
         teaching.run()
-    return teaching.pool
+    return teaching.pools
 
 
 def first_images(
@@ -122,56 +155,52 @@ def go_on_with(
 
 
 class _Teaching:
-    """One student's training: the distiller, the images dealt to it, and where both stand."""
+    """One student's training: the trainer, the images dealt to it, and where both stand."""
 
     def __init__(
         self,
         context: RunContext,
-        student: nn.Module,
-        images: Images | Growth,
-        options: Distillation,
+        trainer: Trainer[Any],
+        sets: Sequence[Images | Growth],
         stage: str,
         checkpoint: Path | None,
     ) -> None:
         self.context = context
-        self.options = options
+        self.trainer = trainer
+        self.total = trainer.total
         self.stage = stage
         self.checkpoint = checkpoint
         self.growth: Growth | None = None
-        self.pool: Images
-        if isinstance(images, Growth):
-            self.growth, self.pool = images, images.pool
-            self.total = options.total_steps(images.images)
-        else:
-            self.pool = images
-            self.total = options.total_steps(len(images))
-        self.distiller = Distiller(
-            student,
-            context.teacher.model,
-            context.teacher.card,
-            options,
-            context.device,
-            torch.Generator().manual_seed(context.seed + 1),
-            self.total,
-            context.log.note,
-        )
-        self.draws = Draws(options.batch_size, torch.Generator().manual_seed(context.seed))
+        self.growing = 0
+        """Which of the sets grows, if one does."""
+        self.pools: list[Images] = []
+        self.draws: list[Draws] = []
+        for number, images in enumerate(sets):
+            if isinstance(images, Growth):
+                self.growth, self.growing = images, number
+                self.pools.append(images.pool)
+            else:
+                self.pools.append(images)
+            seed = context.seed + 2 * number  # the trainer's own is between
+            generator = torch.Generator().manual_seed(seed)
+            self.draws.append(Draws(trainer.options.batch_size, generator))
         self.seconds = 0.0
         self.saved = time.perf_counter()
 
     def run(self) -> None:
         log, every = self.context.log, max(1, self.total // _CURVE_POINTS)
-        if self.options.evaluate_every is not None and self.context.evaluation is None:
+        if self.trainer.options.evaluate_every is not None and self.context.evaluation is None:
             log.note("evaluate_every has no effect: there are no evaluation images")
         if not self._restore():
             log.begin(self.stage)
-            self.draws.add(len(self.pool))
+            for draws, pool in zip(self.draws, self.pools, strict=True):
+                draws.add(len(pool))
         with log.progress(self.stage, self.total) as advance:
-            while (done := self.distiller.done) < self.total:
+            while (done := self.trainer.done) < self.total:
                 if self.growth is not None and self.growth.due(done):
                     self._grow(self.growth)
                 start = time.perf_counter()
-                loss = self.distiller.step(*self.pool.batch(self.draws.next()))
+                loss = self.trainer.step(*self._batches())
                 done += 1
                 advance(done)
                 if done % every == 0 or done == self.total:
@@ -181,9 +210,9 @@ class _Teaching:
                 if time.perf_counter() - self.saved > CHECKPOINT_SECONDS or done == self.total:
                     self._save()
         start = time.perf_counter()
-        self.distiller.finish(self.pool)
+        self.trainer.finish(self.pools[0])
         self.seconds += time.perf_counter() - start
-        spent = {"training.seconds": self.seconds, "training.steps": self.distiller.done}
+        spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.metrics  # a run may train more than once
         metrics |= {name: metrics.get(name, 0) + number for name, number in spent.items()}
 
@@ -193,23 +222,28 @@ class _Teaching:
         A run that is killed later and goes on from an earlier checkpoint comes by here again with
         the same student, and finds these dreams in the store.
         """
-        self.draws.add(growth.dream())
-        self.context.log.record("pool", self.distiller.done, {"images": len(self.pool)})
+        self.draws[self.growing].add(growth.dream())
+        self.context.log.record("pool", self.trainer.done, {"images": len(growth.pool)})
+
+    def _batches(self) -> list[Batch]:
+        pairs = zip(self.pools, self.draws, strict=True)
+        return [pool.batch(draws.next()) for pool, draws in pairs]
 
     def _look(self, done: int) -> None:
         """Measure the accuracy on evaluation images, where that is asked for."""
-        images, every = self.context.evaluation, self.options.evaluate_every
+        images, every = self.context.evaluation, self.trainer.options.evaluate_every
         if images is None or every is None or (done % every and done != self.total):
             return
-        model, card = self.distiller.current, self.context.teacher.card
+        model, card = self.trainer.current, self.context.teacher.card
         found = accuracy(model, images, card, self.context.device)
         self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})
 
     def _save(self) -> None:
-        if self.checkpoint is None or not self.distiller.finite:
+        if self.checkpoint is None or not self.trainer.finite:
             return
-        state = prefixed("distiller", self.distiller.state())
-        state |= prefixed("draws", self.draws.state())
+        state = prefixed("trainer", self.trainer.state())
+        for number, draws in enumerate(self.draws):
+            state |= prefixed(f"draws.{number}", draws.state())
         state["random"] = torch.get_rng_state()
         if self.context.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.context.device)
@@ -221,8 +255,11 @@ class _Teaching:
     @property
     def _of(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run beside the recipe."""
+        images = [len(pool) for pool in self.pools]
+        if self.growth is not None:
+            images[self.growing] = self.growth.images
         return {
-            "images": len(self.pool) if self.growth is None else self.growth.images,
+            "images": images,
             "steps": self.total,
             "teacher": self.context.teacher.card.weights_sha256,
         }
@@ -240,12 +277,13 @@ class _Teaching:
             )
         if self.growth is not None:
             self.growth.restore(facts["batches"])
-        self.distiller.restore(below("distiller", state))
-        self.draws.restore(below("draws", state))
+        self.trainer.restore(below("trainer", state))
+        for number, draws in enumerate(self.draws):
+            draws.restore(below(f"draws.{number}", state))
         torch.set_rng_state(state["random"])
         if self.context.device.type == "cuda" and "random.cuda" in state:
             torch.cuda.set_rng_state(state["random.cuda"], self.context.device)
         self.seconds = facts["seconds"]
-        done = self.distiller.done
+        done = self.trainer.done
         self.context.log.note(f"{self.stage}: going on from step {done} of {self.total}")
         return True

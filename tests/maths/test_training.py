@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 def taught(epochs=30, temperature=3.0, **changes):
     """Return options in float32, whatever this processor multiplies."""
-    return Distillation(epochs, temperature, **({"precision": "float32"} | changes))
+    return Distillation(
+        **({"epochs": epochs, "temperature": temperature, "precision": "float32"} | changes)
+    )
 
 
 def distiller(toys, student, teacher, images, options, seed=0):
@@ -40,7 +42,7 @@ def train(toys, student, teacher, images, options, seed=0):
         draws.add(len(images))
         losses = []
         while made.done < made.total:
-            losses.append(float(made.step(*images.batch(draws.next()))))
+            losses.append(float(made.step(images.batch(draws.next()))))
         made.finish(images)
     return losses
 
@@ -249,7 +251,7 @@ def test_the_average_of_the_weights_is_the_student_that_is_left(toys):
         draws = Draws(4, torch.Generator().manual_seed(0))
         draws.add(8)
         for _ in range(6):
-            made.step(*toys.images(8).batch(draws.next()))
+            made.step(toys.images(8).batch(draws.next()))
             path.append(plain.fc.bias.detach().clone())
     train(toys, student, toys.two_bn(), toys.images(8), taught(3, batch_size=4, ema=0.5))
     average = path[1]  # the first update copies
@@ -297,8 +299,8 @@ def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypat
         toys.plain(), toys.two_bn(), toys.card(), options, CPU, generator, 2, notes.append
     )
     images = toys.images(8)
-    assert made.step(images.images[:4], images.labels[:4]).isfinite()
-    assert made.step(images.images[4:], images.labels[4:]).isfinite()
+    assert made.step((images.images[:4], images.labels[:4])).isfinite()
+    assert made.step((images.images[4:], images.labels[4:])).isfinite()
     (note,) = notes
     assert "without compilation" in note
     assert "no compiler here" in note
@@ -330,19 +332,19 @@ def test_training_in_two_parts_ends_where_one_does(toys, changes):
         draws = Draws(4, torch.Generator().manual_seed(0))
         draws.add(8)
         for _ in range(3):
-            first.step(*images.batch(draws.next()))
+            first.step(images.batch(draws.next()))
         # As a checkpoint holds them.
         kept = {k: v.contiguous().clone() for k, v in prefixed("made", first.state()).items()}
         dealt = {k: v.clone() for k, v in draws.state().items()}
         for _ in range(2):  # what is lost
-            first.step(*images.batch(draws.next()))
+            first.step(images.batch(draws.next()))
         second = distiller(toys, parts, teacher, images, options)
         second.restore(below("made", kept))
         draws = Draws(4, torch.Generator())
         draws.restore(dealt)
         assert second.done == 3
         while second.done < second.total:
-            second.step(*images.batch(draws.next()))
+            second.step(images.batch(draws.next()))
         second.finish(images)
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name

@@ -1,0 +1,292 @@
+"""A student in training beside a frozen teacher: what every way of teaching has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dreamkit.arithmetic import autocast, settled
+from dreamkit.card import Card
+from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
+from dreamkit.errors import DreamkitError
+from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.model_state import load_state
+from dreamkit.training.augmenter import Augmentation, Augmenter
+from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.schedule import Schedule, lr_factor
+from dreamkit.types import Images
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+Batch = tuple[Tensor, Tensor]
+"""Stored images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training: how a student is taught.
+
+    Args:
+        epochs: passes over the images; 0 leaves the student as it is.
+        steps: optimizer steps, in place of epochs.
+        lr: peak learning rate.
+        batch_size: images a step.
+        accumulate: parts in which a step's images go through the networks, to save memory;
+            BatchNorm sees one part at a time.
+        optimizer: ``sgd`` with Nesterov momentum, or ``adamw``.
+        momentum: of SGD.
+        weight_decay: of either.
+        schedule: of the learning rate after the warm-up; ``step`` divides it by ten at each of
+            the milestones.
+        milestones: shares of all steps.
+        warmup: share of the steps over which the learning rate rises.
+        clip_norm: limit on the gradient's norm; null for none.
+        augmentation: how images are varied.
+        ema: keep a moving average of the weights with this decay, and let it be the student;
+            null does not.
+        recalibrate: batches over which BatchNorm statistics are taken anew at the end; 0 keeps
+            those of training.
+        evaluate_every: steps between looks at the accuracy on evaluation images; null never does.
+        precision: of the networks' arithmetic; weights, statistics and losses stay float32.
+            ``auto`` is bfloat16 where the hardware multiplies it natively, except for students
+            with depthwise convolutions on a CPU.
+        compile: compile both networks with ``torch.compile``; a minute or so, which pays in runs
+            of a thousand steps and more.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 30
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Schedule = "cosine"
+    milestones: tuple[Share, ...] = (0.4, 0.8)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    ema: Share | None = None
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accumulate > self.batch_size // 2:
+            raise ValueError(
+                f"accumulate: {self.accumulate} parts of {self.batch_size} images leave BatchNorm "
+                "less than two; choose fewer"
+            )
+
+    def total_steps(self, images: int) -> int:
+        """Return how many optimizer steps a run over this many images takes."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs == 0 or images == 0:
+            return 0
+        return max(1, round(self.epochs * images / min(self.batch_size, images)))
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """Return the learning rate's factor at a step: up over the warm-up, then the schedule."""
+        warmup = round(self.warmup * total)
+        return lr_factor(step, total, warmup, self.schedule, self.milestones)
+
+
+Options = TypeVar("Options", bound=Training)
+
+
+class Trainer(ABC, Generic[Options]):
+    """A student in training, step by step; its state can be saved and restored.
+
+    Args:
+        student: trained in place; takes the teacher's images.
+        teacher: frozen, and in eval mode.
+        card: how to normalise stored images.
+        options: hyper-parameters.
+        device: where both models are.
+        generator: draws augmentation; on the CPU.
+        total: steps in all.
+        note: told if compilation fails.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        card: Card,
+        options: Options,
+        device: torch.device,
+        generator: torch.Generator,
+        total: int,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.card = card
+        self.options = options
+        self.device = device
+        self.total = total
+        self.note = note
+        self.done = 0
+        self.precision = settled(options.precision, device, student)
+        lay_out(student, options, device)
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer()
+        self.augmenter = Augmenter(options.augmentation, generator)
+        self.average: AveragedModel | None = None
+        if options.ema is not None:
+            averaging = get_ema_multi_avg_fn(options.ema)
+            self.average = AveragedModel(student, multi_avg_fn=averaging, use_buffers=True)
+        self._forward: _Forward = self._logits
+        if options.compile:
+            self._forward = torch.compile(with_cache_of_its_own(self._logits), dynamic=False)
+        self.train_mode()
+
+    def train_mode(self) -> None:
+        """Put the student in the mode in which it is trained."""
+        self.student.train()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        options = self.options
+        if options.optimizer == "adamw":
+            return torch.optim.AdamW(
+                self.parameters, lr=options.lr, weight_decay=options.weight_decay
+            )
+        return torch.optim.SGD(
+            self.parameters,
+            lr=options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=options.momentum > 0,
+        )
+
+    def step(self, *batches: Batch) -> Tensor:
+        """Take one optimizer step.
+
+        Args:
+            batches: from each set of images that the student is taught on.
+
+        Returns:
+            The loss, of shape (), on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * self.options.lr_factor(self.done, self.total)
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        # BatchNorm in training has no variance to learn from a single image of 1×1 features.
+        least = min(len(labels) for _, labels in batches)
+        parts = max(1, min(self.options.accumulate, least // 2))
+        split = [
+            list(zip(stored.tensor_split(parts), labels.tensor_split(parts), strict=True))
+            for stored, labels in batches
+        ]
+        for part in zip(*split, strict=True):
+            share = len(part[0][1]) / len(batches[0][1])
+            moved = [(stored.to(self.device), labels.to(self.device)) for stored, labels in part]
+            partial = share * self.loss(*moved)
+            partial.backward()
+            loss += partial.detach()
+        if self.options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.student)
+        self.done += 1
+        return loss
+
+    @abstractmethod
+    def loss(self, *batches: Batch) -> Tensor:
+        """Return what a step lowers, of shape (), with a graph to the student's weights.
+
+        Args:
+            batches: one from each set of images, on the device.
+        """
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's logits (N, K) of normalised images, float32."""
+        if self.precision == "bfloat16":
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self._forward == self._logits:
+            return self._logits(images)
+        try:
+            with quiet_compiler():
+                return self._forward(images)
+        except Exception as error:  # whatever a compiler raises, eager still works
+            self.note(f"training runs without compilation: it failed ({reason_of(error)})")
+            self._forward = self._logits
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.precision, self.device):
+            with torch.no_grad():
+                target = self.teacher(images)
+            return self.student(images).float(), target.float()
+
+    @property
+    def current(self) -> nn.Module:
+        """The network that the student would be if training ended now."""
+        return self.student if self.average is None else self.average.module
+
+    def finish(self, images: Images) -> None:
+        """Leave the student as it is to be used, in eval mode.
+
+        Args:
+            images: for BatchNorm statistics, where they are to be taken anew.
+
+        Raises:
+            DreamkitError: training diverged.
+        """
+        if self.average is not None and self.done:
+            self.student.load_state_dict(self.average.module.state_dict())
+        self.student.eval()
+        self.student.to(memory_format=torch.contiguous_format)  # as it will be when it is loaded
+        if not self.finite:
+            raise DreamkitError(
+                f"the student's weights are not finite after {self.done} steps: lower lr, or set "
+                "clip_norm",
+                ("lr",),
+            )
+        if self.options.recalibrate and self.done:
+            batches, size = self.options.recalibrate, self.options.batch_size
+            recalibrate(self.student, images, self.card, self.device, batches, size)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all weights are."""
+        return all(bool(p.isfinite().all()) for p in self.parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on, as a flat dictionary of tensors."""
+        found = {"done": torch.tensor(self.done), "augmentation": self.augmenter.state()}
+        found |= prefixed("student", self.student.state_dict())
+        found |= prefixed("optimizer", optimizer_state(self.optimizer))
+        if self.average is not None:
+            found |= prefixed("average", self.average.state_dict())
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+        self.done = int(state["done"])
+        self.augmenter.restore(state["augmentation"])
+        load_state(self.student, below("student", state))
+        restore_optimizer(self.optimizer, below("optimizer", state))
+        if self.average is not None:
+            self.average.load_state_dict(below("average", state))
+
+
+def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:
+    """Lay a student's weights out as its training reads them fastest."""
+    if settled(options.precision, device, student) == "bfloat16":
+        student.to(memory_format=torch.channels_last)
+
+
+_Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
