@@ -248,7 +248,11 @@ class StoredImages:
 
 
 class ImageSource(Protocol):
-    """An entry of ``sources``. Its constructor checks paths; ``open`` reads."""
+    """An entry of ``sources``. Its constructor checks paths; ``open`` reads.
+
+    One whose images have classes of their own tells their names in order, with a method
+    ``class_names() -> tuple[str, ...] | None``.
+    """
 
     def open(self, card: Card) -> Images:
         """Return the images at the card's input size and channels."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, import_extra
-from dreamkit.types import Images, StoredImages
+from dreamkit.sources.classes import outputs_of, taken
+from dreamkit.types import NO_LABEL, Images, StoredImages
 
 SIZE = (1, 8, 8)
+NAMES = tuple("0123456789")
 TEST_FRACTION = 0.3
 _SPLIT_SEED = 0
 
@@ -23,16 +26,23 @@ class Digits:
     The split is stratified and fixed (E. Alpaydin, C. Kaynak, UCI 1998, via scikit-learn).
 
     Args:
-        split: ``test`` is the held-out part, which the bundled teacher never saw.
+        split: ``test`` is the held-out part, which the bundled teachers never saw.
+        classes: the digits to take; null takes all.
     """
 
     split: Literal["train", "test"] = "test"
+    classes: tuple[Annotated[int, Field(ge=0, le=9)], ...] | None = None
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the digits, in order."""
+        return tuple(NAMES[number] for number in taken(NAMES, self.classes, "digits"))
 
     def open(self, card: Card) -> Images:
         """Return the split's images.
 
         Raises:
-            DreamkitError: scikit-learn is missing, or the teacher's input is not 1×8×8.
+            DreamkitError: scikit-learn is missing, or the teacher's input is not 1×8×8, or its
+                classes are others.
         """
         if card.input_size != SIZE:
             raise DreamkitError(f"digits are {SIZE}, {card.name} takes {card.input_size}")
@@ -47,4 +57,9 @@ class Digits:
         )
         images, labels = parts[self.split == "test"], parts[2 + (self.split == "test")]
         stored = (torch.as_tensor(images) * 255 / 16).round().to(torch.uint8).unsqueeze(1)
-        return StoredImages(stored, torch.as_tensor(labels, dtype=torch.int64))
+        outputs = torch.full((len(NAMES),), NO_LABEL)
+        numbers = taken(NAMES, self.classes, "digits")
+        outputs[numbers] = torch.tensor(outputs_of(self.class_names(), card, "digits"))
+        mapped = outputs[torch.as_tensor(labels, dtype=torch.int64)]
+        there = mapped != NO_LABEL
+        return StoredImages(stored[there], mapped[there])

@@ -11,9 +11,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
+from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
 from dreamkit.types import NO_LABEL, Images
 
@@ -33,17 +35,33 @@ class Folder:
         resize: length of the shorter side before cropping, as a multiple of the crop
             (256/224 is usual for ImageNet evaluation).
         labelled: false where class folders mean nothing to the teacher (proxy images).
+        classes: the class folders to take, e.g. ``[cat, dog]``; null takes all.
     """
 
     path: str
     resize: float = 1.0
     labelled: bool = True
+    classes: tuple[str | int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_dir():
             raise MissingPath("path", f"no such folder: {self.path}")
         if self.resize < 1:
             raise OptionError("resize", f"should be at least 1 (got {self.resize})")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of its classes in order; None where folders are not classes.
+
+        Raises:
+            DreamkitError: there are none.
+        """
+        if not self.labelled:
+            return None
+        try:
+            names, _ = find_classes(self.path)
+        except FileNotFoundError as error:
+            raise DreamkitError(f"{self.path}: {error}") from error
+        return tuple(names[number] for number in taken(names, self.classes, self.path))
 
     def open(self, card: Card) -> Images:
         """Return the folder's images, decoded when a batch is asked for.
@@ -55,21 +73,25 @@ class Folder:
             found = ImageFolder(self.path)
         except FileNotFoundError as error:
             raise DreamkitError(f"{self.path}: {error}") from error
-        if not self.labelled:
-            labels = [NO_LABEL] * len(found)
-        elif card.class_names and set(found.classes) <= set(card.class_names):
-            outputs = [card.class_names.index(name) for name in found.classes]
-            labels = [outputs[target] for target in found.targets]
-        elif len(found.classes) != card.num_classes:
-            raise DreamkitError(
-                f"{self.path} has {len(found.classes)} class folders, {card.name} has "
-                f"{card.num_classes} outputs, and their names do not tell which is which; with "
-                "'labelled: false' the classes are ignored (for training only)",
-                ("path",),
-            )
+        numbers = taken(found.classes, self.classes, self.path)
+        if self.labelled:
+            outputs = self._outputs([found.classes[number] for number in numbers], card)
         else:
-            labels = list(found.targets)
-        return FolderImages([path for path, _ in found.samples], labels, card, self.resize)
+            outputs = [NO_LABEL] * len(numbers)
+        label = dict(zip(numbers, outputs, strict=True))
+        samples = [(file, label[number]) for file, number in found.samples if number in label]
+        files = [file for file, _ in samples]
+        return FolderImages(files, [target for _, target in samples], card, self.resize)
+
+    def _outputs(self, names: list[str], card: Card) -> list[int]:
+        try:
+            return outputs_of(names, card, self.path)
+        except DreamkitError as error:
+            raise DreamkitError(
+                f"{error.message}; with 'labelled: false' the classes are ignored (for training "
+                "only)",
+                ("path",),
+            ) from error
 
 
 class FolderImages:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError, OptionError, did_you_mean
+from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
+from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
 from dreamkit.types import Images
 
@@ -25,16 +26,29 @@ class TorchvisionDataset:
         dataset: a class of ``torchvision.datasets``, e.g. ``CIFAR10``.
         root: where it lies or is downloaded to.
         arguments: for its constructor, e.g. ``{train: false}`` or ``{split: test}``.
+        classes: the names of the classes to take; null takes all.
     """
 
     dataset: str
     root: str = "data"
     arguments: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str | int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dataset not in datasets.__all__:
             hint = did_you_mean(self.dataset, datasets.__all__)
             raise OptionError("dataset", f"torchvision has no data set '{self.dataset}'{hint}")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of its classes in order; None where it does not name them.
+
+        Raises:
+            DreamkitError: it cannot be made or downloaded.
+        """
+        names = getattr(self._made(), "classes", None)
+        if names is None:
+            return None
+        return tuple(str(names[number]) for number in taken(names, self.classes, self.dataset))
 
     def open(self, card: Card) -> Images:
         """Return the data set's images at the teacher's size.
@@ -42,6 +56,26 @@ class TorchvisionDataset:
         Raises:
             DreamkitError: it cannot be made or downloaded, or its classes are not the teacher's.
         """
+        found = self._made()
+        names = getattr(found, "classes", None)
+        if names is None:
+            if self.classes is not None:
+                raise DreamkitError(f"{self.dataset} does not name its classes", ("classes",))
+            return DatasetImages(found, card)
+        numbers = taken(names, self.classes, self.dataset)
+        with placed("dataset"):
+            outputs = outputs_of([names[number] for number in numbers], card, self.dataset)
+        if self.classes is None and outputs == numbers:
+            return DatasetImages(found, card)
+        label = dict(zip(numbers, outputs, strict=True))
+        targets = self._targets(found)
+        return DatasetImages(
+            found,
+            card,
+            [(i, label[target]) for i, target in enumerate(targets) if target in label],
+        )
+
+    def _made(self) -> Any:
         cls = getattr(datasets, self.dataset)
         arguments = dict(self.arguments)
         parameters = inspect.signature(cls.__init__).parameters
@@ -58,31 +92,47 @@ class TorchvisionDataset:
                 f"Put its files under {self.root}, or use an image folder: "
                 "{source: folder, path: ...}"
             ) from error
-        classes = getattr(found, "classes", None)
-        if classes is not None and len(classes) != card.num_classes:
-            raise DreamkitError(
-                f"{self.dataset} has {len(classes)} classes, {card.name} has {card.num_classes}",
-                ("dataset",),
-            )
-        return DatasetImages(found, card)
+        return found
+
+    def _targets(self, found: Any) -> list[int]:
+        """Return every image's class, where the data set knows them without decoding images."""
+        for name in ("targets", "labels", "_labels"):
+            targets = getattr(found, name, None)
+            if targets is not None and len(targets) == len(found):
+                return [int(target) for target in targets]
+        raise DreamkitError(
+            f"torchvision's {self.dataset} does not tell its images' classes, so none can be "
+            "picked out; use an image folder: {source: folder, path: ...}",
+            ("classes",),
+        )
 
 
 class DatasetImages:
-    """A data set of (PIL image, label) pairs."""
+    """A data set of (PIL image, label) pairs.
 
-    def __init__(self, dataset: Any, card: Card) -> None:
+    Args:
+        dataset: torchvision's.
+        card: of the network that sees them.
+        chosen: (position, label) of the images that are taken; None for all as they are.
+    """
+
+    def __init__(
+        self, dataset: Any, card: Card, chosen: list[tuple[int, int]] | None = None
+    ) -> None:
         self.dataset = dataset
+        self.chosen = chosen
         self.mode = "L" if card.input_size[0] == 1 else "RGB"
         self.size = card.input_size[1:]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset if self.chosen is None else self.chosen)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return stored images and labels."""
         images, labels = [], []
         for index in indices:
-            image, label = self.dataset[int(index)]
+            position, output = (index, None) if self.chosen is None else self.chosen[index]
+            image, label = self.dataset[int(position)]
             images.append(fitted(image.convert(self.mode), self.size))
-            labels.append(int(label))
+            labels.append(int(label if output is None else output))
         return torch.stack(images), torch.tensor(labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_grey_and_colour(toys, tmp_path):
 def test_too_many_classes(toys, tmp_path):
     for name in "abcd":
         write(tmp_path / name, "0.png", pixels(8, 8))
-    with pytest.raises(DreamkitError, match="4 class folders, toy has 3 outputs"):
+    with pytest.raises(DreamkitError, match="has 4 classes, toy has 3 outputs"):
         Folder(str(tmp_path)).open(toys.card())
     proxies = Folder(str(tmp_path), labelled=False).open(toys.card())
     assert proxies.labels.tolist() == [NO_LABEL] * 4
@@ -282,3 +284,85 @@ def test_a_generator_that_does_not_fit_is_named_with_the_option(toys, drawing, t
         GeneratorImages(str(tmp_path / "none.pt"), images=2, latent=(2,)).open(toys.card())
     with pytest.raises(OptionError, match="black"):
         GeneratorImages(drawing, images=2, latent=(2,), pixels=(1.0, 0.0))
+
+
+# --- classes ----------------------------------------------------------------------------------
+
+
+def test_chosen_folders_are_the_outputs_in_the_order_named(toys, tmp_path):
+    for value, name in enumerate("abcd"):
+        write(tmp_path / name, "0.png", np.full((8, 8, 3), value, np.uint8))
+    source = Folder(str(tmp_path), classes=("d", "b", "c"))
+    assert source.class_names() == ("d", "b", "c")
+    stored, labels = source.open(toys.card()).batch([0, 1, 2])
+    shown = {int(image[0, 0, 0]): int(label) for image, label in zip(stored, labels, strict=True)}
+    assert shown == {1: 1, 2: 2, 3: 0}
+    assert Folder(str(tmp_path)).class_names() == ("a", "b", "c", "d")
+    assert Folder(str(tmp_path), labelled=False).class_names() is None
+    unlabelled = Folder(str(tmp_path), labelled=False, classes=("a",)).open(toys.card())
+    assert unlabelled.labels.tolist() == [NO_LABEL]
+
+
+def test_names_that_the_teacher_has_go_before_the_order(toys, tmp_path):
+    for name in "abcd":
+        write(tmp_path / name, "0.png", pixels(8, 8))
+    card = replace(toys.card(), class_names=("c", "x", "a"))
+    assert Folder(str(tmp_path), classes=("a", "c")).open(card).labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [(("a", "cats"), r"no class 'cats'; did you mean 'cat'\?"), (("a", "a"), "named twice")],
+)
+def test_classes_that_are_not_there(toys, tmp_path, classes, message):
+    for name in ("a", "cat"):
+        write(tmp_path / name, "0.png", pixels(8, 8))
+    source = Folder(str(tmp_path), classes=classes)
+    for read in (source.class_names, lambda: source.open(toys.card())):
+        with pytest.raises(DreamkitError, match=message) as caught:
+            read()
+        assert caught.value.path == ("classes",)
+
+
+def test_some_digits(toys):
+    card = toys.card(size=(1, 8, 8), classes=3, mean=(0.5,), std=(0.5,))
+    source = Digits(split="train", classes=(7, 9, 8))
+    assert source.class_names() == ("7", "9", "8")
+    some, all_ = source.open(card), Digits(split="train").open(replace(card, num_classes=10))
+    _, labels = some.batch(range(len(some)))
+    _, digits = all_.batch(range(len(all_)))
+    assert [int((labels == i).sum()) for i in range(3)] == [
+        int((digits == i).sum()) for i in (7, 9, 8)
+    ]
+    with pytest.raises(DreamkitError, match="digits has 10 classes, toy has 3 outputs"):
+        Digits().open(card)
+
+
+def test_some_classes_of_a_torchvision_data_set(toys, tmp_path):
+    for value, name in enumerate("abcd"):
+        write(tmp_path / name, "0.png", np.full((8, 8, 3), value, np.uint8))
+    source = TorchvisionDataset("ImageFolder", root=str(tmp_path), classes=("d", "b"))
+    assert source.class_names() == ("d", "b")
+    images = source.open(toys.card(classes=2))
+    assert len(images) == 2
+    stored, labels = images.batch([0, 1])
+    assert stored[:, 0, 0, 0].tolist() == [1, 3]
+    assert labels.tolist() == [1, 0]
+
+
+def test_a_torchvision_data_set_without_names_or_targets(toys, monkeypatch):
+    class Bare:
+        def __init__(self, root):
+            pass
+
+        def __len__(self):
+            return 2
+
+    monkeypatch.setattr("torchvision.datasets.SBDataset", Bare)
+    source = TorchvisionDataset("SBDataset", classes=("a",))
+    assert source.class_names() is None
+    with pytest.raises(DreamkitError, match="does not name its classes"):
+        source.open(toys.card())
+    Bare.classes = ["a", "b"]
+    with pytest.raises(DreamkitError, match="does not tell its images' classes"):
+        source.open(toys.card(classes=1))
