@@ -1,4 +1,4 @@
-"""Cutting channels out of a model, and the record by which a student is cut the same way again."""
+"""Changing how many channels a model has, and the record by which that is done again."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ Axes = list[list[int] | None]
 
 @dataclass
 class Surgery:
-    """What distinguishes a pruned model from its builder's.
+    """What distinguishes the shape of a model from its builder's.
 
     Args:
         kept: by parameter or buffer name, the positions kept on every axis.
         attributes: by module name, sizes that the module states of itself (``out_channels``).
+        grown: by parameter name, how many outputs it has that had fewer.
     """
 
     kept: dict[str, Axes] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grown: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-safe data."""
-        return {"kept": self.kept, "attributes": self.attributes}
+        return {"kept": self.kept, "attributes": self.attributes, "grown": self.grown}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Surgery:
         """Read a record written by ``to_json``."""
         data = copy.deepcopy(dict(data))
-        return Surgery(data.get("kept", {}), data.get("attributes", {}))
+        return Surgery(data.get("kept", {}), data.get("attributes", {}), data.get("grown", {}))
 
     def after(self, earlier: Surgery) -> Surgery:
         """Return the record of both, of which this one came second."""
@@ -48,7 +50,7 @@ class Surgery:
         attributes = {name: dict(stated) for name, stated in earlier.attributes.items()}
         for name, stated in self.attributes.items():
             attributes.setdefault(name, {}).update(stated)
-        return Surgery(kept, attributes)
+        return Surgery(kept, attributes, {**earlier.grown, **self.grown})
 
     # --- cutting ------------------------------------------------------------------------------
 
@@ -125,10 +127,30 @@ class Surgery:
             setattr(module, key, value)
             self.attributes.setdefault(name, {})[key] = value
 
+    # --- growing ------------------------------------------------------------------------------
+
+    def grow(self, model: nn.Module, name: str, size: str, weights: Mapping[str, Tensor]) -> None:
+        """Give a layer more outputs, in place, and record it.
+
+        Args:
+            model: whose layer.
+            name: of the layer.
+            size: of its attributes the one that tells how many outputs it has.
+            weights: by parameter of the layer, what the new outputs have; along axis 0.
+        """
+        module = model.get_submodule(name)
+        count = len(next(iter(weights.values())))
+        for key, new in weights.items():
+            full = f"{name}.{key}" if name else key
+            old = _tensors(model)[full].detach()
+            _replace(model, full, torch.cat([old, new.to(old)]))
+            self.grown[full] = len(old) + len(new)
+        self._state(module, name, {size: getattr(module, size) + count})
+
     # --- repeating ----------------------------------------------------------------------------
 
     def rebuild(self, model: nn.Module) -> None:
-        """Cut an unpruned model of the same builder the same way, in place.
+        """Cut and grow an unpruned model of the same builder the same way, in place.
 
         Raises:
             ArtifactError: the record does not fit the model.
@@ -143,6 +165,8 @@ class Surgery:
             except (IndexError, TypeError, RuntimeError) as error:
                 raise ArtifactError(f"channels kept of '{name}' do not exist: {error}") from error
             _replace(model, name, cut)
+        for name, outputs in self.grown.items():
+            self._grow_again(model, tensors, name, outputs)
         for name, changed in self.attributes.items():
             module = modules.get(name)
             known = _sizes_of(module) if module is not None else {}
@@ -151,6 +175,16 @@ class Surgery:
                     raise ArtifactError(f"the builder's '{name}' has no size '{attribute}'")
                 size = tuple(value) if isinstance(value, list) else value
                 setattr(module, attribute, size)
+
+    def _grow_again(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], name: str, outputs: int
+    ) -> None:
+        """Give a parameter of an unpruned model the rows that it lacks, with zeros."""
+        had = len(tensors[name]) if name in tensors else 0
+        if type(outputs) is not int or not 0 < had <= outputs:
+            raise ArtifactError(f"the builder's model has no '{name}' that could be grown")
+        now = _tensors(model)[name].detach()
+        _replace(model, name, torch.cat([now, now.new_zeros(outputs - had, *now.shape[1:])]))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -71,13 +71,15 @@ class Trace:
 
     ``uses`` are the axes of all layers that have channels; ``cuts`` the channels before each place
     at which the code cuts an activation, in the order of its run. ``slices`` are the channels that
-    are cut at one place, each with the uses that may hold its number.
+    are cut at one place, each with the uses that may hold its number. ``outputs`` are the channels
+    of the first output, one after the other.
     """
 
     def __init__(self) -> None:
         self.uses: dict[tuple[str, str], Use] = {}
         self.cuts: list[list[int]] = []
         self.slices: list[tuple[list[int], list[tuple[str, str]]]] = []
+        self.outputs: list[int] = []
         self._parents: list[int] = [NONE]
         self._blocked: dict[int, str] = {}
 
@@ -151,7 +153,9 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
         outputs = model(example)
     for output in tree_flatten(outputs)[0]:
         if isinstance(output, Tensor):
-            tracer.trace.block(tracer.labels(output), "makes the model's outputs")
+            labels = tracer.labels(output)
+            tracer.trace.block(labels, "makes the model's outputs")
+            tracer.trace.outputs = tracer.trace.outputs or labels.reshape(-1).tolist()
     return tracer.trace
 
 
