@@ -35,7 +35,8 @@ def test_new_outputs_come_after_the_old_ones_which_stay(name):
     assert grow_head(model, (3, 64, 64), 8, seed=0, surgery=surgery) == head
     logits = model(x)
     assert logits.shape == (2, 8)
-    torch.testing.assert_close(logits[:, :5], before(x))
+    expected = before(x)  # another size of matrix rounds another way
+    assert (logits[:, :5] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert model.get_submodule(head).weight[5:].std() > 0
     again = build().eval()
     Surgery.from_json(surgery.to_json()).rebuild(again)
