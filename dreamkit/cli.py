@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -35,7 +34,9 @@ lut = typer.Typer(no_args_is_help=True, help="Measure layers' latencies on this 
 app.add_typer(lut, name="lut")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml")]
-Preset = Annotated[str | None, typer.Option(help="A preset of the recipe, e.g. smoke")]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset of the recipe, e.g. smoke; several: smoke+mine")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a value: synthesis.images=64 (repeatable)"),
@@ -186,6 +187,8 @@ def show(
 
         dreamkit show applications prune
     """
+    from dreamkit.recipe.signature import documentation
+
     registry = _registries(plugin)[_checked(kind)]
     try:
         cls = registry.resolve(name)
@@ -193,12 +196,12 @@ def show(
         raise DreamkitError(str(error)) from error
     console = Console()
     console.print(f"{kind} {name} (from {registry.provider(name)})\n", highlight=False)
-    console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
+    console.print(documentation(cls), markup=False, highlight=False)
     _print_options(cls, console)
 
 
 def _print_options(cls: type[Any], console: Console) -> None:
-    from dreamkit.recipe.signature import describe, nested_options, options_of
+    from dreamkit.recipe.signature import describe, documentation, nested_options, options_of
 
     try:
         options = options_of(cls).values()
@@ -213,7 +216,7 @@ def _print_options(cls: type[Any], console: Console) -> None:
     console.print(table)
     for nested in (c for option in options for c in nested_options(option.annotation)):
         console.print(
-            f"\n{nested.__name__}: {inspect.getdoc(nested)}", markup=False, highlight=False
+            f"\n{nested.__name__}: {documentation(nested)}", markup=False, highlight=False
         )
         _print_options(nested, console)
 

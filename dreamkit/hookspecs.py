@@ -44,6 +44,11 @@ def register_criteria(register: Register) -> None:
 
 
 @hookspec
+def register_losses(register: Register) -> None:
+    """Add losses of learning new classes: callables ``IncrementalStep -> scalar Tensor``."""
+
+
+@hookspec
 def register_latency_backends(register: Register) -> None:
     """Add latency backends: ways to time a module on a device and runtime."""
 

@@ -31,6 +31,7 @@ KINDS: tuple[str, ...] = (
     "teachers",
     "sources",
     "criteria",
+    "losses",
     "latency_backends",
     "applications",
     "trackers",
@@ -63,6 +64,13 @@ class TermsOf:
     """Annotation marker: the option is a list of weighted registry entries of this kind."""
 
     kind: str
+
+
+@dataclass(frozen=True)
+class RecordsOf:
+    """Annotation marker: the option is a list of mappings, each with the options of one class."""
+
+    cls: type[Any]
 
 
 @dataclass(frozen=True)

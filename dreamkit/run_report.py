@@ -19,7 +19,7 @@ from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
-from dreamkit.report.tables import fidelity_line, judge_rows, summary_rows
+from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory
@@ -62,24 +62,30 @@ def _version(package: str) -> str:
 
 
 def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
-    """Write ``dreams.png``, ``report.html`` and, last, ``report.json``: it ends the run."""
+    """Write ``dreams.png``, ``report.html`` and, last, ``report.json``: it ends the run.
+
+    Every store of dreams has its picture beside it.
+    """
     folder = directory.folder
-    picture: Image.Image | None = None
-    dreams = folder / RunContext.DREAMS
-    if (dreams / MANIFEST).is_file():
-        content = DreamStore(dreams).open(_PICTURED)
+    pictures: dict[str, Image.Image] = {}
+    for manifest in sorted(folder.glob(f"**/{RunContext.DREAMS}/{MANIFEST}")):
+        store = manifest.parent
+        content = DreamStore(store).open(_PICTURED)
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
-        write_atomically(folder / "dreams.png", buffer.getvalue())
-    page = render(report, read_records(folder), directory.recipe() or "", picture)
+        write_atomically(store.with_suffix(".png"), buffer.getvalue())
+        place = " / ".join(store.parent.relative_to(folder).parts)
+        pictures[f"Dreams of {place}" if place else "Dreams"] = picture
+    page = render(report, read_records(folder), directory.recipe() or "", pictures)
     write_atomically(folder / "report.html", page.encode())
     directory.write_report(report)
 
 
 def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Print a report's tables and where its files are."""
-    for header, rows in (summary_rows(report["metrics"]), judge_rows(report)):
+    tables = (summary_rows(report["metrics"]), continual_rows(report), judge_rows(report))
+    for header, rows in tables:
         if not rows:
             continue
         table = Table(*header)

@@ -9,5 +9,6 @@ def register_applications(register: Register) -> None:
     register("synthesize", "dreamkit.applications.synthesize:Synthesize")
     register("distill", "dreamkit.applications.distill:Distill")
     register("prune", "dreamkit.applications.prune:Prune")
+    register("continual", "dreamkit.applications.continual:Continual")
     register("recover", "dreamkit.applications.recover:Recover")
     register("judge", "dreamkit.applications.judge:Judge")

@@ -19,6 +19,7 @@ from dreamkit.recipe.signature import Option, nested_options, options_of
 from dreamkit.recipe.yaml_nodes import Node, Position
 from dreamkit.registry import (
     EntryOf,
+    RecordsOf,
     Registries,
     Term,
     TermsOf,
@@ -145,7 +146,7 @@ class Constructor:
 
     def _entries(self, option: Option, node: Node, path: RecipePath) -> Any:
         marker = option.marker
-        if node.value is None and not option.required and option.default is None:
+        if node.value is None and option.nullable:
             return None
         if isinstance(marker, EntryOf):
             return self.entry(marker.kind, node, path)
@@ -153,6 +154,10 @@ class Constructor:
         if not isinstance(node.value, list):
             self.problems.add(node.where, path, f"should be a list, not {node.type_name}")
             return None
+        if isinstance(marker, RecordsOf):
+            return tuple(
+                self.construct(marker.cls, n, (*path, i)) for i, n in enumerate(node.value)
+            )
         make = self.term if isinstance(marker, TermsOf) else self.entry
         return tuple(make(marker.kind, n, (*path, i)) for i, n in enumerate(node.value))
 

@@ -127,7 +127,7 @@ def read_recipe(
     Args:
         file: the YAML file.
         build_registries: given the recipe's plugins, returns the registries to check against.
-        preset: a name under ``presets``.
+        preset: a name under ``presets``, or several with ``+`` between, laid on in turn.
         overrides: ``path=value`` texts, as of ``--set``.
 
     Raises:
@@ -169,11 +169,13 @@ def _check(
     overrides: Sequence[str],
 ) -> tuple[Node, Registries, Problems, Recipe | None]:
     base, presets = _split_presets(_read_nodes(Path(file)))
-    if preset is not None and preset not in presets:
-        choices = ", ".join(presets) or "none"
-        hint = did_you_mean(preset, presets)
-        raise RecipeError(f"{file}: no preset '{preset}'{hint} (presets: {choices})")
-    chosen = merge(base, presets[preset], root=True) if preset else base
+    chosen = base
+    for name in () if preset is None else preset.split("+"):
+        if name not in presets:
+            choices = ", ".join(presets) or "none"
+            hint = did_you_mean(name, presets)
+            raise RecipeError(f"{file}: no preset '{name}'{hint} (presets: {choices})")
+        chosen = merge(chosen, presets[name], root=True)
     for override in overrides:
         chosen = apply_override(chosen, override)
     registries = _registries(chosen, build_registries)

@@ -11,9 +11,9 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, RecordsOf, TermsOf
 
-Marker = EntryOf | EntriesOf | TermsOf
+Marker = EntryOf | EntriesOf | TermsOf | RecordsOf
 _ABSENT = inspect.Parameter.empty
 
 
@@ -30,6 +30,12 @@ class Option:
     def required(self) -> bool:
         """Whether a recipe must give it."""
         return self.default is _ABSENT
+
+    @property
+    def nullable(self) -> bool:
+        """Whether null is a value: by its type, or since it is the default."""
+        inner = typing.get_args(self.annotation)[:1]
+        return self.default is None or (len(inner) == 1 and type(None) in typing.get_args(inner[0]))
 
 
 def options_of(cls: type[Any]) -> dict[str, Option]:
@@ -64,9 +70,19 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
 def _marker(annotation: Any) -> Marker | None:
     if typing.get_origin(annotation) is Annotated:
         for extra in annotation.__metadata__:
-            if isinstance(extra, EntryOf | EntriesOf | TermsOf):
+            if isinstance(extra, Marker):
                 return extra
     return None
+
+
+def documentation(cls: type[Any]) -> str:
+    """Return a class's docstring, and those of the classes that it has options from."""
+    texts = [
+        inspect.cleandoc(base.__doc__)
+        for base in cls.__mro__
+        if base.__doc__ and dataclasses.is_dataclass(base) and "Args:" in base.__doc__
+    ]
+    return "\n\n".join(texts) or (inspect.getdoc(cls) or "")
 
 
 def nested_options(annotation: Any) -> list[type[Any]]:
@@ -83,6 +99,8 @@ def describe(annotation: Any) -> str:
         marker = _marker(annotation)
         if isinstance(marker, EntryOf):
             return f"one of the {marker.kind}"
+        if isinstance(marker, RecordsOf):
+            return f"list of {marker.cls.__name__}"
         if marker is not None:
             weighted = "weighted " if isinstance(marker, TermsOf) else ""
             return f"list of {weighted}{marker.kind}"

@@ -18,6 +18,7 @@ _CELL_PIXELS = 64
 _GAP = 6
 _GAP_GREY = 128
 _NAMED_POINTS = 40
+_NAMED_CLASSES = 20
 
 
 def grid(images: Tensor, labels: Tensor) -> Image.Image:
@@ -104,6 +105,36 @@ def scatter(
             axes.set_xscale("log")
         if _is_wide([y for _, y in pairs]):
             axes.set_yscale("log")
+        return _svg(figure)
+
+
+def heat_map(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """Draw a confusion matrix: each row's shares, from none (white) to all (dark).
+
+    Args:
+        counts: a row for each true class, a column for each predicted one.
+        names: of the classes.
+
+    Returns:
+        An SVG element. Classes are named, and shares written out, where there is room.
+    """
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    size = min(9.0, 2.0 + 0.35 * len(names))
+    with _style("confusion"):
+        figure = Figure(figsize=(size, size), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        if len(names) <= _NAMED_CLASSES:
+            places = range(len(names))
+            axes.set_xticks(places, names, rotation=90)
+            axes.set_yticks(places, names)
+            for row in places:
+                for column in places:
+                    dark = "white" if shares[row][column] > 0.5 else "black"
+                    share = f"{shares[row][column]:.2f}".removeprefix("0")
+                    axes.text(column, row, share, ha="center", va="center", color=dark, fontsize=6)
         return _svg(figure)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from dreamkit.report.figures import curves
-from dreamkit.report.tables import fidelity_line, judge_rows, summary_rows
+from dreamkit.report.figures import curves, heat_map
+from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
 
 _NO_CURVE = {"r_feature by layer"}
 
@@ -20,7 +20,7 @@ def render(
     report: Mapping[str, Any],
     records: Mapping[str, Mapping[int, Mapping[str, float | None]]],
     recipe_yaml: str,
-    picture: Image.Image | None,
+    pictures: Mapping[str, Image.Image],
 ) -> str:
     """Return the page.
 
@@ -28,10 +28,12 @@ def render(
         report: the content of ``report.json``.
         records: of ``log.jsonl``, by stage.
         recipe_yaml: the recipe as it ran.
-        picture: the grid of dreams, if there are any.
+        pictures: grids of dreams, each with its title.
     """
     header, rows = summary_rows(report["metrics"])
     judge_header, judged = judge_rows(report)
+    learnt_header, learnt = continual_rows(report)
+    told = report["details"].get("continual")
     environment = Environment(
         loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
     )
@@ -42,7 +44,10 @@ def render(
         judge_header=judge_header,
         judged=judged,
         fidelity=fidelity_line(report),
-        picture=_data_uri(picture) if picture is not None else None,
+        pictures={title: _data_uri(picture) for title, picture in pictures.items()},
+        learnt_header=learnt_header,
+        learnt=learnt,
+        confusion=heat_map(told["confusion"], told["class_names"]) if told else None,
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
         layers=_layer_means(records.get("r_feature by layer", {})),
         recipe_yaml=recipe_yaml,

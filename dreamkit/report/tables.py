@@ -67,6 +67,20 @@ def judge_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def continual_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what was known of each set of classes after each step."""
+    told = report["details"].get("continual")
+    if told is None:
+        return [], []
+    metrics, rows = report["metrics"], []
+    for step in range(len(told["steps"])):
+        keys = [f"step{step}.{name}.accuracy" for name in told["sets"]]
+        keys += [f"step{step}.{name}" for name in ("combined", "accuracy", "forgetting")]
+        cells = [_cell("accuracy", metrics.get(key)) for key in keys]
+        rows.append(["before" if step == 0 else f"after {told['sets'][step]}", *cells])
+    return ["accuracy", *told["sets"], "combined", "of all images", "forgetting"], rows
+
+
 def fidelity_line(report: Mapping[str, Any]) -> str | None:
     """Return a sentence with the Inception score and FID, None where they were not computed."""
     metrics, judged = report["metrics"], report["details"].get("judge", {})

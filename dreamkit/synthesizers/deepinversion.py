@@ -83,8 +83,8 @@ class DeepInversion:
     N(0, 1); the best ones of the last stage are kept, by the whole batch's loss.
 
     Args:
-        images: how many to dream.
         regularizers: the weighted terms of R(x̂).
+        images: how many to dream.
         stages: resolutions in turn, joined by nearest upsampling; the last one's size is the
             images' size.
         batch_size: images optimised together, over which feature statistics are taken. ``auto``
@@ -107,8 +107,8 @@ class DeepInversion:
         engine: how it is computed.
     """
 
-    images: Annotated[int, Field(ge=1)]
     regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")]
+    images: Annotated[int, Field(ge=1)] = 1024
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = (Stage(2000),)
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
     lr: Annotated[float, Field(gt=0)] = 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,70 @@ class Subset:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return stored images and labels."""
         return self.images.batch([self.chosen[index] for index in indices])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several sets of images as one, one after the other."""
+
+    parts: Sequence[Images]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        starts = list(itertools.accumulate((len(part) for part in self.parts), initial=0))
+        places = [bisect.bisect_right(starts, index) - 1 for index in indices]
+        order: list[int] = []
+        found = []
+        for number, part in enumerate(self.parts):
+            mine = [i for i, place in enumerate(places) if place == number]
+            if mine:
+                found.append(part.batch([indices[i] - starts[number] for i in mine]))
+                order += mine
+        back = torch.tensor(order).argsort()
+        return torch.cat([x for x, _ in found])[back], torch.cat([y for _, y in found])[back]
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A set of images whose labels start at another class."""
+
+    images: Images
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        stored, labels = self.images.batch(indices)
+        return stored, labels + self.first
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of every image (N,)."""
+        return labels_of(self.images) + self.first
+
+
+def labels_of(images: Images) -> Tensor:
+    """Return the label of every image (N,); sets that do not tell are read through."""
+    told = getattr(images, "labels", None)
+    if isinstance(told, Tensor):
+        return told
+    return torch.cat([labels for _, labels in in_order(images, 256)])
+
+
+def drawn_by_class(images: Images, count: int, generator: torch.Generator) -> Subset:
+    """Return at most ``count`` images of each class, drawn at random without repetition."""
+    labels = labels_of(images)
+    chosen: list[int] = []
+    for label in labels.unique().tolist():
+        places = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(places), generator=generator)[:count]
+        chosen += places[order].tolist()
+    return Subset(images, chosen)
 
 
 def drawn(images: Images, count: int, generator: torch.Generator) -> Subset:

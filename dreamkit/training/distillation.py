@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import DreamkitError
-from dreamkit.training.losses import distillation_loss, mixed_cross_entropy
+from dreamkit.training.losses.distillation import distillation_loss, mixed_cross_entropy
 from dreamkit.training.trainer import Batch, Trainer, Training
 from dreamkit.types import NO_LABEL
 

@@ -15,7 +15,7 @@ from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, epochs_of, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.losses import distillation_loss, mixed_cross_entropy
+from dreamkit.training.losses.distillation import distillation_loss, mixed_cross_entropy
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import NO_LABEL, StoredImages
 

@@ -1,0 +1,396 @@
+"""Data-free continual learning: a network learns new classes and keeps the old ones, without data.
+
+DeepInversion (Yin et al., CVPR 2020), section 4.5: old classes are dreamed from the network as it
+is, and it is trained on these dreams and on images of the new classes (eq. 11).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from dreamkit.applications.adaptive import Adaptive, Growth, growing
+from dreamkit.applications.dreaming import (
+    batch_seed,
+    images_for,
+    is_own_dreams,
+    report_synthesis,
+    student_folder,
+)
+from dreamkit.applications.measuring import measure_cost
+from dreamkit.applications.retention import Retention
+from dreamkit.applications.teaching import teach
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError, OptionError, placed
+from dreamkit.model_state import load_state
+from dreamkit.pruning.head import find_head, grow_head
+from dreamkit.pruning.surgery import Surgery
+from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
+from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
+from dreamkit.store.source import Dreams
+from dreamkit.training.batches import Joined, Shifted, drawn, drawn_by_class
+from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
+from dreamkit.training.losses.cross_entropy import CrossEntropy
+from dreamkit.training.losses.old_distillation import OldDistillation
+from dreamkit.training.losses.replay_distillation import ReplayDistillation
+from dreamkit.training.trainer import lay_out
+from dreamkit.types import (
+    NO_LABEL,
+    Images,
+    ImageSource,
+    IncrementalLoss,
+    RunContext,
+    RunLog,
+    Teacher,
+    needs,
+)
+
+STEPS = "steps"
+BASE = "base"
+"""What the teacher's own classes are called in reports."""
+EQUATION_11 = (
+    Term[IncrementalLoss]("replay_distillation", 1.0, ReplayDistillation()),
+    Term[IncrementalLoss]("cross_entropy", 1.0, CrossEntropy()),
+    Term[IncrementalLoss]("old_distillation", 1.0, OldDistillation()),
+)
+
+
+@dataclass(frozen=True)
+class NewClasses:
+    """Classes to be learnt together.
+
+    Args:
+        train: labelled images of them, and of no others.
+        test: images to report accuracy on; null reports none of these classes.
+        name: in reports; ``set1`` and so on by default.
+    """
+
+    train: Annotated[ImageSource, EntryOf("sources")]
+    test: Annotated[ImageSource | None, EntryOf("sources")] = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}", self.name):
+            raise OptionError("name", "use letters, digits and '_-': metrics are called by it")
+
+
+@dataclass(frozen=True)
+class Continual:
+    """Teach a network new classes, set by set, while it keeps the old ones without their data.
+
+    DeepInversion, section 4.5 and eq. 11. The teacher's classes are called ``base`` in reports, and
+    are evaluated on the recipe's ``evaluation``. What the network is after each set is kept under
+    ``steps``, and dreams are made anew from it.
+
+    Args:
+        sets: the new classes, in the order in which they come.
+        training: how each set is learnt.
+        losses: the weighted terms of what is lowered; eq. 11 by default.
+        replay: what stands for the images of old classes: this run's own dreams by default; a
+            source of real images of the teacher's classes (the paper's oracles), to which those of
+            earlier sets are added; null for none (LwF.MC, plain fine-tuning).
+        images_per_class: of each old class. It decides how much is dreamed, whatever the
+            synthesizer's ``images`` says.
+        adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
+            regularizer ``js_compete``); null dreams everything first.
+    """
+
+    sets: Annotated[tuple[NewClasses, ...], RecordsOf(NewClasses)]
+    training: IncrementalTraining = field(default_factory=IncrementalTraining)
+    losses: Annotated[tuple[Term[IncrementalLoss], ...], TermsOf("losses")] = EQUATION_11
+    replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
+    images_per_class: Annotated[int, Field(ge=1)] = 250
+    adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise OptionError("sets", "give at least one set of new classes")
+        names = self.names
+        if len({BASE, *names}) <= len(names):
+            raise OptionError(
+                "sets",
+                f"two have one name, or one is called '{BASE}', as the teacher's classes are",
+            )
+        if not self.losses:
+            raise OptionError("losses", "give at least one loss")
+        looking = [term.name for term in self.losses if "replay" in needs(term.entry)]
+        if looking and self.replay is None:
+            raise OptionError(
+                "replay",
+                f"the loss '{looking[0]}' needs images of old classes, so it cannot be null",
+            )
+        if not looking and self.replay is not None:
+            raise OptionError("replay", "no loss looks at images of old classes: set it to null")
+        if self.adaptive is not None and not self.needs_synthesis:
+            raise OptionError("adaptive", "it dreams, so 'replay' must be dreams of this run")
+
+    @property
+    def names(self) -> list[str]:
+        """What the sets are called."""
+        return [added.name or f"set{number}" for number, added in enumerate(self.sets, 1)]
+
+    @property
+    def needs_synthesis(self) -> bool:
+        """Whether the run dreams."""
+        return self.replay is not None and is_own_dreams(self.replay)
+
+    @property
+    def trains_student(self) -> bool:
+        """Whether dreams are made against the network in training."""
+        return self.adaptive is not None
+
+    def make_student(self, context: RunContext) -> Teacher:
+        """Return a copy of the teacher: what competes at first."""
+        return dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
+
+    def run(self, context: RunContext) -> None:
+        """Learn set after set; evaluate after each, and save."""
+        teacher = context.teacher
+        tasks = self._open(context)
+        find_head(teacher.model, teacher.card.input_size)  # refused before hours of dreaming
+        retention = Retention(context)
+        retention.add(BASE, range(teacher.card.num_classes), context.evaluation)
+        retention.measure(teacher.model, 0)
+        current = teacher
+        for number, task in enumerate(tasks, 1):
+            with placed("sets", number - 1, always=False):
+                current = self._learn(context, current, tasks[: number - 1], task, number)
+            first = current.card.num_classes - len(task.class_names)
+            retention.add(task.name, range(first, current.card.num_classes), task.test)
+            retention.measure(current.model, number)
+        retention.report(current.card.class_names)
+        measure_cost(context, {"teacher": teacher.model, "student": current.model})
+        self._save(current, student_folder(context))
+
+    # --- what is learnt from ------------------------------------------------------------------
+
+    def _open(self, context: RunContext) -> list[_Task]:
+        """Open every set's images, and refuse what does not fit, before any work is done."""
+        card = context.teacher.card
+        known = set(card.class_names or ())
+        if not known:
+            context.log.note(
+                f"{card.name} does not name its classes: whether the new ones are among them is "
+                "not checked"
+            )
+        tasks = []
+        first = card.num_classes
+        for number, (name, added) in enumerate(zip(self.names, self.sets, strict=True)):
+            with placed("sets", number):
+                task = _opened(name, added, card, first)
+            again = sorted(known & set(task.class_names))
+            if again:
+                raise DreamkitError(
+                    f"'{again[0]}' is an old class already: a set holds new classes only",
+                    ("sets", number, "train"),
+                )
+            known |= set(task.class_names)
+            first += len(task.class_names)
+            tasks.append(task)
+        return tasks
+
+    def _replay(self, context: RunContext, base: Card, earlier: list[_Task]) -> Images:
+        """Return real images that stand for the old classes, as many of each as there may be.
+
+        Args:
+            context: of the step.
+            base: the card of the teacher that the run began with.
+            earlier: the sets that were learnt before.
+        """
+        assert self.replay is not None
+        generator = torch.Generator().manual_seed(context.seed)
+        with placed("replay"):
+            images = self.replay.open(base)
+            if len(images) == 0:
+                raise DreamkitError("it has no images")
+            _check_size(images, base)
+        if int(images.batch([0])[1][0]) == NO_LABEL:
+            parts: list[Images] = [
+                drawn(images, self.images_per_class * base.num_classes, generator)
+            ]
+        else:
+            parts = [drawn_by_class(images, self.images_per_class, generator)]
+        parts += [drawn_by_class(task.train, self.images_per_class, generator) for task in earlier]
+        return Joined(parts)
+
+    # --- one set ------------------------------------------------------------------------------
+
+    def _learn(
+        self, context: RunContext, old: Teacher, earlier: list[_Task], task: _Task, number: int
+    ) -> Teacher:
+        """Return the network that has learnt a set; the one it was before stays as it is.
+
+        Args:
+            context: the run's.
+            old: the network as it is.
+            earlier: the sets that it has learnt.
+            task: the set.
+            number: of the step, from 1.
+        """
+        classes = old.card.num_classes + len(task.class_names)
+        step = self._context(context, old, number)
+        surgery = Surgery.from_json(old.surgery)
+        model = copy.deepcopy(old.model)
+        grow_head(model, old.card.input_size, classes, step.seed, surgery)
+        names = old.card.class_names
+        card = dataclasses.replace(
+            old.card,
+            num_classes=classes,
+            class_names=None if names is None else (*names, *task.class_names),
+            origin=f"{context.teacher.card.name}, taught {task.name} without its data",
+            weights_sha256=None,
+            notes={},
+        )
+        new = Teacher(model, card, old.builder, surgery.to_json())
+        folder = student_folder(step)
+        if (folder / SPECIFICATION).is_file():
+            load_state(model, read_artifact(folder).state)
+            model.eval()
+            context.log.note(f"{task.name} is learnt already; going on")
+        else:
+            self._train(context, step, new, earlier, task)
+            self._save(new, folder)
+            shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
+        for name, value in step.metrics.items():
+            context.metrics[f"step{number}.{name}"] = value
+        return new
+
+    def _context(self, context: RunContext, old: Teacher, number: int) -> RunContext:
+        """Return what a step works with: the network as it is, and a folder of its own."""
+        synthesizer: Any = context.synthesizer
+        if self.needs_synthesis:
+            images = self.images_per_class * old.card.num_classes
+            synthesizer = dataclasses.replace(synthesizer, images=images)
+        return dataclasses.replace(
+            context,
+            seed=batch_seed(context.seed, number),
+            folder=context.folder / STEPS / str(number),
+            teacher=old,
+            synthesizer=synthesizer,
+            evaluation=None,
+            log=_StepLog(context.log, f"step {number}: "),
+            metrics={},
+        )
+
+    def _train(
+        self,
+        context: RunContext,
+        step: RunContext,
+        new: Teacher,
+        earlier: list[_Task],
+        task: _Task,
+    ) -> None:
+        options, model = self.training, new.model
+        trainer = IncrementalTrainer(
+            self.losses,
+            model,
+            step.teacher.model,
+            step.teacher.card,
+            options,
+            step.device,
+            torch.Generator().manual_seed(step.seed + 1),
+            options.total_steps(len(task.train)),
+            step.log.note,
+        )
+        with self._old_images(context, step, new, earlier, trainer.total) as old:
+            sets = [task.train] if old is None else [task.train, old]
+            with placed("training", always=False):
+                teach(step, trainer, sets, "training")
+        if isinstance(old, Growth):
+            report_synthesis(step, old.dreams.store)
+
+    @contextlib.contextmanager
+    def _old_images(
+        self, context: RunContext, step: RunContext, new: Teacher, earlier: list[_Task], steps: int
+    ) -> Iterator[Images | Growth | None]:
+        """Yield what stands for the images of old classes."""
+        if self.replay is None:
+            yield None
+        elif not self.needs_synthesis:
+            yield self._replay(step, context.teacher.card, earlier)
+        elif self.adaptive is None:
+            yield images_for(step, None)
+        else:
+            lay_out(new.model, self.training, step.device)  # before it is compiled as a competitor
+            rival = FirstOutputs(new.model, step.teacher.card.num_classes)
+            with growing(step, rival, self.adaptive) as growth:
+                growth.check(steps)
+                growth.dream()
+                yield growth
+
+    def _save(self, taught: Teacher, folder: Path) -> None:
+        write_artifact(folder, taught.model, taught.card, taught.builder, taught.surgery)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A set that is opened: its images have their labels among all classes."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Images
+    test: Images | None
+
+
+def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
+    """Open a set whose first class is the output ``first``."""
+    with placed("train"):
+        tell: Callable[[], tuple[str, ...] | None] | None = getattr(
+            added.train, "class_names", None
+        )
+        names = tell() if tell is not None else None
+        if names is None:
+            raise DreamkitError(
+                "its images have no classes of their own, which new classes need; use an image "
+                "folder: {source: folder, path: ...}"
+            )
+        own = dataclasses.replace(
+            card, name=f"the set '{name}'", num_classes=len(names), class_names=names
+        )
+        train = added.train.open(own)
+        _check_size(train, card)
+    test: Images | None = None
+    if added.test is not None:
+        with placed("test"):
+            test = Shifted(added.test.open(own), first)
+            _check_size(test, card)
+    return _Task(name, names, Shifted(train, first), test)
+
+
+def _check_size(images: Images, card: Card) -> None:
+    if len(images) == 0:
+        raise DreamkitError("it has no images")
+    size = tuple(images.batch([0])[0].shape[1:])
+    if size != card.input_size:
+        raise DreamkitError(f"its images are {size}, {card.name} takes {card.input_size}")
+
+
+class _StepLog:
+    """A run's log, in which every stage of a step is called after it."""
+
+    def __init__(self, log: RunLog, prefix: str) -> None:
+        self.log = log
+        self.prefix = prefix
+
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        self.log.record(self.prefix + stage, step, numbers)
+
+    def begin(self, stage: str) -> None:
+        self.log.begin(self.prefix + stage)
+
+    def note(self, text: str) -> None:
+        self.log.note(self.prefix + text)
+
+    def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self.log.progress(self.prefix + stage, total)

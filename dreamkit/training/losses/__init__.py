@@ -1,0 +1,14 @@
+"""Losses: of distillation, and the terms of learning new classes."""
+
+from dreamkit.registry import Register, hookimpl
+
+
+@hookimpl
+def register_losses(register: Register) -> None:
+    """Register the built-in losses of learning new classes."""
+    room = "dreamkit.training.losses"
+    register("replay_distillation", f"{room}.replay_distillation:ReplayDistillation")
+    register("replay_cross_entropy", f"{room}.replay_cross_entropy:ReplayCrossEntropy")
+    register("cross_entropy", f"{room}.cross_entropy:CrossEntropy")
+    register("old_distillation", f"{room}.old_distillation:OldDistillation")
+    register("lwf_mc", f"{room}.lwf_mc:LwFMC")

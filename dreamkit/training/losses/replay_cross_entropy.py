@@ -1,0 +1,34 @@
+"""The true classes of images of old classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreamkit.errors import DreamkitError
+from dreamkit.types import NO_LABEL, IncrementalStep
+
+
+@dataclass(frozen=True)
+class ReplayCrossEntropy:
+    """Cross-entropy to the labels of images of old classes, over all classes.
+
+    The oracle that classifies of DeepInversion's Table 7.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"replay"})
+
+    def __call__(self, step: IncrementalStep) -> Tensor:
+        """Return the term, >= 0, of shape ().
+
+        Raises:
+            DreamkitError: an image has no label.
+        """
+        assert step.replay_logits is not None
+        assert step.replay_labels is not None
+        if bool((step.replay_labels == NO_LABEL).any()):
+            raise DreamkitError("replay_cross_entropy: images of old classes have no labels")
+        return F.cross_entropy(step.replay_logits, step.replay_labels)

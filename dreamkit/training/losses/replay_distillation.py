@@ -1,0 +1,37 @@
+"""What the network as it was says of images of old classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreamkit.types import IncrementalStep
+
+
+@dataclass(frozen=True)
+class ReplayDistillation:
+    """KL(p_o(x̂) ⊕ 0 ‖ p_k(x̂)): on images of old classes nothing is of a new one.
+
+    DeepInversion (Yin et al., CVPR 2020), eq. 11, first term; averaged over the images.
+
+    Args:
+        temperature: of both softmaxes; the term is multiplied by its square. The paper's is 1.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"replay"})
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    def __call__(self, step: IncrementalStep) -> Tensor:
+        """Return the term, >= 0, of shape ()."""
+        assert step.replay_logits is not None
+        assert step.replay_old_logits is not None
+        # Over all classes, of which the old ones alone weigh: 0·log 0 is 0.
+        ours = F.log_softmax(step.replay_logits / self.temperature, dim=1)
+        theirs = F.log_softmax(step.replay_old_logits / self.temperature, dim=1)
+        kept = ours[:, : theirs.shape[1]]
+        return F.kl_div(kept, theirs, reduction="batchmean", log_target=True) * self.temperature**2
