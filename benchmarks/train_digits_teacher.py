@@ -70,7 +70,12 @@ def train(digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], SmallRes
         + ("" if digits == 10 else f" --digits {digits}"),
     )
     images = Digits("train", tuple(range(digits))).open(card)
-    architecture: dict[str, Any] = {"depth": 8, "num_classes": digits, "in_channels": 1, "width": 16}
+    architecture: dict[str, Any] = {
+        "depth": 8,
+        "num_classes": digits,
+        "in_channels": 1,
+        "width": 16,
+    }
     model = SmallResNet(**architecture)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True

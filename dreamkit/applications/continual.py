@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from dreamkit.pruning.head import find_head, grow_head
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
 from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
+from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams
 from dreamkit.training.batches import Joined, Shifted, drawn, drawn_by_class
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
@@ -57,6 +59,9 @@ from dreamkit.types import (
 )
 
 STEPS = "steps"
+METRICS = "metrics.json"
+"""Beside a step's student: what the step took."""
+SUMMED = {"synthesis.images", "synthesis.seconds", "training.seconds", "training.steps"}
 BASE = "base"
 """What the teacher's own classes are called in reports."""
 EQUATION_11 = (
@@ -157,180 +162,19 @@ class Continual:
     def run(self, context: RunContext) -> None:
         """Learn set after set; evaluate after each, and save."""
         teacher = context.teacher
-        tasks = self._open(context)
-        find_head(teacher.model, teacher.card.input_size)  # refused before hours of dreaming
+        course = _Course(self, context)
         retention = Retention(context)
         retention.add(BASE, range(teacher.card.num_classes), context.evaluation)
         retention.measure(teacher.model, 0)
         current = teacher
-        for number, task in enumerate(tasks, 1):
-            with placed("sets", number - 1, always=False):
-                current = self._learn(context, current, tasks[: number - 1], task, number)
+        for number, task in enumerate(course.tasks, 1):
+            current = course.learn(current, number)
             first = current.card.num_classes - len(task.class_names)
             retention.add(task.name, range(first, current.card.num_classes), task.test)
             retention.measure(current.model, number)
         retention.report(current.card.class_names)
         measure_cost(context, {"teacher": teacher.model, "student": current.model})
-        self._save(current, student_folder(context))
-
-    # --- what is learnt from ------------------------------------------------------------------
-
-    def _open(self, context: RunContext) -> list[_Task]:
-        """Open every set's images, and refuse what does not fit, before any work is done."""
-        card = context.teacher.card
-        known = set(card.class_names or ())
-        if not known:
-            context.log.note(
-                f"{card.name} does not name its classes: whether the new ones are among them is "
-                "not checked"
-            )
-        tasks = []
-        first = card.num_classes
-        for number, (name, added) in enumerate(zip(self.names, self.sets, strict=True)):
-            with placed("sets", number):
-                task = _opened(name, added, card, first)
-            again = sorted(known & set(task.class_names))
-            if again:
-                raise DreamkitError(
-                    f"'{again[0]}' is an old class already: a set holds new classes only",
-                    ("sets", number, "train"),
-                )
-            known |= set(task.class_names)
-            first += len(task.class_names)
-            tasks.append(task)
-        return tasks
-
-    def _replay(self, context: RunContext, base: Card, earlier: list[_Task]) -> Images:
-        """Return real images that stand for the old classes, as many of each as there may be.
-
-        Args:
-            context: of the step.
-            base: the card of the teacher that the run began with.
-            earlier: the sets that were learnt before.
-        """
-        assert self.replay is not None
-        generator = torch.Generator().manual_seed(context.seed)
-        with placed("replay"):
-            images = self.replay.open(base)
-            if len(images) == 0:
-                raise DreamkitError("it has no images")
-            _check_size(images, base)
-        if int(images.batch([0])[1][0]) == NO_LABEL:
-            parts: list[Images] = [
-                drawn(images, self.images_per_class * base.num_classes, generator)
-            ]
-        else:
-            parts = [drawn_by_class(images, self.images_per_class, generator)]
-        parts += [drawn_by_class(task.train, self.images_per_class, generator) for task in earlier]
-        return Joined(parts)
-
-    # --- one set ------------------------------------------------------------------------------
-
-    def _learn(
-        self, context: RunContext, old: Teacher, earlier: list[_Task], task: _Task, number: int
-    ) -> Teacher:
-        """Return the network that has learnt a set; the one it was before stays as it is.
-
-        Args:
-            context: the run's.
-            old: the network as it is.
-            earlier: the sets that it has learnt.
-            task: the set.
-            number: of the step, from 1.
-        """
-        classes = old.card.num_classes + len(task.class_names)
-        step = self._context(context, old, number)
-        surgery = Surgery.from_json(old.surgery)
-        model = copy.deepcopy(old.model)
-        grow_head(model, old.card.input_size, classes, step.seed, surgery)
-        names = old.card.class_names
-        card = dataclasses.replace(
-            old.card,
-            num_classes=classes,
-            class_names=None if names is None else (*names, *task.class_names),
-            origin=f"{context.teacher.card.name}, taught {task.name} without its data",
-            weights_sha256=None,
-            notes={},
-        )
-        new = Teacher(model, card, old.builder, surgery.to_json())
-        folder = student_folder(step)
-        if (folder / SPECIFICATION).is_file():
-            load_state(model, read_artifact(folder).state)
-            model.eval()
-            context.log.note(f"{task.name} is learnt already; going on")
-        else:
-            self._train(context, step, new, earlier, task)
-            self._save(new, folder)
-            shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
-        for name, value in step.metrics.items():
-            context.metrics[f"step{number}.{name}"] = value
-        return new
-
-    def _context(self, context: RunContext, old: Teacher, number: int) -> RunContext:
-        """Return what a step works with: the network as it is, and a folder of its own."""
-        synthesizer: Any = context.synthesizer
-        if self.needs_synthesis:
-            images = self.images_per_class * old.card.num_classes
-            synthesizer = dataclasses.replace(synthesizer, images=images)
-        return dataclasses.replace(
-            context,
-            seed=batch_seed(context.seed, number),
-            folder=context.folder / STEPS / str(number),
-            teacher=old,
-            synthesizer=synthesizer,
-            evaluation=None,
-            log=_StepLog(context.log, f"step {number}: "),
-            metrics={},
-        )
-
-    def _train(
-        self,
-        context: RunContext,
-        step: RunContext,
-        new: Teacher,
-        earlier: list[_Task],
-        task: _Task,
-    ) -> None:
-        options, model = self.training, new.model
-        trainer = IncrementalTrainer(
-            self.losses,
-            model,
-            step.teacher.model,
-            step.teacher.card,
-            options,
-            step.device,
-            torch.Generator().manual_seed(step.seed + 1),
-            options.total_steps(len(task.train)),
-            step.log.note,
-        )
-        with self._old_images(context, step, new, earlier, trainer.total) as old:
-            sets = [task.train] if old is None else [task.train, old]
-            with placed("training", always=False):
-                teach(step, trainer, sets, "training")
-        if isinstance(old, Growth):
-            report_synthesis(step, old.dreams.store)
-
-    @contextlib.contextmanager
-    def _old_images(
-        self, context: RunContext, step: RunContext, new: Teacher, earlier: list[_Task], steps: int
-    ) -> Iterator[Images | Growth | None]:
-        """Yield what stands for the images of old classes."""
-        if self.replay is None:
-            yield None
-        elif not self.needs_synthesis:
-            yield self._replay(step, context.teacher.card, earlier)
-        elif self.adaptive is None:
-            yield images_for(step, None)
-        else:
-            lay_out(new.model, self.training, step.device)  # before it is compiled as a competitor
-            rival = FirstOutputs(new.model, step.teacher.card.num_classes)
-            with growing(step, rival, self.adaptive) as growth:
-                growth.check(steps)
-                growth.dream()
-                yield growth
-
-    def _save(self, taught: Teacher, folder: Path) -> None:
-        write_artifact(folder, taught.model, taught.card, taught.builder, taught.surgery)
+        _save(current, student_folder(context))
 
 
 @dataclass(frozen=True)
@@ -341,6 +185,171 @@ class _Task:
     class_names: tuple[str, ...]
     train: Images
     test: Images | None
+
+
+class _Course:
+    """The sets to be learnt, opened, and what stands for the images of the teacher's classes.
+
+    Whatever does not fit is refused here, before any work is done.
+    """
+
+    def __init__(self, options: Continual, context: RunContext) -> None:
+        self.options = options
+        self.context = context
+        card = context.teacher.card
+        find_head(context.teacher.model, card.input_size)
+        self.tasks = self._open()
+        self.replay: Images | None = None
+        if options.replay is not None and not options.needs_synthesis:
+            with placed("replay"):
+                self.replay = options.replay.open(card)
+                _check_size(self.replay, card)
+
+    def _open(self) -> list[_Task]:
+        card = self.context.teacher.card
+        known = set(card.class_names or ())
+        if not known:
+            self.context.log.note(
+                f"{card.name} does not name its classes: whether the new ones are among them is "
+                "not checked"
+            )
+        tasks = []
+        first = card.num_classes
+        names = self.options.names
+        for number, (name, added) in enumerate(zip(names, self.options.sets, strict=True)):
+            with placed("sets", number):
+                task = _opened(name, added, card, first)
+                again = sorted(known & set(task.class_names))
+                if again:
+                    raise DreamkitError(
+                        f"'{again[0]}' is an old class already: a set holds new classes only",
+                        ("train",),
+                    )
+            known |= set(task.class_names)
+            first += len(task.class_names)
+            tasks.append(task)
+        return tasks
+
+    def learn(self, old: Teacher, number: int) -> Teacher:
+        """Return the network that has learnt a set; the one it was before stays as it is.
+
+        Args:
+            old: the network as it is.
+            number: of the set, from 1.
+        """
+        task = self.tasks[number - 1]
+        classes = old.card.num_classes + len(task.class_names)
+        step = self._step(old, number)
+        surgery = Surgery.from_json(old.surgery)
+        model = copy.deepcopy(old.model)
+        grow_head(model, old.card.input_size, classes, step.seed, surgery)
+        names = old.card.class_names
+        card = dataclasses.replace(
+            old.card,
+            num_classes=classes,
+            class_names=None if names is None else (*names, *task.class_names),
+            origin=f"{self.context.teacher.card.name}, taught more classes without its data",
+            weights_sha256=None,
+            notes={},
+        )
+        new = Teacher(model, card, old.builder, surgery.to_json())
+        folder = student_folder(step)
+        if (folder / SPECIFICATION).is_file():
+            load_state(model, read_artifact(folder).state)
+            model.eval()
+            step.metrics |= json.loads((step.folder / METRICS).read_text(encoding="utf-8"))
+            step.log.note(f"'{task.name}' is learnt already; going on")
+        else:
+            self._train(step, new, number)
+            write_json(step.folder / METRICS, step.metrics)
+            _save(new, folder)
+            shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
+        metrics = self.context.metrics
+        metrics |= {f"step{number}.{name}": value for name, value in step.metrics.items()}
+        for name in SUMMED & step.metrics.keys():
+            metrics[name] = metrics.get(name, 0) + step.metrics[name]
+        return new
+
+    def _step(self, old: Teacher, number: int) -> RunContext:
+        """Return what a step works with: the network as it is, and a folder of its own."""
+        context = self.context
+        synthesizer: Any = context.synthesizer
+        if self.options.needs_synthesis:
+            images = self.options.images_per_class * old.card.num_classes
+            synthesizer = dataclasses.replace(synthesizer, images=images)
+        return dataclasses.replace(
+            context,
+            seed=batch_seed(context.seed, number),
+            folder=context.folder / STEPS / str(number),
+            teacher=old,
+            synthesizer=synthesizer,
+            evaluation=self._known_images(number),
+            log=_StepLog(context.log, f"step {number}: "),
+            metrics={},
+        )
+
+    def _known_images(self, number: int) -> Images | None:
+        """Return test images of every class that is known after a step; None if some lack."""
+        parts = [self.context.evaluation, *(task.test for task in self.tasks[:number])]
+        there = [part for part in parts if part is not None]
+        return Joined(there) if len(there) == len(parts) else None
+
+    def _train(self, step: RunContext, new: Teacher, number: int) -> None:
+        options, task = self.options.training, self.tasks[number - 1]
+        trainer = IncrementalTrainer(
+            self.options.losses,
+            new.model,
+            step.teacher.model,
+            step.teacher.card,
+            options,
+            step.device,
+            torch.Generator().manual_seed(step.seed + 1),
+            options.total_steps(len(task.train)),
+            step.log.note,
+        )
+        with self._old_images(step, new, number, trainer.total) as old:
+            sets = [task.train] if old is None else [task.train, old]
+            with placed("training", always=False):
+                teach(step, trainer, sets, "training")
+        if isinstance(old, Growth):
+            report_synthesis(step, old.dreams.store)
+
+    @contextlib.contextmanager
+    def _old_images(
+        self, step: RunContext, new: Teacher, number: int, steps: int
+    ) -> Iterator[Images | Growth | None]:
+        """Yield what stands for the images of old classes."""
+        if self.options.replay is None:
+            yield None
+        elif self.replay is not None:
+            yield self._real_images(step, self.replay, number)
+        elif self.options.adaptive is None:
+            yield images_for(step, None)
+        else:
+            # Before it is compiled as a competitor.
+            lay_out(new.model, self.options.training, step.device)
+            rival = FirstOutputs(new.model, step.teacher.card.num_classes)
+            with growing(step, rival, self.options.adaptive) as growth:
+                growth.check(steps)
+                growth.dream()
+                yield growth
+
+    def _real_images(self, step: RunContext, replay: Images, number: int) -> Images:
+        """Return real images of the old classes, as many of each as there may be."""
+        count, base = self.options.images_per_class, self.context.teacher.card
+        generator = torch.Generator().manual_seed(step.seed)
+        parts: list[Images] = [
+            drawn(replay, count * base.num_classes, generator)
+            if int(replay.batch([0])[1][0]) == NO_LABEL
+            else drawn_by_class(replay, count, generator)
+        ]
+        earlier = self.tasks[: number - 1]
+        parts += [drawn_by_class(task.train, count, generator) for task in earlier]
+        return Joined(parts)
+
+
+def _save(taught: Teacher, folder: Path) -> None:
+    write_artifact(folder, taught.model, taught.card, taught.builder, taught.surgery)
 
 
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:

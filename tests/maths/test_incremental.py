@@ -1,0 +1,239 @@
+"""Class-incremental learning: its losses by hand, its trainer, and sets of images put together."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dreamkit.applications.retention import confusion_matrix
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import frozen
+from dreamkit.registry import Term
+from dreamkit.training.augmenter import Augmentation
+from dreamkit.training.batches import Joined, Shifted, drawn_by_class, labels_of
+from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
+from dreamkit.training.losses.cross_entropy import CrossEntropy
+from dreamkit.training.losses.lwf_mc import LwFMC
+from dreamkit.training.losses.old_distillation import OldDistillation
+from dreamkit.training.losses.replay_cross_entropy import ReplayCrossEntropy
+from dreamkit.training.losses.replay_distillation import ReplayDistillation
+from dreamkit.types import NO_LABEL, IncrementalStep, StoredImages, needs
+
+LN2, LN3 = math.log(2), math.log(3)
+CPU = torch.device("cpu")
+
+
+def step(**changes):
+    """Two old classes and one new; one image of each kind.
+
+    On the new image the network says (¼, ¼, ½), and (¼, ¾) it said among old classes. On the old
+    one it says (½, ¼, ¼), where it said (¾, ¼).
+    """
+    known = {
+        "logits": torch.tensor([[0, 0, LN2]]),
+        "old_logits": torch.tensor([[0, LN3]]),
+        "labels": torch.tensor([2]),
+        "replay_logits": torch.tensor([[LN2, 0, 0]]),
+        "replay_old_logits": torch.tensor([[LN3, 0]]),
+        "replay_labels": torch.tensor([0]),
+    }
+    return IncrementalStep(**(known | changes))
+
+
+def test_cross_entropy_by_hand():
+    assert CrossEntropy()(step()).item() == pytest.approx(LN2)
+
+
+def test_replay_distillation_by_hand():
+    # KL((¾, ¼, 0) ‖ (½, ¼, ¼)) = ¾ ln 1½
+    assert ReplayDistillation()(step()).item() == pytest.approx(0.75 * math.log(1.5))
+    # At temperature 2 the logits (2 ln 3, 0) and (2 ln 2, 0, 0) give the same, times 4.
+    hot = step(
+        replay_logits=torch.tensor([[2 * LN2, 0, 0]]),
+        replay_old_logits=torch.tensor([[2 * LN3, 0]]),
+    )
+    expected = 4 * 0.75 * math.log(1.5)
+    assert ReplayDistillation(temperature=2)(hot).item() == pytest.approx(expected)
+
+
+def test_replay_distillation_pushes_new_classes_down():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    loss = ReplayDistillation()(step(replay_logits=logits, replay_old_logits=torch.zeros(1, 2)))
+    loss.backward()
+    # The gradient of the cross-entropy part is softmax - target: (⅓ - ½, ⅓ - ½, ⅓).
+    assert logits.grad.flatten().tolist() == pytest.approx([-1 / 6, -1 / 6, 1 / 3])
+
+
+def test_old_distillation_by_hand():
+    # Among old classes the network now says (½, ½): KL((¼, ¾) ‖ (½, ½)).
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert OldDistillation()(step()).item() == pytest.approx(expected)
+
+
+def test_replay_cross_entropy_by_hand():
+    assert ReplayCrossEntropy()(step()).item() == pytest.approx(LN2)
+    with pytest.raises(DreamkitError, match="have no labels"):
+        ReplayCrossEntropy()(step(replay_labels=torch.tensor([NO_LABEL])))
+
+
+def test_lwf_mc_by_hand():
+    # Old classes: σ(0) = ½ should be σ(0) = ½ and σ(ln 3) = ¾, ln 2 each; new: σ(ln 2) = ⅔ be 1.
+    expected = LN2 + LN2 + math.log(1.5)
+    assert LwFMC()(step()).item() == pytest.approx(expected)
+    two = step(logits=torch.zeros(2, 3), old_logits=torch.zeros(2, 2), labels=torch.tensor([2, 2]))
+    assert LwFMC()(two).item() == pytest.approx(3 * LN2)  # averaged over the images
+
+
+def test_which_losses_look_at_old_classes():
+    looking = [ReplayDistillation, ReplayCrossEntropy]
+    for entry in (*looking, CrossEntropy, OldDistillation, LwFMC):
+        assert ("replay" in needs(entry())) == (entry in looking)
+
+
+# --- the trainer ------------------------------------------------------------------------------
+
+
+def trainer(toys, old, student, losses, **changes):
+    options = IncrementalTraining(
+        **({"steps": 4, "batch_size": 4, "lr": 0.1, "precision": "float32"} | changes)
+    )
+    generator = torch.Generator().manual_seed(1)
+    card = toys.card()
+    total = options.total_steps(8)
+    return IncrementalTrainer(losses, student, old, card, options, CPU, generator, total)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(toys):
+    old, student = toys.two_bn(), toys.two_bn(classes=5)
+    losses = (
+        Term("a", 2.0, ReplayDistillation()),
+        Term("b", 0.5, CrossEntropy()),
+        Term("c", 3.0, OldDistillation()),
+    )
+    made = trainer(toys, old, student, losses)
+    new, replay = toys.images(4), toys.images(4)
+    labels = torch.tensor([3, 4, 3, 4])
+    with frozen(old):
+        loss = made.loss((new.images, labels), replay.batch(range(4)))
+    x, r = (toys.card().normalise(images.images) for images in (new, replay))
+    student.eval()
+    found = IncrementalStep(student(x), old(x), labels, student(r), old(r), replay.labels)
+    expected = sum(term.weight * term.entry(found) for term in losses)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    alone = trainer(toys, old, student, losses[1:])
+    with frozen(old):
+        loss = alone.loss((new.images, labels))
+    expected = sum(term.weight * term.entry(found) for term in losses[1:])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_norm_keeps_its_statistics_where_it_is_frozen(toys, freeze):
+    old, student = toys.two_bn(), toys.two_bn(classes=5)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    made = trainer(toys, old, student, (Term("a", 1.0, CrossEntropy()),), freeze_bn=freeze)
+    with frozen(old):
+        made.step((toys.images(4).images, torch.tensor([3, 4, 3, 4])))
+    after = student.state_dict()
+    for name in ("bn1.running_mean", "bn2.running_var"):
+        assert torch.equal(after[name], before[name]) == freeze
+    assert not torch.equal(after["bn1.weight"], before["bn1.weight"])
+    assert not torch.equal(after["fc.weight"], before["fc.weight"])
+
+
+def test_parts_of_a_step_add_up_to_it(toys):
+    states = []
+    for accumulate in (1, 2):
+        old, student = toys.two_bn(), toys.two_bn(classes=5)
+        losses = (Term("a", 1.0, ReplayDistillation()), Term("b", 1.0, CrossEntropy()))
+        made = trainer(toys, old, student, losses, accumulate=accumulate, clip_norm=None)
+        with frozen(old):
+            new = (toys.images(4).images, torch.tensor([3, 4, 3, 4]))
+            made.step(new, toys.images(4).batch(range(4)))
+        states.append(student.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+def test_the_gradient_is_clipped(toys, monkeypatch):
+    seen = []
+    real = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, norm: seen.append(norm) or real(p, norm)
+    )
+    old, student = toys.two_bn(), toys.two_bn(classes=5)
+    made = trainer(toys, old, student, (Term("a", 1.0, CrossEntropy()),))
+    with frozen(old):
+        made.step((toys.images(4).images, torch.tensor([3, 4, 3, 4])))
+    assert seen == [0.1]
+
+
+def test_mixup_has_no_place():
+    with pytest.raises(ValueError, match="mixup"):
+        IncrementalTraining(augmentation=Augmentation(mixup=1.0))
+
+
+def test_first_outputs(toys):
+    model, x = toys.two_bn(classes=5), torch.randn(2, 3, 8, 8)
+    assert torch.equal(FirstOutputs(model, 3)(x), model(x)[:, :3])
+
+
+# --- sets of images ---------------------------------------------------------------------------
+
+
+def numbered(count, first=0, labels=None):
+    values = torch.arange(first, first + count, dtype=torch.uint8)
+    images = values.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return StoredImages(images, torch.zeros(count).long() if labels is None else labels)
+
+
+def test_joined_sets_keep_the_order_that_is_asked_for():
+    whole = Joined([numbered(3), Shifted(numbered(2, 10), 7), numbered(1, 20)])
+    assert len(whole) == 6
+    stored, labels = whole.batch([5, 0, 4, 3, 2, 0])
+    assert stored[:, 0, 0, 0].tolist() == [20, 0, 11, 10, 2, 0]
+    assert labels.tolist() == [0, 0, 7, 7, 0, 0]
+
+
+def test_images_of_each_class_are_drawn():
+    labels = torch.tensor([2, 0, 2, 2, 0, 1])
+    generator = torch.Generator().manual_seed(0)
+    some = drawn_by_class(numbered(6, labels=labels), 2, generator)
+    stored, found = some.batch(range(len(some)))
+    assert sorted(found.tolist()) == [0, 0, 1, 2, 2]
+    assert torch.equal(labels[stored[:, 0, 0, 0].long()], found)
+
+
+def test_labels_are_read_where_they_are_not_told():
+    class Untold:
+        def __len__(self):
+            return 3
+
+        def batch(self, indices):
+            return torch.zeros(len(indices), 1, 2, 2), torch.tensor(list(indices)) * 2
+
+    assert labels_of(Untold()).tolist() == [0, 2, 4]
+    assert labels_of(Shifted(numbered(2), 5)).tolist() == [5, 5]
+
+
+def test_confusion_matrix_by_hand():
+    labels, predicted = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 0])
+    assert confusion_matrix(predicted, labels, 4) == [
+        [1, 1, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 1, 0],
+        [0, 0, 0, 0],
+    ]
+
+
+def test_eq_11_is_lowest_where_nothing_is_forgotten():
+    # A network that says of the old image what it said, and of the new one its class.
+    sure = torch.tensor([[0.0, LN3, 30]])
+    ideal = step(logits=sure, replay_logits=torch.tensor([[LN3, 0, -30]]))
+    for entry in (ReplayDistillation(), CrossEntropy(), OldDistillation()):
+        assert entry(ideal).item() == pytest.approx(0, abs=1e-6)
+        assert entry(step()).item() > 0.1
+    assert F.softmax(sure, 1)[0, 2] > 0.99
