@@ -3,6 +3,7 @@
 python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test
 python benchmarks/train_teacher.py --torchvision CIFAR100 data --model wrn_40_2 --epochs 100
 python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --quick   # minutes
+python benchmarks/train_teacher.py --torchvision CIFAR10 data --classes bird cat deer  # of all
 
 The result is a teacher, read by
 ``{source: cifar, model: resnet20, weights: runs/teachers/resnet20.safetensors}``.
@@ -36,14 +37,13 @@ from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
 from dreamkit.runner import choose_device
 from dreamkit.sources.folder import Folder
-from dreamkit.sources.torchvision import DatasetImages, TorchvisionDataset
+from dreamkit.sources.torchvision import TorchvisionDataset
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.teachers.cifar_networks import NETWORKS, build_network
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.types import Images, ImageSource, StoredImages
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
-CLASSES = {"CIFAR10": 10, "CIFAR100": 100}
 QUICK_EPOCHS, QUICK_IMAGES = 2, 2048
 AT_ONCE = 1024
 
@@ -51,31 +51,31 @@ AT_ONCE = 1024
 # --- images -----------------------------------------------------------------------------------
 
 
-def open_sources(options: argparse.Namespace) -> tuple[ImageSource, ImageSource, int]:
-    """Return what to train on, what to judge by, and how many classes there are."""
+def open_sources(options: argparse.Namespace) -> tuple[ImageSource, ImageSource, tuple[str, ...]]:
+    """Return what to train on, what to judge by, and the names of the classes."""
+    chosen = None if options.classes is None else tuple(options.classes)
+    train: Folder | TorchvisionDataset
+    test: ImageSource
     if options.torchvision:
         name, root = options.torchvision
-        if name not in CLASSES:
-            raise DreamkitError(f"--torchvision takes {' or '.join(CLASSES)}, not {name}")
-        train, test = (TorchvisionDataset(name, root, {"train": part}) for part in (True, False))
-        return train, test, CLASSES[name]
-    folder = Folder(str(options.train))
-    return folder, Folder(str(options.test)), len(class_folders(options.train))
-
-
-def class_folders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+        train, test = (
+            TorchvisionDataset(name, root, {"train": part}, chosen) for part in (True, False)
+        )
+    else:
+        train = Folder(str(options.train), classes=chosen)
+        test = Folder(str(options.test), classes=chosen)
+    names = train.class_names()
+    if names is None:
+        raise DreamkitError(f"torchvision's {options.torchvision[0]} does not name its classes")
+    return train, test, names
 
 
 def read_data(options: argparse.Namespace) -> tuple[StoredImages, StoredImages, Card]:
     """Read all images into memory (CIFAR-10: 150 MB); mean and std are measured."""
-    training, testing, classes = open_sources(options)
-    neutral = Card("data", (3, options.size, options.size), (0.5,) * 3, (0.5,) * 3, classes, "")
+    training, testing, names = open_sources(options)
+    size = (3, options.size, options.size)
+    neutral = Card("data", size, (0.5,) * 3, (0.5,) * 3, len(names), "", class_names=names)
     opened = training.open(neutral)
-    if isinstance(opened, DatasetImages):
-        names = tuple(map(str, opened.dataset.classes))
-    else:
-        names = class_folders(options.train)
     train = in_memory(opened, options)
     mean, std = mean_and_std(train.images)
     card = Card(
@@ -83,7 +83,7 @@ def read_data(options: argparse.Namespace) -> tuple[StoredImages, StoredImages, 
         input_size=neutral.input_size,
         mean=mean,
         std=std,
-        num_classes=classes,
+        num_classes=len(names),
         class_names=names,
         origin=f"trained on {options.data}",
     )
@@ -191,6 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, metavar="DIR", help="class folders to train on")
     parser.add_argument("--test", type=Path, metavar="DIR", help="class folders to judge by")
     parser.add_argument("--torchvision", nargs=2, metavar=("DATASET", "ROOT"), help="or one of its")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="of them, these alone")
     parser.add_argument("--data", help="what they are, for the card [the name]")
     parser.add_argument("--model", choices=list(NETWORKS), default="resnet20")
     parser.add_argument("--size", type=int, default=32, help="of the images' sides")
@@ -228,17 +229,22 @@ def run(options: argparse.Namespace) -> None:
     if options.data is None:
         folder = "/".join(options.train.resolve().parts[-2:]) if options.train else ""
         options.data = folder or options.torchvision[0]
+        if options.classes is not None:
+            options.data += f" ({', '.join(options.classes)})"
     console.print("reading images")
     images, tested, card = read_data(options)
     precision = settled(options.precision, device, build_network(options.model, 2, 3))
     own = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
     settings = Settings(**own | {"images": len(images), "precision": precision})
     training = Training(settings, card, device, options.compile)
-    checkpoint = options.out / f"{options.model}.unfinished.safetensors"
+    stem = (
+        options.model if options.classes is None else f"{options.model}_{card.num_classes}classes"
+    )
+    checkpoint = options.out / f"{stem}.unfinished.safetensors"
     train(training, (images, tested), checkpoint, options.evaluate_every, console)
     notes = notes_of(training, tested, options.compile, options.command)
     card = replace(card, notes=notes)
-    written = write_teacher(options.out, options.model, training, card)
+    written = write_teacher(options.out, stem, training, card)
     if options.bundle:
         card = replace(card, name=f"bundled/{options.bundle}")
         written = write_teacher(PACKAGE_FOLDER, options.bundle, training, card)

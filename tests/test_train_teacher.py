@@ -159,13 +159,21 @@ def test_torchvisions_data_sets(
     assert card.class_names == tuple(f"class {i}" for i in range(10))
     assert card.mean == tuple(round(level / 255, 4) for level in (224.5, 24.5, 24.5))
 
+    Few.targets = [i % 10 for i in range(50)]
+    some = ["--torchvision", "CIFAR10", str(tmp_path), "--classes", "class 7", "class 2"]
+    train, _, card = script.read_data(script.parse(some))
+    assert card.class_names == ("class 7", "class 2")
+    assert card.num_classes == 2
+    assert train.labels.tolist() == [1, 0] * 5
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --train and --test, or --torchvision"),
         (["--train", "a"], "give --train and --test, or --torchvision"),
-        (["--torchvision", "MNIST", "data"], "--torchvision takes CIFAR10 or CIFAR100, not MNIST"),
+        (["--torchvision", "CIFAR1", "data"], "torchvision has no data set 'CIFAR1'"),
+        (["--train", ".", "--test", ".", "--classes", "x"], "has no class 'x'"),
         (["--torchvision", "CIFAR10", "d", "--quick", "--bundle", "x"], "not for --bundle"),
         (["--train", "missing", "--test", "missing"], "no such folder: missing"),
     ],
