@@ -104,6 +104,9 @@ def open_store(context: RunContext) -> DreamStore:
     if context.synthesizer is None:
         raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
     store = _store(context)
+    store.set_damaged_aside()
+    for note in store.notes:
+        context.log.note(note)
     for batch in store.skipped.values():
         note = f"batch {batch.index} was left out ({batch.reason})"
         if store.state is None:  # else later ones build on its absence

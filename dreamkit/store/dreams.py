@@ -7,20 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreamkit.errors import StoreError
+from dreamkit.flat_state import hash_state
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.types import StoredImages
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
+_HEADER = "dreamkit"
+"""Under this key a file's header tells what the manifest does, should that be lost."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class DreamStore:
     """A folder of safetensors shards, one for each batch, with a manifest.
 
     A shard holds ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 and ``teacher_logits``
-    (N, K) float16. It counts once the manifest names it, and the manifest is replaced whole.
+    (N, K) float16. It counts once the manifest names it, and the manifest is replaced whole. Every
+    file tells what it is itself: from them a manifest that is lost or damaged is made anew.
 
     Args:
         folder: where it lies; made when the first batch is written.
@@ -66,7 +70,8 @@ class DreamStore:
             read whatever is there.
 
     Raises:
-        StoreError: the folder's dreams were made with other settings, or its manifest is damaged.
+        StoreError: the folder's dreams were made with other settings, or its manifest is damaged
+            and so are all shards.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None) -> None:
@@ -78,8 +83,11 @@ class DreamStore:
         self.skipped: dict[int, Skipped] = {}
         """Batches that came to nothing, and are not tried again."""
         self.state: State | None = None
+        self.notes: list[str] = []
+        """What was mended, for the user to know."""
+        self._verified: set[str] = set()
         manifest = folder / MANIFEST
-        if manifest.is_file():
+        if manifest.is_file() or self._written("shard"):
             self._read(manifest, settings)
         elif settings is None:
             raise StoreError(f"{folder} holds no dreams (no {MANIFEST})")
@@ -87,28 +95,107 @@ class DreamStore:
     def _read(self, manifest: Path, settings: dict[str, Any] | None) -> None:
         try:
             data = json.loads(manifest.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise StoreError(
-                    f"{manifest} is of format {data['format']}, and this version of dreamkit reads "
-                    f"{FORMAT}: read it with the version that wrote it"
-                )
-            shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
-            stored, choices = data["settings"], data["choices"]
-            skipped = {entry["index"]: Skipped(**entry) for entry in data["skipped"]}
-            state = None if data["state"] is None else State(**data["state"])
+            self._take(manifest, data)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{manifest} is damaged ({error}); remove the folder") from error
+            self._recover(manifest, error)
         settings = None if settings is None else json.loads(json.dumps(settings))
-        if settings is not None and stored != settings:
+        if settings is not None and self.settings != settings:
+            stored = self.settings
             differing = sorted(k for k in {*stored, *settings} if stored.get(k) != settings.get(k))
             raise StoreError(
                 f"{self.folder} holds dreams made with other settings ({', '.join(differing)}); "
                 "choose another folder with --out"
             )
         if settings is not None:  # the run itself: it can dream again what is gone
-            shards = {i: s for i, s in shards.items() if (self.folder / s.file).is_file()}
+            there = {i: s for i, s in self.shards.items() if (self.folder / s.file).is_file()}
+            self.shards = there
+
+    def _take(self, manifest: Path, data: dict[str, Any]) -> None:
+        if data["format"] != FORMAT:
+            raise StoreError(
+                f"{manifest} is of format {data['format']}, and this version of dreamkit reads "
+                f"{FORMAT}: read it with the version that wrote it"
+            )
+        shards = {entry["index"]: Shard(**entry) for entry in data["shards"]}
+        if any(Path(shard.file).name != shard.file for shard in shards.values()):
+            raise ValueError("a shard lies elsewhere")
+        stored, choices = data["settings"], data["choices"]
+        skipped = {entry["index"]: Skipped(**entry) for entry in data["skipped"]}
+        state = None if data["state"] is None else State(**data["state"])
+        if state is not None and Path(state.file).name != state.file:
+            raise ValueError("the state lies elsewhere")
         self.settings, self.choices, self.shards = stored, choices, shards
         self.skipped, self.state = skipped, state
+
+    # --- what is lost or damaged --------------------------------------------------------------
+
+    def _written(self, kind: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{kind}-*.safetensors"))
+
+    def _recover(self, manifest: Path, reason: Exception) -> None:
+        """Learn from the shards what the manifest told, but for the seconds that they took.
+
+        Raises:
+            StoreError: no shard is intact, or they are of several runs.
+        """
+        found = [told for path in self._written("shard") if (told := _told_by(path)) is not None]
+        if not found or any(told.facts["settings"] != found[0].facts["settings"] for told in found):
+            raise StoreError(
+                f"{manifest} is damaged ({reason}), and the shards beside it do not tell what it "
+                "did; remove the folder"
+            ) from reason
+        self.settings, self.choices = found[0].facts["settings"], found[0].facts["choices"]
+        for told in found:
+            index, loss, r_feature = (told.facts[key] for key in ("index", "loss", "r_feature"))
+            digest, name = _digest(told.path), told.path.name
+            self.shards[index] = Shard(index, name, told.images, digest, 0.0, loss, r_feature)
+        for path in self._written("state"):  # the last one that is intact
+            state = _told_by(path)
+            if state is not None:
+                self.state = State(state.facts["following"], path.name, _digest(path))
+        self.notes.append(f"{manifest} was damaged or gone; {len(found)} shards tell what it did")
+
+    def set_damaged_aside(self) -> None:
+        """Rename shards that are not what the manifest vouches for, to be dreamed again.
+
+        Raises:
+            StoreError: later batches build on such a shard.
+        """
+        damaged = [s for s in self.shards.values() if not self._intact(s.file, s.sha256)]
+        for shard in damaged:
+            path = self.folder / shard.file
+            if self.state is not None:
+                self._open_shard(shard)  # says what is wrong and what to do
+            aside = path.with_name(f"{path.name}.damaged")
+            try:
+                path.replace(aside)
+            except OSError as error:
+                raise StoreError(f"{path} is damaged, and stays: {error.strerror}") from error
+            self.shards = {i: s for i, s in self.shards.items() if s != shard}
+            self.notes.append(
+                f"{path} is damaged: it is set aside as {aside.name}, and its batch is dreamed "
+                "again"
+            )
+
+    def _intact(self, name: str, sha256: str) -> bool:
+        """Whether a file is what the manifest vouches for; looked at once."""
+        if name not in self._verified:
+            try:
+                if _digest(self.folder / name) != sha256:
+                    return False
+            except OSError:
+                return False
+            self._verified.add(name)
+        return True
+
+    def damaged(self) -> list[str]:
+        """Return the names of files that are gone or not what the manifest vouches for."""
+        files = {shard.file: shard.sha256 for shard in self.shards.values()}
+        if self.state is not None:
+            files[self.state.file] = self.state.sha256
+        return [name for name, sha256 in files.items() if not self._intact(name, sha256)]
+
+    # --- reading and writing ------------------------------------------------------------------
 
     def __len__(self) -> int:
         return sum(shard.images for shard in self.shards.values())
@@ -145,7 +232,14 @@ class DreamStore:
             "labels": content.labels.cpu().contiguous(),
             "teacher_logits": content.teacher_logits.to("cpu", torch.float16).contiguous(),
         }
-        blob = safetensors.torch.save(tensors)
+        told = {
+            "index": index,
+            "loss": loss,
+            "r_feature": r_feature,
+            "settings": self.settings,
+            "choices": self.choices,
+        }
+        blob = _saved(tensors, told)
         name = f"shard-{index:06d}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +257,7 @@ class DreamStore:
 
     def _write_state(self, following: int, tensors: Mapping[str, Tensor]) -> State:
         state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        blob = safetensors.torch.save(state)
+        blob = _saved(state, {"following": following})
         name = f"state-{following:06d}.safetensors"
         write_atomically(self.folder / name, blob)
         return State(following, name, hashlib.sha256(blob).hexdigest())
@@ -247,13 +341,45 @@ class DreamStore:
     def _open_file(self, name: str, sha256: str, fix: str) -> dict[str, Tensor]:
         path = self.folder / name
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != sha256:
+            if name not in self._verified and _digest(path) != sha256:
                 raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's; {fix}")
+            self._verified.add(name)
             return safetensors.torch.load_file(path)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _saved(tensors: dict[str, Tensor], told: dict[str, Any]) -> bytes:
+    """Return a file that tells what it is, and vouches for its tensors."""
+    text = json.dumps(told | {"format": FORMAT, "sha256": hash_state(tensors)})
+    blob: bytes = safetensors.torch.save(tensors, {_HEADER: text})
+    return blob
+
+
+class _Told(NamedTuple):
+    """What an intact file tells of itself, and how many images it has."""
+
+    path: Path
+    facts: dict[str, Any]
+    images: int
+
+
+def _told_by(path: Path) -> _Told | None:
+    """Return what a file tells of itself; None if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts["format"] != FORMAT or facts["sha256"] != hash_state(tensors):
+            return None
+        return _Told(path, facts, len(tensors["images"]) if "images" in tensors else 0)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
 
 
 class ShardedImages:

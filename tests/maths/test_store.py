@@ -67,7 +67,7 @@ def test_shard_content_and_dtypes(tmp_path):
 def test_manifest_vouches_for_the_shards(tmp_path):
     filled(tmp_path)
     data = json.loads((tmp_path / "manifest.json").read_text())
-    assert data["format"] == 3
+    assert data["format"] == 4
     assert data["settings"] == SETTINGS
     for index, entry in enumerate(data["shards"]):
         blob = (tmp_path / entry["file"]).read_bytes()
@@ -276,6 +276,106 @@ def test_export_refuses_a_folder_that_is_not_empty(tmp_path):
     with pytest.raises(StoreError, match="not empty"):
         export_dreams(store, out, None)
     assert os.listdir(out) == ["mine.txt"]
+
+
+# --- what is lost or damaged ------------------------------------------------------------------
+
+
+def flip_a_bit(path):
+    blob = bytearray(path.read_bytes())
+    blob[-3] ^= 1
+    path.write_bytes(blob)
+
+
+def manifest_of(folder):
+    data = json.loads((folder / "manifest.json").read_text())
+    for shard in data["shards"]:
+        shard["seconds"] = None
+    return data
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "of zeros"])
+def test_a_manifest_is_made_anew_from_the_shards(tmp_path, damage):
+    store = DreamStore(tmp_path, SETTINGS)
+    store.choices = {"precision": "float32"}
+    for index in range(3):
+        store.write(index, content(index), 1.5, 0.25, 2.0 + index)
+    before, expected = manifest_of(tmp_path), all_images(store)
+    path = tmp_path / "manifest.json"
+    text = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(text[: len(text) // 2] if damage == "cut short" else bytes(len(text)))
+    assert torch.equal(all_images(DreamStore(tmp_path)), expected)  # for readers too
+    again = DreamStore(tmp_path, SETTINGS)
+    assert "3 shards tell what it did" in again.notes[0]
+    assert again.choices == {"precision": "float32"}
+    again.write(3, content(3), 1.5, 0.25, None)
+    after = manifest_of(tmp_path)
+    assert after["shards"][:3] == before["shards"]
+    assert after["settings"] == before["settings"]
+
+
+def test_a_damaged_shard_does_not_come_into_a_new_manifest(tmp_path):
+    filled(tmp_path, 3)
+    (tmp_path / "manifest.json").write_text("{")
+    flip_a_bit(tmp_path / "shard-000001.safetensors")
+    assert sorted(DreamStore(tmp_path, SETTINGS).shards) == [0, 2]
+
+
+def test_shards_of_several_runs_make_no_manifest(tmp_path):
+    filled(tmp_path / "a")
+    DreamStore(tmp_path / "b", SETTINGS | {"seed": 9}).write(2, content(2), 1.0, 0.0, None)
+    name = "shard-000002.safetensors"
+    (tmp_path / "b" / name).replace(tmp_path / "a" / name)
+    assert len(DreamStore(tmp_path / "a", SETTINGS)) == 4  # the manifest does not name it
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="do not tell what it did"):
+        DreamStore(tmp_path / "a", SETTINGS)
+
+
+def test_a_damaged_shard_is_set_aside(tmp_path):
+    filled(tmp_path, 3)
+    flip_a_bit(tmp_path / "shard-000001.safetensors")
+    store = DreamStore(tmp_path, SETTINGS)
+    assert store.damaged() == ["shard-000001.safetensors"]
+    store.set_damaged_aside()
+    assert sorted(store.shards) == [0, 2]
+    assert "shard-000001.safetensors is damaged: it is set aside" in store.notes[0]
+    assert (tmp_path / "shard-000001.safetensors.damaged").is_file()
+    store.write(1, content(1), 1.0, 0.0, None)
+    expected = torch.cat([content(i).images for i in range(3)])
+    assert torch.equal(all_images(DreamStore(tmp_path)), expected)
+
+
+def test_what_later_batches_build_on_is_not_set_aside(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    for index in range(2):
+        store.write(index, content(index), 1.0, 0.0, None, {"w": torch.ones(1)})
+    flip_a_bit(tmp_path / "shard-000000.safetensors")
+    with pytest.raises(StoreError, match="remove the folder: later batches build on it"):
+        DreamStore(tmp_path, SETTINGS).set_damaged_aside()
+    assert (tmp_path / "shard-000000.safetensors").is_file()
+
+
+def test_a_state_is_found_without_the_manifest(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    for index in range(2):
+        store.write(index, content(index), 1.0, 0.0, None, {"w": torch.full((1,), 5.0 + index)})
+    (tmp_path / "manifest.json").unlink()
+    assert DreamStore(tmp_path, SETTINGS).read_state()["w"].item() == 6
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd"])
+def test_a_manifest_that_points_elsewhere_vouches_for_nothing(tmp_path, file):
+    filled(tmp_path / "dreams", 1)
+    path = tmp_path / "dreams" / "manifest.json"
+    data = json.loads(path.read_text())
+    data["shards"][0]["file"] = file
+    path.write_text(json.dumps(data))
+    store = DreamStore(tmp_path / "dreams", SETTINGS)
+    assert [shard.file for shard in store.shards.values()] == ["shard-000000.safetensors"]
 
 
 # --- as a source ------------------------------------------------------------------------------
