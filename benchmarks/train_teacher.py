@@ -32,10 +32,10 @@ from torch import Tensor
 from dreamkit.applications.dreaming import format_duration
 from dreamkit.arithmetic import settled
 from dreamkit.card import Card
+from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
-from dreamkit.runner import choose_device
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import TorchvisionDataset
 from dreamkit.store.atomic import write_atomically, write_json

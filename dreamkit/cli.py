@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,21 +109,24 @@ def run(
     from dreamkit.recipe import read_recipe
     from dreamkit.runner import default_folder, dry_run
     from dreamkit.runner import run as run_recipe
+    from dreamkit.stopping import Stop
     from dreamkit.store.run_directory import read_report
 
     loaded = read_recipe(recipe, build_registries, preset, set_ or [])
     _warn(loaded.registries)
+    folder, stop = out or default_folder(loaded), Stop()
     try:
-        folder = out or default_folder(loaded)
         if dry:
             dry_run(loaded, folder, Console())
-        else:
-            run_recipe(loaded, folder, Console(), resume)
-            if read_report(folder).get("failures"):
-                raise typer.Exit(1)
+            return
+        with stop.listening():
+            run_recipe(loaded, folder, Console(), resume, stop.check)
     except KeyboardInterrupt:
-        print("interrupted: finished batches are kept, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        again = shlex.join(["dreamkit", *sys.argv[1:]])
+        print(f"interrupted: what was finished is kept; go on with\n  {again}", file=sys.stderr)
+        raise typer.Exit(stop.status) from None
+    if read_report(folder).get("failures"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -308,6 +312,22 @@ def export(
 
 
 @app.command()
+def verify(
+    run_directory: Annotated[Path, typer.Argument(help="A run's directory, finished or not")],
+) -> None:
+    """Check a run's dreams, students and checkpoints against their SHA-256; exit status 1 if not.
+
+    Example:
+
+        dreamkit verify runs/quickstart
+    """
+    from dreamkit.verifying import show_findings, verify_run
+
+    if not show_findings(verify_run(run_directory), Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(
     teacher: Annotated[str, typer.Argument(metavar="SOURCE:MODEL", help="E.g. timm:resnet50")],
     weights: Annotated[
@@ -325,8 +345,8 @@ def doctor(
 
         dreamkit doctor timm:hrnet_w18_small --batch-size 2
     """
+    from dreamkit.devices import choose_device
     from dreamkit.doctor import diagnose, show_diagnosis
-    from dreamkit.runner import choose_device
     from dreamkit.teacher_bench import load_named
 
     found = load_named(_registries(None), "TEACHER", teacher, weights)

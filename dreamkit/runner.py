@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dreamkit.applications.dreaming import estimate_synthesis
+from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog
@@ -24,7 +26,13 @@ def default_folder(loaded: LoadedRecipe) -> Path:
     return Path("runs") / (f"{name}-{loaded.preset}" if loaded.preset else name)
 
 
-def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = False) -> Path:
+def run(
+    loaded: LoadedRecipe,
+    folder: Path,
+    console: Console,
+    resume: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """Run a recipe in a folder, going on with what an interrupted run of it left.
 
     Args:
@@ -32,6 +40,7 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
         folder: the run directory.
         console: where progress and the result are shown.
         resume: refuse to start afresh.
+        check: called between steps; raises KeyboardInterrupt if the run is to stop.
 
     Returns:
         The run directory. A finished run is left as it is.
@@ -49,7 +58,7 @@ def run(loaded: LoadedRecipe, folder: Path, console: Console, resume: bool = Fal
         show(read_report(folder), folder, console)
         return folder
     try:
-        _run(loaded, directory, console)
+        _run(loaded, directory, console, check)
     except DreamkitError as error:
         raise loaded.placed(error) from error
     return folder
@@ -109,14 +118,18 @@ def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
     )
 
 
-def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> None:
+def _run(
+    loaded: LoadedRecipe, directory: RunDirectory, console: Console, check: Callable[[], None]
+) -> None:
     recipe, folder = loaded.recipe, directory.folder
-    log = FileLog(folder, console, recipe.trackers)
+    log = FileLog(folder, console, recipe.trackers, check)
     context = _context(loaded, folder, log)
     teacher = context.teacher
-    directory.claim()
-    log.open()
+    abandoned = directory.claim()
     try:
+        log.open()
+        if abandoned is not None and directory.started:
+            log.note(f"going on after {abandoned}, which ended without finishing")
         for tracker in recipe.trackers:
             tracker.start(folder, context.recipe)
         console.print(
@@ -130,15 +143,17 @@ def _run(loaded: LoadedRecipe, directory: RunDirectory, console: Console) -> Non
             recipe.application.run(context)
         for tracker in recipe.trackers:
             tracker.finish(context.metrics)
+        report = build_report(loaded, context, log)
+        log.close()
+        write_pages(report, directory)
+        shutil.rmtree(folder / RunContext.CHECKPOINTS, ignore_errors=True)
     except DreamkitError:
         log.close()
         directory.withdraw()
         raise
     finally:
         log.close()
-    report = build_report(loaded, context, log)
-    write_pages(report, directory)
-    shutil.rmtree(folder / RunContext.CHECKPOINTS, ignore_errors=True)
+        directory.release()
     show(report, folder, console)
 
 
@@ -164,24 +179,6 @@ def _note_limits(context: RunContext) -> None:
             "no evaluation images: accuracy on real data is unknown; how often the student agrees "
             "with the teacher is measured on the images it was trained on"
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device a recipe asks for; ``auto`` is CUDA, else MPS, else the CPU.
-
-    Raises:
-        DreamkitError: torch does not see the device that was asked for.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
-    seen = {"cpu": True, "mps": torch.backends.mps.is_available()}
-    available = seen.get(device.type, (device.index or 0) < torch.cuda.device_count())
-    if not available:
-        raise DreamkitError(f"torch sees no device '{name}'; use auto or cpu", ("device",))
-    return device
 
 
 def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBackend:

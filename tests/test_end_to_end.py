@@ -123,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_dreams(tmp_path, invoke, monkeyp
     command = ("run", str(QUICKSTART), *SMALL, "--out", str(parts))
     code, _, err = invoke(*command)
     assert code == 130
-    assert "the same command goes on" in err
+    assert "what was finished is kept; go on with\n  dreamkit run " in err
     code, out, _ = invoke(*command, "--resume")
     assert code == 0
     assert "1 of 3 batches kept" in out

@@ -10,8 +10,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version"},
-    {"recipe", "registry", "model_state", "importing", "arithmetic", "compilation", "flat_state"},
+    {"types", "card", "errors", "version", "stopping"},
+    {
+        "recipe",
+        "registry",
+        "model_state",
+        "importing",
+        "arithmetic",
+        "compilation",
+        "flat_state",
+        "devices",
+    },
     {
         *(
             "regularizers",
@@ -37,6 +46,7 @@ LAYERS = (
         "exporting",
         "doctor",
         "lut_building",
+        "verifying",
     },
     {"cli", "__main__"},
 )

@@ -148,7 +148,8 @@ class Growth:
         elif plan.index in store.skipped:
             content = None
         else:
-            content = self.dreams.batch(plan, lambda done: None)
+            check = self.dreams.context.log.check
+            content = self.dreams.batch(plan, lambda done: check())
         if content is not None:
             self.pool.add(content)
         self.batches += 1

@@ -202,13 +202,17 @@ class _Teaching:
                 start = time.perf_counter()
                 loss = self.trainer.step(*self._batches())
                 done += 1
-                advance(done)
                 if done % every == 0 or done == self.total:
                     log.record(self.stage, done, {"loss": float(loss)})
                 self.seconds += time.perf_counter() - start
                 self._look(done)
                 if time.perf_counter() - self.saved > CHECKPOINT_SECONDS or done == self.total:
                     self._save()
+                try:
+                    advance(done)
+                except KeyboardInterrupt:  # between two steps: nothing is half done
+                    self._save()
+                    raise
         start = time.perf_counter()
         self.trainer.finish(self.pools[0])
         self.seconds += time.perf_counter() - start

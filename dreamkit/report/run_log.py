@@ -36,9 +36,17 @@ class FileLog:
         folder: the run directory; an earlier part of the same run is continued.
         console: where people look.
         trackers: fed every record.
+        check: raises KeyboardInterrupt if the run is to stop.
     """
 
-    def __init__(self, folder: Path, console: Console, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        trackers: Sequence[Tracker] = (),
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.check = check
         self.path = folder / "log.jsonl"
         self.console = console
         self.trackers = trackers
@@ -96,6 +104,13 @@ class FileLog:
         self.notes.append(text)
         self.console.print(f"note: {text}", markup=False, highlight=False)
 
+    def _checked(self, show: Callable[[int], None]) -> Callable[[int], None]:
+        def advance(done: int) -> None:
+            show(done)
+            self.check()
+
+        return advance
+
     @contextmanager
     def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a bar with the time left on a terminal, a line every few seconds elsewhere."""
@@ -104,9 +119,9 @@ class FileLog:
             if self.console.is_terminal:
                 with _bar(self.console) as bar:
                     task = bar.add_task(stage, total=total)
-                    yield lambda done: bar.update(task, completed=done)
+                    yield self._checked(lambda done: bar.update(task, completed=done))
             else:
-                yield _PlainProgress(self.console, stage, total)
+                yield self._checked(_PlainProgress(self.console, stage, total))
         finally:
             seconds = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

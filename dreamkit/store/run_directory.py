@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamkit.errors import RunDirectoryError
 from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.store.lock import LOCK, OWNER, RunLock
 from dreamkit.types import RunContext
 
 RECIPE = "recipe.resolved.yaml"
@@ -38,7 +39,12 @@ class RunDirectory:
                 f"application.images={{source: dreams, path: {folder}}}"
             )
         try:
-            foreign = present is None and folder.is_dir() and any(folder.iterdir())
+            own = {LOCK, OWNER}
+            foreign = (
+                present is None
+                and folder.is_dir()
+                and any(entry.name not in own for entry in folder.iterdir())
+            )
         except OSError as error:
             raise RunDirectoryError(
                 f"{folder} cannot be read: {error.strerror}; {_ELSEWHERE}"
@@ -47,19 +53,28 @@ class RunDirectory:
             raise RunDirectoryError(f"{folder} is not empty and not a run; {_ELSEWHERE}")
         self.recipe_yaml = recipe_yaml
         self.started = present is not None
+        self._lock = RunLock(folder)
 
-    def claim(self) -> None:
-        """Make the folder and write the recipe into it.
+    def claim(self) -> str | None:
+        """Make the folder, lock it and write the recipe into it.
+
+        Returns:
+            What process ended in it without giving it back, as ``RunLock.acquire`` tells.
 
         Raises:
-            RunDirectoryError: the folder cannot be written to; nothing is left behind then.
+            RunDirectoryError: another process runs in it, or it cannot be written to; nothing is
+                left behind then.
         """
         missing = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            before = self._lock.acquire()
             write_atomically(self.folder / RECIPE, self.recipe_yaml.encode())
         except (OSError, RunDirectoryError) as error:
+            self.release()
             for folder in missing:
+                with contextlib.suppress(OSError):
+                    (folder / LOCK).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             if isinstance(error, RunDirectoryError):
@@ -67,6 +82,11 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.folder} cannot be made: {error.strerror}; {_ELSEWHERE}"
             ) from error
+        return before
+
+    def release(self) -> None:
+        """Let other processes run in the folder."""
+        self._lock.release()
 
     def withdraw(self) -> None:
         """Give up a claim of this process whose run came to nothing: no dreams, no student.

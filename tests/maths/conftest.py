@@ -235,6 +235,9 @@ class SilentLog:
     def note(self, text):
         self.notes.append(text)
 
+    def check(self):
+        pass
+
     def progress(self, stage, total):
         import contextlib
 

@@ -1,0 +1,278 @@
+"""Runs that are stopped, killed, started twice, or whose files are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DISTILL = ROOT / "recipes" / "digits" / "distill.yaml"
+RUN = [sys.executable, "-m", "dreamkit", "run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+# Adaptive, so that dreaming and training take turns; seconds long, so that there is time to kill.
+ADAPTIVE = [str(DISTILL), "--preset", "adaptive", "--set", "evaluation=null", "--set"]
+ADAPTIVE += ["synthesis={images: 128, batch_size: 16, stages: [{steps: 30}]}", "--set"]
+ADAPTIVE += ["application.training={steps: 160, batch_size: 32, warmup: 0}", "--set"]
+ADAPTIVE += ["application.adaptive={every: 20}"]
+
+
+def start(folder: Path, recipe: list[str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RUN, *(recipe or ADAPTIVE), "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """Return what a run came to, byte for byte."""
+    files = [*folder.glob("**/dreams/shard-*"), *folder.glob("**/student/*.safetensors")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(folder)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    found = kept(folder)
+    assert len(found) == 9
+    return found
+
+
+# --- stopped ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_goes_on_to_the_same_student(tmp_path, undisturbed, number):
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "dreams" / "shard-000003.safetensors")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopping after this step" in err
+    assert f"go on with\n  dreamkit run {DISTILL} --preset adaptive" in err
+    assert "Traceback" not in err
+    assert (folder / "checkpoints").is_dir()
+    process = start(folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "going on from step" in out
+    assert kept(folder) == undisturbed
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, [*ADAPTIVE, "--set", "synthesis.stages=[{steps: 100000}]"])
+    wait_for(folder / "log.jsonl")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+
+
+def test_a_finished_run_does_nothing(tmp_path, invoke, tiny, recipe_file):
+    file = recipe_file(tiny)
+    assert invoke("run", file, "--out", tmp_path / "run")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    code, out, _ = invoke("run", file, "--out", tmp_path / "run")
+    assert code == 0
+    assert "already holds this recipe's finished run" in out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+# --- killed -----------------------------------------------------------------------------------
+
+
+def kill_and_go_on(folder: Path, after: float) -> str:
+    """Kill a run some seconds after it began to write, and let it end; return what it said."""
+    process = start(folder)
+    wait_for(folder / "log.jsonl")
+    time.sleep(after)
+    process.kill()
+    process.communicate()
+    assert process.returncode in {0, -signal.SIGKILL}
+    process = start(folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_a_killed_run_ends_the_same(tmp_path, undisturbed):
+    out = kill_and_go_on(tmp_path / "run", 1.5)
+    assert "which ended without finishing" in out
+    assert kept(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(tmp_path, undisturbed):
+    draw = random.Random(0)
+    process, begun = start(tmp_path / "timed"), time.monotonic()
+    wait_for(tmp_path / "timed" / "log.jsonl")
+    begun = time.monotonic()
+    process.communicate(timeout=120)
+    whole = time.monotonic() - begun
+    recovered = 0
+    for number in range(30):
+        folder = tmp_path / str(number)
+        kill_and_go_on(folder, draw.uniform(0, whole))
+        assert kept(folder) == undisturbed, f"kill {number}"
+        recovered += 1
+    assert recovered == 30
+
+
+# --- started twice ----------------------------------------------------------------------------
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dreamkit.store.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_processes_in_one_folder(tmp_path, invoke, tiny, recipe_file):
+    folder, file = tmp_path / "run", recipe_file(tiny)
+    folder.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        code, _, err = invoke("run", file, "--out", folder)
+        assert code == 2
+        assert f"is in use by process {holder.pid} on {os.uname().nodename}" in err
+        assert not (folder / "recipe.resolved.yaml").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (folder / ".owner.json").is_file()  # a stale lock
+    code, _, err = invoke("run", file, "--out", folder)
+    assert code == 0, err
+    assert not (folder / ".owner.json").exists()
+    assert invoke("run", file, "--out", folder)[0] == 0
+
+
+# --- damaged ----------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path) -> None:
+    blob = bytearray(path.read_bytes())
+    blob[-3] ^= 1
+    path.write_bytes(blob)
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "report.json").unlink()
+
+
+@pytest.fixture
+def done(tmp_path, invoke, tiny, recipe_file):
+    """Return a finished run of three batches, and the recipe's file."""
+    tiny["synthesis"]["images"] = 12
+    file = recipe_file(tiny)
+    assert invoke("run", file, "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run", file
+
+
+def test_a_damaged_shard_is_dreamed_again(done, invoke):
+    folder, file = done
+    before = kept(folder)
+    flip_a_bit(folder / "dreams" / "shard-000001.safetensors")
+    code, out, _ = invoke("verify", folder)
+    assert code == 1
+    assert "shard-000001.safetensors" in out
+    assert "its SHA-256 is not the manifest's" in out
+    unfinished(folder)
+    code, out, err = invoke("run", file, "--out", folder)
+    assert code == 0, err
+    assert "shard-000001.safetensors is damaged: it is set aside" in out
+    assert {k: v for k, v in kept(folder).items() if not k.endswith("damaged")} == before
+    assert invoke("verify", folder)[0] == 0
+
+
+def test_a_manifest_cut_short_costs_nothing(done, invoke):
+    folder, file = done
+    before = kept(folder)
+    manifest = folder / "dreams" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    assert invoke("verify", folder)[0] == 1
+    unfinished(folder)
+    code, out, err = invoke("run", file, "--out", folder)
+    assert code == 0, err
+    assert "3 shards tell what it did" in out
+    assert kept(folder) == before
+
+
+def test_verify_reads_everything(tmp_path, invoke):
+    folder = tmp_path / "run"
+    small = ["--preset", "smoke"]
+    assert invoke("run", DISTILL, *small, "--out", folder)[0] == 0
+    code, out, _ = invoke("verify", folder)
+    assert code == 0
+    for what in ("batches of dreams", "a student", "the report"):
+        assert what in out
+    flip_a_bit(folder / "student" / "model.safetensors")
+    code, out, _ = invoke("verify", folder)
+    assert code == 1
+    assert "1 damaged" in out
+
+
+def test_verify_of_a_checkpoint(tmp_path, invoke, undisturbed):
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "dreams" / "shard-000002.safetensors")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    code, out, _ = invoke("verify", folder)
+    assert code == 0
+    assert "a checkpoint" in out
+    flip_a_bit(next((folder / "checkpoints").iterdir()))
+    assert invoke("verify", folder)[0] == 1
+    code, _, err = invoke("run", *ADAPTIVE, "--out", folder)
+    assert code == 2
+    assert "delete it" in err
+
+
+def test_no_run_to_verify(tmp_path, invoke):
+    code, _, err = invoke("verify", tmp_path)
+    assert code == 2
+    assert "holds no run" in err
+
+
+def test_the_owner_file_is_json(tmp_path):
+    from dreamkit.store.lock import OWNER, RunLock
+
+    lock = RunLock(tmp_path)
+    assert lock.acquire() is None
+    told = json.loads((tmp_path / OWNER).read_text())
+    assert told == {"host": os.uname().nodename, "pid": os.getpid()}
+    lock.release()
+    assert not (tmp_path / OWNER).exists()
