@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def main() -> None:
     try:
         app()
     except DreamkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -106,6 +108,7 @@ def run(
 
         dreamkit run my.yaml --set synthesis.images=64 --out runs/try
     """
+    from dreamkit import distributed
     from dreamkit.recipe import read_recipe
     from dreamkit.runner import default_folder, dry_run
     from dreamkit.runner import run as run_recipe
@@ -119,9 +122,12 @@ def run(
         if dry:
             dry_run(loaded, folder, Console())
             return
-        with stop.listening():
-            run_recipe(loaded, folder, Console(), resume, stop.check)
+        with stop.listening(), distributed.ranks():
+            console = Console(quiet=not distributed.is_first())
+            run_recipe(loaded, folder, console, resume, stop.asked)
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(stop.status) from None
         again = shlex.join(["dreamkit", *sys.argv[1:]])
         print(f"interrupted: what was finished is kept; go on with\n  {again}", file=sys.stderr)
         raise typer.Exit(stop.status) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dreamkit.distributed import local_rank, size
 from dreamkit.errors import DreamkitError
 
 
@@ -15,7 +16,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", local_rank()) if size() > 1 else torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     seen = {"cpu": True, "mps": torch.backends.mps.is_available()}

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from dreamkit import distributed
 from dreamkit.applications.dreaming import estimate_synthesis
 from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
+from dreamkit.latency.first_rank import FirstRank
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog
 from dreamkit.run_report import build_report, show, write_pages
@@ -31,7 +33,7 @@ def run(
     folder: Path,
     console: Console,
     resume: bool = False,
-    check: Callable[[], None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Run a recipe in a folder, going on with what an interrupted run of it left.
 
@@ -40,7 +42,7 @@ def run(
         folder: the run directory.
         console: where progress and the result are shown.
         resume: refuse to start afresh.
-        check: called between steps; raises KeyboardInterrupt if the run is to stop.
+        stopping: asked between steps whether the run is to stop.
 
     Returns:
         The run directory. A finished run is left as it is.
@@ -49,6 +51,7 @@ def run(
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
     directory = RunDirectory(folder, loaded.resolved_yaml())
+    distributed.together()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
@@ -58,7 +61,7 @@ def run(
         show(read_report(folder), folder, console)
         return folder
     try:
-        _run(loaded, directory, console, check)
+        _run(loaded, directory, console, stopping)
     except DreamkitError as error:
         raise loaded.placed(error) from error
     return folder
@@ -105,6 +108,7 @@ def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
     teacher.model.to(device)
+    latency = recipe.latency or default_backend(loaded, device)
     return RunContext(
         recipe=loaded.root.plain(),
         seed=recipe.seed,
@@ -113,48 +117,46 @@ def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
         teacher=teacher,
         synthesizer=recipe.synthesis,
         evaluation=evaluation,
-        latency=recipe.latency or default_backend(loaded, device),
+        latency=latency if distributed.size() == 1 else FirstRank(latency),
         log=log,
     )
 
 
 def _run(
-    loaded: LoadedRecipe, directory: RunDirectory, console: Console, check: Callable[[], None]
+    loaded: LoadedRecipe, directory: RunDirectory, console: Console, stopping: Callable[[], bool]
 ) -> None:
-    recipe, folder = loaded.recipe, directory.folder
-    log = FileLog(folder, console, recipe.trackers, check)
-    context = _context(loaded, folder, log)
-    teacher = context.teacher
-    abandoned = directory.claim()
+    recipe, first = loaded.recipe, distributed.is_first()
+    trackers = recipe.trackers if first else ()
+    log = FileLog(directory.folder, console, trackers, stopping)
+    with distributed.first_before_others():
+        context = _context(loaded, directory.folder, log)
+    abandoned = directory.claim() if first else None
+    distributed.together()
     try:
         log.open()
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
-        for tracker in recipe.trackers:
-            tracker.start(folder, context.recipe)
-        console.print(
-            f"{recipe.name}: teacher {teacher.card.name} ({teacher.card.origin}), on "
-            f"{context.device}, into {folder}",
-            highlight=False,
-            markup=False,
-        )
-        _note_limits(context)
+        for tracker in trackers:
+            tracker.start(directory.folder, context.recipe)
+        _say_what(loaded, context, console)
         with placed("application", always=False):
             recipe.application.run(context)
-        for tracker in recipe.trackers:
+        for tracker in trackers:
             tracker.finish(context.metrics)
-        report = build_report(loaded, context, log)
-        log.close()
-        write_pages(report, directory)
-        shutil.rmtree(folder / RunContext.CHECKPOINTS, ignore_errors=True)
+        if first:
+            report = build_report(loaded, context, log)
+            write_pages(report, directory)
+            shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
+            show(report, directory.folder, console)
     except DreamkitError:
         log.close()
-        directory.withdraw()
+        if first:
+            directory.withdraw()
         raise
     finally:
         log.close()
         directory.release()
-    show(report, folder, console)
+    distributed.together()
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
@@ -168,7 +170,15 @@ def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
         return images
 
 
-def _note_limits(context: RunContext) -> None:
+def _say_what(loaded: LoadedRecipe, context: RunContext, console: Console) -> None:
+    card, ranks = context.teacher.card, distributed.size()
+    where = f"{context.device}" if ranks == 1 else f"{ranks} ranks, the first on {context.device}"
+    console.print(
+        f"{loaded.recipe.name}: teacher {card.name} ({card.origin}), on {where}, into "
+        f"{context.folder}",
+        highlight=False,
+        markup=False,
+    )
     if not context.teacher.card.trained:
         context.log.note(
             "the teacher's weights are random: this run shows the mechanics only, and its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -36,12 +37,12 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # not once for every rank
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came."""
-        if self.signal is not None:
-            raise KeyboardInterrupt
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
 
     @property
     def status(self) -> int:

@@ -485,13 +485,14 @@ class RunLog(Protocol):
         """Say something the user must know; it also stands in the report."""
 
     def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show progress of ``total`` units; the callable takes how many are done. Times it.
+        """Show progress of ``total`` units; the callable takes how many are done. Times it."""
 
-        The callable ends a run that is to stop, as ``check`` does: call it where nothing is lost.
+    def check(self, together: bool = False) -> None:
+        """Raise KeyboardInterrupt if the run is to stop; call it where nothing is lost by that.
+
+        Args:
+            together: every rank comes here, and stops if one is to.
         """
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if the run is to stop."""
 
 
 @dataclass

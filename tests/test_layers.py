@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping"},
+    {"types", "card", "errors", "version", "stopping", "distributed"},
     {
         "recipe",
         "registry",

@@ -119,6 +119,11 @@ class Growth:
                 f"dreaming {self.options.batches} batches against the student as it is"
             )
         until = min(self.batches + self.options.batches, len(self.dreams.plans))
+        store, check = self.dreams.store, self.dreams.context.log.check
+        coming = self.dreams.plans[self.batches : until]
+        done = {*store.shards, *store.skipped}
+        lacking = [plan for plan in coming if plan.index not in done]
+        self.dreams.batches(lacking, lambda plan, done: check())
         while self.batches < until:
             self._merge()
         if len(self.pool) == 0:
@@ -144,14 +149,7 @@ class Growth:
     def _merge(self) -> None:
         plan, store = self.dreams.plans[self.batches], self.dreams.store
         if plan.index in store.shards:
-            content = store.read(plan.index)
-        elif plan.index in store.skipped:
-            content = None
-        else:
-            check = self.dreams.context.log.check
-            content = self.dreams.batch(plan, lambda done: check())
-        if content is not None:
-            self.pool.add(content)
+            self.pool.add(store.read(plan.index))
         self.batches += 1
 
 

@@ -401,8 +401,8 @@ class _StepLog:
     def note(self, text: str) -> None:
         self.log.note(self.prefix + text)
 
-    def check(self) -> None:
-        self.log.check()
+    def check(self, together: bool = False) -> None:
+        self.log.check(together)
 
     def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return self.log.progress(self.prefix + stage, total)

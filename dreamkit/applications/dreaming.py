@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -69,17 +70,17 @@ def dream_into_store(context: RunContext) -> ShardedImages:
         with dreaming(context, store) as work:
             missing = work.missing()
             with context.log.progress("synthesis", len(missing) * steps) as advance:
-                for number, plan in enumerate(missing):
-                    work.batch(plan, partial(_advance, advance, number * steps))
-                    advance((number + 1) * steps)  # a batch may stop early
+                places = {plan.index: place for place, plan in enumerate(missing)}
+
+                def on_step(plan: BatchPlan, done: int) -> None:
+                    advance(places[plan.index] * steps + done)  # other ranks' may be between
+                    context.log.check()
+
+                work.batches(missing, on_step)
     if len(store) == 0:
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
     report_synthesis(context, store)
     return store.open()
-
-
-def _advance(advance: Callable[[int], None], before: int, done: int) -> None:
-    advance(before + done)
 
 
 def report_synthesis(context: RunContext, store: DreamStore) -> None:
@@ -103,8 +104,10 @@ def open_store(context: RunContext) -> DreamStore:
     """
     if context.synthesizer is None:
         raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
-    store = _store(context)
-    store.set_damaged_aside()
+    with distributed.first_before_others():
+        store = _store(context)
+        if distributed.is_first():
+            store.mend()
     for note in store.notes:
         context.log.note(note)
     for batch in store.skipped.values():
@@ -187,11 +190,37 @@ class Dreaming:
         )
         return cost
 
-    def batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> StoredImages | None:
-        """Dream one batch into the store, and return it; None if it came to nothing."""
-        log, index = self.context.log, plan.index
+    def batches(
+        self, plans: Sequence[BatchPlan], on_step: Callable[[BatchPlan, int], None]
+    ) -> None:
+        """Dream batches into the store, each by the rank that comes to it first.
+
+        Args:
+            plans: the same on every rank.
+            on_step: told the batch, and how many of its steps are done.
+        """
+        if not plans:
+            return
+        if self.dreamer.state():  # each batch builds on the one before
+            mine: Iterable[BatchPlan] = plans if distributed.is_first() else ()
+        else:
+            name = f"{self.store.folder} {plans[0].index} {len(plans)}"
+            mine = distributed.drawn_from(plans, name)
+        for plan in mine:
+            self._batch(plan, partial(on_step, plan))
+            on_step(plan, self.steps)  # it may have stopped early
+        if distributed.size() > 1:
+            self.store.merge(distributed.gathered(self.store))
+
+    @property
+    def steps(self) -> int:
+        """How many steps a batch has."""
         assert self.context.synthesizer is not None
-        steps = self.context.synthesizer.steps_per_batch
+        return self.context.synthesizer.steps_per_batch
+
+    def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
+        """Dream one batch into the store, or note that it came to nothing."""
+        log, index, steps = self.context.log, plan.index, self.steps
         every = max(1, steps // _CURVE_POINTS)
 
         def on_step(done: int, terms: Mapping[str, Tensor]) -> None:
@@ -206,7 +235,7 @@ class Dreaming:
         except NonFiniteLoss as error:
             log.note(f"batch {index} is left out: {error.message}")
             self.store.skip(index, plan.size, error.message)
-            return None
+            return
         content, per_layer = judge(dream, self.context.teacher)
         r_feature = sum(per_layer.values()) if per_layer else None
         seconds = time.perf_counter() - start
@@ -215,7 +244,6 @@ class Dreaming:
         if r_feature is not None:
             log.record("batches", index, {"r_feature": r_feature})
             log.record("r_feature by layer", index, per_layer)
-        return content
 
 
 @contextmanager
@@ -231,17 +259,21 @@ def dreaming(
     """
     log, synthesizer = context.log, context.synthesizer
     assert synthesizer is not None
+    # What is left to the machine is settled by the first rank, for the rest to do likewise.
+    settled = store.choices if distributed.is_first() else distributed.agreed(store.choices)
     with synthesizer.session(
-        context.teacher, context.device, store.choices, log.note, student
+        context.teacher, context.device, settled, log.note, student
     ) as dreamer:
         work = Dreaming(context, store, dreamer)
         if work.missing():
             work.estimate()
+        if distributed.is_first():
+            distributed.agreed(dict(dreamer.choices))
         state = store.read_state()
         if state:
             dreamer.restore(state)
         if not store.choices:
-            store.choices = dict(dreamer.choices)
+            store.choices = dict(settled or dreamer.choices)
         elif store.choices != dreamer.choices:
             log.note(
                 f"the dreams that are kept were made with {store.choices}, and the rest are made "

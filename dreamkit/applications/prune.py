@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit import distributed
 from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.budget import TOLERANCE, Budget, Target
 from dreamkit.applications.dreaming import student_folder
@@ -236,6 +237,7 @@ class _Pruning:
                 if self.table.points:
                     write_json(context.folder / LUT_FILE, self.table.to_json())
                 self._save()
+                context.log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))
         context.metrics["pruning.seconds"] = self.seconds
         context.metrics["pruned.rounds"] = self.rounds
@@ -246,7 +248,7 @@ class _Pruning:
         """Rank, remove, recalibrate, perhaps recover; return how many channels went."""
         options, context = self.options, self.context
         groups, _ = self.graph.groups()
-        chosen = self._choose(groups)
+        chosen = distributed.agreed(self._choose(groups))
         if not chosen:
             self._give_up()
         for parameter in self.student.parameters():

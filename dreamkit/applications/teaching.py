@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreamkit import distributed
 from dreamkit.applications.adaptive import Adaptive, Growth, growing
 from dreamkit.applications.dreaming import images_for, report_synthesis
-from dreamkit.errors import StoreError, placed
+from dreamkit.errors import DreamkitError, StoreError, placed
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
@@ -184,6 +185,7 @@ class _Teaching:
             seed = context.seed + 2 * number  # the trainer's own is between
             generator = torch.Generator().manual_seed(seed)
             self.draws.append(Draws(trainer.options.batch_size, generator))
+        self._share = 1.0
         self.seconds = 0.0
         self.saved = time.perf_counter()
 
@@ -200,7 +202,7 @@ class _Teaching:
                 if self.growth is not None and self.growth.due(done):
                     self._grow(self.growth)
                 start = time.perf_counter()
-                loss = self.trainer.step(*self._batches())
+                loss = self.trainer.step(*self._batches(), share=self._share)
                 done += 1
                 if done % every == 0 or done == self.total:
                     log.record(self.stage, done, {"loss": float(loss)})
@@ -208,8 +210,9 @@ class _Teaching:
                 self._look(done)
                 if time.perf_counter() - self.saved > CHECKPOINT_SECONDS or done == self.total:
                     self._save()
+                advance(done)
                 try:
-                    advance(done)
+                    log.check(together=True)
                 except KeyboardInterrupt:  # between two steps: nothing is half done
                     self._save()
                     raise
@@ -230,14 +233,29 @@ class _Teaching:
         self.context.log.record("pool", self.trainer.done, {"images": len(growth.pool)})
 
     def _batches(self) -> list[Batch]:
-        pairs = zip(self.pools, self.draws, strict=True)
-        return [pool.batch(draws.next()) for pool, draws in pairs]
+        """Return this rank's part of the next batch of every set."""
+        rank, ranks = distributed.rank(), distributed.size()
+        found = []
+        for number, (pool, draws) in enumerate(zip(self.pools, self.draws, strict=True)):
+            drawn = draws.next()
+            mine = drawn[rank::ranks]
+            if len(drawn) < 2 * ranks and ranks > 1:
+                raise DreamkitError(
+                    f"{len(drawn)} images in a batch leave {ranks} ranks less than two each: give "
+                    "it more, or use fewer ranks",
+                    ("batch_size",),
+                )
+            if number == 0:
+                self._share = len(mine) * ranks / len(drawn)
+            found.append(pool.batch(mine))
+        return found
 
     def _look(self, done: int) -> None:
         """Measure the accuracy on evaluation images, where that is asked for."""
         images, every = self.context.evaluation, self.trainer.options.evaluate_every
         if images is None or every is None or (done % every and done != self.total):
             return
+        self.trainer.agree()
         model, card = self.trainer.current, self.context.teacher.card
         found = accuracy(model, images, card, self.context.device)
         self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dreamkit import distributed
 from dreamkit.card import Card
 from dreamkit.model_state import eval_mode
 from dreamkit.types import Images
@@ -16,13 +17,18 @@ _BATCH = 256
 def predict(
     model: nn.Module, images: Images, card: Card, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the predicted class of every image (N,) and the labels (N,), in order, on the CPU."""
-    predicted, labels = [], []
+    """Return the predicted class of every image (N,) and the labels (N,), in order, on the CPU.
+
+    Where there are several ranks each does a part, and has all of it in the end.
+    """
+    starts = range(0, len(images), _BATCH)
+    mine = {}
     with eval_mode(model):
-        for first in range(0, len(images), _BATCH):
+        for first in starts[distributed.rank() :: distributed.size()]:
             stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
-            predicted.append(model(card.normalise(stored.to(device))).argmax(1).cpu())
-            labels.append(given)
+            mine[first] = model(card.normalise(stored.to(device))).argmax(1).cpu(), given
+    found = {first: pair for part in distributed.gathered(mine) for first, pair in part.items()}
+    predicted, labels = zip(*(found[first] for first in starts), strict=True)
     return torch.cat(predicted), torch.cat(labels)
 
 

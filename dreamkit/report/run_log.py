@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
 from dreamkit.types import Tracker
 
@@ -36,7 +37,7 @@ class FileLog:
         folder: the run directory; an earlier part of the same run is continued.
         console: where people look.
         trackers: fed every record.
-        check: raises KeyboardInterrupt if the run is to stop.
+        stopping: tells whether the run is to stop.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class FileLog:
         folder: Path,
         console: Console,
         trackers: Sequence[Tracker] = (),
-        check: Callable[[], None] = lambda: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.check = check
+        self.stopping = stopping
         self.path = folder / "log.jsonl"
         self.console = console
         self.trackers = trackers
@@ -55,11 +56,13 @@ class FileLog:
         self._file: TextIO | None = None
 
     def open(self) -> None:
-        """Open ``log.jsonl``, mending a line that a crash cut short.
+        """Open ``log.jsonl``, mending a line that a crash cut short; the first rank alone does.
 
         Raises:
             RunDirectoryError: it cannot be written.
         """
+        if not distributed.is_first():
+            return
         try:
             cut_short = self.path.is_file() and self.path.read_bytes()[-1:] not in {b"", b"\n"}
             self._file = self.path.open("a", encoding="utf-8")
@@ -85,6 +88,8 @@ class FileLog:
     def _write(
         self, line: dict[str, Any], numbers: Mapping[str, float | None] | None = None
     ) -> None:
+        if not distributed.is_first():
+            return
         if self._file is None:
             self.open()
         assert self._file is not None
@@ -104,12 +109,10 @@ class FileLog:
         self.notes.append(text)
         self.console.print(f"note: {text}", markup=False, highlight=False)
 
-    def _checked(self, show: Callable[[int], None]) -> Callable[[int], None]:
-        def advance(done: int) -> None:
-            show(done)
-            self.check()
-
-        return advance
+    def check(self, together: bool = False) -> None:
+        """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""
+        if distributed.anywhere(self.stopping()) if together else self.stopping():
+            raise KeyboardInterrupt
 
     @contextmanager
     def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -119,9 +122,9 @@ class FileLog:
             if self.console.is_terminal:
                 with _bar(self.console) as bar:
                     task = bar.add_task(stage, total=total)
-                    yield self._checked(lambda done: bar.update(task, completed=done))
+                    yield lambda done: bar.update(task, completed=done)
             else:
-                yield self._checked(_PlainProgress(self.console, stage, total))
+                yield _PlainProgress(self.console, stage, total)
         finally:
             seconds = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

@@ -145,37 +145,68 @@ class DreamStore:
                 "did; remove the folder"
             ) from reason
         self.settings, self.choices = found[0].facts["settings"], found[0].facts["choices"]
-        for told in found:
-            index, loss, r_feature = (told.facts[key] for key in ("index", "loss", "r_feature"))
-            digest, name = _digest(told.path), told.path.name
-            self.shards[index] = Shard(index, name, told.images, digest, 0.0, loss, r_feature)
         for path in self._written("state"):  # the last one that is intact
             state = _told_by(path)
             if state is not None:
                 self.state = State(state.facts["following"], path.name, _digest(path))
+        following = 0 if self.state is None else self.state.following
+        for told in found:
+            if not told.facts["carried"] or told.facts["index"] < following:
+                self._adopt(told)
         self.notes.append(f"{manifest} was damaged or gone; {len(found)} shards tell what it did")
 
-    def set_damaged_aside(self) -> None:
-        """Rename shards that are not what the manifest vouches for, to be dreamed again.
+    def _adopt(self, told: _Told) -> None:
+        """Count a shard that tells what it is; how long it took it does not tell."""
+        index, loss, r_feature = (told.facts[key] for key in ("index", "loss", "r_feature"))
+        digest, name = _digest(told.path), told.path.name
+        self.shards[index] = Shard(index, name, told.images, digest, 0.0, loss, r_feature)
+
+    def mend(self) -> None:
+        """Set damaged shards aside, and count those whose writer was killed before it could.
 
         Raises:
-            StoreError: later batches build on such a shard.
+            StoreError: later batches build on a shard that is damaged.
         """
-        damaged = [s for s in self.shards.values() if not self._intact(s.file, s.sha256)]
-        for shard in damaged:
-            path = self.folder / shard.file
-            if self.state is not None:
-                self._open_shard(shard)  # says what is wrong and what to do
-            aside = path.with_name(f"{path.name}.damaged")
-            try:
-                path.replace(aside)
-            except OSError as error:
-                raise StoreError(f"{path} is damaged, and stays: {error.strerror}") from error
-            self.shards = {i: s for i, s in self.shards.items() if s != shard}
-            self.notes.append(
-                f"{path} is damaged: it is set aside as {aside.name}, and its batch is dreamed "
-                "again"
-            )
+        before, noted = dict(self.shards), len(self.notes)
+        for shard in before.values():
+            if not self._intact(shard.file, shard.sha256):
+                self._set_aside(shard)
+        listed = {shard.file for shard in self.shards.values()}
+        for path in self._written("shard"):
+            told = _told_by(path) if path.name not in listed else None
+            if told is not None and self._is_ours(told):
+                self._adopt(told)
+        if self.shards != before or noted:
+            self._write_manifest(self.shards, self.state)
+
+    def _is_ours(self, told: _Told) -> bool:
+        """Whether a shard that the manifest does not name could be of this run."""
+        facts = told.facts
+        same = facts["settings"] == self.settings and facts["choices"] == self.choices
+        return same and not facts["carried"] and facts["index"] not in self.shards
+
+    def _set_aside(self, shard: Shard) -> None:
+        path = self.folder / shard.file
+        if self.state is not None:
+            self._open_shard(shard)  # says what is wrong and what to do
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            path.replace(aside)
+        except OSError as error:
+            raise StoreError(f"{path} is damaged, and stays: {error.strerror}") from error
+        del self.shards[shard.index]
+        self.notes.append(
+            f"{path} is damaged: it is set aside as {aside.name}, and its batch is dreamed again"
+        )
+
+    def merge(self, others: Sequence[DreamStore]) -> None:
+        """Take over what other ranks wrote into this folder."""
+        for other in others:
+            self.shards = {**other.shards, **self.shards}
+            self.skipped = {**other.skipped, **self.skipped}
+            self._verified |= other._verified
+        if self.shards:
+            self._write_manifest(self.shards, self.state)
 
     def _intact(self, name: str, sha256: str) -> bool:
         """Whether a file is what the manifest vouches for; looked at once."""
@@ -238,6 +269,7 @@ class DreamStore:
             "r_feature": r_feature,
             "settings": self.settings,
             "choices": self.choices,
+            "carried": bool(state),
         }
         blob = _saved(tensors, told)
         name = f"shard-{index:06d}.safetensors"
@@ -245,7 +277,7 @@ class DreamStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be made: {error.strerror}") from error
-        write_atomically(self.folder / name, blob)
+        write_atomically(self.folder / name, blob, by_any_rank=True)
         digest = hashlib.sha256(blob).hexdigest()
         shard = Shard(index, name, len(content), digest, seconds, loss, r_feature)
         shards, before = self.shards | {index: shard}, self.state

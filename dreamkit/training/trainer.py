@@ -10,8 +10,10 @@ from typing import Annotated, Generic, Literal, TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dreamkit import distributed
 from dreamkit.arithmetic import autocast, settled
 from dreamkit.card import Card
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
@@ -137,6 +139,8 @@ class Trainer(ABC, Generic[Options]):
         self.total = total
         self.note = note
         self.done = 0
+        self.network: nn.Module = student
+        """The student, with its gradients averaged over ranks where there are several."""
         self.precision = settled(options.precision, device, student)
         lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
@@ -146,6 +150,8 @@ class Trainer(ABC, Generic[Options]):
         if options.ema is not None:
             averaging = get_ema_multi_avg_fn(options.ema)
             self.average = AveragedModel(student, multi_avg_fn=averaging, use_buffers=True)
+        if distributed.size() > 1:
+            self.network = DistributedDataParallel(student)
         self._forward: _Forward = self._logits
         if options.compile:
             self._forward = torch.compile(with_cache_of_its_own(self._logits), dynamic=False)
@@ -169,14 +175,15 @@ class Trainer(ABC, Generic[Options]):
             nesterov=options.momentum > 0,
         )
 
-    def step(self, *batches: Batch) -> Tensor:
+    def step(self, *batches: Batch, share: float = 1.0) -> Tensor:
         """Take one optimizer step.
 
         Args:
-            batches: from each set of images that the student is taught on.
+            batches: from each set of images that the student is taught on; this rank's part.
+            share: of the step's images, those of this rank, times the number of ranks.
 
         Returns:
-            The loss, of shape (), on the device.
+            The loss on these images, of shape (), on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * self.options.lr_factor(self.done, self.total)
@@ -190,10 +197,10 @@ class Trainer(ABC, Generic[Options]):
             for stored, labels in batches
         ]
         for part in zip(*split, strict=True):
-            share = len(part[0][1]) / len(batches[0][1])
+            weight = len(part[0][1]) / len(batches[0][1])
             moved = [(stored.to(self.device), labels.to(self.device)) for stored, labels in part]
-            partial = share * self.loss(*moved)
-            partial.backward()
+            partial = weight * self.loss(*moved)
+            (share * partial).backward()
             loss += partial.detach()
         if self.options.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
@@ -229,7 +236,12 @@ class Trainer(ABC, Generic[Options]):
         with autocast(self.precision, self.device):
             with torch.no_grad():
                 target = self.teacher(images)
-            return self.student(images).float(), target.float()
+            return self.network(images).float(), target.float()
+
+    def agree(self) -> None:
+        """Give every rank the first one's BatchNorm statistics; each has seen other images."""
+        for buffer in self.student.buffers() if distributed.size() > 1 else ():
+            torch.distributed.broadcast(buffer, 0)
 
     @property
     def current(self) -> nn.Module:
@@ -245,6 +257,7 @@ class Trainer(ABC, Generic[Options]):
         Raises:
             DreamkitError: training diverged.
         """
+        self.agree()
         if self.average is not None and self.done:
             self.student.load_state_dict(self.average.module.state_dict())
         self.student.eval()

@@ -235,7 +235,7 @@ class SilentLog:
     def note(self, text):
         self.notes.append(text)
 
-    def check(self):
+    def check(self, together=False):
         pass
 
     def progress(self, stage, total):

@@ -340,7 +340,7 @@ def test_a_damaged_shard_is_set_aside(tmp_path):
     flip_a_bit(tmp_path / "shard-000001.safetensors")
     store = DreamStore(tmp_path, SETTINGS)
     assert store.damaged() == ["shard-000001.safetensors"]
-    store.set_damaged_aside()
+    store.mend()
     assert sorted(store.shards) == [0, 2]
     assert "shard-000001.safetensors is damaged: it is set aside" in store.notes[0]
     assert (tmp_path / "shard-000001.safetensors.damaged").is_file()
@@ -355,7 +355,7 @@ def test_what_later_batches_build_on_is_not_set_aside(tmp_path):
         store.write(index, content(index), 1.0, 0.0, None, {"w": torch.ones(1)})
     flip_a_bit(tmp_path / "shard-000000.safetensors")
     with pytest.raises(StoreError, match="remove the folder: later batches build on it"):
-        DreamStore(tmp_path, SETTINGS).set_damaged_aside()
+        DreamStore(tmp_path, SETTINGS).mend()
     assert (tmp_path / "shard-000000.safetensors").is_file()
 
 

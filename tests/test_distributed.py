@@ -1,0 +1,140 @@
+"""Runs under torchrun: several ranks against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dreamkit
+from dreamkit import distributed
+from dreamkit.store.dreams import DreamStore
+
+ROOT = Path(__file__).parents[1]
+DISTILL = ROOT / "recipes" / "digits" / "distill.yaml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+SMALL = ["--set", "synthesis={images: 120, batch_size: 16, stages: [{steps: 20}]}", "--set"]
+SMALL += ["application.training={steps: 60, batch_size: 33, evaluate_every: 30}"]
+
+
+def run(ranks: int, folder: Path, *changes: str) -> subprocess.Popen[str]:
+    start = [*TORCHRUN, str(ranks), "-m", "dreamkit", "run"]
+    return subprocess.Popen(
+        [*start, str(DISTILL), *changes, "--out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return out
+
+
+def dreams(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "dreams").glob("shard-*")}
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what one rank comes to."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    finished(run(1, folder, *SMALL))
+    return folder
+
+
+def test_two_ranks_dream_what_one_does(tmp_path, one):
+    folder = tmp_path / "run"
+    out = finished(run(2, folder, *SMALL))
+    assert "on 2 ranks, the first on cpu" in out
+    assert out.count("│ student") == 1  # one of them speaks
+    assert dreams(folder) == dreams(one)
+    assert len(dreams(folder)) == 8
+    manifest = json.loads((folder / "dreams" / "manifest.json").read_text())
+    assert [shard["index"] for shard in manifest["shards"]] == list(range(8))
+    assert all(shard["seconds"] > 0 for shard in manifest["shards"])
+    found, expected = report(folder)["metrics"], report(one)["metrics"]
+    assert found["synthesis.images"] == 120
+    assert found["teacher.accuracy"] == expected["teacher.accuracy"]
+    assert abs(found["student.accuracy"] - expected["student.accuracy"]) < 0.15
+    assert dreamkit.load_student(folder / "student", allow_builder=True).card.num_classes == 10
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(
+        (one / "log.jsonl").read_text().splitlines()
+    )
+    # Given again, with any number of ranks, it does nothing.
+    assert "already holds this recipe's finished run" in finished(run(1, folder, *SMALL))
+
+
+def test_ranks_dream_against_one_student(tmp_path):
+    folder = tmp_path / "run"
+    adaptive = [
+        "--preset",
+        "adaptive",
+        *SMALL,
+        "--set",
+        "application.adaptive={every: 15, batches: 2}",
+    ]
+    finished(run(2, folder, *adaptive))
+    assert len(DreamStore(folder / "dreams")) == 120
+    pools = [
+        json.loads(line)
+        for line in (folder / "log.jsonl").read_text().splitlines()
+        if '"stage": "pool"' in line
+    ]
+    assert [p["numbers"]["images"] for p in pools] == [32, 64, 96, 120]
+    assert report(folder)["metrics"]["training.steps"] == 60
+
+
+def test_a_killed_rank_ends_the_rest_and_nothing_is_lost(tmp_path, one):
+    folder = tmp_path / "run"
+    slow = [*SMALL, "--set", "synthesis.stages=[{steps: 20}]"]
+    process = run(2, folder, *slow)
+    end = time.monotonic() + 60
+    while not (folder / "dreams" / "shard-000001.safetensors").exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    out = finished(run(2, folder, *slow))
+    assert "batches kept" in out or "already holds" in out
+    assert dreams(folder) == dreams(one)
+
+
+def test_batches_that_are_too_small_for_the_ranks(tmp_path):
+    small = [*SMALL, "--set", "application.training.batch_size=3"]
+    process = run(2, tmp_path / "run", *small)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "3 images in a batch leave 2 ranks less than two each" in err
+
+
+def test_without_torchrun_there_is_one_rank():
+    with distributed.ranks():
+        assert (distributed.rank(), distributed.size()) == (0, 1)
+        assert distributed.is_first()
+        assert distributed.agreed("a") == "a"
+        assert distributed.gathered("a") == ["a"]
+        assert distributed.anywhere(True)
+        assert not distributed.anywhere(False)
+        assert list(distributed.drawn_from([3, 1], "q")) == [3, 1]
+        distributed.together()
+        with distributed.first_before_others():
+            pass
