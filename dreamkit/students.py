@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
+from dreamkit.errors import ArtifactError, MissingPath
 from dreamkit.model_state import seeded
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.surgery import Surgery
@@ -117,11 +117,17 @@ def _architecture(
 ) -> nn.Module:
     """Return what an artifact's weights fit into."""
     model = _build(folder, artifact.builder, allow_builder) if builder is None else builder()
-    Surgery.from_json(artifact.surgery).rebuild(model)
+    surgery = Surgery.from_json(artifact.surgery)
+    for name, outputs in surgery.grown.items():  # before there is room made for what a file claims
+        if name not in artifact.state or len(artifact.state[name]) != outputs:
+            raise ArtifactError(f"{folder}: its weights have no '{name}' with {outputs} outputs")
+    surgery.rebuild(model)
     return model
 
 
 def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.Module:
+    if not isinstance(reference, dict) or reference.get("source") == "student":
+        raise ArtifactError(f"{folder}: its builder is no teacher, but {reference!r}")
     if reference.get("source") == "checkpoint" and not allow_builder:
         raise ArtifactError(
             f"{folder} is built by the function {reference.get('builder')}, which is code of the "
@@ -131,6 +137,7 @@ def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.M
     try:
         entry = build_entry(build_registries(), "teachers", reference)
         model: nn.Module = entry.build()
-    except DreamkitError as error:
-        raise ArtifactError(f"{folder}: its builder cannot be used: {error}") from error
+    except Exception as error:  # a file may ask for a network of any shape
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{folder}: its builder cannot be used: {reason}") from error
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,9 +37,20 @@ class Surgery:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Surgery:
-        """Read a record written by ``to_json``."""
-        data = copy.deepcopy(dict(data))
-        return Surgery(data.get("kept", {}), data.get("attributes", {}), data.get("grown", {}))
+        """Read a record written by ``to_json``.
+
+        Raises:
+            ArtifactError: it is none.
+        """
+        try:
+            found = Surgery(
+                {name: _checked_axes(axes) for name, axes in data.get("kept", {}).items()},
+                {name: dict(sizes) for name, sizes in data.get("attributes", {}).items()},
+                {name: int(outputs) for name, outputs in data.get("grown", {}).items()},
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ArtifactError(f"what was pruned is not a record of it: {error}") from error
+        return found
 
     def after(self, earlier: Surgery) -> Surgery:
         """Return the record of both, of which this one came second."""
@@ -201,6 +211,20 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, old.requires_grad)
     setattr(owner, key, value)
+
+
+def _checked_axes(axes: Any) -> Axes:
+    """Return positions kept, which ascend: no file makes a tensor larger than it was."""
+    found: Axes = []
+    for kept in axes:
+        if kept is not None:
+            before = -1
+            for place in kept:
+                if type(place) is not int or place <= before:
+                    raise ValueError("positions kept should ascend")
+                before = place
+        found.append(None if kept is None else list(kept))
+    return found
 
 
 def _cut(tensor: Tensor, axes: Axes) -> Tensor:

@@ -28,6 +28,8 @@ from dreamkit.store.atomic import write_atomically, write_json
 FORMAT = 2
 SPECIFICATION = "artifact.json"
 WEIGHTS = "model.safetensors"
+MAX_BYTES = 100_000_000
+"""Of the specification: positions kept of every axis, of the largest networks."""
 _VALUES, _PLACES = "values:", "places:"
 _DENSE = 0.9
 """A tensor is stored sparse if that takes less than this share of its room."""
@@ -81,7 +83,10 @@ def read_artifact(folder: Path) -> Artifact:
         ArtifactError: a file is missing, damaged or of another format.
     """
     try:
-        specification = json.loads((folder / SPECIFICATION).read_text(encoding="utf-8"))
+        file = folder / SPECIFICATION
+        if file.stat().st_size > MAX_BYTES:
+            raise ArtifactError(f"{file}: {file.stat().st_size} bytes describe no student")
+        specification = json.loads(file.read_text(encoding="utf-8"))
         if specification["format"] != FORMAT:
             raise ArtifactError(
                 f"{folder}: format {specification['format']}, this version reads {FORMAT}"
@@ -128,6 +133,10 @@ def _unpack(packed: dict[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[
     state = dict(packed)
     for name, shape in shapes.items():
         values, places = state.pop(_VALUES + name), state.pop(_PLACES + name)
+        if not all(type(side) is int and side >= 0 for side in shape) or not (
+            math.prod(shape) <= 8 * places.numel()
+        ):
+            raise ValueError(f"'{name}' is not of the shape {shape}")
         flat = torch.zeros(math.prod(shape), dtype=values.dtype)
         there = np.unpackbits(places.numpy(), count=flat.numel()).astype(bool)
         flat[torch.from_numpy(there)] = values

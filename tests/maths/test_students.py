@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import dreamkit
+from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.surgery import Surgery
@@ -130,6 +133,48 @@ def test_a_damaged_specification(pruned, tmp_path, text):
     (folder / "artifact.json").write_text(text)
     with pytest.raises(ArtifactError, match="cannot be read as a student"):
         dreamkit.load_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"builder": {"source": "student", "path": "."}}, "its builder is no teacher"),
+        ({"builder": ["bundled"]}, "its builder is no teacher"),
+        ({"builder": {"source": "bundled", "model": "../../etc"}}, "cannot be used"),
+        ({"builder": {"source": "nothing"}}, "cannot be used"),
+        (
+            {"builder": {"source": "cifar", "model": "resnet20", "num_classes": 10**15}},
+            "cannot be used",
+        ),
+        ({"surgery": {"grown": {"fc.weight": 10**15}}}, "no 'fc.weight' with 10{15} outputs"),
+        ({"surgery": {"grown": {"fc.weight": "many"}}}, "not a record of it"),
+        ({"surgery": {"kept": {"fc.weight": [[0] * 1000, None]}}}, "should ascend"),
+        ({"surgery": {"kept": {"fc.weight": [[-1, 0], None]}}}, "should ascend"),
+        ({"surgery": {"kept": {"fc.weight": [["0"], None]}}}, "should ascend"),
+        ({"surgery": {"kept": {"nothing": [[0]]}}}, "no tensor 'nothing'"),
+        ({"surgery": []}, "not a record of it"),
+        ({"sparse": {"fc.weight": [10**9, 10**9]}}, "cannot be read as a student"),
+        ({"sparse": {"fc.weight": 3}}, "cannot be read as a student"),
+    ],
+)
+def test_a_specification_that_lies_is_refused_in_no_time(pruned, tmp_path, changes, message):
+    folder = edited(copied(pruned, tmp_path), **changes)
+    start = time.perf_counter()
+    with pytest.raises(ArtifactError, match=message):
+        dreamkit.load_student(folder)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_sparse_tensor_that_claims_more_than_it_has(tmp_path):
+    model = nn.Linear(64, 8)
+    with torch.no_grad():
+        model.weight.zero_()
+    card = Card("toy", (1, 8, 8), (0.5,), (0.5,), 8, "tests")
+    write_artifact(tmp_path, model, card, {"source": "bundled"}, {})
+    assert json.loads((tmp_path / "artifact.json").read_text())["sparse"] == {"weight": [8, 64]}
+    edited(tmp_path, sparse={"weight": [10**6, 10**6]})
+    with pytest.raises(ArtifactError, match=r"'weight' is not of the shape"):
+        read_artifact(tmp_path)
 
 
 def test_another_format(pruned, tmp_path):
