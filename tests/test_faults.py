@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dreamkit.store.dreams import DreamStore
 
 ROOT = Path(__file__).parents[1]
 DISTILL = ROOT / "recipes" / "digits" / "distill.yaml"
@@ -178,6 +184,111 @@ def test_two_processes_in_one_folder(tmp_path, invoke, tiny, recipe_file):
     assert code == 0, err
     assert not (folder / ".owner.json").exists()
     assert invoke("run", file, "--out", folder)[0] == 0
+
+
+# --- no room ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of 256 kB; return it and what makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(disk)],
+            capture_output=True,
+            check=False,
+        )
+
+    if mount("size=256k").returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        yield disk, lambda: mount("remount,size=64m")
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_full_disk(small_disk, invoke, tiny, recipe_file, tmp_path):
+    disk, enlarge = small_disk
+    tiny["synthesis"] |= {"images": 400 * 12, "batch_size": 400}  # 37 kB a batch
+    file = recipe_file(tiny)
+    assert invoke("run", file, "--out", tmp_path / "whole")[0] == 0
+    code, _, err = invoke("run", file, "--out", disk / "run")
+    assert code == 2
+    assert "No space left on device" in err
+    assert "what was finished is kept" in err
+    assert "Traceback" not in err
+    finished = kept(disk / "run")
+    assert 0 < len(finished) < 12
+    assert not list((disk / "run").rglob("*.tmp"))
+    enlarge()
+    code, out, err = invoke("run", file, "--out", disk / "run")
+    assert code == 0, err
+    assert f"{len(finished)} of 12 batches kept" in out
+    assert kept(disk / "run") == kept(tmp_path / "whole")
+
+
+def test_a_folder_that_vanishes(tmp_path, invoke, tiny, recipe_file, monkeypatch):
+    tiny["synthesis"]["images"] = 12
+    file, folder = recipe_file(tiny), tmp_path / "run"
+    real, written = DreamStore.write, []
+
+    def write(self, *arguments, **named):
+        real(self, *arguments, **named)
+        written.append(1)
+        if len(written) == 2:
+            shutil.rmtree(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DreamStore, "write", write)
+        code, _, err = invoke("run", file, "--out", folder)
+    assert code in {0, 2}
+    assert "Traceback" not in err
+    if code == 2:
+        assert str(folder) in err
+    shutil.rmtree(folder, ignore_errors=True)
+    assert invoke("run", file, "--out", folder)[0] == 0
+
+
+# --- over time --------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read off /proc")
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_memory_stays_flat(tmp_path, invoke, recipe_file, monkeypatch, adaptive):
+    recipe = yaml.safe_load(DISTILL.read_text())
+    del recipe["presets"]
+    recipe |= {"evaluation": None}
+    recipe["synthesis"] |= {"images": 200 * 16, "batch_size": 16, "stages": [{"steps": 4}]}
+    recipe["application"]["training"] = {"steps": 210, "batch_size": 32}
+    if adaptive:
+        recipe["synthesis"]["regularizers"].append({"name": "js_compete", "weight": 1})
+        recipe["application"]["adaptive"] = {"every": 10, "batches": 10}
+    file, seen, real = recipe_file(recipe), [], DreamStore.write
+    invoke("run", file, "--set", "synthesis.images=32", "--out", tmp_path / "warm-up")
+    threads, handles = threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    def write(self, *arguments, **named):
+        real(self, *arguments, **named)
+        gc.collect()
+        seen.append(resident())
+
+    monkeypatch.setattr(DreamStore, "write", write)
+    code, _, err = invoke("run", file, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert len(seen) == 200
+    settled = seen[40]
+    assert max(seen[40:]) <= 1.05 * settled
+    gc.collect()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= handles
 
 
 # --- damaged ----------------------------------------------------------------------------------

@@ -620,16 +620,7 @@ def places(data: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_any_recipe_is_read_or_refused_with_a_message(
-    data: st.DataObject, tmp_path: Path, registries: Registries
-) -> None:
+def check_a_mutated_recipe(data: st.DataObject, tmp_path: Path, registries: Registries) -> None:
     recipe = copy.deepcopy(VALID)
     for _ in range(data.draw(st.integers(1, 3), label="changes")):
         container, key = data.draw(st.sampled_from(places(recipe)), label="place")
@@ -656,6 +647,30 @@ def test_any_recipe_is_read_or_refused_with_a_message(
         assert yaml.safe_load(loaded.resolved_yaml())["name"] == loaded.recipe.name
     assert message.strip()
     assert "Node(" not in message
+
+
+MUTATED = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@settings(MUTATED, max_examples=150)
+@given(data=st.data())
+def test_any_recipe_is_read_or_refused_with_a_message(
+    data: st.DataObject, tmp_path: Path, registries: Registries
+) -> None:
+    check_a_mutated_recipe(data, tmp_path, registries)
+
+
+@pytest.mark.slow
+@settings(MUTATED, max_examples=5000)
+@given(data=st.data())
+def test_five_thousand_recipes_are_read_or_refused(
+    data: st.DataObject, tmp_path: Path, registries: Registries
+) -> None:
+    check_a_mutated_recipe(data, tmp_path, registries)
 
 
 def test_the_registries_of_the_package_can_all_be_resolved(registries: Registries) -> None:
