@@ -125,6 +125,13 @@ def run(
         with stop.listening(), distributed.ranks():
             console = Console(quiet=not distributed.is_first())
             run_recipe(loaded, folder, console, resume, stop.asked)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        rank = os.environ.get("RANK")
+        print(f"rank {rank} ends: another rank is gone, or torch failed: {reason}", file=sys.stderr)
+        raise typer.Exit(stop.status if stop.asked() else 1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":
             raise typer.Exit(stop.status) from None

@@ -1,4 +1,4 @@
-"""The device that a run works on."""
+"""The device that a run works on, and what times models there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 
 from dreamkit.distributed import local_rank, size
 from dreamkit.errors import DreamkitError
+from dreamkit.registry import Registries
+from dreamkit.types import LatencyBackend
 
 
 def choose_device(name: str) -> torch.device:
@@ -16,11 +18,31 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", local_rank()) if size() > 1 else torch.device("cuda")
+            return _own_gpu("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     seen = {"cpu": True, "mps": torch.backends.mps.is_available()}
     available = seen.get(device.type, (device.index or 0) < torch.cuda.device_count())
     if not available:
         raise DreamkitError(f"torch sees no device '{name}'; use auto or cpu", ("device",))
-    return device
+    return _own_gpu(name) if device.type == "cuda" and device.index is None else device
+
+
+def _own_gpu(name: str) -> torch.device:
+    """Return the GPU, where there are several ranks this one's."""
+    if size() == 1:
+        return torch.device(name)
+    if local_rank() >= torch.cuda.device_count():
+        raise DreamkitError(
+            f"this machine has {torch.cuda.device_count()} GPUs: start no more processes on it "
+            "(torchrun --nproc-per-node)",
+            ("device",),
+        )
+    return torch.device(name, local_rank())
+
+
+def default_backend(registries: Registries, device: torch.device) -> LatencyBackend:
+    """Return the latency backend of a device; on MPS it is the CPU's."""
+    name = "torch-cuda" if device.type == "cuda" else "torch-cpu"
+    backend: LatencyBackend = registries["latency_backends"].resolve(name)()
+    return backend

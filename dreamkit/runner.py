@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dreamkit import distributed
 from dreamkit.applications.dreaming import estimate_synthesis
-from dreamkit.devices import choose_device
+from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
 from dreamkit.recipe import LoadedRecipe
@@ -19,7 +19,7 @@ from dreamkit.report.run_log import FileLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.types import NO_LABEL, Images, LatencyBackend, RunContext, RunLog, Teacher
+from dreamkit.types import NO_LABEL, Images, RunContext, RunLog, Teacher
 
 
 def default_folder(loaded: LoadedRecipe) -> Path:
@@ -87,6 +87,9 @@ def dry_run(loaded: LoadedRecipe, folder: Path, console: Console) -> None:
             with placed("application"):
                 student = application.make_student(context).model
         dreams = getattr(application, "needs_synthesis", False)
+        if dreams and hasattr(application, "planned"):
+            with placed("application", always=False):
+                context = application.planned(context)
         if not dreams or estimate_synthesis(context, student) is None:
             log.note("nothing is to be dreamed")
     except DreamkitError as error:
@@ -108,7 +111,7 @@ def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
     teacher.model.to(device)
-    latency = recipe.latency or default_backend(loaded, device)
+    latency = recipe.latency or default_backend(loaded.registries, device)
     return RunContext(
         recipe=loaded.root.plain(),
         seed=recipe.seed,
@@ -130,6 +133,7 @@ def _run(
     log = FileLog(directory.folder, console, trackers, stopping)
     with distributed.first_before_others():
         context = _context(loaded, directory.folder, log)
+    distributed.together()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
     distributed.together()
     try:
@@ -189,10 +193,3 @@ def _say_what(loaded: LoadedRecipe, context: RunContext, console: Console) -> No
             "no evaluation images: accuracy on real data is unknown; how often the student agrees "
             "with the teacher is measured on the images it was trained on"
         )
-
-
-def default_backend(loaded: LoadedRecipe, device: torch.device) -> LatencyBackend:
-    """Return the latency backend of the device a recipe runs on; on MPS it is the CPU's."""
-    name = "torch-cuda" if device.type == "cuda" else "torch-cpu"
-    backend: LatencyBackend = loaded.registries["latency_backends"].resolve(name)()
-    return backend

@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TWICE_SECONDS = 1.0
+"""Schedulers and torchrun both pass a signal on: what comes again within this time is the same."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,6 +20,7 @@ class Stop:
     """Lets the first SIGINT or SIGTERM end a run after the step in hand; the second, at once."""
 
     def __init__(self) -> None:
+        self._when = 0.0
         self.signal: signal.Signals | None = None
         """What came, if one did."""
 
@@ -34,8 +38,12 @@ class Stop:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signal is not None:
-            raise KeyboardInterrupt
+            if now - self._when > TWICE_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self._when = now
         self.signal = signal.Signals(number)
         if os.environ.get("RANK", "0") == "0":  # not once for every rank
             print("\nstopping after this step; once more to stop at once", file=sys.stderr)

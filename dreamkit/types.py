@@ -537,7 +537,9 @@ class Application(Protocol):
 
     ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused),
     ``trains_student: bool``, where there is one, whether it dreams against a student in training;
-    if so, ``make_student(context) -> Teacher`` builds that student, untrained.
+    if so, ``make_student(context) -> Teacher`` builds that student, untrained. One that dreams
+    otherwise than ``synthesis`` says has ``planned(context) -> RunContext``: its dreaming costs the
+    same.
     """
 
     def run(self, context: RunContext) -> None:

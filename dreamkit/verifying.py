@@ -42,8 +42,8 @@ def verify_run(folder: Path) -> list[Finding]:
     if not (folder / RECIPE).is_file():
         raise RunDirectoryError(f"{folder} holds no run (no {RECIPE})")
     found: list[Finding] = []
-    for manifest in sorted(folder.glob(f"**/{RunContext.DREAMS}/{MANIFEST}")):
-        found += _dreams(folder, manifest.parent)
+    for dreams in sorted(folder.glob(f"**/{RunContext.DREAMS}")):
+        found += _dreams(folder, dreams)
     for specification in sorted(folder.glob(f"**/{SPECIFICATION}")):
         student = specification.parent
         problem = _problem(partial(read_artifact, student))

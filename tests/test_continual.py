@@ -15,6 +15,7 @@ from torch import nn
 import dreamkit
 from dreamkit.applications import continual, teaching
 from dreamkit.sources.digits import Digits
+from dreamkit.teachers.weights import hash_weights
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -131,11 +132,11 @@ def test_an_interrupted_run_ends_the_same(
     calls = {"n": 0}
     real_step, real_save = teaching.Trainer.step, continual._save
 
-    def step(self, *batches):
+    def step(self, *batches, share):
         calls["n"] += 1
         if calls["n"] == {"first training": 3, "second training": 7}.get(where):
             raise KeyboardInterrupt
-        return real_step(self, *batches)
+        return real_step(self, *batches, share=share)
 
     def save(taught, folder):
         real_save(taught, folder)
@@ -156,6 +157,51 @@ def test_an_interrupted_run_ends_the_same(
     assert same
     for name in same:
         assert parts[name] == whole[name], name
+
+
+def test_without_images_of_the_old_classes(tmp_path, recipe, recipe_file, invoke):
+    recipe["evaluation"] = None
+    code, out, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "no test images of 'base'" in out
+    metrics = report_of(tmp_path / "run")["metrics"]
+    assert "step1.seven.accuracy" in metrics
+    assert "step2.forgetting" in metrics
+    assert "student.combined" not in metrics
+    assert "teacher.accuracy" not in metrics
+
+
+def test_a_name_that_means_another_thing(tmp_path, recipe, recipe_file, invoke):
+    for split in ("train", "test"):
+        for number in range(2):
+            Image.new("L", (8, 8), 9).save(made(tmp_path / split / "3") / f"{number}.png")
+    folder = {"source": "folder", "path": str(tmp_path / "train")}
+    test = {"source": "folder", "path": str(tmp_path / "test")}
+    recipe["application"]["sets"] = [{"train": folder, "test": test, "prefix": "Roman "}]
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run")
+    assert code == 0, err
+    student = dreamkit.load_student(tmp_path / "run" / "student")
+    assert student.card.class_names == (*"0123456", "Roman 3")
+
+
+def made(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_the_cost_of_all_sets_is_estimated(tmp_path, recipe, recipe_file, invoke):
+    code, out, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run", "--dry-run")
+    assert code == 0, err
+    assert f"dreaming {4 * 7 + 4 * 8} images" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_made_of_a_network_is_bound_to_it(tmp_path, recipe, recipe_file, invoke):
+    assert invoke("run", recipe_file(recipe), "--out", tmp_path / "run")[0] == 0
+    manifest = tmp_path / "run" / "steps" / "2" / "dreams" / "manifest.json"
+    settings = json.loads(manifest.read_text())["settings"]
+    model = dreamkit.load_student(tmp_path / "run" / "steps" / "1" / "student")
+    assert settings["teacher_sha256"] == hash_weights(model)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -246,6 +292,7 @@ def test_a_head_of_an_unknown_kind(tmp_path, recipe, recipe_file, invoke):
         ({"sets": [{"train": {"source": "digits"}, "test": 3}]}, "should be a mapping"),
         ({"sets": [{"train": {"source": "digits"}, "trian": 3}]}, "unknown option"),
         ({"replay": {"source": "digits"}, "adaptive": {"every": 2}}, "'replay' must be dreams"),
+        ({"training": {"recalibrate": 3}}, "would undo what freeze_bn keeps"),
         ({"training": {"augmentation": {"mixup": 1}}}, "classes are learnt from whole images"),
     ],
 )
@@ -255,6 +302,20 @@ def test_options_that_do_not_go_together(recipe, recipe_file, invoke, change, me
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_test_set_of_other_classes(tmp_path, recipe, recipe_file, invoke):
+    recipe["application"]["sets"][1]["test"]["classes"] = [6, 7]
+    err = refused(invoke, recipe_file(recipe), tmp_path)
+    assert "application.sets[1].test: '6' is none of the classes learnt: 8, 9" in err
+
+
+def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke):
+    recipe["synthesis"]["batch_size"] = 2
+    recipe["synthesis"]["regularizers"].append({"name": "js_compete"})
+    recipe["application"]["adaptive"] = {"every": 50}
+    err = refused(invoke, recipe_file(recipe), tmp_path)
+    assert "application.training: the last of 14 batches of dreams would come before" in err
 
 
 def test_a_source_without_classes(tmp_path, recipe, recipe_file, invoke, tiny):

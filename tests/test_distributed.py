@@ -99,6 +99,17 @@ def test_ranks_dream_against_one_student(tmp_path):
     assert report(folder)["metrics"]["training.steps"] == 60
 
 
+@pytest.mark.slow
+def test_dreams_against_a_student_do_not_depend_on_who_makes_them(tmp_path):
+    adaptive = ["--preset", "adaptive", *SMALL, "--set", "application.adaptive={batches: 3}"]
+    found = []
+    for name in ("first", "second"):
+        finished(run(2, tmp_path / name, *adaptive, "--set", "application.adaptive.every=20"))
+        found.append(dreams(tmp_path / name))
+    assert found[0] == found[1]
+    assert len(found[0]) == 8
+
+
 def test_a_killed_rank_ends_the_rest_and_nothing_is_lost(tmp_path, one):
     folder = tmp_path / "run"
     slow = [*SMALL, "--set", "synthesis.stages=[{steps: 20}]"]

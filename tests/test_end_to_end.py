@@ -17,6 +17,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import dreamkit
+from dreamkit.applications.adaptive import check_rhythm
+from dreamkit.applications.continual import Continual
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.plugins import build_registries
@@ -237,13 +239,27 @@ RANDOM: dict[str, list[str]] = {"cifar10": []}
 """Changes that leave out weights which are not here, where a folder's recipes need others."""
 
 
+CONTINUAL = {"imagenet": (1000, 200, 30), "cifar10": (6, 2, 5000), "digits": (7, 1, 125)}
+"""Of the first set: classes before, new ones, images of each."""
+
+
+def without_data(path: Path, preset: str | None = None) -> list[str]:
+    """Return what makes a recipe complete on a machine without its data sets."""
+    changes = ["evaluation=null"]
+    if path.stem.startswith("continual") and path.parent.name != "digits":
+        changes += ["application.sets=[{train: {source: digits}}]", "teacher.weights=null"]
+        if preset is not None and "oracle" in preset:
+            changes.append("application.replay={source: digits}")
+    return changes
+
+
 def test_paper_presets_optimise_pixels_to_the_last_step() -> None:
     # They name images and weights that need not be here, so the recipe is built without.
     checked = []
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         if "\n  paper:" not in path.read_text("utf-8"):
             continue
-        without = ["evaluation=null", *RANDOM.get(path.parent.name, ["teacher.weights=null"])]
+        without = [*without_data(path), *RANDOM.get(path.parent.name, ["teacher.weights=null"])]
         synthesis = read_recipe(path, build_registries, "paper", without).recipe.synthesis
         if isinstance(synthesis, DeepInversion):
             assert isinstance(synthesis.parameterisation, Pixels)
@@ -255,17 +271,26 @@ def test_paper_presets_optimise_pixels_to_the_last_step() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_adaptive_presets_train_long_enough_for_all_their_dreams(path) -> None:
     presets = yaml.safe_load(path.read_text(encoding="utf-8")).get("presets") or {}
-    for preset in (None, *presets):
-        without = ["evaluation=null"]
-        recipe = read_recipe(path, build_registries, preset, without).recipe
-        rhythm = getattr(recipe.application, "adaptive", None)
-        if rhythm is None:
+    several = []
+    if path.stem.startswith("continual"):
+        several = [
+            f"{budget}+adaptive" for budget in ("smoke", "draft", "paper") if budget in presets
+        ]
+    for preset in (None, *presets, *several):
+        recipe = read_recipe(path, build_registries, preset, without_data(path, preset)).recipe
+        application = recipe.application
+        if getattr(application, "adaptive", None) is None:
             continue
-        images, batch = recipe.synthesis.images, recipe.synthesis.batch_size
-        events = math.ceil(math.ceil(images / batch) / rhythm.batches)
-        options = getattr(recipe.application, "recovery", None) or recipe.application.training
-        steps = options.total_steps(images)
-        assert rhythm.every * (events - 1) < steps, preset
+        options = getattr(application, "recovery", None) or application.training
+        images = [recipe.synthesis.images]
+        steps = options.total_steps(images[0])
+        if isinstance(application, Continual):  # its smallest sets: CUB's, CIFAR-10's, the digit 7
+            base, new, count = CONTINUAL[path.parent.name]
+            images = [application.images_per_class * base]
+            steps = options.total_steps(count * new)
+        for number in images:
+            batches = math.ceil(number / recipe.synthesis.batch_size)
+            check_rhythm(application.adaptive, batches, steps)
 
 
 FEW = {

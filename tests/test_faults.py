@@ -93,7 +93,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     wait_for(folder / "log.jsonl")
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143

@@ -28,13 +28,25 @@ class Adaptive:
     rounds, its scheme for pruning: train, dream against that student, merge, go on.
 
     Args:
-        every: training steps between.
+        every: training steps between; null spreads the dreams evenly over the first three
+            quarters of the training.
         batches: how many batches of dreams each time, the first time before the first step. They
             are trained on at once, and then belong to the pool.
     """
 
-    every: Annotated[int, Field(ge=1)] = 50
+    every: Annotated[int, Field(ge=1)] | None = 50
     batches: Annotated[int, Field(ge=1)] = 1
+
+    def rhythm(self, batches: int, steps: int) -> int:
+        """Return the training steps between dreams.
+
+        Args:
+            batches: of dreams in all.
+            steps: of the training.
+        """
+        if self.every is not None:
+            return self.every
+        return max(1, 3 * steps // (4 * math.ceil(batches / self.batches)))
 
 
 class Taught:
@@ -78,11 +90,12 @@ class Growth:
         self.options = options
         self.dreams = dreams
         self.pool = Pool()
+        self.every = options.every or 1
         self.batches = 0
         """How many batches of the plan are in the pool, or were left out for good."""
 
     def check(self, steps: int, place: str = "training") -> None:
-        """Refuse a training that would end before all dreams are there.
+        """Refuse a training that would end before all dreams are there, and settle the rhythm.
 
         Args:
             steps: of the training.
@@ -91,15 +104,8 @@ class Growth:
         Raises:
             DreamkitError: naming how many steps it takes.
         """
-        events = math.ceil(len(self.dreams.plans) / self.options.batches)
-        last = self.options.every * (events - 1)
-        if last >= steps:
-            raise DreamkitError(
-                f"the last of {len(self.dreams.plans)} batches of dreams would come before step "
-                f"{last + 1}, and the training has {steps}: give it 'steps: {last + 1}' or more, "
-                "lower 'adaptive.every', or dream fewer images",
-                (place,),
-            )
+        check_rhythm(self.options, len(self.dreams.plans), steps, place)
+        self.every = self.options.rhythm(len(self.dreams.plans), steps)
 
     @property
     def images(self) -> int:
@@ -108,7 +114,7 @@ class Growth:
 
     def due(self, step: int) -> bool:
         """Return whether new dreams are to come before this training step (from 0)."""
-        wanted = self.options.batches * (1 + step // self.options.every)
+        wanted = self.options.batches * (1 + step // self.every)
         return self.batches < min(wanted, len(self.dreams.plans))
 
     def dream(self) -> int:
@@ -151,6 +157,29 @@ class Growth:
         if plan.index in store.shards:
             self.pool.add(store.read(plan.index))
         self.batches += 1
+
+
+def check_rhythm(options: Adaptive, batches: int, steps: int, place: str = "training") -> None:
+    """Refuse a training that would end before all dreams are there.
+
+    Args:
+        options: the rhythm.
+        batches: of dreams in all.
+        steps: of the training.
+        place: where its options stand in the application.
+
+    Raises:
+        DreamkitError: naming how many steps it takes.
+    """
+    events = math.ceil(batches / options.batches)
+    last = options.rhythm(batches, steps) * (events - 1)
+    if last >= steps:
+        raise DreamkitError(
+            f"the last of {batches} batches of dreams would come before step {last + 1}, and the "
+            f"training has {steps}: give it 'steps: {last + 1}' or more, lower 'adaptive.every', "
+            "raise 'adaptive.batches', or dream fewer images",
+            (place,),
+        )
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from dreamkit.applications.adaptive import Adaptive, Growth, growing
+from dreamkit import distributed
+from dreamkit.applications.adaptive import Adaptive, Growth, check_rhythm, growing
 from dreamkit.applications.dreaming import (
     batch_seed,
     images_for,
@@ -41,6 +44,7 @@ from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
 from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams
+from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import Joined, Shifted, drawn, drawn_by_class
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
@@ -79,11 +83,14 @@ class NewClasses:
         train: labelled images of them, and of no others.
         test: images to report accuracy on; null reports none of these classes.
         name: in reports; ``set1`` and so on by default.
+        prefix: put before the names of the classes, where old ones are called the same and are
+            others (an artichoke as a vegetable and as a flower).
     """
 
     train: Annotated[ImageSource, EntryOf("sources")]
     test: Annotated[ImageSource | None, EntryOf("sources")] = None
     name: str | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}", self.name):
@@ -159,6 +166,17 @@ class Continual:
         """Return a copy of the teacher: what competes at first."""
         return dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
 
+    def planned(self, context: RunContext) -> RunContext:
+        """Return a context whose dreams cost what those of all steps do, to be estimated."""
+        course = _Course(self, context)
+        images = self.images_per_class * sum(course.old_classes)
+        synthesizer: Any = context.synthesizer
+        return dataclasses.replace(
+            context,
+            synthesizer=dataclasses.replace(synthesizer, images=images),
+            folder=context.folder / STEPS / "1",
+        )
+
     def run(self, context: RunContext) -> None:
         """Learn set after set; evaluate after each, and save."""
         teacher = context.teacher
@@ -199,6 +217,8 @@ class _Course:
         card = context.teacher.card
         find_head(context.teacher.model, card.input_size)
         self.tasks = self._open()
+        if options.adaptive is not None:
+            self._check_rhythm(options.adaptive)
         self.replay: Images | None = None
         if options.replay is not None and not options.needs_synthesis:
             with placed("replay"):
@@ -222,13 +242,30 @@ class _Course:
                 again = sorted(known & set(task.class_names))
                 if again:
                     raise DreamkitError(
-                        f"'{again[0]}' is an old class already: a set holds new classes only",
+                        f"'{again[0]}' is an old class already: a set holds new classes only. If "
+                        "it is another that is called the same, give the set a 'prefix'",
                         ("train",),
                     )
             known |= set(task.class_names)
             first += len(task.class_names)
             tasks.append(task)
         return tasks
+
+    @property
+    def old_classes(self) -> list[int]:
+        """How many classes there are before each set."""
+        sizes = [len(task.class_names) for task in self.tasks]
+        return list(itertools.accumulate(sizes, initial=self.context.teacher.card.num_classes))[:-1]
+
+    def _check_rhythm(self, adaptive: Adaptive) -> None:
+        """Refuse a set whose training ends before all of its dreams are there."""
+        synthesizer = self.context.synthesizer
+        batch_size = getattr(synthesizer, "batch_size", None)
+        if not isinstance(batch_size, int):  # left to the machine: looked at when it is known
+            return
+        for task, classes in zip(self.tasks, self.old_classes, strict=True):
+            batches = math.ceil(self.options.images_per_class * classes / batch_size)
+            check_rhythm(adaptive, batches, self.options.training.total_steps(len(task.train)))
 
     def learn(self, old: Teacher, number: int) -> Teacher:
         """Return the network that has learnt a set; the one it was before stays as it is.
@@ -257,18 +294,22 @@ class _Course:
         if (folder / SPECIFICATION).is_file():
             load_state(model, read_artifact(folder).state)
             model.eval()
-            step.metrics |= json.loads((step.folder / METRICS).read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError):  # what it took, and no more
+                step.metrics |= json.loads((step.folder / METRICS).read_text(encoding="utf-8"))
             step.log.note(f"'{task.name}' is learnt already; going on")
         else:
             self._train(step, new, number)
             write_json(step.folder / METRICS, step.metrics)
             _save(new, folder)
-            shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
+            if distributed.is_first():
+                shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
         metrics = self.context.metrics
         metrics |= {f"step{number}.{name}": value for name, value in step.metrics.items()}
         for name in SUMMED & step.metrics.keys():
             metrics[name] = metrics.get(name, 0) + step.metrics[name]
-        return new
+        # What is made from this network later is made from this one alone.
+        card = dataclasses.replace(card, weights_sha256=hash_weights(model))
+        return dataclasses.replace(new, card=card)
 
     def _step(self, old: Teacher, number: int) -> RunContext:
         """Return what a step works with: the network as it is, and a folder of its own."""
@@ -355,10 +396,7 @@ def _save(taught: Teacher, folder: Path) -> None:
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
     """Open a set whose first class is the output ``first``."""
     with placed("train"):
-        tell: Callable[[], tuple[str, ...] | None] | None = getattr(
-            added.train, "class_names", None
-        )
-        names = tell() if tell is not None else None
+        names = _names_of(added.train)
         if names is None:
             raise DreamkitError(
                 "its images have no classes of their own, which new classes need; use an image "
@@ -372,9 +410,20 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
     test: Images | None = None
     if added.test is not None:
         with placed("test"):
+            tested = _names_of(added.test)
+            strange = [] if tested is None else sorted({*tested} - {*names})
+            if strange:
+                learnt = ", ".join(names[:20])
+                raise DreamkitError(f"'{strange[0]}' is none of the classes learnt: {learnt}")
             test = Shifted(added.test.open(own), first)
             _check_size(test, card)
-    return _Task(name, names, Shifted(train, first), test)
+    called = tuple(added.prefix + class_name for class_name in names)
+    return _Task(name, called, Shifted(train, first), test)
+
+
+def _names_of(source: ImageSource) -> tuple[str, ...] | None:
+    tell: Callable[[], tuple[str, ...] | None] | None = getattr(source, "class_names", None)
+    return None if tell is None else tell()
 
 
 def _check_size(images: Images, card: Card) -> None:

@@ -88,7 +88,10 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
     context.metrics["synthesis.images"] = len(store)
     context.metrics["synthesis.skipped_batches"] = len(store.skipped)
     context.metrics["synthesis.seconds"] = store.seconds
-    context.metrics["synthesis.images_per_second"] = len(store) / max(store.seconds, 1e-9)
+    timed = [shard for shard in store.shards.values() if shard.seconds > 0]
+    if timed:  # those whose writer was killed do not tell how long they took
+        rate = sum(shard.images for shard in timed) / sum(shard.seconds for shard in timed)
+        context.metrics["synthesis.images_per_second"] = rate * distributed.size()
     if store.r_feature is not None:
         context.metrics["synthesis.r_feature"] = store.r_feature
     content = store.open()
@@ -108,6 +111,7 @@ def open_store(context: RunContext) -> DreamStore:
         store = _store(context)
         if distributed.is_first():
             store.mend()
+    distributed.together()  # before the first rank adds what the rest might find there
     for note in store.notes:
         context.log.note(note)
     for batch in store.skipped.values():
@@ -164,6 +168,8 @@ class Dreaming:
         self.context = context
         self.store = store
         self.dreamer = dreamer
+        self.records: list[tuple[str, int, dict[str, float]]] = []
+        """What this rank has yet to tell the first, which writes the log."""
         self.plans = batch_plans(context.synthesizer.images, dreamer.batch_size, context.seed)
 
     def missing(self) -> list[BatchPlan]:
@@ -210,7 +216,15 @@ class Dreaming:
             self._batch(plan, partial(on_step, plan))
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
+            mine_skipped = set(self.store.skipped)
             self.store.merge(distributed.gathered(self.store))
+            for index in sorted(self.store.skipped.keys() - mine_skipped):
+                reason = self.store.skipped[index].reason
+                self.context.log.note(f"batch {index} is left out: {reason}")
+            for records in distributed.gathered(self.records):
+                for stage, step, numbers in records:
+                    self.context.log.record(stage, step, numbers)
+            self.records = []
 
     @property
     def steps(self) -> int:
@@ -227,7 +241,7 @@ class Dreaming:
             advance(done)
             if done % every == 0 or done == steps:
                 values = {name: float(value) for name, value in terms.items()}
-                log.record("synthesis", index * steps + done, values)
+                self._record("synthesis", index * steps + done, values)
 
         start = time.perf_counter()
         try:
@@ -242,8 +256,14 @@ class Dreaming:
         state = self.dreamer.state()
         self.store.write(index, content, seconds, dream.loss, r_feature, state)
         if r_feature is not None:
-            log.record("batches", index, {"r_feature": r_feature})
-            log.record("r_feature by layer", index, per_layer)
+            self._record("batches", index, {"r_feature": r_feature})
+            self._record("r_feature by layer", index, per_layer)
+
+    def _record(self, stage: str, step: int, numbers: dict[str, float]) -> None:
+        if distributed.is_first():
+            self.context.log.record(stage, step, numbers)
+        else:
+            self.records.append((stage, step, numbers))
 
 
 @contextmanager
@@ -269,7 +289,7 @@ def dreaming(
             work.estimate()
         if distributed.is_first():
             distributed.agreed(dict(dreamer.choices))
-        state = store.read_state()
+        state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
         if not store.choices:

@@ -248,7 +248,7 @@ class _Pruning:
         """Rank, remove, recalibrate, perhaps recover; return how many channels went."""
         options, context = self.options, self.context
         groups, _ = self.graph.groups()
-        chosen = distributed.agreed(self._choose(groups))
+        chosen = self._choose(groups)
         if not chosen:
             self._give_up()
         for parameter in self.student.parameters():
@@ -277,7 +277,8 @@ class _Pruning:
 
     def _choose(self, groups: list[ChannelGroup]) -> dict[str, list[int]]:
         options, budget = self.options, self.budget
-        scores = self.importance(groups)
+        # What is timed for them must be the same on every rank.
+        scores = distributed.agreed(self.importance(groups))
         chunks = removable(groups, scores, self.originals, options.limits)
         if options.selection == "knapsack":
             needs = budget.needs(self.student, self.shares, options.step)

@@ -51,6 +51,7 @@ class Retention:
     def measure(self, model: nn.Module, step: int) -> None:
         """Measure the network as it is after a step."""
         if not self.images:
+            self.history.append({})
             return
         images, card = Joined(list(self.images.values())), self.context.teacher.card
         predicted, labels = predict(model, images, card, self.context.device)
@@ -82,10 +83,11 @@ class Retention:
         Args:
             class_names: in output order, where they are known.
         """
-        if not self.history:
+        if not self.images:
             return
         metrics, last = self.context.metrics, len(self.history) - 1
-        metrics["teacher.accuracy"] = metrics["step0.accuracy"]
+        if "step0.accuracy" in metrics:
+            metrics["teacher.accuracy"] = metrics["step0.accuracy"]
         for name in ("accuracy", "combined", "forgetting"):
             if f"step{last}.{name}" in metrics:
                 metrics[f"student.{name}"] = metrics[f"step{last}.{name}"]

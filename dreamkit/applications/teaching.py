@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
-from dreamkit.training.batches import Draws
+from dreamkit.training.batches import Draws, Joined
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.trainer import Batch, Trainer, lay_out
 from dreamkit.types import Images, ImageSource, RunContext
@@ -178,6 +179,7 @@ class _Teaching:
         self.draws: list[Draws] = []
         for number, images in enumerate(sets):
             if isinstance(images, Growth):
+                images.check(self.total)
                 self.growth, self.growing = images, number
                 self.pools.append(images.pool)
             else:
@@ -200,7 +202,8 @@ class _Teaching:
         with log.progress(self.stage, self.total) as advance:
             while (done := self.trainer.done) < self.total:
                 if self.growth is not None and self.growth.due(done):
-                    self._grow(self.growth)
+                    with self._saved_if_stopped():
+                        self._grow(self.growth)
                 start = time.perf_counter()
                 loss = self.trainer.step(*self._batches(), share=self._share)
                 done += 1
@@ -211,17 +214,23 @@ class _Teaching:
                 if time.perf_counter() - self.saved > CHECKPOINT_SECONDS or done == self.total:
                     self._save()
                 advance(done)
-                try:
+                with self._saved_if_stopped():
                     log.check(together=True)
-                except KeyboardInterrupt:  # between two steps: nothing is half done
-                    self._save()
-                    raise
         start = time.perf_counter()
-        self.trainer.finish(self.pools[0])
+        self.trainer.finish(self.pools[0] if len(self.pools) == 1 else Joined(self.pools))
         self.seconds += time.perf_counter() - start
         spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.metrics  # a run may train more than once
         metrics |= {name: metrics.get(name, 0) + number for name, number in spent.items()}
+
+    @contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """Between two steps nothing is half done: keep it if the run is stopped there."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._save()
+            raise
 
     def _grow(self, growth: Growth) -> None:
         """Dream against the student as it is.
@@ -229,6 +238,7 @@ class _Teaching:
         A run that is killed later and goes on from an earlier checkpoint comes by here again with
         the same student, and finds these dreams in the store.
         """
+        self.trainer.agree()  # it is one student that all ranks dream against
         self.draws[self.growing].add(growth.dream())
         self.context.log.record("pool", self.trainer.done, {"images": len(growth.pool)})
 

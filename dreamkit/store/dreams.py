@@ -149,6 +149,7 @@ class DreamStore:
             state = _told_by(path)
             if state is not None:
                 self.state = State(state.facts["following"], path.name, _digest(path))
+                self.skipped = {e["index"]: Skipped(**e) for e in state.facts["skipped"]}
         following = 0 if self.state is None else self.state.following
         for told in found:
             if not told.facts["carried"] or told.facts["index"] < following:
@@ -289,7 +290,8 @@ class DreamStore:
 
     def _write_state(self, following: int, tensors: Mapping[str, Tensor]) -> State:
         state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        blob = _saved(state, {"following": following})
+        skipped = [asdict(batch) for batch in self.skipped.values()]
+        blob = _saved(state, {"following": following, "skipped": skipped})
         name = f"state-{following:06d}.safetensors"
         write_atomically(self.folder / name, blob)
         return State(following, name, hashlib.sha256(blob).hexdigest())

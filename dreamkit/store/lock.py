@@ -15,6 +15,10 @@ from dreamkit.errors import RunDirectoryError
 LOCK, OWNER = ".lock", ".owner.json"
 
 
+class RunInUse(RunDirectoryError):
+    """Another process runs in the folder."""
+
+
 class RunLock:
     """A lock that ends with its process, however that ends.
 
@@ -36,13 +40,14 @@ class RunLock:
             nobody did.
 
         Raises:
-            RunDirectoryError: another process holds it, or the folder cannot be written to.
+            RunInUse: another process holds it.
+            RunDirectoryError: the folder cannot be written to.
         """
         before = self._owner()
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise RunDirectoryError(
+            raise RunInUse(
                 f"{self.folder} is in use by {before or 'another process'}: wait for it, or choose "
                 "another folder with --out"
             ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from dreamkit.errors import RunDirectoryError
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.store.lock import LOCK, OWNER, RunLock
+from dreamkit.store.lock import LOCK, OWNER, RunInUse, RunLock
 from dreamkit.types import RunContext
 
 RECIPE = "recipe.resolved.yaml"
@@ -70,6 +70,8 @@ class RunDirectory:
             self.folder.mkdir(parents=True, exist_ok=True)
             before = self._lock.acquire()
             write_atomically(self.folder / RECIPE, self.recipe_yaml.encode())
+        except RunInUse:
+            raise
         except (OSError, RunDirectoryError) as error:
             self.release()
             for folder in missing:

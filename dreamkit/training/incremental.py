@@ -38,6 +38,8 @@ class IncrementalTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.recalibrate and self.freeze_bn:
+            raise ValueError("recalibrate: it would undo what freeze_bn keeps; set one of them")
         if self.augmentation.mixup:
             raise ValueError("augmentation.mixup: classes are learnt from whole images; use 0")
 

@@ -240,8 +240,10 @@ class Trainer(ABC, Generic[Options]):
 
     def agree(self) -> None:
         """Give every rank the first one's BatchNorm statistics; each has seen other images."""
-        for buffer in self.student.buffers() if distributed.size() > 1 else ():
-            torch.distributed.broadcast(buffer, 0)
+        if distributed.size() > 1:
+            for model in {self.student, self.current}:
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, 0)
 
     @property
     def current(self) -> nn.Module:

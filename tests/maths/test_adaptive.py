@@ -115,9 +115,9 @@ def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
         seen.append((plan.index, student.fc.weight.detach().clone()))
         return dream(self, plan, on_step)
 
-    def count(self, batch):
+    def count(self, batch, share):
         used.append(batch[0])
-        return step(self, batch)
+        return step(self, batch, share=share)
 
     monkeypatch.setattr(Inversion, "dream", watch)
     monkeypatch.setattr(teaching.Distiller, "step", count)
@@ -178,10 +178,10 @@ def test_a_killed_run_ends_with_the_same_pool_and_student(
             raise KeyboardInterrupt
         return dream(self, plan, on_step)
 
-    def kill_step(self, batch):
+    def kill_step(self, batch, share):
         if self.done == {"training": 5, "after": 11}.get(where):
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self, batch, share=share)
 
     with monkeypatch.context() as patched:
         patched.setattr(Inversion, "dream", kill_dream)
