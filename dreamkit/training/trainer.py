@@ -240,10 +240,12 @@ class Trainer(ABC, Generic[Options]):
 
     def agree(self) -> None:
         """Give every rank the first one's BatchNorm statistics; each has seen other images."""
-        if distributed.size() > 1:
-            for model in {self.student, self.current}:
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, 0)
+        if distributed.size() == 1:
+            return
+        averaged = [] if self.average is None else [self.average.module]
+        for model in [self.student, *averaged]:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     @property
     def current(self) -> nn.Module:
