@@ -7,6 +7,7 @@ and the first alone writes files, but for dreams.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ def ranks() -> Iterator[None]:
     try:
         yield
     finally:
+        # DistributedDataParallel keeps the group in cycles, and one that is still there when the
+        # interpreter ends aborts it.
+        gc.collect()
         distributed.destroy_process_group()
 
 

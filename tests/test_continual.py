@@ -216,6 +216,7 @@ def refused(invoke, file, tmp_path):
 
 
 def test_classes_that_are_old_already(tmp_path, recipe, recipe_file, invoke):
+    del recipe["application"]["sets"][1]["test"]
     recipe["application"]["sets"][1]["train"]["classes"] = [6, 8]
     err = refused(invoke, recipe_file(recipe), tmp_path)
     assert "application.sets[1].train: '6' is an old class already" in err

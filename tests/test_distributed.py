@@ -110,6 +110,7 @@ def test_dreams_against_a_student_do_not_depend_on_who_makes_them(tmp_path):
     assert len(found[0]) == 8
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_rest_and_nothing_is_lost(tmp_path, one):
     folder = tmp_path / "run"
     slow = [*SMALL, "--set", "synthesis.stages=[{steps: 20}]"]
@@ -129,6 +130,7 @@ def test_a_killed_rank_ends_the_rest_and_nothing_is_lost(tmp_path, one):
     assert dreams(folder) == dreams(one)
 
 
+@pytest.mark.slow
 def test_batches_that_are_too_small_for_the_ranks(tmp_path):
     small = [*SMALL, "--set", "application.training.batch_size=3"]
     process = run(2, tmp_path / "run", *small)

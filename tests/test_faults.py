@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dreamkit import stopping
+from dreamkit.stopping import Stop
 from dreamkit.store.dreams import DreamStore
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +70,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 # --- stopped ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_ends_a_run_that_goes_on_to_the_same_student(tmp_path, undisturbed, number):
     folder = tmp_path / "run"
     process = start(folder)
@@ -87,16 +91,19 @@ def test_a_signal_ends_a_run_that_goes_on_to_the_same_student(tmp_path, undistur
     assert kept(folder) == undisturbed
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder, [*ADAPTIVE, "--set", "synthesis.stages=[{steps: 100000}]"])
-    wait_for(folder / "log.jsonl")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == 143
+def test_a_second_signal_ends_it_at_once(monkeypatch, capsys):
+    stop = Stop()
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+        os.kill(os.getpid(), signal.SIGTERM)  # the same one, passed on twice
+        monkeypatch.setattr(stopping, "TWICE_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.status == 143
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_finished_run_does_nothing(tmp_path, invoke, tiny, recipe_file):

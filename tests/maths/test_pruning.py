@@ -465,7 +465,7 @@ def test_removing_nothing_records_nothing(toys):
     model = toys.two_bn()
     before = toys.state(model)
     surgery = prune(model, {})
-    assert surgery.to_json() == {"kept": {}, "attributes": {}}
+    assert surgery.to_json() == {"kept": {}, "attributes": {}, "grown": {}}
     toys.assert_same_state(model, before)
 
 

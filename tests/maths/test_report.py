@@ -225,7 +225,7 @@ REPORT = {
 
 def page(**records):
     picture = grid(flat([1, 2]), torch.tensor([0, 1]))
-    return render(REPORT, records, "name: <x>\n", picture)
+    return render(REPORT, records, "name: <x>\n", {"Dreams": picture})
 
 
 def test_the_page_needs_nothing_else():
@@ -257,13 +257,13 @@ def test_the_page_shows_what_was_run():
     assert "<td>0.5000</td>" in text
     assert text.count("<svg") == 1
     assert 'src="data:image/png;base64,' in text
-    without = render(REPORT, {}, "", None)
+    without = render(REPORT, {}, "", {})
     assert "<img" not in without
     assert "<svg" not in without
 
 
 def test_the_page_shows_what_verifiers_said():
-    text = render(REPORT | JUDGED, {}, "", None)
+    text = render(REPORT | JUDGED, {}, "", {})
     assert "<td>2.250 ± 0.125</td><td>12.346 at fc</td>" in text
     assert "FID 40.000 to 540 real images (torch-fidelity)." in text
     assert "they are neither Inception scores nor FID" in text
