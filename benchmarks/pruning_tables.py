@@ -14,17 +14,14 @@ Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dre
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from recipe_runs import RECIPES, run_recipe, spread
+from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.processor import processor_name
 
 RECIPE = RECIPES / "cifar10" / "prune_ha.yaml"
 RATIOS = (0.29, 0.63)
@@ -182,12 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generator", type=Path, help="a TorchScript file, e.g. a GAN's")
     parser.add_argument("--latent", default="[128]", help="the shape of its noise")
     parser.add_argument("--generated", type=int, default=3072, help="images drawn from it")
-    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/pruning_tables"))
-    parser.add_argument("--quick", action="store_true", help="smoke presets")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    add_budget(parser, "runs/pruning_tables")
     options = parser.parse_args()
     if options.quick:
         options.preset = "smoke"
@@ -197,28 +189,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     tables = Tables(options, Console(stderr=True))
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-    data: dict[str, object] = {
-        "processor": name,
-        "preset": options.preset,
-        "changes": options.changes,
-        "seeds": options.seed,
-    }
-    shown = []
+    shown, figures = [], {}
     try:
         for number in options.tables:
             text, results = tables.table4() if number == 4 else tables.table5()
             shown.append(f"Table {number}\n\n{text}")
-            data[f"table{number}"] = results
+            figures[f"table{number}"] = results
     except DreamkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    threads = torch.get_num_threads()
-    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
-    print(f"{len(options.seed)} seeds\n")
-    print("\n\n".join(shown))
-    if options.json:
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    publish(options, "\n\n".join(shown), figures)
 
 
 if __name__ == "__main__":

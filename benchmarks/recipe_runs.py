@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from dreamkit.latency.processor import processor_name
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.runner import run
@@ -33,6 +37,40 @@ def run_recipe(
     console.print(f"\n{folder.name}", highlight=False)
     metrics: dict[str, float] = read_report(run(loaded, folder, console))["metrics"]
     return metrics, loaded.root.plain()
+
+
+def add_budget(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the options that every table of recipes has.
+
+    Args:
+        parser: of the script.
+        out: where its runs go.
+    """
+    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--quick", action="store_true", help="smoke presets")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+
+
+def publish(options: argparse.Namespace, text: str, figures: dict[str, Any]) -> None:
+    """Print a table below what it was measured on, and write its figures where that is asked for.
+
+    Args:
+        options: the script's.
+        text: Markdown.
+        figures: as ``--json`` has them.
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    threads = torch.get_num_threads()
+    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
+    print(f"{len(options.seed)} seeds\n\n{text}")
+    if options.json:
+        data = {"processor": name, "preset": options.preset, "seeds": options.seed}
+        options.json.write_text(
+            json.dumps(data | {"changes": options.changes} | figures, indent=1) + "\n"
+        )
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -15,19 +15,15 @@ ResNet-34 and ResNet-18.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-import torch
-from recipe_runs import RECIPES, run_recipe, spread
+from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.processor import processor_name
 
 METHODS = ("noise", "deepdream", "deepinversion", "adaptive", "dafl", "fast_meta", "cmi")
 PAPER = {
@@ -98,12 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/table1"))
-    parser.add_argument("--quick", action="store_true", help="smoke presets")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    add_budget(parser, "runs/table1")
     options = parser.parse_args()
     if options.quick:
         options.preset = "smoke"
@@ -120,14 +111,7 @@ def main() -> None:
     except DreamkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-    threads = torch.get_num_threads()
-    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
-    print(f"{len(options.seed)} seeds\n\n{table(rows, pair)}")
-    if options.json:
-        data: dict[str, Any] = {"processor": name, "preset": options.preset, "pair": pair}
-        data |= {"changes": options.changes, "seeds": options.seed, "results": rows}
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    publish(options, table(rows, pair), {"pair": pair, "results": rows})
 
 
 if __name__ == "__main__":

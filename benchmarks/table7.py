@@ -19,13 +19,11 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import yaml
-from recipe_runs import RECIPES, run_recipe, spread
+from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.processor import processor_name
 
 METHODS = (
     "finetune",
@@ -117,12 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="how many of its sets are learnt")
     parser.add_argument("--train", type=Path, help="class folders in place of the recipe's sources")
     parser.add_argument("--test", type=Path, help="and those to judge by")
-    parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/table7"))
-    parser.add_argument("--quick", action="store_true", help="smoke presets")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    add_budget(parser, "runs/table7")
     options = parser.parse_args()
     if (options.train is None) != (options.test is None):
         parser.error("give --train and --test together")
@@ -139,14 +132,7 @@ def main() -> None:
     except DreamkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-    threads = torch.get_num_threads()
-    print(f"{name}, {threads} threads, torch {torch.__version__}, preset {options.preset}, ")
-    print(f"{len(options.seed)} seeds\n")
-    print(table(results, options.steps))
-    if options.json:
-        data = {"processor": name, "preset": options.preset, "seeds": options.seed}
-        options.json.write_text(json.dumps(data | {"results": results}, indent=1) + "\n")
+    publish(options, table(results, options.steps), {"results": results})
 
 
 if __name__ == "__main__":

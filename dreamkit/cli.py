@@ -280,7 +280,7 @@ def export_dreams(
         dreamkit export-dreams runs/quickstart digits_dreamed
     """
     from dreamkit.store.dreams import DreamStore
-    from dreamkit.store.dreams import export_dreams as export
+    from dreamkit.store.picture_files import export_dreams as export
     from dreamkit.store.run_directory import read_report
     from dreamkit.store.source import find_store
 

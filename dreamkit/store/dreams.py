@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -444,34 +443,3 @@ class ShardedImages:
         rows = [self._place[index] for index in indices]
         images = torch.stack([self._images[shard][row] for shard, row in rows])
         return images, self.labels[torch.as_tensor(indices)]
-
-
-def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | None) -> int:
-    """Write dreams as PNG files, ``folder/<class>/<number>.png``, which ``ImageFolder`` reads.
-
-    Classes are named by zero-padded number, and by name where known, so that alphabetical
-    order is the teacher's output order.
-
-    Returns:
-        How many were written.
-
-    Raises:
-        StoreError: the folder is not empty or cannot be written to.
-    """
-    content = store.open()
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise StoreError(f"{folder} is not empty; choose another folder")
-        digits = len(str(content.teacher_logits.shape[1] - 1))
-        for number in range(len(content)):
-            (image,), (label,) = (part.unbind() for part in content.batch([number]))
-            name = f"{int(label):0{digits}d}"
-            if class_names is not None:
-                safe = "".join(c if c.isalnum() else "_" for c in class_names[int(label)])
-                name = f"{name}_{safe}"
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{number:06d}.png")
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be written: {error.strerror}") from error
-    return len(content)

@@ -16,7 +16,8 @@ from torchvision.datasets import ImageFolder
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, RunDirectoryError, StoreError
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.store.dreams import DreamStore, export_dreams
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.picture_files import export_dreams
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.store.source import Dreams
 from dreamkit.types import StoredImages
