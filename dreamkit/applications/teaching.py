@@ -229,7 +229,9 @@ class _Teaching:
         try:
             yield
         except KeyboardInterrupt:
-            self._save()
+            dealt = [draws.size for draws in self.draws]
+            if dealt == [len(pool) for pool in self.pools]:  # else it was stopped amid a merge
+                self._save()
             raise
 
     def _grow(self, growth: Growth) -> None:
