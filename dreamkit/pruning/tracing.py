@@ -44,6 +44,7 @@ _POOLING = {
 }
 _IN_PLACE_OF_EACH = {
     *(aten._softmax, aten._log_softmax, aten.native_dropout, aten._to_copy, aten.copy_),
+    *(aten.hardswish, aten.hardswish_, aten.mish, aten.mish_, aten.relu6, aten.relu6_),
     aten.as_strided_,  # of a pooled map, to change its layout
     *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like),
 }

@@ -736,3 +736,14 @@ def test_a_prospect_is_what_surgery_leads_to(toys):
     assert prospect.shapes == layer_shapes(model, SIZE)
     assert prospect.total(lambda shape: shape.params) == before - sum(saved)
     assert min(saved) > 0
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish, nn.Mish, nn.ReLU6, nn.SiLU, nn.Hardsigmoid])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_leave_channels_where_they_are(activation, inplace):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), activation(inplace=inplace), nn.Flatten(), nn.Linear(8 * 36, 2)
+    ).eval()
+    groups, skipped = ChannelGraph(model, (3, 8, 8)).groups()
+    assert [(group.name, group.channels) for group in groups] == [("0", 8)]
+    assert [s.group for s in skipped] == ["3"]
