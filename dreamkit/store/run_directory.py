@@ -95,6 +95,8 @@ class RunDirectory:
 
         What lies in the folder then is records of the failure, and the mended recipe may use it.
         """
+        if not self.folder.is_dir():  # it vanished, which may be why the run failed
+            return
         kept = [
             entry
             for entry in self.folder.iterdir()

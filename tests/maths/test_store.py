@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -485,3 +486,12 @@ def test_a_skipped_batch_does_not_break_the_chain(tmp_path):
     store.skip(1, 2, "it overflowed")
     store.write(2, content(2), 1.0, 0.5, None, {"w": torch.ones(1)})
     assert torch.equal(DreamStore(tmp_path, SETTINGS).read_state()["w"], torch.ones(1))
+
+
+def test_nothing_is_withdrawn_from_a_folder_that_vanished(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    directory.claim()
+    shutil.rmtree(tmp_path / "run")
+    directory.withdraw()
+    directory.release()
+    assert not (tmp_path / "run").exists()
