@@ -9,6 +9,7 @@ Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out; finished o
 repeated, and interrupted ones go on. ``--set`` changes all of them (as of ``dreamkit run``). Rows
 that need --original, --proxy or --generator are left out without. In table 4 channels are ranked by
 Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dreams left.
+DeepInversion dreams once per seed, as many images as ADI, for all the rows that use them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ PAPER_5 = {
     "ADI": (2.7, 4.36, 73.3),
     "ADI + HA": (2.9, 4.22, 74.0),
 }
+SEED = "%seed%"
+"""Stands in a cell for the seed of its run."""
 TAYLOR = "application.criteria=[{name: taylor, weight: 1}]"
-PLAIN = ["application.adaptive=null", "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"]
+DREAMED = "application={name: synthesize}"
+PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"
 
 
 @dataclass
@@ -71,11 +75,19 @@ class Tables:
         """Run a cell with every seed; return the metrics of each."""
         found = []
         for seed in self.options.seed:
+            changes = [change.replace(SEED, str(seed)) for change in cell.changes]
             folder = self.options.out / f"{cell.name}-{self.options.preset}-{seed}"
-            changes = [*self.options.changes, *cell.changes, f"seed={seed}"]
+            changes = [*self.options.changes, *changes, f"seed={seed}"]
             metrics, _ = run_recipe(RECIPE, self.options.preset, changes, folder, self.console)
             found.append(metrics)
         return found
+
+    def deepinversion(self) -> list[str]:
+        """Return what makes a recipe prune on DeepInversion's dreams; dream them if need be."""
+        name = "deepinversion"
+        self.run(Cell(name, [DREAMED, PLAIN]))
+        folder = self.options.out / f"{name}-{self.options.preset}-{SEED}" / "dreams"
+        return given(f"{{source: dreams, path: {folder}}}")
 
     def sources(self) -> dict[str, list[str]]:
         """Return what each source of images changes of the recipe."""
@@ -88,7 +100,7 @@ class Tables:
                 f"{{source: generator, path: {options.generator}, images: {options.generated}, "
                 f"latent: {options.latent}}}"
             )
-        return known | {"deepinversion": PLAIN, "adaptive": []}
+        return known | {"deepinversion": self.deepinversion(), "adaptive": []}
 
     def table4(self) -> tuple[str, dict[str, list[list[dict[str, float]]]]]:
         """Return the table of image sources as Markdown, and its metrics by row and ratio."""
@@ -121,7 +133,11 @@ class Tables:
         """Return the hardware-aware table as Markdown, and its metrics by row."""
         target = f"application.target={{flops: {self.options.ratio}}}"
         original = self.options.original
-        real = PLAIN if original is None else given(f"{{source: folder, path: {original}}}")
+        real = (
+            self.deepinversion()
+            if original is None
+            else given(f"{{source: folder, path: {original}}}")
+        )
         cells = {"Taylor": Cell("5-taylor", [TAYLOR, target, *real])}
         for eta in self.options.eta:
             criteria = hardware_aware(eta)

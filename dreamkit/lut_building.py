@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,14 @@ from dreamkit.store.atomic import write_json
 from dreamkit.teacher_bench import load_named
 from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
 
-_AT_ONCE = 24
-"""Shapes measured between two writes of the file."""
+_AT_ONCE = 200
+"""Shapes measured between two writes of the file, in turn: what disturbs the machine for a second
+then spoils a few samples of each, and no median."""
+
+_MOST = 0.9
+"""Share of a group's channels that networks lose at the most that a table is held against."""
+_KNOWN = 6
+"""Networks from which is told what more than its layers one takes."""
 
 
 def shapes_to_measure(
@@ -46,17 +54,18 @@ def shapes_to_measure(
     found: dict[LayerShape, None] = {}
     for shape in table.shapes(model, card_size).values():
         if shape.kind == "norm":
-            counts = grid_below(shape.c_out, 1, least)
+            counts = grid_below(shape.c_out, 1, 1, least)
             found |= {replace(shape, c_in=c, c_out=c): None for c in counts}
             continue
         if shape.depthwise:
-            counts = grid_below(shape.c_out, 1, least)
+            counts = grid_below(shape.c_out, 1, table.block, least)
             found |= {replace(shape, c_in=c, c_out=c, groups=c): None for c in counts}
             continue
-        inputs = grid_below(shape.c_in, shape.groups, least)
+        block = table.block if shape.kind == "conv" else 1
+        inputs = grid_below(shape.c_in, shape.groups, block, least)
         if shape.c_in == card_size[0]:
             inputs = [shape.c_in]
-        outputs = grid_below(shape.c_out, shape.groups, least)
+        outputs = grid_below(shape.c_out, shape.groups, block, least)
         found |= {replace(shape, c_in=i, c_out=o): None for i in inputs for o in outputs}
     return list(found)
 
@@ -66,6 +75,8 @@ def build_table(
 ) -> int:
     """Measure what a table lacks, writing it every few points; return how many were measured."""
     missing = [shape for shape in shapes if shape not in table.points]
+    # A stretch of time in which the machine is slower then has some of every layer.
+    random.Random(0).shuffle(missing)
     parts = [missing[i : i + _AT_ONCE] for i in range(0, len(missing), _AT_ONCE)]
     for part in track(parts, "measuring", console=console, disable=not console.is_terminal):
         table.measure(part)
@@ -75,29 +86,51 @@ def build_table(
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a table tells the latencies of prunings of a network from that of the whole.
+    """How well a table tells the latencies of prunings of a network.
+
+    A network takes longer than its layers do one by one, and some of that is the same however
+    narrow they are (what calls them; additions). Both are told, as a line of least squares, from
+    the first networks, and the others are held against it.
 
     Args:
-        predicted: milliseconds of the whole network and of each pruning, as the table has them.
-        measured: milliseconds of the same, from end to end.
+        layers: milliseconds of all layers of each network, as the table has them.
+        measured: milliseconds of the same networks, from end to end.
+        known: how many of them the line is told from.
     """
 
-    predicted: list[float]
+    layers: list[float]
     measured: list[float]
+    known: int
 
     @property
     def scale(self) -> float:
-        """How many times longer than its layers the whole network takes."""
-        return self.measured[0] / self.predicted[0]
+        """How much longer a network takes where its layers take a millisecond longer."""
+        return self._line()[0]
+
+    @property
+    def constant(self) -> float:
+        """Milliseconds that a network takes however narrow its layers are."""
+        return self._line()[1]
+
+    def _line(self) -> tuple[float, float]:
+        scale, constant = statistics.linear_regression(
+            self.layers[: self.known], self.measured[: self.known]
+        )
+        return scale, constant
+
+    @property
+    def predicted(self) -> list[float]:
+        """Milliseconds of every network as its layers tell them."""
+        scale, constant = self._line()
+        return [constant + scale * layers for layers in self.layers]
 
     @property
     def _pairs(self) -> list[tuple[float, float]]:
-        scaled = [self.scale * predicted for predicted in self.predicted]
-        return list(zip(scaled, self.measured, strict=True))[1:]
+        return list(zip(self.predicted, self.measured, strict=True))[self.known :]
 
     @property
     def r_squared(self) -> float:
-        """Share of the prunings' variance that scaled predictions explain."""
+        """Share of the variance of what was measured that predictions explain."""
         measured = [m for _, m in self._pairs]
         mean = sum(measured) / len(measured)
         total = sum((m - mean) ** 2 for m in measured)
@@ -106,7 +139,7 @@ class Fit:
 
     @property
     def mean_error(self) -> float:
-        """Mean absolute error of the prunings' predictions, as a share of what was measured."""
+        """Mean absolute error of predictions, as a share of what was measured."""
         errors = [abs(p - m) / m for p, m in self._pairs]
         return sum(errors) / len(errors)
 
@@ -118,40 +151,58 @@ def check_table(
     seed: int,
     console: Console,
 ) -> Fit:
-    """Predict and measure a network and random prunings of it.
+    """Predict and measure prunings of a network at random.
 
     Args:
         table: of the target; what it lacks is measured.
         teacher: the network.
-        variants: how many prunings; each removes up to nine tenths of its channels.
+        variants: how many prunings, from none to nine tenths of the channels.
         seed: of what is removed.
         console: where progress is shown.
+
+    Returns:
+        The fit, told from the whole network, its narrowest pruning and some at random.
+
+    Raises:
+        DreamkitError: nothing of the network can be pruned.
     """
     size = teacher.card.input_size
-    models = [teacher.model]
+    graph = ChannelGraph(copy.deepcopy(teacher.model), size)
+    if not graph.groups()[0]:
+        raise DreamkitError(
+            f"nothing of {teacher.card.name} can be pruned, so there is nothing to hold the table "
+            "against; 'dreamkit doctor' says why"
+        )
     draws = torch.Generator().manual_seed(seed)
-    models += [pruned_at_random(teacher, draws) for _ in range(variants)]
-    predicted = []
-    example = torch.randn(table.backend.batch_size, *size)
+    models = [teacher.model, pruned(graph, _MOST, _MOST, draws)]
+    while len(models) < _KNOWN + variants:
+        most = _MOST * float(torch.rand((), generator=draws))
+        models.append(pruned(graph, most / 2, most, draws))
+    layers = []
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
-        predicted.append(Prospect(table.shapes(model, size)).total(table.predict))
+        layers.append(Prospect(table.shapes(model, size)).total(table.predict))
+    example = torch.randn(table.backend.batch_size, *size)
     timings = table.backend.time([(model, example) for model in models])
-    measured = [timing.median_ms for timing in timings]
-    return Fit(predicted, measured)
+    return Fit(layers, [timing.median_ms for timing in timings], _KNOWN)
 
 
-def pruned_at_random(teacher: Teacher, draws: torch.Generator) -> nn.Module:
-    """Return a copy of a network of which each channel group lost a random share."""
-    model = copy.deepcopy(teacher.model)
-    graph = ChannelGraph(model, teacher.card.input_size)
-    most = float(torch.rand((), generator=draws))
+def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generator) -> nn.Module:
+    """Return a copy of a graph's network of which each group lost channels at random.
+
+    Args:
+        graph: of the network.
+        least: share of a group's channels that goes at the least.
+        most: at the most.
+        draws: say how many, and which.
+    """
+    graph = copy.deepcopy(graph)
     removed = {}
     for group in graph.groups()[0]:
-        share = 0.9 * most * float(torch.rand((), generator=draws))
-        gone = torch.randperm(group.channels, generator=draws)[: int(share * group.channels)]
-        removed[group.name] = gone.tolist()
+        share = least + (most - least) * float(torch.rand((), generator=draws))
+        number = int(share * group.channels)
+        removed[group.name] = torch.randperm(group.channels, generator=draws)[:number].tolist()
     graph.remove(removed)
-    return model
+    return graph.model
 
 
 # --- the commands -------------------------------------------------------------------------------
@@ -210,9 +261,11 @@ def show_table(path: Path, console: Console) -> None:
     target, points = read_file(path)
     _say(console, ", ".join(f"{key}: {value}" for key, value in target.items()))
     kinds: dict[str, list[tuple[LayerShape, Timing]]] = {}
-    for shape, timing in points.items():
+    # As a network has them, from the largest maps to the smallest; linear layers have none.
+    ordered = sorted(points.items(), key=lambda pair: -math.prod(pair[0].feature_map or (0,)))
+    for shape, timing in ordered:
         kinds.setdefault(_kind(shape), []).append((shape, timing))
-    table = Table("layer", "points", "channels", "ms", "middle half, ms")
+    table = Table("layer", "points", "channels: fastest … slowest", "ms", "middle half, ms")
     for kind, measured in kinds.items():
         low, high = (f(measured, key=lambda pair: pair[1].median_ms) for f in (min, max))
         table.add_row(
@@ -268,15 +321,16 @@ def check_for(
     fit = check_table(table, found, variants, seed, console)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
     for number, (predicted, measured) in enumerate(zip(fit.predicted, fit.measured, strict=True)):
-        scaled = fit.scale * predicted
-        name = "whole" if number == 0 else f"pruned {number}"
-        rows.add_row(name, f"{scaled:.3f}", f"{measured:.3f}", f"{scaled / measured - 1:+.1%}")
+        if number >= fit.known:
+            error = f"{predicted / measured - 1:+.1%}"
+            name = f"pruned {number + 1 - fit.known}"
+            rows.add_row(name, f"{predicted:.3f}", f"{measured:.3f}", error)
     console.print(rows)
     _say(
         console,
         f"R² {fit.r_squared:.4f}, mean error {fit.mean_error:.1%}, a network takes "
-        f"{fit.scale:.3f} times its layers; {len(table.points) - before} layers were not in the "
-        "table and measured now",
+        f"{fit.scale:.3f} times its layers and {fit.constant:.3f} ms; "
+        f"{len(table.points) - before} layers were not in the table and measured now",
     )
 
 

@@ -426,7 +426,12 @@ class LayerShape:
 
 
 class LatencyTable(Protocol):
-    """Predicts how long a model takes on the target."""
+    """Predicts how long a model takes on the target.
+
+    ``block`` is how many channels the target computes together.
+    """
+
+    block: int
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""
@@ -447,7 +452,8 @@ class LatencyBackend(Protocol):
     """An entry of ``latency_backends``.
 
     A runtime that folds BatchNorm into convolutions says so:
-    ``folds_norms: ClassVar[bool] = True``.
+    ``folds_norms: ClassVar[bool] = True``; one that computes channels in blocks, and is slower
+    where they are not filled, says how many there are in one: ``channel_block: int``.
     """
 
     batch_size: int

@@ -116,7 +116,11 @@ def states(folder):
 
 @pytest.mark.parametrize(
     ("where", "adaptive"),
-    [("between steps", False), ("first training", True), ("second training", True)],
+    [
+        pytest.param("between steps", False, marks=pytest.mark.slow),
+        ("first training", True),
+        pytest.param("second training", True, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_ends_the_same(
     tmp_path, recipe, recipe_file, invoke, monkeypatch, where, adaptive

@@ -79,6 +79,7 @@ def test_two_ranks_dream_what_one_does(tmp_path, one):
     assert "already holds this recipe's finished run" in finished(run(1, folder, *SMALL))
 
 
+@pytest.mark.slow
 def test_ranks_dream_against_one_student(tmp_path):
     folder = tmp_path / "run"
     adaptive = [

@@ -133,6 +133,7 @@ def kill_and_go_on(folder: Path, after: float) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_the_same(tmp_path, undisturbed):
     out = kill_and_go_on(tmp_path / "run", 1.5)
     assert "which ended without finishing" in out

@@ -31,7 +31,7 @@ NETWORKS = {
     ),
 }
 ALL = [(source, model) for source, models in NETWORKS.items() for model in models]
-ALWAYS = [("torchvision", "shufflenet_v2_x1_0"), ("timm", "rexnet_100"), ("timm", "convnext_atto")]
+ALWAYS = [("torchvision", "shufflenet_v2_x1_0"), ("timm", "convnext_atto")]
 SIZES = {"inception_v3": 96}
 
 ELSEWHERE = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
-FORMAT = 2
+FORMAT = 3
+_AGAIN = 16
+"""Layers of a table that are measured again, about, where it grows."""
 _ACTIVATIONS = {
     *("ReLU", "ReLU6", "LeakyReLU", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "Sigmoid", "Mish"),
     *("ELU", "Tanh"),
@@ -32,8 +34,11 @@ _ACTIVATIONS = {
 class LookUpTable:
     """Measured latencies of layers by shape; what is missing is measured when asked for.
 
-    Channel counts lie on a grid of a quarter octave (..., 64, 80, 96, 112, 128, 160, ...);
-    between its points the latency is interpolated linearly in both counts.
+    Between measured counts of channels the latency is interpolated linearly in both counts. They
+    are half an octave apart (..., 64, 96, 128, ...). Where the target computes channels in blocks
+    (``channel_block``), a layer whose channels do not fill them is slower, up to twice, and takes
+    about as long for any rest: counts between two blocks are a class of their own, measured at
+    its middle.
 
     Args:
         backend: how to measure.
@@ -45,19 +50,34 @@ class LookUpTable:
     ) -> None:
         self.backend = backend
         self.points = dict(points or {})
+        self.block = int(getattr(backend, "channel_block", 1))
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""
-        corners = _corners(shape)
+        corners = _corners(shape, self.block)
         self.measure(corner for corner, _ in corners)
         return sum(share * self.points[corner].median_ms for corner, share in corners)
 
     def measure(self, shapes: Iterable[LayerShape]) -> None:
-        """Measure those shapes that are not in the table, in turn within one run."""
+        """Measure those shapes that are not in the table, in turn within one run.
+
+        A machine is not as fast at all times. Some layers of the table are measured again beside
+        the new ones, which are put on its scale.
+        """
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
-        if missing:
-            built = [build_layer(shape, self.backend.batch_size) for shape in missing]
-            self.points |= dict(zip(missing, self.backend.time(built), strict=True))
+        if not missing:
+            return
+        known = list(self.points)[:: max(1, len(self.points) // _AGAIN)]
+        built = [build_layer(shape, self.backend.batch_size) for shape in known + missing]
+        timings = self.backend.time(built)
+        again, new = timings[: len(known)], timings[len(known) :]
+        pairs = zip(known, again, strict=True)
+        slower = [timing.median_ms / self.points[shape].median_ms for shape, timing in pairs]
+        scale = 1 / statistics.median(slower) if slower else 1.0
+        self.points |= {
+            shape: Timing(scale * timing.median_ms, scale * timing.spread_ms)
+            for shape, timing in zip(missing, new, strict=True)
+        }
 
     def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
         """Return the shape of every layer that counts on the target, by name, in forward order."""
@@ -136,6 +156,8 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
     Layers are convolutions, linear ones, and BatchNorm of feature maps with the activation module
     that is called next.
     """
+    from torchvision.ops import FrozenBatchNorm2d  # a second, and half of the runs need it not
+
     found: dict[str, LayerShape] = {}
     norms: list[str] = []
 
@@ -216,40 +238,61 @@ def build_layer(shape: LayerShape, batch_size: int) -> tuple[nn.Module, Tensor]:
     return layer.eval(), torch.randn(batch_size, shape.c_in, height, width)
 
 
-def _grid(channels: int, multiple: int) -> list[tuple[int, float]]:
-    """Return the grid points around a channel count with their shares; one point if it is on it."""
-    units = channels / multiple
-    octave = 2 ** math.floor(math.log2(units)) if units >= 1 else 1
-    step = max(octave // 4, 1)
-    low = int(units // step) * step
-    share = (units - low) / step
-    points = [(low * multiple, 1 - share), ((low + step) * multiple, share)]
-    return [(point, part) for point, part in points if part > 0]
+def _half_octaves(number: int) -> list[tuple[int, float]]:
+    """Return the points 1, 2, 3, 4, 6, 8, 12, ... around a number, and the share of each in it."""
+    step = max(2 ** math.floor(math.log2(number)) // 2, 1)
+    low = number // step * step
+    share = (number - low) / step
+    return [(low, 1 - share), (low + step, share)] if share else [(low, 1.0)]
 
 
-def grid_below(channels: int, multiple: int, least: float) -> list[int]:
+def _grid(channels: int, multiple: int, block: int) -> list[tuple[int, float]]:
+    """Return the measured channel counts around one, and the share of each in its latency.
+
+    Args:
+        channels: the count.
+        multiple: the layer's groups; counts are multiples of it.
+        block: channels that the target computes together.
+    """
+    if multiple > 1:
+        return [(point * multiple, share) for point, share in _half_octaves(channels // multiple)]
+    blocks, rest = divmod(channels, block)
+    if not rest:
+        return [(point * block, share) for point, share in _half_octaves(blocks)]
+    if not blocks:
+        # A whole block is of the other class.
+        return [(min(point, block - 1), share) for point, share in _half_octaves(channels)]
+    # An odd rest: half a block is a whole one to some kernels.
+    middle = block // 2 - 1
+    return [(point * block + middle, share) for point, share in _half_octaves(blocks)]
+
+
+def grid_below(channels: int, multiple: int, block: int, least: float) -> list[int]:
     """Return the grid points that serve every count from a share of some channels to all of them.
 
     Args:
         channels: all of them.
         multiple: the layer's groups; counts are multiples of it.
+        block: channels that the target computes together.
         least: the share, in (0, 1].
     """
     lowest = max(multiple, math.ceil(least * channels / multiple) * multiple)
     counts = range(lowest, channels + 1, multiple)
-    return sorted({point for count in counts for point, _ in _grid(count, multiple)})
+    return sorted({point for count in counts for point, _ in _grid(count, multiple, block)})
 
 
-def _corners(shape: LayerShape) -> list[tuple[LayerShape, float]]:
+def _corners(shape: LayerShape, block: int) -> list[tuple[LayerShape, float]]:
     """Return the grid shapes around a shape, and the share of each in its latency."""
     if shape.kind == "norm":
-        return [(replace(shape, c_in=c, c_out=c), share) for c, share in _grid(shape.c_out, 1)]
+        return [(replace(shape, c_in=c, c_out=c), share) for c, share in _grid(shape.c_out, 1, 1)]
     if shape.depthwise:
         return [
-            (replace(shape, c_in=c, c_out=c, groups=c), share) for c, share in _grid(shape.c_out, 1)
+            (replace(shape, c_in=c, c_out=c, groups=c), share)
+            for c, share in _grid(shape.c_out, 1, block)
         ]
+    block = block if shape.kind == "conv" else 1
     return [
         (replace(shape, c_in=c_in, c_out=c_out), share_in * share_out)
-        for c_in, share_in in _grid(shape.c_in, shape.groups)
-        for c_out, share_out in _grid(shape.c_out, shape.groups)
+        for c_in, share_in in _grid(shape.c_in, shape.groups, block)
+        for c_out, share_out in _grid(shape.c_out, shape.groups, block)
     ]

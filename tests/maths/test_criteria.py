@@ -25,10 +25,13 @@ CPU = torch.device("cpu")
 
 
 class ProductTable:
-    """A layer takes 0.001·c_in·c_out milliseconds, whatever else it is."""
+    """A layer takes 0.001·c_in·c_out milliseconds, channels counted in whole blocks."""
+
+    def __init__(self, block=1):
+        self.block = block
 
     def predict(self, shape):
-        return 0.001 * shape.c_in * shape.c_out
+        return 0.001 * self.block**2 * -(-shape.c_in // self.block) * -(-shape.c_out // self.block)
 
     def shapes(self, model, input_size):
         shapes = layer_shapes(model, input_size)
@@ -41,7 +44,9 @@ def two_batches(toys, labels=3):
     return [(images[:5], targets[:5]), (images[5:], targets[5:])]
 
 
-def step_of(toys, model, teacher=None, batches=None, groups=None, chunk=1, size=(3, 8, 8), seed=7):
+def step_of(
+    toys, model, teacher=None, batches=None, groups=None, chunk=1, size=(3, 8, 8), seed=7, block=1
+):
     given = two_batches(toys) if batches is None else batches
     found = ChannelGraph(model, size).groups()[0] if groups is None else groups
     return PruningStep(
@@ -52,7 +57,7 @@ def step_of(toys, model, teacher=None, batches=None, groups=None, chunk=1, size=
         chunk=chunk,
         device=CPU,
         batches=lambda: iter(given),
-        latency=ProductTable(),
+        latency=ProductTable(block),
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -266,8 +271,8 @@ def test_gate_gradients_by_hand():
 # --- latency_lut ------------------------------------------------------------------------------
 
 
-def latency(toys, model, chunk=1, size=(3, 8, 8)):
-    step = step_of(toys, model, batches=[], chunk=chunk, size=size)
+def latency(toys, model, chunk=1, size=(3, 8, 8), block=1):
+    step = step_of(toys, model, batches=[], chunk=chunk, size=size, block=block)
     return by_name(step, LatencyLUT()(step))
 
 
@@ -293,6 +298,22 @@ def test_residual_group(toys, chunk, expected):
     saved = latency(toys, toys.residual(), chunk)
     (group,) = [score for score in saved.values() if len(score) == 4]
     assert group.tolist() == pytest.approx([expected] * 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_a_group_is_judged_by_the_end_of_its_block(toys, chunk):
+    # In blocks of 4: conv1 3→4 is 4·4, conv2 4→6 4·8, fc 6→3 8·4. Nothing is saved of conv1, which
+    # has one block; of conv2's 6 channels the first two save a block, 4·4 + 4·4, and more do not.
+    saved = latency(toys, toys.two_bn(), chunk, block=4)
+    assert saved["conv1"].tolist() == pytest.approx([0.0] * 4)
+    first = -0.032 / max(chunk, 2)
+    assert saved["conv2"].tolist() == pytest.approx([first] * 6)
+
+
+def test_one_channel_saves_nothing(toys):
+    groups = [ChannelGroup("conv1", 1, ())]
+    step = step_of(toys, toys.two_bn(), batches=[], groups=groups, chunk=2, block=4)
+    assert by_name(step, LatencyLUT()(step))["conv1"].tolist() == [0.0]
 
 
 def test_depthwise(toys):

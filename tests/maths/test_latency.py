@@ -12,6 +12,8 @@ from torch import nn
 from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.torch_eager import TorchCPU
+from dreamkit.lut_building import Fit, pruned
+from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.types import LayerShape, Timing
 
 MAP = (6, 6)
@@ -52,6 +54,28 @@ def conv(c_in, c_out, **changes):
     return LayerShape("conv", c_in, c_out, feature_map=MAP, **changes)
 
 
+# --- held against networks --------------------------------------------------------------------
+
+
+def test_a_fit_tells_the_line_from_the_first_networks():
+    # 2 ms of calls and twice the layers' time, told from three; of the others one is 1 ms off.
+    fit = Fit(layers=[1, 2, 4, 3, 5], measured=[4, 6, 10, 8, 13], known=3)
+    assert (fit.scale, fit.constant) == pytest.approx((2, 2))
+    assert fit.predicted == pytest.approx([4, 6, 10, 8, 12])
+    assert fit.mean_error == pytest.approx(1 / 13 / 2)
+    assert fit.r_squared == pytest.approx(1 - 1 / (2.5**2 + 2.5**2))
+
+
+def test_prunings_lose_between_half_and_all_of_a_share(toys):
+    network = nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 5, 1), nn.Flatten())
+    graph = ChannelGraph(network, (3, 4, 4))
+    draws = torch.Generator().manual_seed(0)
+    found = {pruned(graph, 0.3, 0.6, draws)[0].out_channels for _ in range(40)}
+    assert found == {9, 10, 11, 12, 13, 14}, "6 to 11 of 20 go, rounded down"
+    assert pruned(graph, 0.9, 0.9, draws)[0].out_channels == 2
+    assert graph.model[0].out_channels == 20
+
+
 # --- the table --------------------------------------------------------------------------------
 
 
@@ -68,18 +92,18 @@ def test_interpolation_is_exact_for_a_bilinear_target(shape):
 @pytest.mark.parametrize(
     ("channels", "points"),
     [
-        # Every count to 8, then a quarter of an octave: 10 12 14 16, 20 24 28 32, 40 ... 64, 80 ...
+        # Every count to 4, then half an octave: 6 8, 12 16, 24 32, 48 64, 96 128 ...
         (1, {1}),
-        (5, {5}),
-        (7, {7}),
+        (3, {3}),
+        (4, {4}),
+        (5, {4, 6}),
         (8, {8}),
-        (9, {8, 10}),
-        (13, {12, 14}),
-        (15, {14, 16}),
-        (33, {32, 40}),
+        (9, {8, 12}),
+        (13, {12, 16}),
+        (33, {32, 48}),
         (64, {64}),
-        (70, {64, 80}),
-        (127, {112, 128}),
+        (70, {64, 96}),
+        (127, {96, 128}),
     ],
 )
 def test_grid_points(channels, points):
@@ -90,22 +114,68 @@ def test_grid_points(channels, points):
 
 
 def test_grid_of_a_grouped_convolution_keeps_to_multiples():
-    # groups 3: 33 channels are 11 units, between 10 and 12 units: 30 and 36 (not 32 and 40).
+    # groups 3: 33 channels are 11 units, between 8 and 12 units: 24 and 36 (not 32 and 48).
     backend = Bilinear()
     value = LookUpTable(backend).predict(conv(33, 18, groups=3))
-    assert set(backend.asked) == {(30, 18), (36, 18)}
+    assert set(backend.asked) == {(24, 18), (36, 18)}
     assert value == pytest.approx(Bilinear.exact(33, 18))
 
 
 def test_a_depthwise_layer_moves_along_one_axis():
-    # 18 lies midway between 16 and 20: the mean of both, not the bilinear value at 18.
+    # 20 lies midway between 16 and 24: the mean of both, not the bilinear value at 20.
     backend = Bilinear()
-    shape = conv(18, 18, groups=18)
+    shape = conv(20, 20, groups=20)
     assert shape.depthwise
     value = LookUpTable(backend).predict(shape)
-    assert set(backend.asked) == {(16, 16), (20, 20)}
-    mean = (Bilinear.exact(16, 16) + Bilinear.exact(20, 20)) / 2
+    assert set(backend.asked) == {(16, 16), (24, 24)}
+    mean = (Bilinear.exact(16, 16) + Bilinear.exact(24, 24)) / 2
     assert value == pytest.approx(mean)
+
+
+class InBlocks(Bilinear):
+    """A target that computes 8 channels together, and takes twice as long where one is not full."""
+
+    channel_block = 8
+
+    @staticmethod
+    def exact(c_in, c_out):
+        twice = c_in % 8 or c_out % 8
+        return (2 if twice else 1) * (5 + 3 * -(-c_in // 8)) * (1 + -(-c_out // 8))
+
+
+@pytest.mark.parametrize(
+    ("channels", "points"),
+    [
+        # Full blocks 8, 16, 24, 32, 48 ...; between them 11, 19, 27, 35, 51 ...; below one 1 to 7.
+        (2, {2}),
+        (7, {6, 7}),
+        (8, {8}),
+        (9, {11}),
+        (15, {11}),
+        (17, {19}),
+        (40, {32, 48}),
+        (41, {35, 51}),
+        (47, {35, 51}),
+        (64, {64}),
+    ],
+)
+def test_full_blocks_and_others_are_told_apart(channels, points):
+    backend = InBlocks()
+    LookUpTable(backend).predict(conv(8, channels))
+    assert {c_out for _, c_out in backend.asked} == points
+
+
+@pytest.mark.parametrize("c_in", [16, 9, 57, 64, 80, 83])
+@pytest.mark.parametrize("c_out", [32, 57, 40, 130])
+def test_steps_of_a_target_with_blocks_are_exact(c_in, c_out):
+    table = LookUpTable(InBlocks())
+    assert table.predict(conv(c_in, c_out)) == pytest.approx(InBlocks.exact(c_in, c_out))
+
+
+def test_a_linear_layer_has_no_blocks():
+    backend = InBlocks()
+    LookUpTable(backend).predict(LayerShape("linear", 41, 64))
+    assert set(backend.asked) == {(32, 64), (48, 64)}
 
 
 def test_a_point_is_measured_once():
@@ -165,7 +235,7 @@ def test_round_trip(tmp_path):
     backend = Bilinear()
     again = read_table(path, backend)
     assert again.points == table.points
-    assert len(again.points) == 3
+    assert len(again.points) == 5
     again.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
     assert backend.asked == [], "nothing is measured twice"
 
@@ -287,8 +357,9 @@ def test_one_timing_for_each_module_in_order():
     assert timings[0].median_ms > timings[1].median_ms
     assert all(timing.spread_ms >= 0 for timing in timings)
     assert seen == {(2, False, False)}, "pinned threads, eval mode, no gradients"
-    # Two to settle on the calls of a sample (one, as each lasts over 0.5 ms), 1 + 5 samples.
-    assert [module.calls for module, _ in modules] == [8, 8, 8]
+    # Two samples to settle on the calls of one (one, as each lasts over 0.5 ms), then 1 + 5; and
+    # before every sample a call that is not timed.
+    assert [module.calls for module, _ in modules] == [16, 16, 16]
 
 
 def test_threads_and_modes_are_restored(toys):

@@ -62,4 +62,4 @@ def test_a_table_is_measured_there():
     table = LookUpTable(OnnxRuntime(threads=1, warmup=0, repeats=3))
     shape = LayerShape("conv", 9, 8, (3, 3), (1, 1), (1, 1), feature_map=(8, 8))
     assert table.predict(shape) > 0
-    assert {(s.c_in, s.c_out) for s in table.points} == {(8, 8), (10, 8)}
+    assert {(s.c_in, s.c_out) for s in table.points} == {(9, 8)}, "between blocks of 4"
