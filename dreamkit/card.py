@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 
@@ -77,8 +78,15 @@ class Card:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Card:
-        """Read a card written by ``to_json``."""
-        known: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in data.items()
-        }
-        return Card(**known)
+        """Read a card written by ``to_json``.
+
+        Raises:
+            ValueError: it is none.
+        """
+        unknown = set(data) - {known.name for known in fields(Card)}
+        if unknown:
+            raise ValueError(f"a card has no {', '.join(sorted(map(str, unknown)))}")
+        return _CARDS.validate_python(data)
+
+
+_CARDS = TypeAdapter(Card)

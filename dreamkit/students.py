@@ -117,11 +117,15 @@ def _architecture(
 ) -> nn.Module:
     """Return what an artifact's weights fit into."""
     model = _build(folder, artifact.builder, allow_builder) if builder is None else builder()
-    surgery = Surgery.from_json(artifact.surgery)
-    for name, outputs in surgery.grown.items():  # before there is room made for what a file claims
-        if name not in artifact.state or len(artifact.state[name]) != outputs:
-            raise ArtifactError(f"{folder}: its weights have no '{name}' with {outputs} outputs")
-    surgery.rebuild(model)
+    try:
+        surgery = Surgery.from_json(artifact.surgery)
+        # Before there is room made for what a file claims.
+        for name, outputs in surgery.grown.items():
+            if name not in artifact.state or len(artifact.state[name]) != outputs:
+                raise ArtifactError(f"its weights have no '{name}' with {outputs} outputs")
+        surgery.rebuild(model)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from hypothesis import strategies as st
 
 from dreamkit import cli
 
@@ -35,6 +36,37 @@ TINY: dict[str, Any] = {
     },
     "application": {"name": "synthesize"},
 }
+
+WORDS = ["name", "source", "weight", "steps", "size", "images", "presets", "tv", "timm", "resnet18"]
+KEYS = st.one_of(st.sampled_from(WORDS), st.text(max_size=6))
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(WORDS),
+)
+VALUES = st.one_of(
+    SCALARS,
+    st.recursive(
+        SCALARS,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+        max_leaves=5,
+    ),
+    st.sampled_from([10**400, -(10**400), 2**63, 1e308, "\ud800"]),
+    st.sampled_from(["js_compete", "bn_feature", "tv", "csv"]).map(lambda name: {"name": name}),
+)
+
+
+def places(data: Any) -> list[tuple[Any, Any]]:
+    """Return every (container, key) inside nested data."""
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(data, dict | list):
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        for key in keys:
+            pairs += [(data, key), *places(data[key])]
+    return pairs
 
 
 class Outcome(NamedTuple):
@@ -84,3 +116,25 @@ def invoke(
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def mutate() -> Callable[[st.DataObject, dict[str, Any]], None]:
+    """Change one to three places of a nested document, as hypothesis draws them."""
+
+    def change(data: st.DataObject, document: dict[str, Any]) -> None:
+        for _ in range(data.draw(st.integers(1, 3), label="changes")):
+            container, key = data.draw(st.sampled_from(places(document)), label="place")
+            action = data.draw(st.sampled_from(["replace", "delete", "insert"]), label="action")
+            if action == "delete":
+                del container[key]
+            elif action == "replace":
+                container[key] = data.draw(VALUES)
+            elif isinstance(container, dict):
+                container[data.draw(KEYS)] = data.draw(VALUES)
+            else:
+                container.insert(key, data.draw(VALUES))
+            if not places(document):
+                break
+
+    return change

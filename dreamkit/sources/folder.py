@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
@@ -123,6 +123,6 @@ class FolderImages:
         try:
             with Image.open(file) as image:
                 pixels = image.convert(self.mode)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return fitted(pixels, self.size, self.resize)
+        except Exception as error:  # a damaged file fails in as many ways as it has bytes
             raise DreamkitError(f"{file} cannot be decoded: {error}") from error
-        return fitted(pixels, self.size, self.resize)
