@@ -27,9 +27,8 @@ from dreamkit.store.atomic import write_json
 from dreamkit.teacher_bench import load_named
 from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
 
-_AT_ONCE = 200
-"""Shapes measured between two writes of the file, in turn: what disturbs the machine for a second
-then spoils a few samples of each, and no median."""
+_AT_ONCE = 32
+"""Shapes measured between two writes of the file: all of them are in memory."""
 
 _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
@@ -180,7 +179,9 @@ def check_table(
         models.append(pruned(graph, most / 2, most, draws))
     layers = []
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
-        layers.append(Prospect(table.shapes(model, size)).total(table.predict))
+        shapes = table.shapes(model, size)
+        table.prepare(shapes.values())
+        layers.append(Prospect(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
     timings = table.backend.time([(model, example) for model in models])
     return Fit(layers, [timing.median_ms for timing in timings], _KNOWN)
@@ -309,13 +310,7 @@ def check_for(
     """
     found = load_named(registries, "--teacher", teacher, "null")
     target, _ = read_file(path)
-    options: dict[str, Any] = {"batch_size": int(target["batch_size"])}
-    if target["threads"].isdigit():
-        options["threads"] = int(target["threads"])
-    runtime = target["runtime"].partition(" ")[0]
-    name = (
-        runtime if runtime != "torch" else ("torch-cpu" if "threads" in options else "torch-cuda")
-    )
+    name, options = _measured_by(path, target)
     table = read_table(path, _backend(registries, name, options), strict=True)
     before = len(table.points)
     fit = check_table(table, found, variants, seed, console)
@@ -332,6 +327,23 @@ def check_for(
         f"{fit.scale:.3f} times its layers and {fit.constant:.3f} ms; "
         f"{len(table.points) - before} layers were not in the table and measured now",
     )
+
+
+def _measured_by(path: Path, target: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the backend that measured a table, and its options, from what it says of itself."""
+    try:
+        options: dict[str, Any] = {"batch_size": int(target["batch_size"])}
+        if target["threads"].isdigit():
+            options["threads"] = int(target["threads"])
+        runtime = target["runtime"].partition(" ")[0]
+    except (KeyError, ValueError) as error:
+        raise DreamkitError(
+            f"{path} does not say what it was measured with ({error}): its target needs runtime, "
+            "threads and batch_size"
+        ) from error
+    if runtime == "torch":
+        runtime = "torch-cpu" if "threads" in options else "torch-cuda"
+    return runtime, options
 
 
 def _say(console: Console, text: str) -> None:

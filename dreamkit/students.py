@@ -124,7 +124,7 @@ def _architecture(
             if name not in artifact.state or len(artifact.state[name]) != outputs:
                 raise ArtifactError(f"its weights have no '{name}' with {outputs} outputs")
         surgery.rebuild(model)
-    except ArtifactError as error:
+    except Exception as error:  # a file may claim anything of any tensor
         raise ArtifactError(f"{folder}: {error}") from error
     return model
 

@@ -7,7 +7,7 @@ channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -339,7 +339,7 @@ class PruningStep:
         teacher: the model it started from, in eval mode.
         groups: what can be removed.
         card: the teacher's card.
-        chunk: how many channels of a group would go together.
+        chunks: of each group, how many channels may go together, one lot after the other.
         device: where the model is.
         batches: yields normalised images (N, C, H, W) and labels (N,), a fixed few batches.
         latency: times modules on the target.
@@ -351,7 +351,7 @@ class PruningStep:
     teacher: nn.Module
     groups: Sequence[ChannelGroup]
     card: Card
-    chunk: int
+    chunks: Sequence[Sequence[int]]
     device: torch.device
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     latency: LatencyTable
@@ -432,6 +432,9 @@ class LatencyTable(Protocol):
     """
 
     block: int
+
+    def prepare(self, shapes: Iterable[LayerShape]) -> None:
+        """Measure what predicting these layers asks for, in one run rather than one by one."""
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import struct
@@ -205,8 +206,10 @@ def any_student(data, tmp_path, student, mutate) -> None:
         else:
             (folder / SPECIFICATION).write_text(text, encoding="utf-8", errors="replace")
     else:
-        (folder / SPECIFICATION).write_text(json.dumps(specification))
         weights = damaged(data, weights)
+        if data.draw(st.booleans(), label="with its hash"):
+            specification["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+        (folder / SPECIFICATION).write_text(json.dumps(specification))
     (folder / WEIGHTS).write_bytes(weights)
     check_read_or_refused(dreamkit.load_student, folder)
 

@@ -134,8 +134,9 @@ class Budget:
         amounts: dict[str, float] = {"channels": channels}
         amounts |= {"flops": cost.flops, "params": cost.params}
         if "latency" in self.goals:
-            prospect = Prospect(self.table.shapes(model, self.size))
-            amounts["latency"] = prospect.total(self.table.predict)
+            shapes = self.table.shapes(model, self.size)
+            self.table.prepare(shapes.values())
+            amounts["latency"] = Prospect(shapes).total(self.table.predict)
         return amounts
 
     def shares(self, model: nn.Module, channels: int) -> dict[str, float]:

@@ -288,12 +288,13 @@ class _Pruning:
 
     def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
+        limits = self.options.limits
         step = PruningStep(
             model=self.student,
             teacher=self.context.teacher.model,
             groups=groups,
             card=self.card,
-            chunk=self.options.limits.chunk,
+            chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
             device=self.context.device,
             batches=self._batches,
             latency=self.table,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError
@@ -23,8 +24,9 @@ from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
 FORMAT = 3
+_SHAPES = TypeAdapter(LayerShape)
 _AGAIN = 16
-"""Layers of a table that are measured again, about, where it grows."""
+"""Layers of a table that are measured again, at the most, where it grows."""
 _ACTIVATIONS = {
     *("ReLU", "ReLU6", "LeakyReLU", "SiLU", "GELU", "Hardswish", "Hardsigmoid", "Sigmoid", "Mish"),
     *("ELU", "Tanh"),
@@ -50,13 +52,22 @@ class LookUpTable:
     ) -> None:
         self.backend = backend
         self.points = dict(points or {})
-        self.block = int(getattr(backend, "channel_block", 1))
+        self.block = getattr(backend, "channel_block", 1)
+        if type(self.block) is not int or self.block < 1:
+            raise DreamkitError(
+                f"the latency backend's channel_block should be an integer above 0 (got "
+                f"{self.block!r})"
+            )
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""
         corners = _corners(shape, self.block)
-        self.measure(corner for corner, _ in corners)
+        self.prepare([shape])
         return sum(share * self.points[corner].median_ms for corner, share in corners)
+
+    def prepare(self, shapes: Iterable[LayerShape]) -> None:
+        """Measure what predicting these layers asks for, in one run rather than one by one."""
+        self.measure(corner for shape in shapes for corner, _ in _corners(shape, self.block))
 
     def measure(self, shapes: Iterable[LayerShape]) -> None:
         """Measure those shapes that are not in the table, in turn within one run.
@@ -67,11 +78,12 @@ class LookUpTable:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
         if not missing:
             return
-        known = list(self.points)[:: max(1, len(self.points) // _AGAIN)]
+        again = min(_AGAIN, 4 * len(missing))
+        known = list(self.points)[:: max(1, len(self.points) // again)][:again]
         built = [build_layer(shape, self.backend.batch_size) for shape in known + missing]
         timings = self.backend.time(built)
-        again, new = timings[: len(known)], timings[len(known) :]
-        pairs = zip(known, again, strict=True)
+        new = timings[len(known) :]
+        pairs = zip(known, timings[: len(known)], strict=True)
         slower = [timing.median_ms / self.points[shape].median_ms for shape, timing in pairs]
         scale = 1 / statistics.median(slower) if slower else 1.0
         self.points |= {
@@ -136,15 +148,20 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[LayerShape, Timing]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, this version reads {FORMAT}")
+            raise ValueError(
+                f"format {data['format']}, this version reads {FORMAT}; delete it, and measure "
+                "again with 'dreamkit lut build'"
+            )
         target = {str(key): str(value) for key, value in data["target"].items()}
         points = {}
         for row in data["points"]:
-            timing = Timing(row.pop("median_ms"), row.pop("spread_ms"))
-            fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
-            }
-            points[LayerShape(**fields)] = timing
+            timing = Timing(float(row.pop("median_ms")), float(row.pop("spread_ms")))
+            shape = _SHAPES.validate_python(row)
+            if not 0 < timing.median_ms < math.inf:
+                raise ValueError(f"a layer takes {timing.median_ms} ms")
+            if len(shape.feature_map) != (0 if shape.kind == "linear" else 2):
+                raise ValueError(f"a {shape.kind} on {shape.feature_map}")
+            points[shape] = timing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DreamkitError(f"{path} cannot be read as a latency table: {error}") from error
     return target, points
@@ -238,9 +255,14 @@ def build_layer(shape: LayerShape, batch_size: int) -> tuple[nn.Module, Tensor]:
     return layer.eval(), torch.randn(batch_size, shape.c_in, height, width)
 
 
+def _half_octave(number: int) -> int:
+    """Return how far apart the points 1, 2, 3, 4, 6, 8, 12, ... are from a number on."""
+    return max(1 << math.floor(math.log2(number)) >> 1, 1)
+
+
 def _half_octaves(number: int) -> list[tuple[int, float]]:
     """Return the points 1, 2, 3, 4, 6, 8, 12, ... around a number, and the share of each in it."""
-    step = max(2 ** math.floor(math.log2(number)) // 2, 1)
+    step = _half_octave(number)
     low = number // step * step
     share = (number - low) / step
     return [(low, 1 - share), (low + step, share)] if share else [(low, 1.0)]
@@ -260,10 +282,12 @@ def _grid(channels: int, multiple: int, block: int) -> list[tuple[int, float]]:
     if not rest:
         return [(point * block, share) for point, share in _half_octaves(blocks)]
     if not blocks:
-        # A whole block is of the other class.
-        return [(min(point, block - 1), share) for point, share in _half_octaves(channels)]
+        low = _half_octaves(channels)[0][0]
+        high = min(low + _half_octave(low), block - 1)  # a whole block is of the other class
+        share = (channels - low) / (high - low) if high > low else 0.0
+        return [(point, part) for point, part in ((low, 1 - share), (high, share)) if part]
     # An odd rest: half a block is a whole one to some kernels.
-    middle = block // 2 - 1
+    middle = max(block // 2 - 1, 1)
     return [(point * block + middle, share) for point, share in _half_octaves(blocks)]
 
 

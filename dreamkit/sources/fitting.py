@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from dreamkit.errors import DreamkitError
+
 _MOST_PIXELS = 89_478_485
 """Pillow's limit, above which it warns of a decompression bomb."""
 
@@ -24,15 +26,15 @@ def fitted(image: Image.Image, size: tuple[int, int], resize: float = 1.0) -> Te
         uint8 (C, height, width).
 
     Raises:
-        ValueError: a picture so long and narrow that covering the size takes more pixels than
-            Pillow decodes.
+        DreamkitError: a picture so long and narrow that covering the size takes more pixels than
+            Pillow decodes without a warning.
     """
     height, width = size
     if (image.height, image.width) != size or resize != 1:
         scale = max(height / image.height, width / image.width) * resize
         cover = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
         if math.prod(cover) > _MOST_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are too long and narrow")
+            raise DreamkitError(f"{image.width}x{image.height} pixels are too long and narrow")
         scaled = functional.resize(image, cover, antialias=True)
         image = functional.center_crop(scaled, [height, width])
     tensor: Tensor = functional.pil_to_tensor(image)

@@ -133,6 +133,9 @@ class DatasetImages:
         for index in indices:
             position, output = (index, None) if self.chosen is None else self.chosen[index]
             image, label = self.dataset[int(position)]
-            images.append(fitted(image.convert(self.mode), self.size))
+            try:
+                images.append(fitted(image.convert(self.mode), self.size))
+            except DreamkitError as error:
+                raise DreamkitError(f"image {position} of the data set: {error}") from error
             labels.append(int(label if output is None else output))
         return torch.stack(images), torch.tensor(labels)

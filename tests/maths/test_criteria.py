@@ -19,6 +19,7 @@ from dreamkit.criteria.taylor import Taylor, gate_gradients
 from dreamkit.errors import NothingToPrune
 from dreamkit.latency.lut import layer_shapes
 from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.selection import Limits
 from dreamkit.types import ChannelGroup, LayerShape, Member, PruningStep
 
 CPU = torch.device("cpu")
@@ -29,6 +30,9 @@ class ProductTable:
 
     def __init__(self, block=1):
         self.block = block
+
+    def prepare(self, shapes):
+        self.prepared = list(shapes)
 
     def predict(self, shape):
         return 0.001 * self.block**2 * -(-shape.c_in // self.block) * -(-shape.c_out // self.block)
@@ -54,7 +58,7 @@ def step_of(
         teacher=toys.copy(model) if teacher is None else teacher,
         groups=found,
         card=toys.card(size=size),
-        chunk=chunk,
+        chunks=[Limits(chunk, 1.0, 1).chunks(group, group.channels) for group in found],
         device=CPU,
         batches=lambda: iter(given),
         latency=ProductTable(block),
@@ -291,7 +295,8 @@ def test_conv_bn_conv(toys, chunk):
         # conv1 3→4, conv2 4→4, conv3 4→5, before 12 + 16 + 20 = 48.
         (1, -0.001 * (48 - (9 + 9 + 15))),  # three channels left: 3·3 + 3·3 + 3·5 = 33
         (2, -0.001 * (48 - (6 + 4 + 10)) / 2),  # two left: 3·2 + 2·2 + 2·5 = 20
-        (9, -0.001 * (48 - (3 + 1 + 5)) / 3),  # one always stays: 3 + 1 + 5 = 9
+        (3, -0.001 * (48 - (9 + 9 + 15))),  # what is left is a multiple of three
+        (9, 0.0),  # nothing may go: a multiple of nine is not left
     ],
 )
 def test_residual_group(toys, chunk, expected):
@@ -304,10 +309,18 @@ def test_residual_group(toys, chunk, expected):
 def test_a_group_is_judged_by_the_end_of_its_block(toys, chunk):
     # In blocks of 4: conv1 3→4 is 4·4, conv2 4→6 4·8, fc 6→3 8·4. Nothing is saved of conv1, which
     # has one block; of conv2's 6 channels the first two save a block, 4·4 + 4·4, and more do not.
+    # Two go first in lots of four, too: four are left.
     saved = latency(toys, toys.two_bn(), chunk, block=4)
     assert saved["conv1"].tolist() == pytest.approx([0.0] * 4)
-    first = -0.032 / max(chunk, 2)
-    assert saved["conv2"].tolist() == pytest.approx([first] * 6)
+    assert saved["conv2"].tolist() == pytest.approx([-0.032 / 2] * 6)
+
+
+def test_no_saving_is_promised_beyond_what_may_go(toys):
+    # Of conv2's 6 channels one may go, which does not empty a block of 4.
+    groups = ChannelGraph(toys.two_bn(), (3, 8, 8)).groups()[0]
+    step = step_of(toys, toys.two_bn(), batches=[], groups=groups, block=4)
+    step = dataclasses.replace(step, chunks=[[1] for _ in groups])
+    assert by_name(step, LatencyLUT()(step))["conv2"].tolist() == pytest.approx([0.0] * 6)
 
 
 def test_one_channel_saves_nothing(toys):

@@ -9,6 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dreamkit.errors import DreamkitError
 from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.torch_eager import TorchCPU
@@ -148,7 +149,8 @@ class InBlocks(Bilinear):
     [
         # Full blocks 8, 16, 24, 32, 48 ...; between them 11, 19, 27, 35, 51 ...; below one 1 to 7.
         (2, {2}),
-        (7, {6, 7}),
+        (5, {4, 6}),
+        (7, {7}),
         (8, {8}),
         (9, {11}),
         (15, {11}),
@@ -170,6 +172,74 @@ def test_full_blocks_and_others_are_told_apart(channels, points):
 def test_steps_of_a_target_with_blocks_are_exact(c_in, c_out):
     table = LookUpTable(InBlocks())
     assert table.predict(conv(c_in, c_out)) == pytest.approx(InBlocks.exact(c_in, c_out))
+
+
+def test_below_a_block_of_sixteen():
+    # Points 8, 12 and 15: a whole block is another class. 13 lies a third of the way to 15.
+    class Wide(InBlocks):
+        channel_block = 16
+
+        @staticmethod
+        def exact(c_in, c_out):
+            return c_out if c_out % 16 else 1
+
+    backend = Wide()
+    table = LookUpTable(backend)
+    assert table.predict(conv(16, 13)) == pytest.approx(13)
+    assert table.predict(conv(16, 15)) == pytest.approx(15)
+    assert {c_out for _, c_out in backend.asked} == {12, 15}
+
+
+@pytest.mark.parametrize("block", [2, 3])
+def test_small_blocks_have_a_middle(block):
+    class Narrow(InBlocks):
+        channel_block = block
+
+    backend = Narrow()
+    LookUpTable(backend).predict(conv(block, 4 * block + 1))
+    assert {c_out for _, c_out in backend.asked} == {4 * block + 1}
+
+
+@pytest.mark.parametrize("block", [0, -8, 1.5, None, "16"])
+def test_a_backend_with_an_odd_block_is_refused(block):
+    backend = Bilinear()
+    backend.channel_block = block
+    with pytest.raises(DreamkitError, match="channel_block should be"):
+        LookUpTable(backend)
+
+
+def test_what_is_measured_on_a_slower_machine_is_put_on_the_first_scale():
+    class Drifting(Bilinear):
+        factor = 1.0
+
+        def time(self, modules):
+            return [
+                Timing(self.factor * timing.median_ms, self.factor * timing.spread_ms)
+                for timing in super().time(modules)
+            ]
+
+    backend = Drifting()
+    table = LookUpTable(backend)
+    table.prepare([conv(16, 32), conv(32, 64), conv(64, 64)])
+    before = dict(table.points)
+    backend.factor = 2.0
+    asked = len(backend.asked)
+    assert table.predict(conv(128, 64)) == pytest.approx(Bilinear.exact(128, 64))
+    assert table.points[conv(128, 64)].spread_ms == pytest.approx(0.5)
+    assert len(backend.asked) - asked == 4, "three of the table again, and the new one"
+    assert {shape: table.points[shape] for shape in before} == before
+
+
+def test_preparing_measures_once_what_predictions_need():
+    backend = Bilinear()
+    calls = []
+    backend.time = lambda modules: calls.append(len(modules)) or Bilinear.time(backend, modules)
+    table = LookUpTable(backend)
+    shapes = [conv(70, 100), conv(3, 17), LayerShape("linear", 67, 1000)]
+    table.prepare(shapes)
+    for shape in shapes:
+        table.predict(shape)
+    assert len(calls) == 1
 
 
 def test_a_linear_layer_has_no_blocks():
@@ -238,6 +308,31 @@ def test_round_trip(tmp_path):
     assert len(again.points) == 5
     again.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
     assert backend.asked == [], "nothing is measured twice"
+
+
+def changed(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data.update(format=2), "format 2, this version reads 3; delete it"),
+        (lambda data: data["points"][0].update(median_ms=0), "a layer takes 0.0 ms"),
+        (lambda data: data["points"][0].update(median_ms=float("nan")), "a layer takes nan ms"),
+        (lambda data: data["points"][0].update(median_ms=None), "float"),
+        (lambda data: data["points"][0].update(feature_map=[]), "a conv on"),
+        (lambda data: data["points"][0].update(c_in="many"), "c_in"),
+    ],
+)
+def test_a_table_whose_content_is_wrong(tmp_path, change, reason):
+    _, path = saved(tmp_path, Bilinear())
+    changed(path, change)
+    assert read_table(path, Bilinear()).points == {}
+    with pytest.raises(DreamkitError, match=reason):
+        read_table(path, Bilinear(), strict=True)
 
 
 def test_a_table_of_another_target_is_not_used(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -148,6 +149,8 @@ def test_a_damaged_specification(pruned, tmp_path, text):
         ),
         ({"surgery": {"grown": {"fc.weight": 10**15}}}, "no 'fc.weight' with 10{15} outputs"),
         ({"surgery": {"grown": {"fc.weight": "many"}}}, "not a record of it"),
+        ({"surgery": {"grown": {"fc.weight": math.inf}}}, "infinity"),
+        ({"surgery": {"grown": {"bn1.num_batches_tracked": 5}}}, "0-d tensor"),
         ({"surgery": {"kept": {"fc.weight": [[0] * 1000, None]}}}, "should ascend"),
         ({"surgery": {"kept": {"fc.weight": [[-1, 0], None]}}}, "should ascend"),
         ({"surgery": {"kept": {"fc.weight": [["0"], None]}}}, "should ascend"),

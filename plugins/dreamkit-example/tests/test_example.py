@@ -38,7 +38,7 @@ def pruning_step(model: nn.Module, groups: list[ChannelGroup]) -> PruningStep:
         teacher=model,
         groups=groups,
         card=Card("toy", (1, 4, 4), (0.0,), (1.0,), 2, "test"),
-        chunk=1,
+        chunks=[],
         device=torch.device("cpu"),
         batches=no_data,
         latency=None,
