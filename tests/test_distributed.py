@@ -24,10 +24,10 @@ SMALL = ["--set", "synthesis={images: 120, batch_size: 16, stages: [{steps: 20}]
 SMALL += ["application.training={steps: 60, batch_size: 33, evaluate_every: 30}"]
 
 
-def run(ranks: int, folder: Path, *changes: str) -> subprocess.Popen[str]:
+def run(ranks: int, folder: Path, *changes: str, recipe: Path = DISTILL) -> subprocess.Popen[str]:
     start = [*TORCHRUN, str(ranks), "-m", "dreamkit", "run"]
     return subprocess.Popen(
-        [*start, str(DISTILL), *changes, "--out", str(folder)],
+        [*start, str(recipe), *changes, "--out", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,6 +109,29 @@ def test_dreams_against_a_student_do_not_depend_on_who_makes_them(tmp_path):
         found.append(dreams(tmp_path / name))
     assert found[0] == found[1]
     assert len(found[0]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("quickstart", ["application.recovery.epochs=2", "application.step=0.2"]),
+        ("digits/continual", ["application.training.epochs=2", "application.images_per_class=20"]),
+    ],
+)
+def test_every_application_runs_on_ranks(tmp_path, recipe, changes):
+    folder = tmp_path / "run"
+    small = ["synthesis.stages=[{steps: 10}]", *changes]
+    given = [part for change in small for part in ("--set", change)]
+    finished(run(2, folder, *given, recipe=ROOT / "recipes" / f"{recipe}.yaml"))
+    found = report(folder)["metrics"]
+    assert 0 <= found["student.accuracy"] <= 1
+    student = dreamkit.load_student(folder / "student")
+    assert student.card.num_classes == 10
+    # Done by one rank or shared, but once: every stage counts its steps upwards.
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [(r["stage"], r["step"]) for r in records if "step" in r]
+    assert len(steps) == len(set(steps)) > 0
 
 
 @pytest.mark.slow
