@@ -48,7 +48,7 @@ from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.training.recovery import Recovery
+from dreamkit.training.distillation import Distillation
 from dreamkit.types import (
     ChannelGroup,
     Criterion,
@@ -62,6 +62,14 @@ from dreamkit.types import (
 LUT_FILE = "latency_lut.json"
 _EVALUATED = 2048
 """Evaluation images that are looked at after every round."""
+
+
+@dataclass(frozen=True)
+class Recovery(Distillation):
+    """Distillation with defaults for a network that is nearly right already."""
+
+    temperature: Annotated[float, Field(gt=0)] = 5.0
+    lr: Annotated[float, Field(gt=0)] = 0.01
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,7 @@ class Prune(Taught):
         work.reach_target()
         student = work.student
         measure_quality(context, "pruned", student, images)
-        images = go_on_with(
-            context, student, images, self.adaptive, self.recovery, "recovery", work.kept
-        )
+        images = go_on_with(context, student, images, self.adaptive, self.recovery, "recovery")
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         for name in ("params", "flops", "latency_ms"):
@@ -212,16 +218,6 @@ class _Pruning:
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
             raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
-    @property
-    def kept(self) -> dict[str, list[int]]:
-        """Which of the teacher's channels each BatchNorm layer still has, if it lost some."""
-        suffix = ".running_mean"
-        return {
-            name.removesuffix(suffix): axes[0]
-            for name, axes in self.cut.kept.items()
-            if name.endswith(suffix) and axes[0] is not None
-        }
-
     # --- rounds -------------------------------------------------------------------------------
 
     def reach_target(self) -> None:
@@ -272,9 +268,7 @@ class _Pruning:
         if options.finetune is not None:
             with placed("finetune", always=False):
                 stage = f"finetune {self.rounds + 1}"
-                train_student(
-                    context, self.student, self.images, options.finetune, stage, False, self.kept
-                )
+                train_student(context, self.student, self.images, options.finetune, stage, False)
         left = sum(group.channels for group in self.graph.groups()[0])
         self.shares = self.budget.shares(self.student, left)
         if self.budget.met(self.shares):

@@ -18,13 +18,13 @@ from torch import nn
 from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
+from dreamkit.applications.prune import Recovery
 from dreamkit.applications.teaching import first_images, go_on_with
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.training.recovery import Recovery
 from dreamkit.types import Images, ImageSource, RunContext, Teacher
 
 
@@ -72,9 +72,7 @@ class Recover(Taught):
         self._recalibrate(context, student, images)
         measure_quality(context, "pruned", student, images)
         with kept_at_zero(student, masks):
-            images = go_on_with(
-                context, student, images, self.adaptive, self.training, "training", kept={}
-            )
+            images = go_on_with(context, student, images, self.adaptive, self.training, "training")
         measure_quality(context, "student", student, images)
         measure_cost(context, {"teacher": teacher.model, "student": student})
         context.metrics["student.sparsity"] = sparsity_of(student)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.batches import Draws, Joined
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.hints import Hints
-from dreamkit.training.recovery import Recovery
 from dreamkit.training.trainer import Batch, Trainer, lay_out
 from dreamkit.types import Images, ImageSource, RunContext
 
@@ -39,7 +37,6 @@ def train_student(
     options: Distillation,
     stage: str,
     resumable: bool = True,
-    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> Images:
     """Distil the run's teacher into ``student``, reporting under ``stage``.
 
@@ -50,8 +47,6 @@ def train_student(
         options: how.
         stage: what it is called in records and reports.
         resumable: as of ``teach``.
-        kept: of a student that was pruned from the teacher, which of its channels each layer that
-            lost some still has; None for any other student.
 
     Returns:
         The images that it was taught on.
@@ -66,21 +61,8 @@ def train_student(
         torch.Generator().manual_seed(context.seed + 1),
         options.total_steps(growing_images),
         context.log.note,
-        hints=None if kept is None else hints_for(student, context.teacher.model, kept, options),
     )
     return teach(context, trainer, [images], stage, resumable)[0]
-
-
-def hints_for(
-    student: nn.Module,
-    teacher: nn.Module,
-    kept: Mapping[str, Sequence[int]],
-    options: Distillation,
-) -> Hints | None:
-    """Return the hints that a pruned student's training asks for; None where it asks for none."""
-    if not isinstance(options, Recovery) or options.hints == 0:
-        return None
-    return Hints(student, teacher, kept, options.hints)
 
 
 def teach(
@@ -147,7 +129,6 @@ def go_on_with(
     adaptive: Adaptive | None,
     options: Distillation,
     place: str,
-    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> Images:
     """Distil the run's teacher into ``student`` on ``first_images`` and those to come.
 
@@ -158,7 +139,6 @@ def go_on_with(
         adaptive: as it was given to that.
         options: how the student is trained.
         place: where the options stand in the application, for messages.
-        kept: as ``train_student`` takes it.
 
     Returns:
         The images that it was taught on.
@@ -166,12 +146,12 @@ def go_on_with(
     stage = "recovery"
     if adaptive is None:
         with placed(place, always=False):
-            return train_student(context, student, images, options, stage, kept=kept)
+            return train_student(context, student, images, options, stage)
     lay_out(student, options, context.device)  # before it is compiled as a competitor
     with growing(context, student, adaptive) as growth:
         growth.restore(min(adaptive.batches, len(growth.dreams.plans)))
         with placed(place, always=False):
-            pool = train_student(context, student, growth, options, stage, kept=kept)
+            pool = train_student(context, student, growth, options, stage)
         report_synthesis(context, growth.dreams.store)
     return pool
 

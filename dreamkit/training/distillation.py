@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import DreamkitError
-from dreamkit.training.hints import Hints
 from dreamkit.training.losses.distillation import distillation_loss, mixed_cross_entropy
 from dreamkit.training.trainer import Batch, Trainer, Training
-from dreamkit.types import NO_LABEL, Images
+from dreamkit.types import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,7 @@ class Distiller(Trainer[Distillation]):
 
     Args:
         arguments: those of ``Trainer``; the student has the teacher's outputs.
-        hints: from the teacher's layers, where the student has them; None teaches by outputs alone.
-        named: as of ``arguments``.
     """
-
-    def __init__(self, *arguments: Any, hints: Hints | None = None, **named: Any) -> None:
-        self.hints = hints
-        super().__init__(*arguments, **named)
-        if hints is not None:
-            hints.attach()
-
-    def _outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        logits = super()._outputs(images)
-        return logits if self.hints is None else (*logits, self.hints.difference())
-
-    def finish(self, images: Images) -> None:
-        """Leave the student as it is to be used, in eval mode, as ``Trainer`` does."""
-        if self.hints is not None:
-            self.hints.detach()
-        super().finish(images)
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the distillation loss, mixed with the labels' cross-entropy where that is asked.
@@ -66,13 +47,9 @@ class Distiller(Trainer[Distillation]):
         if self.options.hard_labels and int(labels.min()) == NO_LABEL:
             raise DreamkitError("these images have no labels; set it to 0", ("hard_labels",))
         mixed = self.augmenter(self.card.normalise(stored), labels)
-        if self.hints is None:
-            student_logits, teacher_logits = self.forward(mixed.images)
-        else:
-            with self.hints.listening():
-                student_logits, teacher_logits, difference = self.forward(mixed.images)
-        loss = distillation_loss(student_logits, teacher_logits, self.options.temperature)
-        if self.options.hard_labels:
-            hard = mixed_cross_entropy(student_logits, mixed)
-            loss = (1 - self.options.hard_labels) * loss + self.options.hard_labels * hard
-        return loss if self.hints is None else loss + self.hints.weight * difference
+        student_logits, teacher_logits = self.forward(mixed.images)
+        soft = distillation_loss(student_logits, teacher_logits, self.options.temperature)
+        if self.options.hard_labels == 0:
+            return soft
+        hard = mixed_cross_entropy(student_logits, mixed)
+        return (1 - self.options.hard_labels) * soft + self.options.hard_labels * hard

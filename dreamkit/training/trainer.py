@@ -152,9 +152,9 @@ class Trainer(ABC, Generic[Options]):
             self.average = AveragedModel(student, multi_avg_fn=averaging, use_buffers=True)
         if distributed.size() > 1:
             self.network = DistributedDataParallel(student)
-        self._forward: _Forward = self._outputs
+        self._forward: _Forward = self._logits
         if options.compile:
-            self._forward = torch.compile(with_cache_of_its_own(self._outputs), dynamic=False)
+            self._forward = torch.compile(with_cache_of_its_own(self._logits), dynamic=False)
         self.train_mode()
 
     def train_mode(self) -> None:
@@ -218,22 +218,21 @@ class Trainer(ABC, Generic[Options]):
             batches: one from each set of images, on the device.
         """
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits (N, K) of normalised images, float32."""
         if self.precision == "bfloat16":
             images = images.contiguous(memory_format=torch.channels_last)
-        if self._forward == self._outputs:
-            return self._outputs(images)
+        if self._forward == self._logits:
+            return self._logits(images)
         try:
             with quiet_compiler():
                 return self._forward(images)
         except Exception as error:  # whatever a compiler raises, eager still works
             self.note(f"training runs without compilation: it failed ({reason_of(error)})")
-            self._forward = self._outputs
-            return self._outputs(images)
+            self._forward = self._logits
+            return self._logits(images)
 
-    def _outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return all that is compiled together: the logits, and what else a loss is made of."""
+    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.precision, self.device):
             with torch.no_grad():
                 target = self.teacher(images)
@@ -307,4 +306,4 @@ def lay_out(student: nn.Module, options: Training, device: torch.device) -> None
         student.to(memory_format=torch.channels_last)
 
 
-_Forward = Callable[[Tensor], tuple[Tensor, ...]]
+_Forward = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ from torch import nn
 
 from dreamkit.applications import prune as prune_module
 from dreamkit.applications.budget import Budget, Target
-from dreamkit.applications.prune import Prune
+from dreamkit.applications.prune import Prune, Recovery
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
 from dreamkit.errors import NothingToPrune, StoreError
@@ -18,7 +18,6 @@ from dreamkit.latency.lut import LookUpTable
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import Limits, removable
 from dreamkit.registry import Term
-from dreamkit.training.recovery import Recovery
 from dreamkit.types import RunContext, Timing
 
 SIZE = (3, 8, 8)

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from dreamkit.applications.prune import Recovery
 from dreamkit.applications.recover import Recover
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.store.artifact import read_artifact, write_artifact
 from dreamkit.training.augmenter import Augmentation
-from dreamkit.training.recovery import Recovery
 from dreamkit.types import RunContext, Timing
 
 
