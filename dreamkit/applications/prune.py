@@ -281,7 +281,7 @@ class _Pruning:
         scores = distributed.agreed(self.importance(groups))
         chunks = removable(groups, scores, self.originals, options.limits)
         if options.selection == "knapsack":
-            needs = budget.needs(self.student, self.shares, options.step)
+            needs = budget.needs(self.student, self.shares, options.step, chunks)
             return choose_knapsack(chunks, needs) or {}
         most = max(1, round(options.step * sum(self.originals.values())))
         return choose(chunks, most, budget.watch(self.student, groups, self.shares))

@@ -35,10 +35,11 @@ class LatencyLUT:
             }
             for group, chunks in zip(step.groups, step.chunks, strict=True)
         ]
-        step.latency.prepare(shapes.values())
-        step.latency.prepare(
+        changed = (
             shape for group in pruned for after in group.values() for shape in after.values()
         )
+        # Before and after in one run: a machine changes more than a chunk saves.
+        step.latency.prepare(itertools.chain(shapes.values(), changed))
 
         def change(after: dict[str, LayerShape]) -> float:
             return sum(

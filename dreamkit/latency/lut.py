@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,13 @@ class LookUpTable:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
         if not missing:
             return
-        again = min(_AGAIN, 4 * len(missing))
-        known = list(self.points)[:: max(1, len(self.points) // again)][:again]
+        known = list(self.points)[:: max(1, len(self.points) // _AGAIN)][:_AGAIN]
         built = [build_layer(shape, self.backend.batch_size) for shape in known + missing]
         timings = self.backend.time(built)
         new = timings[len(known) :]
         pairs = zip(known, timings[: len(known)], strict=True)
         slower = [timing.median_ms / self.points[shape].median_ms for shape, timing in pairs]
-        scale = 1 / statistics.median(slower) if slower else 1.0
+        scale = 1 / _slowdown(slower)
         self.points |= {
             shape: Timing(scale * timing.median_ms, scale * timing.spread_ms)
             for shape, timing in zip(missing, new, strict=True)
@@ -102,6 +101,18 @@ class LookUpTable:
         """Return the table as JSON-safe data, with what its figures hold for."""
         rows = [{**asdict(shape), **asdict(timing)} for shape, timing in self.points.items()]
         return {"format": FORMAT, "target": self.backend.describe(), "points": rows}
+
+
+def _slowdown(ratios: Sequence[float]) -> float:
+    """Return how much slower a machine has become, told from layers that were measured again.
+
+    Of a machine that is as fast as it was, some layers seem slower and some faster. Then nothing
+    is to be put right: what pruning saves of a layer is less than such an estimate is off.
+    """
+    if len(ratios) < 4:
+        return statistics.median(ratios) if ratios else 1.0
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return 1.0 if low <= 1 <= high else middle
 
 
 def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> LookUpTable:

@@ -157,11 +157,11 @@ def test_what_a_round_has_to_save(context):
     run = context(Weights())
     budget = Budget(Target(params=0.5, channels=0.9), run, LookUpTable(run.latency), 10)
     shares = {"params": 0.8, "channels": 0.95, "flops": 0.7}
-    needs = budget.needs(run.teacher.model, shares, most=0.1)
+    needs = budget.needs(run.teacher.model, shares, most=0.1, chunks=[])
     assert [need for _, need in needs] == pytest.approx(
         [0.1 / 0.8 * parameters_of(run.teacher.model), 0.5]
     )
-    assert budget.needs(run.teacher.model, {"params": 0.5, "channels": 0.9}, most=0.1) == []
+    assert budget.needs(run.teacher.model, {"params": 0.5, "channels": 0.9}, 0.1, []) == []
 
 
 # --- whole runs -------------------------------------------------------------------------------

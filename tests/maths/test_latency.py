@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.lut import LookUpTable, build_layer, layer_shapes, read_table
+from dreamkit.latency.lut import LookUpTable, _slowdown, build_layer, layer_shapes, read_table
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.torch_eager import TorchCPU
 from dreamkit.lut_building import Fit, pruned
@@ -228,6 +228,20 @@ def test_what_is_measured_on_a_slower_machine_is_put_on_the_first_scale():
     assert table.points[conv(128, 64)].spread_ms == pytest.approx(0.5)
     assert len(backend.asked) - asked == 4, "three of the table again, and the new one"
     assert {shape: table.points[shape] for shape in before} == before
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([], 1.0),
+        ([2.0], 2.0),
+        ([0.95, 0.98, 1.02, 1.1], 1.0),  # noise: as many seem slower as faster
+        ([1.9, 2.0, 2.0, 2.2], 2.0),
+        ([0.5, 0.5, 0.6, 0.4], 0.5),
+    ],
+)
+def test_a_slowdown_is_told_from_noise(ratios, expected):
+    assert _slowdown(ratios) == pytest.approx(expected)
 
 
 def test_preparing_measures_once_what_predictions_need():
