@@ -19,16 +19,13 @@ from rich.table import Table
 from torch import nn
 
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.lut import LookUpTable, grid_below, read_file, read_table
+from dreamkit.latency.lut import AT_ONCE, LookUpTable, grid_below, read_file, read_table
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.store.atomic import write_json
 from dreamkit.teacher_bench import load_named
 from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
-
-_AT_ONCE = 32
-"""Shapes measured between two writes of the file: all of them are in memory."""
 
 _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
@@ -72,11 +69,11 @@ def shapes_to_measure(
 def build_table(
     table: LookUpTable, shapes: Sequence[LayerShape], path: Path, console: Console
 ) -> int:
-    """Measure what a table lacks, writing it every few points; return how many were measured."""
+    """Measure what a table lacks, writing it after every run; return how many were measured."""
     missing = [shape for shape in shapes if shape not in table.points]
     # A stretch of time in which the machine is slower then has some of every layer.
     random.Random(0).shuffle(missing)
-    parts = [missing[i : i + _AT_ONCE] for i in range(0, len(missing), _AT_ONCE)]
+    parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
     for part in track(parts, "measuring", console=console, disable=not console.is_terminal):
         table.measure(part)
         write_json(path, table.to_json())

@@ -434,7 +434,7 @@ class LatencyTable(Protocol):
     block: int
 
     def prepare(self, shapes: Iterable[LayerShape]) -> None:
-        """Measure what predicting these layers asks for, in one run rather than one by one."""
+        """Measure what predicting these layers asks for, together rather than one by one."""
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""

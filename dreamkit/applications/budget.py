@@ -216,13 +216,14 @@ class Budget:
         """
         prospect = Prospect(self.table.shapes(model, self.size))
         if "latency" in self.goals:
-            # In one run: a machine changes more from one to the next than a chunk saves.
-            gone = [
-                prospect.shapes | group[0].group.shapes_without(prospect.shapes, channels)
+            # Together: a machine changes more from one run to the next than a chunk saves.
+            changed = (
+                shape
                 for group in chunks
                 for channels in itertools.accumulate(len(chunk.channels) for chunk in group)
-            ]
-            self.table.prepare(shape for shapes in gone for shape in shapes.values())
+                for shape in group[0].group.shapes_without(prospect.shapes, channels).values()
+            )
+            self.table.prepare(itertools.chain(prospect.shapes.values(), changed))
         found: list[tuple[Callable[[ChannelGroup, int], float], float]] = []
 
         def saved(cost: Callable[[LayerShape], float], group: ChannelGroup, channels: int) -> float:

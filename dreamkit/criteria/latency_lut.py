@@ -38,7 +38,7 @@ class LatencyLUT:
         changed = (
             shape for group in pruned for after in group.values() for shape in after.values()
         )
-        # Before and after in one run: a machine changes more than a chunk saves.
+        # Before and after together: a machine changes more than a chunk saves.
         step.latency.prepare(itertools.chain(shapes.values(), changed))
 
         def change(after: dict[str, LayerShape]) -> float:

@@ -25,6 +25,8 @@ from dreamkit.types import LatencyBackend, LayerShape, Timing
 
 FORMAT = 3
 _SHAPES = TypeAdapter(LayerShape)
+AT_ONCE = 32
+"""Layers measured in one run: all of them, and their inputs, are in memory."""
 _AGAIN = 16
 """Layers of a table that are measured again, at the most, where it grows."""
 _ACTIVATIONS = {
@@ -38,8 +40,8 @@ class LookUpTable:
 
     Between measured counts of channels the latency is interpolated linearly in both counts. They
     are half an octave apart (..., 64, 96, 128, ...). Where the target computes channels in blocks
-    (``channel_block``), a layer whose channels do not fill them is slower, up to twice, and takes
-    about as long for any rest: counts between two blocks are a class of their own, measured at
+    (``channel_block``), a layer whose channels do not fill them is slower, and takes about
+    as long for any rest: counts between two blocks are a class of their own, measured at
     its middle.
 
     Args:
@@ -66,20 +68,23 @@ class LookUpTable:
         return sum(share * self.points[corner].median_ms for corner, share in corners)
 
     def prepare(self, shapes: Iterable[LayerShape]) -> None:
-        """Measure what predicting these layers asks for, in one run rather than one by one."""
-        self.measure(corner for shape in shapes for corner, _ in _corners(shape, self.block))
+        """Measure what predicting these layers asks for, together rather than one by one."""
+        different = dict.fromkeys(shapes)
+        self.measure(corner for shape in different for corner, _ in _corners(shape, self.block))
 
     def measure(self, shapes: Iterable[LayerShape]) -> None:
-        """Measure those shapes that are not in the table, in turn within one run.
+        """Measure those shapes that are not in the table, a few dozen in turn within one run.
 
         A machine is not as fast at all times. Some layers of the table are measured again beside
         the new ones, which are put on its scale.
         """
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
-        if not missing:
-            return
+        for first in range(0, len(missing), AT_ONCE):
+            self._measure(missing[first : first + AT_ONCE])
+
+    def _measure(self, missing: Sequence[LayerShape]) -> None:
         known = list(self.points)[:: max(1, len(self.points) // _AGAIN)][:_AGAIN]
-        built = [build_layer(shape, self.backend.batch_size) for shape in known + missing]
+        built = [build_layer(shape, self.backend.batch_size) for shape in [*known, *missing]]
         timings = self.backend.time(built)
         new = timings[len(known) :]
         pairs = zip(known, timings[: len(known)], strict=True)

@@ -41,7 +41,7 @@ class OnnxRuntime:
     repeats: Annotated[int, Field(ge=3)] = 15
 
     folds_norms: ClassVar[bool] = True
-    # What its convolutions on channels in blocks ask for; others are up to four times slower.
+    # What its convolutions on channels in blocks ask for; others are slower.
     channel_block: ClassVar[int] = 4
 
     def describe(self) -> dict[str, str]:

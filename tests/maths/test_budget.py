@@ -164,6 +164,22 @@ def test_what_a_round_has_to_save(context):
     assert budget.needs(run.teacher.model, {"params": 0.5, "channels": 0.9}, 0.1, []) == []
 
 
+def test_what_chunks_save_of_the_latency_is_measured_together(context):
+    run = context(Weights())
+    table = LookUpTable(run.latency)
+    budget = Budget(Target(latency=0.5), run, table, 10)
+    groups = ChannelGraph(run.teacher.model, SIZE).groups()[0]
+    scores = [torch.arange(group.channels).float() for group in groups]
+    originals = {group.name: group.channels for group in groups}
+    chunks = removable(groups, scores, originals, Limits(min_channels=1))
+    ((saved, _),) = budget.needs(run.teacher.model, {"latency": 1.0}, 0.1, chunks)
+    known = dict(table.points)
+    for group in chunks:
+        for gone in range(1, len(group) + 1):
+            assert saved(group[0].group, gone) > 0
+    assert table.points == known
+
+
 # --- whole runs -------------------------------------------------------------------------------
 
 

@@ -256,6 +256,16 @@ def test_preparing_measures_once_what_predictions_need():
     assert len(calls) == 1
 
 
+def test_no_more_than_a_few_dozen_are_in_memory_at_once():
+    backend = Bilinear()
+    sizes = []
+    backend.time = lambda modules: sizes.append(len(modules)) or Bilinear.time(backend, modules)
+    table = LookUpTable(backend)
+    table.prepare(conv(1 << i, 1 << o) for i in range(8) for o in range(8))
+    assert len(table.points) == 64
+    assert sizes == [32, 16 + 32], "the second beside sixteen of the first"
+
+
 def test_a_linear_layer_has_no_blocks():
     backend = InBlocks()
     LookUpTable(backend).predict(LayerShape("linear", 41, 64))
