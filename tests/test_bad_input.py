@@ -405,6 +405,10 @@ def test_a_bad_builder_of_a_student_is_placed_at_the_student(
         ({"name": "distill", "student": "broken"}, "no such luck"),
         ({"name": "distill", "student": "with_bn", "images": "empty"}, "class folder"),
         ({"name": "prune", "limits": {"chunk": 999}}, "can be pruned"),
+        (
+            {"name": "prune", "limits": {"exceptions": [{"layers": "layer9.*", "max_ratio": 0}]}},
+            "application.limits.exceptions[0].layers: no layer that makes channels fits 'layer9.*'",
+        ),
     ],
 )
 def test_an_application_that_cannot_start_leaves_no_run_behind(

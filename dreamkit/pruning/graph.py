@@ -90,6 +90,11 @@ class ChannelGraph:
             found[label] = names[signature]
         return found
 
+    @property
+    def makers(self) -> list[str]:
+        """The layers that make channels, whether these can be pruned or not, in forward order."""
+        return list(dict.fromkeys(use.name for use in self._uses if use.axis == "out"))
+
     def groups(self) -> tuple[list[ChannelGroup], list[Skipped]]:
         """Return the groups that can be pruned, and those that cannot."""
         channels: dict[str, dict[int, int]] = {}

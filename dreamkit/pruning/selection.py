@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -11,7 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit.errors import TeacherMismatch, did_you_mean
 from dreamkit.types import ChannelGroup
+
+_SHOWN = 8
+"""Names of layers in a message."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,21 @@ class LayerLimits:
     Args:
         layers: names with ``*``, e.g. ``layer4.*``; a group is meant if one of the layers that
             make its channels is.
-        max_ratio: share of a group's original channels that may go; 0 leaves it alone.
-        min_channels: never fewer than these are left.
+        max_ratio: share of a group's original channels that may go; 0 leaves it alone, null is as
+            for all other groups.
+        min_channels: never fewer than these are left; null is as for all other groups.
     """
 
     layers: str
-    max_ratio: Annotated[float, Field(ge=0, le=1)] = 0.9
-    min_channels: Annotated[int, Field(ge=1)] = 2
+    max_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_channels: Annotated[int, Field(ge=1)] | None = None
 
     def mean(self, group: ChannelGroup) -> bool:
         """Whether a group is meant."""
-        makers = (member.layer for member in group.members if member.axis == "out")
+        return self.mean_any(member.layer for member in group.members if member.axis == "out")
+
+    def mean_any(self, makers: Iterable[str]) -> bool:
+        """Whether one of some layers is meant, each of which makes channels."""
         return any(fnmatchcase(layer, self.layers) for layer in makers)
 
 
@@ -44,7 +52,8 @@ class Limits:
             multiple of it (8, 16 or 32 suit most hardware).
         max_ratio: share of a group's original channels that may go.
         min_channels: never fewer than these are left.
-        exceptions: other limits for some layers; the first that means a group counts.
+        exceptions: other limits for some layers; the first that means a group counts, and what it
+            leaves out is as for all other groups.
     """
 
     chunk: Annotated[int, Field(ge=1)] = 1
@@ -54,8 +63,34 @@ class Limits:
 
     def floor(self, group: ChannelGroup, original: int) -> int:
         """Return how many channels of a group must stay."""
-        own = next((e for e in self.exceptions if e.mean(group)), self)
-        return max(own.min_channels, original - int(original * own.max_ratio + 1e-9))
+        own = next((e for e in self.exceptions if e.mean(group)), None)
+        ratio, least = self.max_ratio, self.min_channels
+        if own is not None:
+            ratio = ratio if own.max_ratio is None else own.max_ratio
+            least = least if own.min_channels is None else own.min_channels
+        return max(least, original - int(original * ratio + 1e-9))
+
+    def check(self, makers: Sequence[str]) -> None:
+        """Refuse exceptions that mean nothing of a network.
+
+        Args:
+            makers: its layers that make channels, those of groups that are left alone among them.
+
+        Raises:
+            TeacherMismatch: an exception means none of them.
+        """
+        for number, exception in enumerate(self.exceptions):
+            if exception.mean_any(makers):
+                continue
+            parts = [layer.split(".") for layer in makers]
+            blocks = [".".join([*p[:n], "*"]) for p in parts for n in range(1, len(p))]
+            hint = did_you_mean(exception.layers, [*makers, *blocks])
+            more = len(makers) - _SHOWN
+            shown = ", ".join(makers[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+            raise TeacherMismatch(
+                f"no layer that makes channels fits '{exception.layers}'{hint} (layers: {shown})",
+                ("exceptions", number, "layers"),
+            )
 
     def chunks(self, group: ChannelGroup, original: int) -> list[int]:
         """Return the sizes of the chunks of a group that may go, one after the other."""

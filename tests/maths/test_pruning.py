@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.errors import ArtifactError
+from dreamkit.errors import ArtifactError, TeacherMismatch
 from dreamkit.latency.lut import layer_shapes
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.knapsack import choose_knapsack
@@ -576,6 +576,43 @@ def test_limits_of_some_layers():
     assert limits.chunks(of("layer4.conv"), 8) == []
     assert limits.chunks(of("layer3.conv"), 8) == [1, 1]
     assert limits.chunks(of("stem"), 8) == [1] * 6, "a layer that only reads them does not count"
+
+
+@pytest.mark.parametrize(
+    ("exception", "expected"),
+    [
+        (LayerLimits("made", max_ratio=0.75), [1] * 3),  # at least 5 stay, as everywhere
+        (LayerLimits("made", min_channels=1), [1] * 4),  # at the most half goes, as everywhere
+        (LayerLimits("made", max_ratio=0.75, min_channels=1), [1] * 6),
+        (LayerLimits("made"), [1] * 3),
+    ],
+)
+def test_what_an_exception_leaves_out_is_as_everywhere(exception, expected):
+    every = torch.arange(8)
+    made = ChannelGroup("made", 8, (Member("made", "out", every, every),))
+    limits = Limits(max_ratio=0.5, min_channels=5, exceptions=(exception,))
+    assert limits.chunks(made, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("block.conv4", r"fits 'block\.conv4'; did you mean 'block\.conv\d'"),
+        ("bloc", r"did you mean 'block\.\*'"),
+        ("block", r"did you mean 'block\.\*'"),
+        ("nothing.*", r"\(layers: stem, block\.conv1, block\.bn1, .* and 1 more\)"),
+    ],
+)
+def test_an_exception_that_means_no_layer_is_refused(toys, layers, message):
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 3, 1))
+    model.add_module("block", toys.residual())
+    model.add_module("scores", nn.Linear(3, 3))
+    makers = ChannelGraph(model, SIZE).makers
+    limits = Limits(exceptions=(LayerLimits("scores", max_ratio=0), LayerLimits(layers)))
+    with pytest.raises(TeacherMismatch, match=message) as refused:
+        limits.check(makers)  # of a classifier, that is left alone in any case, nothing is said
+    assert refused.value.path == ("exceptions", 1, "layers")
 
 
 def group(name, channels):
