@@ -284,7 +284,8 @@ class _Pruning:
         chunks = removable(groups, scores, self.originals, options.limits)
         if options.selection == "knapsack":
             needs = budget.needs(self.student, self.shares, options.step, chunks)
-            return choose_knapsack(chunks, needs) or {}
+            with placed("selection"):
+                return choose_knapsack(chunks, needs, self.context.log.note) or {}
         most = max(1, round(options.step * sum(self.originals.values())))
         return choose(chunks, most, budget.watch(self.student, groups, self.shares))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from dreamkit.applications.budget import Budget, Target
 from dreamkit.applications.prune import Prune, Recovery
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
-from dreamkit.errors import NothingToPrune, StoreError
+from dreamkit.errors import DreamkitError, NothingToPrune, StoreError
 from dreamkit.latency.lut import LookUpTable
+from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import Limits, removable
 from dreamkit.registry import Term
@@ -211,6 +213,15 @@ def test_goals_are_met_and_hardly_overshot(toys, context, selection, goal):
     rounds = [numbers for stage, _, numbers in run.log.records if stage == "pruning"]
     assert len(rounds) == run.metrics["pruned.rounds"]
     assert {"removed_channels", "flops", "params", "channels", "latency_ms"} <= rounds[-1].keys()
+
+
+def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(toys, context, monkeypatch):
+    monkeypatch.setattr(
+        knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
+    )
+    with pytest.raises(DreamkitError, match="not solved in 60 s") as refused:
+        pruning(toys, selection="knapsack").run(context(Weights()))
+    assert refused.value.path == ("selection",)
 
 
 def test_pruning_goes_on_until_the_measured_latency_is_met(toys, context):

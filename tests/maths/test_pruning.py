@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -13,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.errors import ArtifactError, TeacherMismatch
+from dreamkit.errors import ArtifactError, DreamkitError, TeacherMismatch
 from dreamkit.latency.lut import layer_shapes
+from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.knapsack import choose_knapsack
 from dreamkit.pruning.prospect import Prospect
@@ -740,6 +743,30 @@ def test_a_knapsack_that_cannot_be_filled():
     assert choose_knapsack(chunks, [(number, 7)]) is None
     assert choose_knapsack([[], []], [(number, 1)]) is None
     assert choose_knapsack(chunks, [(number, 6)]) == {"a": [1, 3, 2], "b": [0, 2, 3]}
+
+
+def test_a_knapsack_that_takes_too_long_is_not_one_that_cannot_be_filled(monkeypatch):
+    monkeypatch.setattr(knapsack, "_SECONDS", 0.0)
+    draws = torch.Generator().manual_seed(0)
+    groups = [group(f"g{number}", 64) for number in range(8)]
+    scores = [torch.rand(64, generator=draws) for _ in groups]
+    chunks = removable(groups, scores, {g.name: 64 for g in groups}, FREE)
+    saved = {g.name: torch.rand(64, generator=draws).cumsum(0).tolist() for g in groups}
+    with pytest.raises(DreamkitError, match=r"504 chunks was not solved in 0 s .*limits\.chunk"):
+        choose_knapsack(chunks, [(lambda group, channels: saved[group.name][channels], 100.0)])
+
+
+def test_the_best_of_a_knapsack_is_taken_where_time_runs_out(monkeypatch):
+    def stopped(**problem):
+        return SimpleNamespace(status=1, x=np.array([1.0, 1, 0, 1, 0, 0]), mip_gap=0.0312)
+
+    monkeypatch.setattr(knapsack, "milp", stopped)
+    notes = []
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    chosen = choose_knapsack(chunks, [(lambda group, channels: channels, 3)], notes.append)
+    assert chosen == {"a": [1, 3], "b": [0]}
+    (note,) = notes
+    assert "6 chunks was not solved to the end in 60 s: importance up to 3.1% less" in note
 
 
 # --- costs told from shapes -------------------------------------------------------------------
