@@ -337,7 +337,7 @@ class PruningStep:
     Args:
         model: the model being pruned.
         teacher: the model it started from, in eval mode.
-        groups: what can be removed.
+        groups: what may be removed; those that the limits leave alone from the start are not there.
         card: the teacher's card.
         chunks: of each group, how many channels may go together, one lot after the other.
         device: where the model is.
@@ -360,7 +360,11 @@ class PruningStep:
 
 
 class Criterion(Protocol):
-    """An entry of ``criteria``."""
+    """An entry of ``criteria``.
+
+    One that cannot score every group says so before anything is dreamed:
+    ``check(model: nn.Module, groups: Sequence[ChannelGroup]) -> None`` raises ``NothingToPrune``.
+    """
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return for each group its channels' importance (channels,); the lowest go first."""

@@ -186,7 +186,11 @@ class _Pruning:
         groups, skipped = self.graph.groups()
         context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.originals = {group.name: group.channels for group in groups}
+        limits = options.limits
+        self.open = {group.name for group in groups if limits.chunks(group, group.channels)}
+        """Groups that the limits do not leave alone from the start; these are ranked."""
         self._check_any(groups, skipped)
+        self.ranking.check(self.student, [group for group in groups if group.name in self.open])
         self.checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
         self.found = read_checkpoint(self.checkpoint)
         teacher_ms = None if self.found is None else self.found[1]["teacher_ms"]
@@ -211,10 +215,10 @@ class _Pruning:
             self._restore(*self.found)
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
-        limits = self.options.limits
-        if not any(limits.chunks(group, group.channels) for group in groups):
+        if not self.open:
+            chunk = self.options.limits.chunk
             blocked = skipped + [
-                Skipped(g.name, f"{g.channels} channels leave no spare chunk of {limits.chunk}")
+                Skipped(g.name, f"{g.channels} channels leave no spare chunk of {chunk}")
                 for g in groups
             ]
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
@@ -280,8 +284,9 @@ class _Pruning:
     def _choose(self, groups: list[ChannelGroup]) -> dict[str, list[int]]:
         options, budget = self.options, self.budget
         # What is timed for them must be the same on every rank.
-        scores = distributed.agreed(self.importance(groups))
-        chunks = removable(groups, scores, self.originals, options.limits)
+        ranked = [group for group in groups if group.name in self.open]
+        scores = distributed.agreed(self.importance(ranked))
+        chunks = removable(ranked, scores, self.originals, options.limits)
         if options.selection == "knapsack":
             needs = budget.needs(self.student, self.shares, options.step, chunks)
             with placed("selection"):

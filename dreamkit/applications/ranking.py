@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dreamkit.errors import placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.registry import Term
 from dreamkit.types import ChannelGroup, Criterion, PruningStep
@@ -30,6 +31,21 @@ class Ranking:
         self.criteria = criteria
         self.normalise = normalise
         self.earlier: list[dict[str, Tensor]] = [{} for _ in criteria]
+
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Let criteria refuse what they cannot score, before anything is dreamed.
+
+        Args:
+            model: to be pruned.
+            groups: of it, from which channels may go.
+
+        Raises:
+            DreamkitError: one refuses, placed at its term.
+        """
+        for number, term in enumerate(self.criteria):
+            if hasattr(term.entry, "check"):
+                with placed("criteria", number):
+                    term.entry.check(model, groups)
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return the importance of each group's channels, (channels,) each."""

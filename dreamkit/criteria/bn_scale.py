@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.criteria.coupled import Reduction, coupled_scores
-from dreamkit.types import PruningStep
+from dreamkit.criteria.coupled import Reduction, check_makers, coupled_scores
+from dreamkit.types import ChannelGroup, PruningStep
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,17 @@ class BNScale:
 
     reduction: Reduction = "sum"
 
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Refuse groups without BatchNorm.
+
+        Raises:
+            NothingToPrune: there are some.
+        """
+        check_makers(model, groups, _scale, "BatchNorm with a scale")
+
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return scales >= 0, one tensor (channels,) for each group."""
-        return [
-            coupled_scores(
-                step.model, group, _scale, self.reduction, "BatchNorm with a scale; use taylor"
-            )
-            for group in step.groups
-        ]
+        return [coupled_scores(step.model, g, _scale, self.reduction) for g in step.groups]
 
 
 def _scale(layer: nn.Module) -> Tensor | None:

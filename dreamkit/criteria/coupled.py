@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +12,46 @@ from dreamkit.errors import NothingToPrune
 from dreamkit.types import ChannelGroup
 
 Reduction = Literal["sum", "mean", "max"]
+_SHOWN = 8
+"""Groups in a message."""
+
+
+def check_makers(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    counts: Callable[[nn.Module], object | None],
+    lacking: str,
+    instead: str = "use taylor, or ",
+) -> None:
+    """Refuse channel groups that a criterion cannot score.
+
+    Args:
+        model: whose channels they are.
+        groups: from which channels may go.
+        counts: of a layer, None if it tells nothing of the channels that it makes.
+        lacking: what a group has none of if no layer counts, for the message.
+        instead: what to do about it, beside leaving the groups alone.
+
+    Raises:
+        NothingToPrune: no layer of some group counts; the message names such groups.
+    """
+    made = {
+        group.name: [member.layer for member in group.members if member.axis == "out"]
+        for group in groups
+    }
+    without = [
+        name
+        for name, layers in made.items()
+        if all(counts(model.get_submodule(layer)) is None for layer in layers)
+    ]
+    if without:
+        more = len(without) - _SHOWN
+        named = ", ".join(without[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        raise NothingToPrune(
+            f"there is no {lacking} in the channel groups {named}: {instead}leave such groups "
+            f"alone, each by one of limits.exceptions: {{layers: {made[without[0]][0]}, "
+            "max_ratio: 0}"
+        )
 
 
 def coupled_scores(
@@ -19,19 +59,15 @@ def coupled_scores(
     group: ChannelGroup,
     score: Callable[[nn.Module], Tensor | None],
     reduction: Reduction,
-    lacking: str,
 ) -> Tensor:
     """Return one score a channel of a group, (channels,) on the CPU.
 
     Args:
         model: whose layers they are.
         group: channels that can only be removed together.
-        score: of a layer's output channels (C,); None for layers that do not count.
+        score: of a layer's output channels (C,); None for layers that do not count, but at least
+            one does (``check_makers``).
         reduction: how the scores of coupled layers become one.
-        lacking: what the group has none of if no layer counts, for the message.
-
-    Raises:
-        NothingToPrune: no layer of the group counts.
     """
     rows = []
     for member in group.members:
@@ -39,8 +75,6 @@ def coupled_scores(
         if found is not None:
             row = torch.zeros(group.channels)
             rows.append(row.index_add_(0, member.channel, found.detach().cpu()[member.index]))
-    if not rows:
-        raise NothingToPrune(f"the channel group {group.name} has no {lacking}", ("criteria",))
     scores = torch.stack(rows)
     if reduction == "max":
         return scores.amax(0)

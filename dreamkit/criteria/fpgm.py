@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dreamkit.criteria.coupled import Reduction, coupled_scores, filters
-from dreamkit.types import PruningStep
+from dreamkit.criteria.coupled import Reduction, check_makers, coupled_scores, filters
+from dreamkit.types import ChannelGroup, PruningStep
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,17 @@ class FPGM:
 
     reduction: Reduction = "sum"
 
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Refuse groups that neither a convolution nor a linear layer makes.
+
+        Raises:
+            NothingToPrune: there are some.
+        """
+        check_makers(model, groups, filters, "layer with filters")
+
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return distances >= 0, one tensor (channels,) for each group."""
-        return [
-            coupled_scores(step.model, group, _distances, self.reduction, "layer with filters")
-            for group in step.groups
-        ]
+        return [coupled_scores(step.model, g, _distances, self.reduction) for g in step.groups]
 
 
 def _distances(layer: nn.Module) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.criteria.coupled import check_makers
 from dreamkit.errors import DreamkitError, NothingToPrune
 from dreamkit.model_state import eval_mode
 from dreamkit.types import NO_LABEL, ChannelGroup, PruningStep
@@ -39,6 +41,14 @@ class Taylor:
     loss: Literal["kl", "exact_kl", "ce"] = "kl"
     temperature: Annotated[float, Field(gt=0)] = 3.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Refuse groups with no layer to put a gate behind.
+
+        Raises:
+            NothingToPrune: there are some.
+        """
+        check_makers(model, groups, _gated, "layer to put a gate behind", instead="")
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return importances >= 0, one tensor (channels,) for each group."""
@@ -102,6 +112,11 @@ def gate_gradients(model: nn.Module, group: ChannelGroup) -> Tensor:
     for member, layer in gated:
         total.index_add_(0, member.channel, _layer_gates(layer)[member.index])
     return total
+
+
+def _gated(layer: nn.Module) -> nn.Module | None:
+    norm = isinstance(layer, nn.modules.batchnorm._NormBase) and isinstance(layer.weight, Tensor)
+    return layer if norm or isinstance(layer, nn.Conv2d | nn.Linear) else None
 
 
 def _layer_gates(layer: nn.Module) -> Tensor:

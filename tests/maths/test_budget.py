@@ -12,14 +12,17 @@ from torch import nn
 from dreamkit.applications import prune as prune_module
 from dreamkit.applications.budget import Budget, Target
 from dreamkit.applications.prune import Prune, Recovery
+from dreamkit.criteria.bn_scale import BNScale
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
 from dreamkit.errors import DreamkitError, NothingToPrune, StoreError
 from dreamkit.latency.lut import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.selection import Limits, removable
+from dreamkit.pruning.selection import LayerLimits, Limits, removable
+from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import Term
+from dreamkit.store.artifact import read_artifact
 from dreamkit.types import RunContext, Timing
 
 SIZE = (3, 8, 8)
@@ -215,6 +218,25 @@ def test_goals_are_met_and_hardly_overshot(toys, context, selection, goal):
     assert {"removed_channels", "flops", "params", "channels", "latency_ms"} <= rounds[-1].keys()
 
 
+def test_what_cannot_be_scored_is_refused_before_any_image_is_wanted(toys, context):
+    scales = (Term("magnitude", 1.0, Magnitude()), Term("bn_scale", 1.0, BNScale()))
+    options = pruning(toys, criteria=scales, images=Images(None))
+    with pytest.raises(NothingToPrune, match="in the channel groups pointwise") as refused:
+        options.run(context(Weights(), toys.depthwise()))
+    assert refused.value.path == ("criteria", 1)
+
+
+def test_groups_that_limits_leave_alone_need_not_be_scored(toys, context):
+    run = context(Weights(), toys.depthwise())
+    limits = Limits(min_channels=1, exceptions=(LayerLimits("pointwise", max_ratio=0),))
+    scales = (Term("bn_scale", 1.0, BNScale()),)
+    pruning(toys, criteria=scales, limits=limits, target=Target(channels=0.8)).run(run)
+    assert run.metrics["pruned.channels_ratio"] <= 0.8
+    student = read_artifact(run.folder / "student").state
+    assert student["pointwise.weight"].shape[0] == 6
+    assert student["conv1.weight"].shape[0] < 4
+
+
 def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(toys, context, monkeypatch):
     monkeypatch.setattr(
         knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
@@ -314,9 +336,6 @@ def test_a_checkpoint_of_another_teacher_is_refused(toys, context, monkeypatch):
 
 
 def test_a_pruned_student_is_pruned_further(toys, context):
-    from dreamkit.pruning.surgery import Surgery
-    from dreamkit.store.artifact import read_artifact
-
     run = context(Weights(), toys.two_bn())
     pruning(toys).run(run)
     first = read_artifact(run.folder / "student")

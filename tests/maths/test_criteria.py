@@ -395,10 +395,26 @@ def test_bn_scale_is_the_size_of_gamma(toys):
     assert score.tolist() == [1.5, 2.5, 3, 0]
 
 
-def test_bn_scale_without_batch_norm_is_refused(toys):
-    step = step_of(toys, toys.plain(), batches=[])
-    with pytest.raises(NothingToPrune, match=r"conv\d has no BatchNorm with a scale; use taylor"):
-        BNScale()(step)
+def test_bn_scale_refuses_groups_without_batch_norm(toys):
+    groups = step_of(toys, toys.depthwise(), batches=[]).groups
+    named = (
+        r"no BatchNorm with a scale in the channel groups pointwise: use taylor, or leave such "
+        r"groups alone, .* \{layers: pointwise, max_ratio: 0\}"
+    )
+    with pytest.raises(NothingToPrune, match=named):
+        BNScale().check(toys.depthwise(), groups)
+    BNScale().check(toys.depthwise(), [group for group in groups if group.name != "pointwise"])
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), FPGM(), Taylor()])
+def test_what_a_criterion_reads_is_looked_for_in_every_group(toys, criterion):
+    model = toys.two_bn()
+    groups = step_of(toys, model, batches=[]).groups
+    criterion.check(model, groups)
+    model.conv2 = nn.ConvTranspose2d(4, 6, 3)
+    model.bn2 = nn.Identity()
+    with pytest.raises(NothingToPrune, match="in the channel groups conv2: "):
+        criterion.check(model, groups)
 
 
 def test_fpgm_scores_the_filter_in_the_middle_lowest(toys):
