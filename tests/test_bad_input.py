@@ -183,7 +183,7 @@ def test_an_unknown_preset(
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("synthesis.imags=3", ["--set synthesis.imags ", "did you mean 'images'?"]),
+        ("synthesis.imags=3", ["--set synthesis.imags: ", "did you mean 'images'?"]),
         ("synthesis.stages[4].steps=3", ["--set synthesis.stages[4].steps: ", "a list of 1"]),
         # 'seed' is not written in the recipe, so the override makes a mapping of it.
         ("seed.x=3", ["--set seed.x seed", "should be a valid integer"]),

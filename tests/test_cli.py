@@ -180,8 +180,8 @@ def test_validate_with_preset_and_override(
     assert invoke("validate", path, "--preset", "big", "--set", "seed=4").code == 0
     code, out, err = invoke("validate", path, "--set", "seed=x", "--set", "device=tpu")
     assert (code, out) == (2, "")
-    assert "--set seed seed: " in err
-    assert "--set device device: " in err
+    assert "--set seed: " in err
+    assert "--set device: " in err
 
 
 def test_validate_warns_of_a_missing_file(

@@ -364,22 +364,29 @@ def test_presets_that_are_no_mappings(recipe_file: Write, presets: str, message:
     [
         (
             "synthesis.imags=3",
-            "--set synthesis.imags synthesis.imags: unknown option; did you mean 'images'?",
+            "--set synthesis.imags: unknown option; did you mean 'images'?",
         ),
         (
             "synthesis.stages[0].stpes=3",
-            "--set synthesis.stages[0].stpes synthesis.stages[0].stpes: unknown option; "
-            "did you mean 'steps'?",
+            "--set synthesis.stages[0].stpes: unknown option; did you mean 'steps'?",
         ),
         (
             "synthesis.images=few",
-            "--set synthesis.images synthesis.images: should be a valid integer (got 'few')",
+            "--set synthesis.images: should be a valid integer (got 'few')",
         ),
         (
             "synthesis.regularizers[0].weight=-1",
-            "--set synthesis.regularizers[0].weight synthesis.regularizers[0].weight: "
-            "should be a finite number >= 0 (got -1)",
+            "--set synthesis.regularizers[0].weight: should be a finite number >= 0 (got -1)",
         ),
+        (
+            "synthesis.stages.0={stpes: 3}",  # of what lies inside, too
+            "--set synthesis.stages[0].stpes: unknown option; did you mean 'steps'?",
+        ),
+        (
+            "seed.x=3",  # but what is wrong may lie outside
+            "--set seed.x seed: should be a valid integer",
+        ),
+        ("plugins=3", "--set plugins: should be a list of modules or .py files"),
         (
             "synthesis.stages[5].steps=3",
             "--set synthesis.stages[5].steps: '5' is not an index of a list of 1",
@@ -510,7 +517,7 @@ def test_a_later_error_is_placed_in_the_recipe(tiny: dict[str, Any], recipe_file
     # An option that was left out is placed at its nearest parent.
     error = loaded.placed(DreamkitError("will not do", ("teacher", "weights")))
     assert str(error) == f"{path}:4:3 teacher.weights: will not do"
-    assert str(loaded.placed(DreamkitError("no", ("seed",)))) == "--set seed seed: no"
+    assert str(loaded.placed(DreamkitError("no", ("seed",)))) == "--set seed: no"
     assert str(loaded.placed(DreamkitError("no place"))) == "no place"
 
 

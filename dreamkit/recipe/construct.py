@@ -46,7 +46,8 @@ class Problems:
             missing: the recipe is sound, but a file it names is not on this machine.
         """
         self.noted += 1
-        (self.missing if missing else self.found)[f"{place} {format_path(path)}: {message}"] = place
+        line = f"{located(place, path)}: {message}"
+        (self.missing if missing else self.found)[line] = place
 
     def raise_if_any(self) -> None:
         """Raise all problems as one error.
@@ -63,6 +64,16 @@ def format_path(path: RecipePath) -> str:
     """Write a path as ``synthesis.regularizers[1].weight``."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".") or "recipe"
+
+
+def located(place: Position, path: RecipePath) -> str:
+    """Write where a value was written and what it is: ``r.yaml:3:11 synthesis.images``.
+
+    Of what was written by ``--set synthesis.images=...`` the place is the value's path already.
+    """
+    name = format_path(path)
+    override = f"--set {name}"
+    return override if override.startswith(str(place)) else f"{place} {name}"
 
 
 @dataclass

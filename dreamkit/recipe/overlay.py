@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from dreamkit.errors import RecipeError, RecipePath
+from dreamkit.recipe.construct import format_path
 from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
 
 _STEP = re.compile(r"([^.\[\]=\s]{1,100})|\[(\d{1,9})\]")
@@ -67,9 +68,10 @@ def apply_override(root: Node, override: str) -> Node:
     path_text, equals, value_text = override.partition("=")
     if not equals or not path_text:
         raise RecipeError(f"--set {override}: write it as path=value, e.g. synthesis.images=64")
-    where = Position(f"--set {path_text}")
+    path = parse_path(path_text)
+    where = Position(f"--set {format_path(path)}")
     value = _moved(parse_yaml(value_text, f"--set {override}"), where)
-    return _put(root, parse_path(path_text), value, where, path_text)
+    return _put(root, path, value, where, path_text)
 
 
 def _moved(node: Node, where: Position) -> Node:

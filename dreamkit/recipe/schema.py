@@ -20,7 +20,7 @@ from dreamkit.errors import (
     RecipePath,
     did_you_mean,
 )
-from dreamkit.recipe.construct import Constructor, Problems, format_path
+from dreamkit.recipe.construct import Constructor, Problems, located
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml
 from dreamkit.registry import EntriesOf, EntryOf, Registries
@@ -107,7 +107,7 @@ class LoadedRecipe:
             if below is None:
                 break
             node = below
-        return f"{node.where} {format_path(path)}"
+        return located(node.where, path)
 
     def placed(self, error: DreamkitError) -> DreamkitError:
         """Return the error with the place it concerns, if it has one, put before its message."""
@@ -197,7 +197,8 @@ def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registri
     try:
         return build_registries(_plugin_names(root))
     except PluginError as error:
-        raise PluginError(f"{root.value['plugins'].where} plugins: {error}") from error
+        place = located(root.value["plugins"].where, ("plugins",))
+        raise PluginError(f"{place}: {error}") from error
 
 
 def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:
@@ -240,7 +241,8 @@ def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
 def _plugin_names(root: Node) -> list[str]:
     node = root.value.get("plugins", Node([], Position("")))
     if not isinstance(node.value, list) or not all(isinstance(n.value, str) for n in node.value):
-        raise RecipeError(f"{node.where} plugins: should be a list of modules or .py files")
+        place = located(node.where, ("plugins",))
+        raise RecipeError(f"{place}: should be a list of modules or .py files")
     return [child.value for child in node.value]
 
 
