@@ -23,7 +23,7 @@ from dreamkit.latency.lut import AT_ONCE, LookUpTable, grid_below, read_file, re
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
-from dreamkit.store.atomic import write_json
+from dreamkit.store.atomic import write_atomically
 from dreamkit.teacher_bench import load_named
 from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
 
@@ -76,7 +76,7 @@ def build_table(
     parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
     for part in track(parts, "measuring", console=console, disable=not console.is_terminal):
         table.measure(part)
-        write_json(path, table.to_json())
+        write_atomically(path, table.to_text().encode())
     return len(missing)
 
 

@@ -43,7 +43,7 @@ from dreamkit.pruning.selection import Limits, choose, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.store.artifact import write_artifact
-from dreamkit.store.atomic import write_json
+from dreamkit.store.atomic import write_atomically
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
@@ -241,7 +241,7 @@ class _Pruning:
                 self.rounds += 1
                 context.log.record("pruning", self.rounds, self._look(removed))
                 if self.table.points:
-                    write_json(context.folder / LUT_FILE, self.table.to_json())
+                    write_atomically(context.folder / LUT_FILE, self.table.to_text().encode())
                 self._save()
                 context.log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))

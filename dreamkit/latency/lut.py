@@ -102,10 +102,24 @@ class LookUpTable:
             return shapes
         return {name: shape for name, shape in shapes.items() if shape.kind != "norm"}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the table as JSON-safe data, with what its figures hold for."""
-        rows = [{**asdict(shape), **asdict(timing)} for shape, timing in self.points.items()]
-        return {"format": FORMAT, "target": self.backend.describe(), "points": rows}
+    def to_text(self) -> str:
+        """Return the table as JSON, with what its figures hold for.
+
+        Points stand one a line and in an order of their own, so that two tables can be compared.
+        """
+        facts = {"format": FORMAT, "target": self.backend.describe()}
+        head = json.dumps(facts, indent=1).removesuffix("\n}")
+        points = sorted(self.points.items(), key=lambda pair: _place(pair[0]))
+        rows = [json.dumps({**asdict(shape), **asdict(timing)}) for shape, timing in points]
+        lines = ",\n".join(f"  {row}" for row in rows)
+        return f'{head},\n "points": [\n{lines}\n ]\n}}\n'
+
+
+def _place(shape: LayerShape) -> tuple[Any, ...]:
+    """Return what tables are sorted by: points of one layer lie together."""
+    facts = asdict(shape)
+    counts = [facts.pop(name) for name in ("groups", "c_in", "c_out")]
+    return (*facts.values(), *counts)
 
 
 def _slowdown(ratios: Sequence[float]) -> float:

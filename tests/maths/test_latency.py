@@ -320,7 +320,7 @@ def saved(tmp_path, backend):
     table.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
     table.predict(LayerShape("linear", 3, 3, bias=True))
     path = tmp_path / "lut.json"
-    path.write_text(json.dumps(table.to_json()))
+    path.write_text(table.to_text())
     return table, path
 
 
@@ -332,6 +332,24 @@ def test_round_trip(tmp_path):
     assert len(again.points) == 5
     again.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
     assert backend.asked == [], "nothing is measured twice"
+
+
+def test_a_point_stands_on_a_line_of_its_own(tmp_path):
+    table, path = saved(tmp_path, Bilinear())
+    lines = path.read_text().splitlines()
+    points = [json.loads(line.rstrip(",")) for line in lines if '"kind"' in line]
+    assert points == json.loads(path.read_text())["points"]
+    # 9 lies between 8 and 12, 5 between 4 and 6; a table that grew otherwise reads the same.
+    assert [(p["kind"], p["c_in"], p["c_out"]) for p in points] == [
+        ("conv", 8, 4),
+        ("conv", 8, 6),
+        ("conv", 12, 4),
+        ("conv", 12, 6),
+        ("linear", 3, 3),
+    ]
+    table.points = dict(reversed(table.points.items()))
+    assert table.to_text() == path.read_text()
+    assert json.loads(LookUpTable(Bilinear()).to_text())["points"] == []
 
 
 def changed(path, change):
