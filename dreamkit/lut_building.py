@@ -307,8 +307,7 @@ def check_for(
     """
     found = load_named(registries, "--teacher", teacher, "null")
     target, _ = read_file(path)
-    name, options = _measured_by(path, target)
-    table = read_table(path, _backend(registries, name, options), strict=True)
+    table = read_table(path, _measured_by(registries, target), strict=True)
     before = len(table.points)
     fit = check_table(table, found, variants, seed, console)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
@@ -326,21 +325,28 @@ def check_for(
     )
 
 
-def _measured_by(path: Path, target: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return the backend that measured a table, and its options, from what it says of itself."""
-    try:
-        options: dict[str, Any] = {"batch_size": int(target["batch_size"])}
-        if target["threads"].isdigit():
-            options["threads"] = int(target["threads"])
-        runtime = target["runtime"].partition(" ")[0]
-    except (KeyError, ValueError) as error:
-        raise DreamkitError(
-            f"{path} does not say what it was measured with ({error}): its target needs runtime, "
-            "threads and batch_size"
-        ) from error
-    if runtime == "torch":
-        runtime = "torch-cpu" if "threads" in options else "torch-cuda"
-    return runtime, options
+def _measured_by(registries: Registries, target: Mapping[str, str]) -> LatencyBackend:
+    """Return the backend that says of itself what a table's target is, or as much as any does."""
+    options = {
+        name: int(target[name])
+        for name in ("batch_size", "threads")
+        if target.get(name, "").isdecimal()
+    }
+    found: list[tuple[int, LatencyBackend]] = []
+    backends = registries["latency_backends"]
+    for name in backends:
+        try:
+            cls = backends.resolve(name)
+            known = inspect.signature(cls).parameters
+            backend = cls(**{key: value for key, value in options.items() if key in known})
+            here = backend.describe()
+        except Exception:  # it is anyone's code, and its device or package may not be there
+            continue
+        same = target.items() & here.items()
+        found.append((len(same) - len(target.keys() | here.keys()), backend))
+    if not found:
+        raise DreamkitError("no latency backend can be used on this machine")
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def _say(console: Console, text: str) -> None:

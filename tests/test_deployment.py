@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor, nn
 
 import dreamkit
 from dreamkit import exporting
 from dreamkit.card import Card
+from dreamkit.errors import DreamkitError
+from dreamkit.lut_building import build_for, check_for
+from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.types import Timing
 
 DIGITS = "bundled:digits_resnet8"
 CIFAR = "cifar:resnet20"
@@ -72,6 +78,30 @@ def test_a_table_is_built_once_shown_and_held_against_networks(tmp_path, invoke)
     assert "3x3 on 8x8, stride 1" in out
     assert re.search(r"R² -?\d\.\d+|R² -?\d+\.\d+", out)
     assert len(re.findall(r"pruned \d", out)) == 3
+
+
+class Counted:
+    """A target of someone else's: a model takes a microsecond a parameter."""
+
+    def __init__(self, batch_size: int = 1) -> None:
+        self.batch_size = batch_size
+
+    def describe(self) -> dict[str, str]:
+        return {"board": "mine", "batch_size": str(self.batch_size)}
+
+    def time(self, modules: list[tuple[nn.Module, Tensor]]) -> list[Timing]:
+        sizes = [sum(p.numel() for p in module.parameters()) for module, _ in modules]
+        return [Timing(1e-3 * size, 0.0) for size in sizes]
+
+
+def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, capsys):
+    registries, path = build_registries(), tmp_path / "t.json"
+    registries["latency_backends"].register("a-board", Counted, "someone")
+    build_for(registries, DIGITS, path, "a-board", 2, None, 0.75, Console())
+    check_for(registries, DIGITS, path, 3, 0, Console())
+    assert re.search(r"R² 0\.99|R² 1\.0", capsys.readouterr().out)
+    with pytest.raises(DreamkitError, match=r"on another target .*board mine there, None here"):
+        check_for(build_registries(), DIGITS, path, 3, 0, Console())
 
 
 def test_a_table_of_another_target_is_not_gone_on_with(tmp_path, invoke):
