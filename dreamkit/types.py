@@ -543,6 +543,7 @@ class RunContext:
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"
     CHECKPOINTS: ClassVar[str] = "checkpoints"
+    TABLE: ClassVar[str] = "latency_lut.json"
 
 
 class Application(Protocol):

@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from dreamkit import stopping
+from dreamkit.applications import distill
+from dreamkit.errors import RunDirectoryError
 from dreamkit.stopping import Stop
 from dreamkit.store.dreams import DreamStore
 
@@ -236,6 +238,27 @@ def test_a_full_disk(small_disk, invoke, tiny, recipe_file, tmp_path):
     assert code == 0, err
     assert f"{len(finished)} of 12 batches kept" in out
     assert kept(disk / "run") == kept(tmp_path / "whole")
+
+
+def test_a_training_outlasts_a_failure_where_nothing_is_dreamed(
+    tmp_path, invoke, tiny, recipe_file, monkeypatch
+):
+    def full(*arguments, **named):
+        raise RunDirectoryError("no room")
+
+    tiny["application"] = {
+        "name": "distill",
+        "student": {"source": "bundled", "model": "digits_resnet8"},
+        "images": {"source": "digits"},
+        "training": {"steps": 2, "batch_size": 8, "warmup": 0},
+    }
+    run = ("run", recipe_file(tiny), "--out", tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "write_artifact", full)
+        assert invoke(*run)[::2] == (2, "error: no room\n")
+    code, out, err = invoke(*run)
+    assert code == 0, err
+    assert "going on from step 2 of 2" in out
 
 
 def test_a_folder_that_vanishes(tmp_path, invoke, tiny, recipe_file, monkeypatch):

@@ -59,7 +59,6 @@ from dreamkit.types import (
     Teacher,
 )
 
-LUT_FILE = "latency_lut.json"
 _EVALUATED = 2048
 """Evaluation images that are looked at after every round."""
 
@@ -173,7 +172,7 @@ class _Pruning:
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
-        self.table: LookUpTable = read_table(context.folder / LUT_FILE, context.latency)
+        self.table: LookUpTable = read_table(context.folder / context.TABLE, context.latency)
         if options.latency_table is not None:
             with placed("latency_table"):
                 known = read_table(Path(options.latency_table), context.latency, strict=True)
@@ -241,7 +240,7 @@ class _Pruning:
                 self.rounds += 1
                 context.log.record("pruning", self.rounds, self._look(removed))
                 if self.table.points:
-                    write_atomically(context.folder / LUT_FILE, self.table.to_text().encode())
+                    write_atomically(context.folder / context.TABLE, self.table.to_text().encode())
                 self._save()
                 context.log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))

@@ -33,10 +33,12 @@ class RunDirectory:
         self.folder = folder
         present = self.recipe()
         if present is not None and present != recipe_yaml:
+            source = f"application.images={{source: dreams, path: {folder}}}"
+            dreams = (folder / RunContext.DREAMS).is_dir()
             raise RunDirectoryError(
                 f"{folder} already holds the run of another recipe (its {RECIPE} differs); "
-                f"{_ELSEWHERE}, or remove it. Its dreams can be used again: "
-                f"application.images={{source: dreams, path: {folder}}}"
+                f"{_ELSEWHERE}, or remove it"
+                + (f". Its dreams can be used again: {source}" if dreams else "")
             )
         try:
             own = {LOCK, OWNER}
@@ -91,18 +93,15 @@ class RunDirectory:
         self._lock.release()
 
     def withdraw(self) -> None:
-        """Give up a claim of this process whose run came to nothing: no dreams, no student.
+        """Give up a claim of this process whose run came to nothing.
 
-        What lies in the folder then is records of the failure, and the mended recipe may use it.
+        Without dreams, checkpoints, measurements or a student what lies in the folder is records
+        of the failure, and the mended recipe may use it. Else the same recipe may go on there.
         """
         if not self.folder.is_dir():  # it vanished, which may be why the run failed
             return
-        kept = [
-            entry
-            for entry in self.folder.iterdir()
-            if entry.is_dir() and entry.name != RunContext.CHECKPOINTS
-        ]
-        if not self.started and not kept:
+        inside = any(path.is_file() for path in self.folder.glob("*/**/*"))
+        if not self.started and not inside and not (self.folder / RunContext.TABLE).is_file():
             shutil.rmtree(self.folder)
 
     def recipe(self) -> str | None:

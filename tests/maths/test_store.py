@@ -495,3 +495,27 @@ def test_nothing_is_withdrawn_from_a_folder_that_vanished(tmp_path):
     directory.withdraw()
     directory.release()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/pruning.safetensors", "latency_lut.json"])
+def test_what_is_finished_is_not_withdrawn(tmp_path, kept):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    directory.claim()
+    (tmp_path / "run" / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / kept).touch()
+    directory.withdraw()
+    directory.release()
+    assert (tmp_path / "run" / kept).is_file()
+    with pytest.raises(RunDirectoryError) as refused:
+        RunDirectory(tmp_path / "run", "name: b\n")
+    assert "dreams" not in refused.value.message, "there are none to be used again"
+
+
+def test_what_came_to_nothing_is_withdrawn(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    directory.claim()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
+    directory.withdraw()
+    directory.release()
+    assert not (tmp_path / "run").exists()
