@@ -120,7 +120,9 @@ def run(
     folder, stop = out or default_folder(loaded), Stop()
     try:
         if dry:
-            dry_run(loaded, folder, Console())
+            with distributed.ranks():
+                if distributed.is_first():
+                    dry_run(loaded, folder, Console())
             return
         with stop.listening(), distributed.ranks():
             console = Console(quiet=not distributed.is_first())

@@ -79,6 +79,13 @@ def test_two_ranks_dream_what_one_does(tmp_path, one):
     assert "already holds this recipe's finished run" in finished(run(1, folder, *SMALL))
 
 
+def test_a_dry_run_on_ranks_speaks_once_and_writes_nothing(tmp_path):
+    out = finished(run(2, tmp_path / "run", *SMALL, "--dry-run"))
+    assert out.count("dreaming 120 images in 8 batches") == 1
+    assert out.count("nothing was written") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_ranks_dream_against_one_student(tmp_path):
     folder = tmp_path / "run"
