@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ def estimate_synthesis(context: RunContext, student: nn.Module | None = None) ->
     with synthesizer.session(
         context.teacher, context.device, store.choices, context.log.note, student
     ) as dreamer:
-        return Dreaming(context, store, dreamer).estimate()
+        return Dreaming(context, store, dreamer, shared=student is None).estimate()
 
 
 class Dreaming:
@@ -161,10 +162,15 @@ class Dreaming:
         context: the run's.
         store: where batches go.
         dreamer: makes them.
+        shared: whether ranks share all batches out, and not only those that come at once against
+            a student in training.
     """
 
-    def __init__(self, context: RunContext, store: DreamStore, dreamer: Dreamer) -> None:
+    def __init__(
+        self, context: RunContext, store: DreamStore, dreamer: Dreamer, shared: bool = True
+    ) -> None:
         assert context.synthesizer is not None
+        self.shared = shared
         self.context = context
         self.store = store
         self.dreamer = dreamer
@@ -184,12 +190,15 @@ class Dreaming:
             kept = len(self.plans) - len(missing)
             context.log.note(f"resuming: {kept} of {len(self.plans)} batches kept")
         images = sum(plan.size for plan in missing)
+        ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
+        mine = missing[: math.ceil(len(missing) / ranks)]
         start = time.perf_counter()
-        cost = self.dreamer.prepare(images)
+        cost = self.dreamer.prepare(sum(plan.size for plan in mine))
         context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
         context.metrics["synthesis.estimated_seconds"] = cost.seconds
         context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
         batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
+        batches += f" on {ranks} ranks" if ranks > 1 else ""
         context.log.note(
             f"dreaming {images} images in {batches}: about {format_duration(cost.seconds)}, "
             f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
@@ -284,7 +293,7 @@ def dreaming(
     with synthesizer.session(
         context.teacher, context.device, settled, log.note, student
     ) as dreamer:
-        work = Dreaming(context, store, dreamer)
+        work = Dreaming(context, store, dreamer, shared=student is None)
         if work.missing():
             work.estimate()
         if distributed.is_first():

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
+from dreamkit import distributed
 from dreamkit.applications.dreaming import (
     batch_plans,
     batch_seed,
@@ -321,6 +322,41 @@ def test_the_cost_is_told_before_and_reported(context):
     assert 0 < context.metrics["synthesis.estimated_seconds"] < 60
     assert context.metrics["synthesis.estimated_memory_bytes"] > 2**20
     assert context.metrics["synthesis.preparation_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("carried", "student", "images"),
+    [
+        ({}, None, 4),  # two of three batches fall to one of two ranks
+        ({"w": torch.zeros(1)}, None, 5),  # each builds on the one before
+        ({}, torch.nn.Identity(), 5),  # how many come at once is the student's training's to say
+    ],
+)
+def test_ranks_share_what_is_to_be_dreamed(context, monkeypatch, carried, student, images):
+    asked = []
+
+    class Recorder:
+        images, batch_size, steps_per_batch = 5, 2, 1
+
+        choices = MappingProxyType({})
+
+        @contextmanager
+        def session(self, teacher, device, choices, note, student):
+            yield self
+
+        def state(self):
+            return carried
+
+        def prepare(self, images):
+            asked.append(images)
+            return Estimate(1.0, 2**30)
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    context.synthesizer = Recorder()
+    estimate_synthesis(context, student)
+    assert asked == [images]
+    (told,) = context.log.notes
+    assert ("3 batches on 2 ranks: about 1 s" in told) == (images == 4)
 
 
 def test_an_estimate_dreams_nothing(context):
