@@ -180,9 +180,9 @@ class _Pruning:
         for parameter in self.student.parameters():
             parameter.requires_grad_(True)
         self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
-        with placed("limits"):
-            options.limits.check(self.graph.makers)
         groups, skipped = self.graph.groups()
+        with placed("limits"):
+            options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.originals = {group.name: group.channels for group in groups}
         limits = options.limits

@@ -74,7 +74,8 @@ class Limits:
         """Refuse exceptions that mean nothing of a network.
 
         Args:
-            makers: its layers that make channels, those of groups that are left alone among them.
+            makers: its layers that make channels, and whatever groups are named for that are left
+                alone.
 
         Raises:
             TeacherMismatch: an exception means none of them.

@@ -237,6 +237,27 @@ def test_groups_that_limits_leave_alone_need_not_be_scored(toys, context):
     assert student["conv1.weight"].shape[0] < 4
 
 
+class Spread(nn.Module):
+    """A grey image in four parts, by a parameter: no layer makes them, and they stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Parameter(torch.linspace(0.1, 0.4, 4).view(1, 4, 1, 1))
+        self.conv = nn.Conv2d(4, 5, 3)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(x.mean(1, keepdim=True) * self.parts).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["parts", "fc"])
+def test_limits_may_name_what_is_left_alone_anyhow(toys, context, name):
+    run = context(Weights(), toys.fill(Spread()))
+    limits = Limits(min_channels=1, exceptions=(LayerLimits(name, max_ratio=0),))
+    prune_module._Pruning(pruning(toys, limits=limits), run)
+    assert name in [skipped["group"] for skipped in run.details["pruning_skipped"]]
+
+
 def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(toys, context, monkeypatch):
     monkeypatch.setattr(
         knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
