@@ -25,6 +25,7 @@ from dreamkit.applications.budget import TOLERANCE, Budget, Target
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
 from dreamkit.applications.ranking import Normalise, Ranking
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.teaching import first_images, go_on_with, train_student
 from dreamkit.errors import (
     MissingPath,
@@ -82,6 +83,8 @@ class Prune(Taught):
         criteria: the weighted terms of the importance I; the lowest goes first.
         target: what is to be left.
         recovery: distillation from the teacher after pruning.
+        reconstruction: least squares, layer by layer, between what is left and the teacher, before
+            the recovery; null leaves the weights as they are until then.
         finetune: distillation between two rounds of pruning; null prunes without a pause.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
@@ -108,6 +111,7 @@ class Prune(Taught):
     criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
     target: Target
     recovery: Recovery = field(default_factory=Recovery)
+    reconstruction: Reconstruction | None = None
     finetune: Recovery | None = None
     limits: Limits = field(default_factory=Limits)
     selection: Literal["greedy", "knapsack"] = "greedy"
@@ -144,6 +148,8 @@ class Prune(Taught):
         work.begin(images)
         work.reach_target()
         student = work.student
+        if self.reconstruction is not None:
+            reconstruct_student(context, student, work.cut, images, self.reconstruction)
         measure_quality(context, "pruned", student, images)
         images = go_on_with(context, student, images, self.adaptive, self.recovery, "recovery")
         measure_quality(context, "student", student, images)

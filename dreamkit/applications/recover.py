@@ -19,7 +19,9 @@ from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import Recovery
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.teaching import first_images, go_on_with
+from dreamkit.pruning.surgery import Surgery
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
@@ -40,6 +42,8 @@ class Recover(Taught):
         training: distillation from the teacher.
         recalibration_batches: batches that BatchNorm statistics are recomputed over before the
             accuracy of what pruning left is read; 0 leaves them.
+        reconstruction: least squares, layer by layer, between what is left and the teacher, before
+            the training; null leaves the weights as they are until then.
         images: what the network recovers on; this run's own dreams by default.
         adaptive: dream while the network recovers, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
@@ -48,6 +52,7 @@ class Recover(Taught):
     sparsity: Annotated[float, Field(gt=0, lt=1)]
     training: Recovery = field(default_factory=Recovery)
     recalibration_batches: Annotated[int, Field(ge=0)] = 16
+    reconstruction: Reconstruction | None = None
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
     adaptive: Adaptive | None = None
 
@@ -69,7 +74,10 @@ class Recover(Taught):
             context, self.images, self.adaptive, student, self.training, "training"
         )
         measure_quality(context, "teacher", teacher.model, None)
-        self._recalibrate(context, student, images)
+        if self.reconstruction is None:
+            self._recalibrate(context, student, images)
+        else:
+            reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
         measure_quality(context, "pruned", student, images)
         with kept_at_zero(student, masks):
             images = go_on_with(context, student, images, self.adaptive, self.training, "training")

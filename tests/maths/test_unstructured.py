@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dreamkit.applications.prune import Recovery
+from dreamkit.applications.reconstructing import Reconstruction
 from dreamkit.applications.recover import Recover
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.store.artifact import read_artifact, write_artifact
@@ -144,3 +145,23 @@ def test_recover(toys, silent_log, tmp_path, ema, precision):
     pruned = toys.two_bn()
     prune_weights(pruned, 0.75)
     assert not torch.equal(again.fc.weight, pruned.fc.weight), "it was trained"
+
+
+def test_what_is_left_is_fitted_before_it_is_trained(toys, silent_log, tmp_path):
+    """Dreams alone tell how near the pruned network is to its teacher."""
+    teacher = toys.teacher(toys.two_bn())
+    agreement = {}
+    for name, reconstruction in (("as it is", None), ("fitted", Reconstruction(images=24))):
+        log, folder = silent_log, tmp_path / name
+        run = RunContext({}, 3, torch.device("cpu"), folder, teacher, None, None, Still(), log)
+        Recover(
+            sparsity=0.75,
+            training=Recovery(epochs=0, batch_size=8),
+            images=Source(toys.images(48)),
+            reconstruction=reconstruction,
+        ).run(run)
+        agreement[name] = run.metrics["student.agreement"]
+        assert run.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert agreement["fitted"] > agreement["as it is"]
+    assert run.metrics["reconstruction.seconds"] > 0
+    assert run.details["reconstruction_left_alone"] == []

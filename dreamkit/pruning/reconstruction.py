@@ -1,0 +1,247 @@
+"""Fitting what pruning left of each layer to what the layer put out before, in closed form.
+
+He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, eq. 5, over
+dreams instead of data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit.model_state import eval_mode, hooked
+from dreamkit.pruning.surgery import Surgery
+
+_EXACT = 1e-3
+"""Relative error up to which a layer's output is its weights times its patches."""
+
+
+@torch.no_grad()
+def reconstruct(
+    student: nn.Module,
+    teacher: nn.Module,
+    surgery: Surgery,
+    batches: Sequence[Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    ridge: float = 1e-3,
+    advance: Callable[[int, int], None] = lambda done, of: None,
+) -> list[str]:
+    """Give each convolution and linear layer the weights that best put out what the teacher's does.
+
+    Layer by layer in forward order, so that each also makes up for the errors before it:
+    min_W ‖Y - W X‖² + λ‖W - W₀‖², with X the patches that the student's layer is given, Y what the
+    teacher's layer of the same name puts out in the channels that are left, and W₀ the weights as
+    they are. BatchNorm becomes the teacher's, statistics of real data included, which hold as far
+    as the layers before it put out what the teacher's do.
+
+    Layers that compute anything else than their weights times their patches (standardised
+    weights, a padding of their own) and those that a pass calls several times or never stay as they
+    are.
+
+    Args:
+        student: changed in place.
+        teacher: what it was pruned from.
+        surgery: what it lacks of the teacher.
+        batches: normalised images (N, C, H, W), on the device of both; the fit is over all.
+        masks: by parameter name, 0 where a weight is to stay zero.
+        ridge: λ as a share of the patches' mean square; a positive number keeps fits of few
+            images sound.
+        advance: told how many layers are done, and of how many.
+
+    Returns:
+        The names of the layers that were fitted.
+    """
+    _take_norms(student, teacher, surgery)
+    fitted = []
+    with eval_mode(student), eval_mode(teacher):
+        names = _called_once(student, batches[0])
+        for number, name in enumerate(names):
+            mask = None if masks is None else masks.get(f"{name}.weight")
+            kept = _outputs_kept(surgery, name)
+            if _fit(student, teacher, name, kept, batches, mask, ridge):
+                fitted.append(name)
+            advance(number + 1, len(names))
+    return fitted
+
+
+def _take_norms(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> None:
+    theirs = dict(teacher.named_modules())
+    for name, module in student.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+            other = theirs[name].get_parameter(key) if key in ("weight", "bias") else None
+            value = theirs[name].get_buffer(key) if other is None else other
+            axes = surgery.kept.get(f"{name}.{key}")
+            kept = axes[0] if axes else None
+            tensor.copy_(value if kept is None else value[kept])
+
+
+def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
+    axes = surgery.kept.get(f"{name}.weight")
+    return axes[0] if axes else None
+
+
+def _called_once(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the convolutions and linear layers that a forward pass calls once, in its order."""
+    calls: Counter[str] = Counter()
+    with hooked(_layers(model), lambda name, module, x: calls.update([name])):
+        model(images[:2])
+    return [name for name, count in calls.items() if count == 1]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    kinds = (nn.Conv2d, nn.Linear)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+
+
+class _Reached(Exception):
+    """A forward pass came to the layer that was waited for; what follows is not needed."""
+
+
+def _at(model: nn.Module, name: str, images: Tensor, which: Literal["given", "put out"]) -> Tensor:
+    """Return what a layer is given or puts out, in float32, computing nothing behind it."""
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(inputs[0] if which == "given" else output)
+        raise _Reached
+
+    handle = model.get_submodule(name).register_forward_hook(see)
+    try:
+        model(images)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0].float()
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a layer multiplies its weights with, (groups, inputs [+ 1], positions).
+
+    A layer with a bias has a row of ones at the end.
+    """
+    if isinstance(layer, nn.Conv2d):
+        padding = layer.padding
+        assert not isinstance(padding, str)
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+        groups, count = layer.groups, columns.shape[1]
+        rows = columns.view(len(x), groups, count // groups, -1).permute(1, 2, 0, 3).flatten(2)
+    else:
+        rows = x.flatten(0, -2).T[None]
+    if _bias(layer) is None:
+        return rows
+    return torch.cat([rows, rows.new_ones(len(rows), 1, rows.shape[2])], dim=1)
+
+
+def _outputs(layer: nn.Module, y: Tensor) -> Tensor:
+    """Return what a layer puts out as (groups, outputs, positions)."""
+    if not isinstance(layer, nn.Conv2d):
+        return y.flatten(0, -2).T[None]
+    groups = layer.groups
+    return y.view(len(y), groups, y.shape[1] // groups, -1).permute(1, 2, 0, 3).flatten(2)
+
+
+def _weights(layer: nn.Module) -> Tensor:
+    """Return a layer's weights and bias as (groups, outputs, inputs [+ 1])."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight = layer.get_parameter("weight").detach().float()
+    rows = weight.view(groups, len(weight) // groups, -1)
+    bias = _bias(layer)
+    return rows if bias is None else torch.cat([rows, bias.float().view(groups, -1, 1)], dim=2)
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    parameter = layer._parameters.get("bias")
+    return None if parameter is None else parameter.detach()
+
+
+def _fit(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    kept: list[int] | None,
+    batches: Sequence[Tensor],
+    mask: Tensor | None,
+    ridge: float,
+) -> bool:
+    """Fit one layer; return whether it is of a kind that can be."""
+    layer = student.get_submodule(name)
+    before = _weights(layer)
+    if isinstance(layer, nn.Conv2d) and (
+        isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+    ):
+        return False
+    squares = products = torch.zeros(())
+    for number, images in enumerate(batches):
+        x = _at(student, name, images, "given")
+        patches = _patches(layer, x)
+        if number == 0 and not _is_product(layer, x, before @ patches):
+            return False
+        wanted = _at(teacher, name, images, "put out")
+        if kept is not None:
+            channels = 1 if isinstance(layer, nn.Conv2d) else wanted.dim() - 1
+            wanted = wanted.index_select(channels, torch.tensor(kept, device=wanted.device))
+        squares = squares + patches @ patches.mT
+        products = products + patches @ _outputs(layer, wanted).mT
+    _solve(layer, before, squares.double(), products.double(), mask, ridge)
+    return True
+
+
+def _is_product(layer: nn.Module, x: Tensor, product: Tensor) -> bool:
+    """Whether a layer puts out its weights times its patches, and nothing else."""
+    true = _outputs(layer, layer(x).float())
+    if true.shape != product.shape:
+        return False
+    return float((true - product).norm()) <= _EXACT * float(true.norm())
+
+
+def _solve(
+    layer: nn.Module,
+    before: Tensor,
+    squares: Tensor,
+    products: Tensor,
+    mask: Tensor | None,
+    ridge: float,
+) -> None:
+    """Set a layer's weights to the solution of the normal equations.
+
+    Args:
+        layer: changed in place.
+        before: its weights, (groups, outputs, inputs [+ 1]).
+        squares: X Xᵀ, (groups, inputs [+ 1], inputs [+ 1]).
+        products: X Yᵀ, (groups, inputs [+ 1], outputs).
+        mask: of the weights, 0 where one is to stay zero.
+        ridge: as ``reconstruct`` takes it.
+    """
+    size = squares.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    pull = ridge * size[:, None, None]
+    left = squares + pull * torch.eye(squares.shape[1]).to(squares)
+    right = products + pull * before.mT.double()
+    if mask is None:
+        solved = torch.linalg.solve(left, right).mT
+    else:
+        # Each output has inputs of its own: a row and a column of the identity for those gone.
+        groups, outputs, inputs = before.shape
+        there = torch.ones_like(before)
+        flat = mask.view(groups, outputs, -1)
+        there[:, :, : flat.shape[2]] = flat.to(there)
+        solved = before.double()
+        eye = torch.eye(inputs).to(left)
+        for output in range(outputs):
+            on = there[:, output].double()
+            both = on[:, :, None] * on[:, None, :]
+            own = left * both + eye * (1 - on)[:, None, :]
+            solved[:, output] = torch.linalg.solve(own, on * right[:, :, output])
+    weight = layer.get_parameter("weight")
+    inputs = weight[0].numel()
+    weight.copy_(solved[:, :, :inputs].reshape(weight.shape))
+    bias = _bias(layer)
+    if bias is not None:
+        bias.copy_(solved[:, :, -1].flatten())
