@@ -5,11 +5,12 @@
     python benchmarks/pruning_tables.py --tables 5 --eta 0.03 0.1 0.3 1
     python benchmarks/pruning_tables.py --quick    # the mechanics
 
-Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out; finished ones are read, not
-repeated, and interrupted ones go on. ``--set`` changes all of them (as of ``dreamkit run``). Rows
-that need --original, --proxy or --generator are left out without. In table 4 channels are ranked by
-Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dreams left.
-DeepInversion dreams once per seed, as many images as ADI, for all the rows that use them.
+Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out, shared by both tables;
+finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of them (as
+of ``dreamkit run``). Rows that need --original, --proxy or --generator are left out without. In
+table 4 channels are ranked by Taylor importance alone; "no fine-tuning" is what pruning on
+DeepInversion's dreams left. DeepInversion dreams once per seed, as many images as ADI, for all the
+rows that use them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ PAPER_5 = {
 }
 SEED = "%seed%"
 """Stands in a cell for the seed of its run."""
-TAYLOR = "application.criteria=[{name: taylor, weight: 1}]"
 DREAMED = "application={name: synthesize}"
 PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"
 
@@ -57,6 +57,23 @@ class Cell:
 
     name: str
     changes: list[str]
+
+
+def pruning(images: str, changes: list[str], ratio: float, eta: float = 0.0) -> Cell:
+    """Return the run that prunes to a share of the FLOPs.
+
+    Args:
+        images: what the images are called that it ranks and recovers on.
+        changes: what makes a recipe use them.
+        ratio: the share.
+        eta: η of eq. 10; 0 is Taylor importance alone.
+    """
+    criteria = "{name: taylor, weight: 1}"
+    if eta:
+        criteria += f", {{name: latency_lut, weight: {eta}}}"
+    target = f"application.target={{flops: {ratio}}}"
+    name = f"{images.replace(' ', '_')}-{ratio}-eta{eta:g}"
+    return Cell(name, [f"application.criteria=[{criteria}]", target, *changes])
 
 
 class Tables:
@@ -100,20 +117,15 @@ class Tables:
                 f"{{source: generator, path: {options.generator}, images: {options.generated}, "
                 f"latent: {options.latent}}}"
             )
-        return known | {"deepinversion": self.deepinversion(), "adaptive": []}
+        known["deepinversion"] = self.deepinversion()
+        return known if options.without_adaptive else known | {"adaptive": []}
 
     def table4(self) -> tuple[str, dict[str, list[list[dict[str, float]]]]]:
         """Return the table of image sources as Markdown, and its metrics by row and ratio."""
         results: dict[str, list[list[dict[str, float]]]] = {}
         for source, changes in self.sources().items():
             results[source] = [
-                self.run(
-                    Cell(
-                        f"4-{source.replace(' ', '_')}-{ratio}",
-                        [TAYLOR, f"application.target={{flops: {ratio}}}", *changes],
-                    )
-                )
-                for ratio in self.options.ratios
+                self.run(pruning(source, changes, ratio)) for ratio in self.options.ratios
             ]
         lines = [
             "| images | "
@@ -131,20 +143,20 @@ class Tables:
 
     def table5(self) -> tuple[str, dict[str, list[dict[str, float]]]]:
         """Return the hardware-aware table as Markdown, and its metrics by row."""
-        target = f"application.target={{flops: {self.options.ratio}}}"
-        original = self.options.original
-        real = (
-            self.deepinversion()
+        ratio, original = self.options.ratio, self.options.original
+        given_images = (
+            ("deepinversion", self.deepinversion())
             if original is None
-            else given(f"{{source: folder, path: {original}}}")
+            else ("partial original", given(f"{{source: folder, path: {original}}}"))
         )
-        cells = {"Taylor": Cell("5-taylor", [TAYLOR, target, *real])}
-        for eta in self.options.eta:
-            criteria = hardware_aware(eta)
-            cells[f"HA, η {eta}"] = Cell(f"5-ha-{eta}", [criteria, target, *real])
-        cells["ADI"] = Cell("5-adi", [TAYLOR, target])
-        for eta in self.options.eta:
-            cells[f"ADI + HA, η {eta}"] = Cell(f"5-adi_ha-{eta}", [hardware_aware(eta), target])
+        sources = {"": given_images}
+        if not self.options.without_adaptive:
+            sources["ADI + "] = ("adaptive", [])
+        cells = {}
+        for prefix, (images, changes) in sources.items():
+            cells[(prefix or "Taylor").removesuffix(" + ")] = pruning(images, changes, ratio)
+            for eta in self.options.eta:
+                cells[f"{prefix}HA, η {eta}"] = pruning(images, changes, ratio, eta)
         results = {name: self.run(cell) for name, cell in cells.items()}
         lines = [
             "| pruned by | MFLOPs | measured latency, ms | of its teacher's | accuracy, % "
@@ -159,12 +171,6 @@ class Tables:
 def given(source: str) -> list[str]:
     """Return what makes a recipe prune on images that are there, and dream none."""
     return ["application.adaptive=null", "synthesis=null", f"application.images={source}"]
-
-
-def hardware_aware(eta: float) -> str:
-    return (
-        f"application.criteria=[{{name: taylor, weight: 1}}, {{name: latency_lut, weight: {eta}}}]"
-    )
 
 
 def row5(name: str, runs: list[dict[str, float]], model: str) -> str:
@@ -195,6 +201,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generator", type=Path, help="a TorchScript file, e.g. a GAN's")
     parser.add_argument("--latent", default="[128]", help="the shape of its noise")
     parser.add_argument("--generated", type=int, default=3072, help="images drawn from it")
+    parser.add_argument(
+        "--without-adaptive", action="store_true", help="leave out ADI, which dreams for each row"
+    )
     add_budget(parser, "runs/pruning_tables")
     options = parser.parse_args()
     if options.quick:
