@@ -46,6 +46,7 @@ from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import Joined, Shifted, drawn, drawn_by_class
+from dreamkit.training.bn_recalibration import restate
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
@@ -116,6 +117,8 @@ class Continual:
             synthesizer's ``images`` says.
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
+        restate_bn: after each set, let BatchNorm's statistics be those of what the network was
+            taught on, without changing what it computes: the next dreams are held to them.
     """
 
     sets: Annotated[tuple[NewClasses, ...], RecordsOf(NewClasses)]
@@ -124,6 +127,7 @@ class Continual:
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
     images_per_class: Annotated[int, Field(ge=1)] = 250
     adaptive: Adaptive | None = None
+    restate_bn: bool = True
 
     def __post_init__(self) -> None:
         if not self.sets:
@@ -351,7 +355,13 @@ class _Course:
         with self._old_images(step, new, number, trainer.total) as old:
             sets = [task.train] if old is None else [task.train, old]
             with placed("training", always=False):
-                teach(step, trainer, sets, "training")
+                taught_on = teach(step, trainer, sets, "training")
+        if self.options.restate_bn:
+            # As many of each new class as of an old one.
+            generator = torch.Generator().manual_seed(step.seed)
+            added = drawn_by_class(task.train, self.options.images_per_class, generator)
+            images = Joined([added, *taught_on[1:]])
+            restate(new.model, images, new.card, step.device, options.batch_size)
         if isinstance(old, Growth):
             report_synthesis(step, old.dreams.store)
 

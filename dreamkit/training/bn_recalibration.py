@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,34 +39,79 @@ def recalibrate(
         batches: how many batches at the most.
         batch_size: images in each; a last batch of one image is left out.
     """
-    layers = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
-    ]
-    seen: dict[nn.Module, _Moments] = {layer: _Moments() for layer in layers}
+    layers = _layers(model)
     momenta = [layer.momentum for layer in layers]
     try:
-        with (
-            eval_mode(model),
-            hooked(
-                (("", layer) for layer in layers), lambda _, layer, x: seen[layer].add(x.float())
-            ),
-        ):
+        with eval_mode(model):
             for layer in layers:
                 layer.train()
                 layer.momentum = 0.0  # the forward pass itself leaves what is stored alone
-            for stored, _ in itertools.islice(in_order(images, batch_size), batches):
-                if len(stored) > 1 or len(images) == 1:
-                    model(card.normalise(stored.to(device)))
+            seen = _inputs(model, layers, images, card, device, batches, batch_size)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-    for layer in layers:
-        moments = seen[layer]
-        if moments.count:
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.copy_(moments.mean)
-            layer.running_var.copy_(moments.squares / moments.count)
+    for layer, moments in seen.items():
+        _store(layer, moments)
+
+
+@torch.no_grad()
+def restate(
+    model: nn.Module, images: Images, card: Card, device: torch.device, batch_size: int
+) -> None:
+    """Let every BatchNorm state what it is given, and compute in eval mode what it did.
+
+    A network that was trained with its running statistics frozen no longer sees what they say, and
+    dreams of it would be held to what it was. They are measured anew, and scale and shift
+    make up for the difference: γ' = γ σ'/σ, β' = β + γ (μ' - μ) / σ. Layers without scale and
+    shift stay as they are.
+
+    Args:
+        model: changed in its BatchNorm layers alone; modes are kept.
+        images: stored images, of all that it is to be used on.
+        card: how to normalise them.
+        device: where the model is.
+        batch_size: images at once.
+    """
+    layers = [layer for layer in _layers(model) if layer.affine]
+    with eval_mode(model):
+        seen = _inputs(model, layers, images, card, device, None, batch_size)
+    for layer, moments in seen.items():
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, deviation = layer.running_mean.clone(), (layer.running_var + layer.eps).sqrt()
+        _store(layer, moments)
+        layer.bias.add_(layer.weight * (layer.running_mean - mean) / deviation)
+        layer.weight.mul_((layer.running_var + layer.eps).sqrt() / deviation)
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _inputs(
+    model: nn.Module,
+    layers: Sequence[_BatchNorm],
+    images: Images,
+    card: Card,
+    device: torch.device,
+    batches: int | None,
+    batch_size: int,
+) -> dict[_BatchNorm, _Moments]:
+    """Return the moments of what layers are given, of those that are reached."""
+    seen = {layer: _Moments() for layer in layers}
+    named = ((str(number), layer) for number, layer in enumerate(layers))
+    with hooked(named, lambda number, _, x: seen[layers[int(number)]].add(x.float())):
+        for stored, _ in itertools.islice(in_order(images, batch_size), batches):
+            if len(stored) > 1 or len(images) == 1:
+                model(card.normalise(stored.to(device)))
+    return {layer: moments for layer, moments in seen.items() if moments.count}
+
+
+def _store(layer: _BatchNorm, moments: _Moments) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean.copy_(moments.mean)
+    layer.running_var.copy_(moments.squares / moments.count)
 
 
 class _Moments:

@@ -13,7 +13,7 @@ from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, epochs_of, in_order
-from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.bn_recalibration import recalibrate, restate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import distillation_loss, mixed_cross_entropy
 from dreamkit.training.schedule import lr_factor
@@ -580,3 +580,30 @@ def test_a_channel_that_hardly_varies_gets_no_negative_variance(toys):
     recalibrate(model, images, toys.card(), CPU, batches=9, batch_size=4)
     assert (model[1].running_var >= 0).all()
     assert torch.isfinite(model(toys.card().normalise(images.images))).all()
+
+
+# --- stating anew what BatchNorm sees ---------------------------------------------------------
+
+
+def test_restated_statistics_are_those_of_the_network_as_it_computes(toys):
+    model, images = toys.two_bn(), toys.images(7)
+    x = toys.card().normalise(images.images)
+    with torch.no_grad():
+        before = model(x)
+        given = [model.conv1(x), model.conv2(model.bn1(model.conv1(x)).relu())]
+    restate(model, images, toys.card(), CPU, batch_size=3)
+    assert_statistics(model.bn1, given[0][:6])  # a last batch of one is left out
+    assert_statistics(model.bn2, given[1][:6])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model.bn1.weight, toys.two_bn().bn1.weight), "they differed before"
+
+
+def test_layers_without_scale_and_shift_state_what_they_did(toys):
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)
+    )
+    before = toys.state(model)
+    restate(model, toys.images(4), toys.card(), CPU, batch_size=4)
+    toys.assert_same_state(model, before)
+    assert model.training
