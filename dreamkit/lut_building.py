@@ -31,6 +31,8 @@ _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
 _KNOWN = 6
 """Networks from which is told what more than its layers one takes."""
+_RUNS = 3
+"""Times that networks are timed, of which each one's middle counts: a machine has slow seconds."""
 
 
 def shapes_to_measure(
@@ -180,8 +182,9 @@ def check_table(
         table.prepare(shapes.values())
         layers.append(Prospect(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
-    timings = table.backend.time([(model, example) for model in models])
-    return Fit(layers, [timing.median_ms for timing in timings], _KNOWN)
+    runs = [table.backend.time([(model, example) for model in models]) for _ in range(_RUNS)]
+    measured = [statistics.median(t.median_ms for t in own) for own in zip(*runs, strict=True)]
+    return Fit(layers, measured, _KNOWN)
 
 
 def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generator) -> nn.Module:

@@ -6,6 +6,7 @@ dreams instead of data.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.model_state import eval_mode, hooked
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.surgery import Surgery, select
 
 _EXACT = 1e-3
 """Relative error up to which a layer's output is its weights times its patches."""
@@ -36,8 +37,8 @@ def reconstruct(
     Layer by layer in forward order, so that each also makes up for the errors before it:
     min_W ‖Y - W X‖² + λ‖W - W₀‖², with X the patches that the student's layer is given, Y what the
     teacher's layer of the same name puts out in the channels that are left, and W₀ the weights as
-    they are. BatchNorm becomes the teacher's, statistics of real data included, which hold as far
-    as the layers before it put out what the teacher's do.
+    they are. All else becomes the teacher's, BatchNorm's statistics of real data included, which
+    hold as far as the layers before put out what the teacher's do.
 
     Layers that compute anything else than their weights times their patches (standardised
     weights, a padding of their own) and those that a pass calls several times or never stay as they
@@ -56,7 +57,7 @@ def reconstruct(
     Returns:
         The names of the layers that were fitted.
     """
-    _take_norms(student, teacher, surgery)
+    _take_the_rest(student, teacher, surgery)
     fitted = []
     with eval_mode(student), eval_mode(teacher):
         names = _called_once(student, batches[0])
@@ -69,17 +70,14 @@ def reconstruct(
     return fitted
 
 
-def _take_norms(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> None:
-    theirs = dict(teacher.named_modules())
-    for name, module in student.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            other = theirs[name].get_parameter(key) if key in ("weight", "bias") else None
-            value = theirs[name].get_buffer(key) if other is None else other
-            axes = surgery.kept.get(f"{name}.{key}")
-            kept = axes[0] if axes else None
-            tensor.copy_(value if kept is None else value[kept])
+def _take_the_rest(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> None:
+    """Make all but convolutions and linear layers the teacher's, as far as it is there."""
+    theirs = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+    fitted = {f"{name}.{key}" for name, m in _layers(student) for key in m.state_dict()}
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if name not in fitted:
+            axes = surgery.kept.get(name)
+            tensor.copy_(theirs[name] if axes is None else select(theirs[name], axes))
 
 
 def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
@@ -112,13 +110,9 @@ def _at(model: nn.Module, name: str, images: Tensor, which: Literal["given", "pu
         found.append(inputs[0] if which == "given" else output)
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(see)
-    try:
+    layer = model.get_submodule(name)
+    with layer.register_forward_hook(see), contextlib.suppress(_Reached):
         model(images)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return found[0].float()
 
 
@@ -190,7 +184,8 @@ def _fit(
             wanted = wanted.index_select(channels, torch.tensor(kept, device=wanted.device))
         squares = squares + patches @ patches.mT
         products = products + patches @ _outputs(layer, wanted).mT
-    _solve(layer, before, squares.double(), products.double(), mask, ridge)
+    # In float64, which not every device has; these are small.
+    _solve(layer, before, squares.cpu().double(), products.cpu().double(), mask, ridge)
     return True
 
 
@@ -220,28 +215,29 @@ def _solve(
         mask: of the weights, 0 where one is to stay zero.
         ridge: as ``reconstruct`` takes it.
     """
+    old = before.cpu().double()
     size = squares.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     pull = ridge * size[:, None, None]
-    left = squares + pull * torch.eye(squares.shape[1]).to(squares)
-    right = products + pull * before.mT.double()
-    if mask is None:
-        solved = torch.linalg.solve(left, right).mT
-    else:
-        # Each output has inputs of its own: a row and a column of the identity for those gone.
-        groups, outputs, inputs = before.shape
-        there = torch.ones_like(before)
-        flat = mask.view(groups, outputs, -1)
-        there[:, :, : flat.shape[2]] = flat.to(there)
-        solved = before.double()
-        eye = torch.eye(inputs).to(left)
-        for output in range(outputs):
-            on = there[:, output].double()
-            both = on[:, :, None] * on[:, None, :]
-            own = left * both + eye * (1 - on)[:, None, :]
-            solved[:, output] = torch.linalg.solve(own, on * right[:, :, output])
-    weight = layer.get_parameter("weight")
+    left = squares + pull * torch.eye(squares.shape[1], dtype=torch.float64)
+    right = products + pull * old.mT
+    solved = torch.linalg.solve(left, right).mT if mask is None else _masked(left, right, old, mask)
+    weight, bias = layer.get_parameter("weight"), _bias(layer)
     inputs = weight[0].numel()
     weight.copy_(solved[:, :, :inputs].reshape(weight.shape))
-    bias = _bias(layer)
     if bias is not None:
         bias.copy_(solved[:, :, -1].flatten())
+
+
+def _masked(left: Tensor, right: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """Return the solution in which each output has the inputs that its mask leaves it."""
+    groups, outputs, inputs = old.shape
+    there = torch.ones(groups, outputs, inputs, dtype=torch.bool)  # the bias always is
+    flat = mask.view(groups, outputs, -1)
+    there[:, :, : flat.shape[2]] = flat.cpu() != 0
+    solved = torch.zeros_like(old)
+    for group in range(groups):
+        for output in range(outputs):
+            on = there[group, output].nonzero().flatten()
+            own = left[group][on[:, None], on]
+            solved[group, output, on] = torch.linalg.solve(own, right[group, on, output])
+    return solved

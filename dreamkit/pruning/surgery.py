@@ -129,7 +129,7 @@ class Surgery:
     def _take(self, model: nn.Module, name: str, dim: int, kept: Sequence[int]) -> None:
         tensor = _tensors(model)[name]
         axes: Axes = [list(kept) if axis == dim else None for axis in range(tensor.dim())]
-        _replace(model, name, _cut(tensor.detach(), axes))
+        _replace(model, name, select(tensor.detach(), axes))
         self.kept[name] = _compose(self.kept.get(name), axes)
 
     def _state(self, module: nn.Module, name: str, sizes: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ class Surgery:
             if name not in tensors or len(axes) != tensors[name].dim():
                 raise ArtifactError(f"the builder's model has no tensor '{name}' of this shape")
             try:
-                cut = _cut(tensors[name].detach(), axes)
+                cut = select(tensors[name].detach(), axes)
             except (IndexError, TypeError, RuntimeError) as error:
                 raise ArtifactError(f"channels kept of '{name}' do not exist: {error}") from error
             _replace(model, name, cut)
@@ -227,7 +227,8 @@ def _checked_axes(axes: Any) -> Axes:
     return found
 
 
-def _cut(tensor: Tensor, axes: Axes) -> Tensor:
+def select(tensor: Tensor, axes: Axes) -> Tensor:
+    """Return what is kept of a tensor, as a new one."""
     for axis, kept in enumerate(axes):
         if kept is not None:
             tensor = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
