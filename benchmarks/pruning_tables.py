@@ -9,8 +9,8 @@ Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out, shared by 
 finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of them (as
 of ``dreamkit run``). Rows that need --original, --proxy or --generator are left out without. In
 table 4 channels are ranked by Taylor importance alone; "no fine-tuning" is what pruning on
-DeepInversion's dreams left. DeepInversion dreams once per seed, as many images as ADI, for all the
-rows that use them.
+DeepInversion's dreams left, and "reconstructed" the same fitted by least squares. DeepInversion
+dreams once per seed, as many images as ADI, for all the rows that use them.
 """
 
 from __future__ import annotations
@@ -133,11 +133,14 @@ class Tables:
             + " | paper, 29 % | paper, 63 % |",
             "|---" * (3 + len(self.options.ratios)) + "|",
         ]
-        rows = {"no fine-tuning": (results["deepinversion"], "pruned.accuracy")}
+        rows = {
+            "no fine-tuning": (results["deepinversion"], "cut.accuracy"),
+            "reconstructed": (results["deepinversion"], "pruned.accuracy"),
+        }
         rows |= {source: (cells, "student.accuracy") for source, cells in results.items()}
         for name, (cells, key) in rows.items():
             shown = [spread([100 * m[key] for m in runs if key in m], 2) for runs in cells]
-            paper = [f"{value:.1f}" for value in PAPER_4[name]]
+            paper = [f"{value:.1f}" for value in PAPER_4[name]] if name in PAPER_4 else ["", ""]
             lines.append("| " + " | ".join([name, *shown, *paper]) + " |")
         return "\n".join(lines), results
 

@@ -310,7 +310,12 @@ def check_for(
     """
     found = load_named(registries, "--teacher", teacher, "null")
     target, _ = read_file(path)
-    table = read_table(path, _measured_by(registries, target), strict=True)
+    backend, refused = _measured_by(registries, target)
+    try:
+        table = read_table(path, backend, strict=True)
+    except DreamkitError as other:
+        unasked = f" (not asked: {'; '.join(refused)})" if refused else ""
+        raise DreamkitError(f"{other}{unasked}") from other
     before = len(table.points)
     fit = check_table(table, found, variants, seed, console)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
@@ -328,14 +333,20 @@ def check_for(
     )
 
 
-def _measured_by(registries: Registries, target: Mapping[str, str]) -> LatencyBackend:
-    """Return the backend that says of itself what a table's target is, or as much as any does."""
+def _measured_by(
+    registries: Registries, target: Mapping[str, str]
+) -> tuple[LatencyBackend, list[str]]:
+    """Return the backend that is nearest to a table's target by what it says of itself.
+
+    And those that cannot be asked, with the reason.
+    """
     options = {
         name: int(target[name])
         for name in ("batch_size", "threads")
         if target.get(name, "").isdecimal()
     }
     found: list[tuple[int, LatencyBackend]] = []
+    refused = []
     backends = registries["latency_backends"]
     for name in backends:
         try:
@@ -343,13 +354,14 @@ def _measured_by(registries: Registries, target: Mapping[str, str]) -> LatencyBa
             known = inspect.signature(cls).parameters
             backend = cls(**{key: value for key, value in options.items() if key in known})
             here = backend.describe()
-        except Exception:  # it is anyone's code, and its device or package may not be there
+        except Exception as error:  # it is anyone's code; its device or package may not be there
+            refused.append(f"{name}: {error}")
             continue
         same = target.items() & here.items()
         found.append((len(same) - len(target.keys() | here.keys()), backend))
     if not found:
-        raise DreamkitError("no latency backend can be used on this machine")
-    return max(found, key=lambda pair: pair[0])[1]
+        raise DreamkitError(f"no latency backend can be used here: {'; '.join(refused)}")
+    return max(found, key=lambda pair: pair[0])[1], refused
 
 
 def _say(console: Console, text: str) -> None:

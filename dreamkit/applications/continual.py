@@ -118,7 +118,8 @@ class Continual:
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
         restate_bn: after each set, let BatchNorm's statistics be those of what the network was
-            taught on, without changing what it computes: the next dreams are held to them.
+            taught on, old classes included, without changing what it computes: the next dreams are
+            held to them.
     """
 
     sets: Annotated[tuple[NewClasses, ...], RecordsOf(NewClasses)]
@@ -356,7 +357,7 @@ class _Course:
             sets = [task.train] if old is None else [task.train, old]
             with placed("training", always=False):
                 taught_on = teach(step, trainer, sets, "training")
-        if self.options.restate_bn:
+        if self.options.restate_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
             generator = torch.Generator().manual_seed(step.seed)
             added = drawn_by_class(task.train, self.options.images_per_class, generator)

@@ -84,7 +84,8 @@ class Prune(Taught):
         target: what is to be left.
         recovery: distillation from the teacher after pruning.
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
-            the recovery; null leaves the weights as they are until then.
+            the recovery, or in every round before ``finetune``; null leaves the weights as they are
+            until then.
         finetune: distillation between two rounds of pruning; null prunes without a pause.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
@@ -148,7 +149,8 @@ class Prune(Taught):
         work.begin(images)
         work.reach_target()
         student = work.student
-        if self.reconstruction is not None:
+        if self.reconstruction is not None and self.finetune is None:
+            measure_quality(context, "cut", student, images)
             reconstruct_student(context, student, work.cut, images, self.reconstruction)
         measure_quality(context, "pruned", student, images)
         images = go_on_with(context, student, images, self.adaptive, self.recovery, "recovery")
@@ -277,6 +279,9 @@ class _Pruning:
             options.batch_size,
         )
         if options.finetune is not None:
+            if options.reconstruction is not None:
+                fit = options.reconstruction
+                reconstruct_student(context, self.student, self.cut, self.images, fit)
             with placed("finetune", always=False):
                 stage = f"finetune {self.rounds + 1}"
                 train_student(context, self.student, self.images, options.finetune, stage, False)

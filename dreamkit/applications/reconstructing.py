@@ -11,10 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamkit.pruning.reconstruction import reconstruct
+from dreamkit.pruning.reconstruction import reconstruct, weighted_layers
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.training.batches import drawn, in_order
+from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext
+
+_SHOWN = 5
+"""Names of layers in a note."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Reconstruction:
 
     Args:
         images: how many it is fitted on, drawn from those that there are.
-        batch_size: images at once; memory holds their patches (k² times a layer's input).
+        batch_size: images at once.
         ridge: how far the weights are held to what they were, as a share of the mean square of what
             they multiply.
     """
@@ -44,10 +48,11 @@ def reconstruct_student(
     options: Reconstruction,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fit a student to the run's teacher; its BatchNorm is then the teacher's.
+    """Fit a student to the run's teacher; all that is not fitted is then the teacher's.
 
-    Adds ``reconstruction.seconds`` to the metrics, and which layers could not be fitted to the
-    details.
+    Where a layer that lost something cannot be fitted, BatchNorm's statistics are taken anew: the
+    teacher's do not hold behind it. Adds ``reconstruction.seconds`` to the metrics, and the
+    layers that could not be fitted to the details.
 
     Args:
         context: the run's.
@@ -58,22 +63,27 @@ def reconstruct_student(
         masks: by parameter name, 0 where a weight is to stay zero.
     """
     start = time.perf_counter()
-    card, device, teacher = context.teacher.card, context.device, context.teacher.model
+    card, device, size = context.teacher.card, context.device, options.batch_size
     sample = drawn(images, options.images, torch.Generator().manual_seed(context.seed))
-    batches = [
-        card.normalise(stored.to(device)) for stored, _ in in_order(sample, options.batch_size)
-    ]
+    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
     context.log.begin("reconstruction")
     with context.log.progress("reconstruction", 1000) as advance:
-        fitted = reconstruct(
-            student,
-            teacher,
-            surgery,
-            batches,
-            masks,
-            options.ridge,
-            lambda done, of: advance(round(1000 * done / of)),
+
+        def fitted(done: int, of: int) -> None:
+            advance(round(1000 * done / of))
+            context.log.check(together=True)
+
+        teacher = context.teacher.model
+        done = reconstruct(student, teacher, surgery, batches, masks, options.ridge, fitted)
+    left = [name for name, _ in weighted_layers(student) if name not in done]
+    lost = [name for name in left if f"{name}.weight" in {*surgery.kept, *(masks or {})}]
+    if lost:
+        count = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        context.log.note(
+            f"reconstruction: {', '.join(lost[:_SHOWN])}{count} cannot be fitted, so BatchNorm's "
+            "statistics are taken anew"
         )
-    layers = [name for name, m in student.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    context.details["reconstruction_left_alone"] = sorted({*layers} - {*fitted})
-    context.metrics["reconstruction.seconds"] = time.perf_counter() - start
+        recalibrate(student, sample, card, device, len(batches), size)
+    context.details["reconstruction_left_alone"] = left
+    spent = context.metrics.get("reconstruction.seconds", 0.0)
+    context.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start

@@ -41,7 +41,7 @@ class Recover(Taught):
         sparsity: share of the weights that goes.
         training: distillation from the teacher.
         recalibration_batches: batches that BatchNorm statistics are recomputed over before the
-            accuracy of what pruning left is read; 0 leaves them.
+            accuracy of what pruning left is read; 0 leaves them. Without ``reconstruction`` alone.
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
             the training; null leaves the weights as they are until then.
         images: what the network recovers on; this run's own dreams by default.
@@ -77,7 +77,8 @@ class Recover(Taught):
         if self.reconstruction is None:
             self._recalibrate(context, student, images)
         else:
-            reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
+            fit = self.reconstruction
+            reconstruct_student(context, student, Surgery(), images, fit, masks)
         measure_quality(context, "pruned", student, images)
         with kept_at_zero(student, masks):
             images = go_on_with(context, student, images, self.adaptive, self.training, "training")

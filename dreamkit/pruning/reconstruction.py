@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.pruning.surgery import Surgery, select
 
-_EXACT = 1e-3
-"""Relative error up to which a layer's output is its weights times its patches."""
+_EXACT = 1e-2
+"""Relative error of a layer's output that still is weights times patches; TF32 is off by less."""
+_AT_ONCE = 2**27
+"""Numbers in the patches that are unfolded at once (0.5 GB, with copies for a while)."""
+_WIDEST = 8192
+"""Inputs of a layer, k² times its channels: the equations of more fill memory and take hours."""
 
 
 @torch.no_grad()
@@ -41,8 +45,8 @@ def reconstruct(
     hold as far as the layers before put out what the teacher's do.
 
     Layers that compute anything else than their weights times their patches (standardised
-    weights, a padding of their own) and those that a pass calls several times or never stay as they
-    are.
+    weights, a padding of their own), those of more than 8,192 inputs, and those that a pass calls
+    several times or never stay as they are.
 
     Args:
         student: changed in place.
@@ -73,11 +77,17 @@ def reconstruct(
 def _take_the_rest(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> None:
     """Make all but convolutions and linear layers the teacher's, as far as it is there."""
     theirs = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
-    fitted = {f"{name}.{key}" for name, m in _layers(student) for key in m.state_dict()}
+    own = {f"{name}.{key}" for name, m in weighted_layers(student) for key in m.state_dict()}
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        if name not in fitted:
+        if name not in own:
             axes = surgery.kept.get(name)
             tensor.copy_(theirs[name] if axes is None else select(theirs[name], axes))
+
+
+def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return all convolutions, of whatever dimensions, and linear layers, by name."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
 
 
 def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
@@ -88,14 +98,10 @@ def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
 def _called_once(model: nn.Module, images: Tensor) -> list[str]:
     """Return the convolutions and linear layers that a forward pass calls once, in its order."""
     calls: Counter[str] = Counter()
-    with hooked(_layers(model), lambda name, module, x: calls.update([name])):
+    layers = [(n, m) for n, m in weighted_layers(model) if isinstance(m, nn.Conv2d | nn.Linear)]
+    with hooked(layers, lambda name, module, x: calls.update([name])):
         model(images[:2])
     return [name for name, count in calls.items() if count == 1]
-
-
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    kinds = (nn.Conv2d, nn.Linear)
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
 
 
 class _Reached(Exception):
@@ -106,12 +112,18 @@ def _at(model: nn.Module, name: str, images: Tensor, which: Literal["given", "pu
     """Return what a layer is given or puts out, in float32, computing nothing behind it."""
     found: list[Tensor] = []
 
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(inputs[0] if which == "given" else output)
+    def see(
+        module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> None:
+        given = inputs[0] if inputs else next(iter(named.values()))
+        found.append(given if which == "given" else output)
         raise _Reached
 
     layer = model.get_submodule(name)
-    with layer.register_forward_hook(see), contextlib.suppress(_Reached):
+    with (
+        layer.register_forward_hook(see, with_kwargs=True),
+        contextlib.suppress(_Reached),
+    ):
         model(images)
     return found[0].float()
 
@@ -167,31 +179,47 @@ def _fit(
 ) -> bool:
     """Fit one layer; return whether it is of a kind that can be."""
     layer = student.get_submodule(name)
-    before = _weights(layer)
-    if isinstance(layer, nn.Conv2d) and (
-        isinstance(layer.padding, str) or layer.padding_mode != "zeros"
-    ):
+    if not _is_plain(layer):
         return False
+    before = _weights(layer)
     squares = products = torch.zeros(())
-    for number, images in enumerate(batches):
-        x = _at(student, name, images, "given")
-        patches = _patches(layer, x)
-        if number == 0 and not _is_product(layer, x, before @ patches):
+    checked = False
+    for images in batches:
+        x, y = _at(student, name, images, "given"), _at(teacher, name, images, "put out")
+        if not checked and not _is_product(layer, x[:2], before):
             return False
-        wanted = _at(teacher, name, images, "put out")
+        checked = True
         if kept is not None:
-            channels = 1 if isinstance(layer, nn.Conv2d) else wanted.dim() - 1
-            wanted = wanted.index_select(channels, torch.tensor(kept, device=wanted.device))
-        squares = squares + patches @ patches.mT
-        products = products + patches @ _outputs(layer, wanted).mT
+            channels = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
+            y = y.index_select(channels, torch.tensor(kept, device=y.device))
+        some = max(1, _AT_ONCE // (before[0, 0].numel() * before.shape[0] * y[0, 0].numel()))
+        for given, wanted in zip(x.split(some), y.split(some), strict=True):
+            patches = _patches(layer, given)
+            squares = squares + patches @ patches.mT
+            products = products + patches @ _outputs(layer, wanted).mT
     # In float64, which not every device has; these are small.
     _solve(layer, before, squares.cpu().double(), products.cpu().double(), mask, ridge)
     return True
 
 
-def _is_product(layer: nn.Module, x: Tensor, product: Tensor) -> bool:
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer says of itself that it only multiplies its weights."""
+    weight = layer._parameters.get("weight")  # else it is computed from others
+    if weight is None or weight[0].numel() > _WIDEST:
+        return False
+    own_padding = isinstance(layer, nn.Conv2d) and (
+        isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+    )
+    return not own_padding
+
+
+def _is_product(layer: nn.Module, x: Tensor, weights: Tensor) -> bool:
     """Whether a layer puts out its weights times its patches, and nothing else."""
     true = _outputs(layer, layer(x).float())
+    try:
+        product = weights @ _patches(layer, x)
+    except RuntimeError:  # the images are smaller than the kernel: it pads them itself
+        return False
     if true.shape != product.shape:
         return False
     return float((true - product).norm()) <= _EXACT * float(true.norm())

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dreamkit import distributed
 from dreamkit.card import Card
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.batches import in_order
 from dreamkit.types import Images
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+_DEAD = 1e-3
+"""Share of its former variance below which a channel is taken for dead."""
 
 
 @torch.no_grad()
@@ -51,7 +57,10 @@ def recalibrate(
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     for layer, moments in seen.items():
-        _store(layer, moments)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.squares / moments.count)
 
 
 @torch.no_grad()
@@ -62,8 +71,8 @@ def restate(
 
     A network that was trained with its running statistics frozen no longer sees what they say, and
     dreams of it would be held to what it was. They are measured anew, and scale and shift
-    make up for the difference: γ' = γ σ'/σ, β' = β + γ (μ' - μ) / σ. Layers without scale and
-    shift stay as they are.
+    make up for the difference: γ' = γ σ'/σ, β' = β + γ (μ' - μ) / σ. Layers without scale or
+    shift stay as they are, and so do channels that hardly vary any more.
 
     Args:
         model: changed in its BatchNorm layers alone; modes are kept.
@@ -72,16 +81,36 @@ def restate(
         device: where the model is.
         batch_size: images at once.
     """
-    layers = [layer for layer in _layers(model) if layer.affine]
+    layers = [m for m in model.modules() if _states_and_scales(m)]
     with eval_mode(model):
         seen = _inputs(model, layers, images, card, device, None, batch_size)
-    for layer, moments in seen.items():
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean, deviation = layer.running_mean.clone(), (layer.running_var + layer.eps).sqrt()
-        _store(layer, moments)
-        layer.bias.add_(layer.weight * (layer.running_mean - mean) / deviation)
-        layer.weight.mul_((layer.running_var + layer.eps).sqrt() / deviation)
+    # Ranks may differ in the last bit, and are to have one network.
+    found = distributed.agreed([(m.mean.cpu(), (m.squares / m.count).cpu()) for m in seen.values()])
+    for layer, (mean, variance) in zip(seen, found, strict=True):
+        scale, shift, old_mean, old_variance = (
+            getattr(layer, name) for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        mean, variance = mean.to(old_mean), variance.to(old_variance)
+        # A channel that these images leave dead would be blown up as soon as one wakes it.
+        dead = variance < _DEAD * old_variance
+        mean, variance = (
+            torch.where(dead, old_mean, mean),
+            torch.where(dead, old_variance, variance),
+        )
+        eps = float(layer.eps)  # type: ignore[arg-type]
+        deviation = (old_variance + eps).sqrt()
+        shift.add_(scale * (mean - old_mean) / deviation)
+        scale.mul_((variance + eps).sqrt() / deviation)
+        old_mean.copy_(mean)
+        old_variance.copy_(variance)
+
+
+def _states_and_scales(module: nn.Module) -> bool:
+    """Whether a layer normalises by running statistics, frozen or not, and has scale and shift."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    return hasattr(module, "eps") and all(
+        isinstance(getattr(module, name, None), Tensor) for name in names
+    )
 
 
 def _layers(model: nn.Module) -> list[_BatchNorm]:
@@ -90,13 +119,13 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
 
 def _inputs(
     model: nn.Module,
-    layers: Sequence[_BatchNorm],
+    layers: Sequence[_Layer],
     images: Images,
     card: Card,
     device: torch.device,
     batches: int | None,
     batch_size: int,
-) -> dict[_BatchNorm, _Moments]:
+) -> dict[_Layer, _Moments]:
     """Return the moments of what layers are given, of those that are reached."""
     seen = {layer: _Moments() for layer in layers}
     named = ((str(number), layer) for number, layer in enumerate(layers))
@@ -105,13 +134,6 @@ def _inputs(
             if len(stored) > 1 or len(images) == 1:
                 model(card.normalise(stored.to(device)))
     return {layer: moments for layer, moments in seen.items() if moments.count}
-
-
-def _store(layer: _BatchNorm, moments: _Moments) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(moments.mean)
-    layer.running_var.copy_(moments.squares / moments.count)
 
 
 class _Moments:

@@ -237,6 +237,42 @@ def test_what_pruning_left_is_fitted_to_the_teacher(toys, context):
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
+    run = context(Weights(), toys.two_bn())
+    tuned = Recovery(steps=2, batch_size=8, precision="float32", lr=0.1)
+    options = pruning(
+        toys,
+        recovery=Recovery(epochs=0, batch_size=8),
+        reconstruction=Reconstruction(images=24, batch_size=8),
+        finetune=tuned,
+    )
+    options.run(run)
+    kept = read_artifact(run.folder / "student")
+    whole = run.teacher.model.state_dict()
+    places = kept.surgery["kept"].get("bn1.weight", [None])[0]
+    scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
+    assert not torch.equal(kept.state["bn1.weight"], scales), "as finetuning left them"
+    assert "cut.agreement" not in run.metrics
+
+
+def test_statistics_are_taken_anew_where_a_layer_that_lost_something_cannot_be_fitted(
+    toys, context
+):
+    network = toys.two_bn()
+    network.conv2.padding_mode = "circular"
+    run = context(Weights(), network)
+    fit = Reconstruction(images=24, batch_size=8)
+    options = pruning(toys, recovery=Recovery(epochs=0, batch_size=8), reconstruction=fit)
+    options.run(run)
+    assert run.details["reconstruction_left_alone"] == ["conv2"]
+    kept = read_artifact(run.folder / "student")
+    places = kept.surgery["kept"].get("bn2.running_mean", [None])[0]
+    before = network.state_dict()["bn2.running_mean"]
+    assert not torch.equal(
+        kept.state["bn2.running_mean"], before if places is None else before[places]
+    )
+
+
 def test_what_cannot_be_scored_is_refused_before_any_image_is_wanted(toys, context):
     scales = (Term("magnitude", 1.0, Magnitude()), Term("bn_scale", 1.0, BNScale()))
     options = pruning(toys, criteria=scales, images=Images(None))

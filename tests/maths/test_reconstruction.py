@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.reconstruction import reconstruct
@@ -170,6 +171,13 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=self.padding)
 
 
+class PaddedByItself(nn.Conv2d):
+    """A convolution that pads what it is given, as TensorFlow's do."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 4, 0, 4)), self.weight, self.bias)
+
+
 class Twice(nn.Module):
     """A layer that a pass calls twice, and one that it calls never."""
 
@@ -187,6 +195,10 @@ class Twice(nn.Module):
         (lambda: nn.Sequential(Standardised(3, 4, 3, padding=1)), SIZE),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")), SIZE),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), SIZE),
+        (lambda: nn.Sequential(PaddedByItself(3, 4, 5)), SIZE),
+        (lambda: nn.Sequential(PaddedByItself(3, 4, 5)), (3, 2, 2)),
+        (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2))), (3,)),
+        (lambda: nn.Sequential(nn.Linear(9000, 2)), (9000,)),
         (Twice, (3,)),
     ],
 )
@@ -199,6 +211,43 @@ def test_layers_of_other_kinds_stay_as_they_are(network, size):
     before = state(student)
     assert reconstruct(student, teacher, Surgery(), [images(8, size)]) == []
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+class Attended(nn.Module):
+    """A convolution along the channels' means, as in efficient channel attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.attention = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.conv(input=x).relu().mean((2, 3))
+        return self.last(x * self.attention(x[:, None])[:, 0])
+
+
+def test_zeros_of_layers_that_are_not_fitted_stay_too(toys):
+    teacher = toys.fill(Attended())
+    student = copy.deepcopy(teacher)
+    masks = {name: torch.ones_like(p) for name, p in student.named_parameters() if p.dim() > 1}
+    masks["attention.weight"][..., 1] = 0
+    with torch.no_grad():
+        student.attention.weight.mul_(masks["attention.weight"])
+    fitted = reconstruct(student, teacher, Surgery(), [images()], masks)
+    assert fitted == ["conv", "last"]
+    assert student.attention.weight[..., 1].item() == 0
+    assert student.attention.weight[..., 0].item() != 0
+
+
+def test_patches_are_taken_a_part_at_a_time(toys, monkeypatch):
+    teacher = toys.two_bn()
+    (whole, surgery), (parts, _) = (pruned(teacher, {"conv1": [1]}) for _ in range(2))
+    reconstruct(whole, teacher, surgery, [images()])
+    monkeypatch.setattr("dreamkit.pruning.reconstruction._AT_ONCE", 3 * 36 * 64)
+    reconstruct(parts, teacher, surgery, [images()])
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_progress_is_told(toys):

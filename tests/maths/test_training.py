@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
@@ -607,3 +608,18 @@ def test_layers_without_scale_and_shift_state_what_they_did(toys):
     restate(model, toys.images(4), toys.card(), CPU, batch_size=4)
     toys.assert_same_state(model, before)
     assert model.training
+
+
+def test_a_frozen_norm_is_restated_and_a_dead_channel_is_not(toys):
+    model = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
+    with torch.no_grad():
+        model[0].weight[1] = 0  # nothing of channel 1 reaches the second layer
+    images = toys.images(4)
+    x = toys.card().normalise(images.images)
+    before = model(x)
+    restate(model, images, toys.card(), CPU, batch_size=4)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert_statistics(model[0], x)
+    assert model[1].running_var[1] == 1
+    assert model[1].weight[1] == 1
+    assert model[1].running_var[0] != 1
