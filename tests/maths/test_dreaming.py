@@ -324,6 +324,31 @@ def test_the_cost_is_told_before_and_reported(context):
     assert context.metrics["synthesis.preparation_seconds"] > 0
 
 
+class Recorder:
+    """A synthesizer that is its own dreamer, and notes what it is asked for."""
+
+    images, batch_size, steps_per_batch = 5, 2, 1
+    choices = MappingProxyType({})
+
+    def __init__(self, carried=MappingProxyType({})):
+        self.carried, self.asked, self.plans = carried, [], []
+
+    @contextmanager
+    def session(self, teacher, device, choices, note, student):
+        yield self
+
+    def state(self):
+        return dict(self.carried)
+
+    def prepare(self, images):
+        self.asked.append(images)
+        return Estimate(1.0, 2**30)
+
+    def dream(self, plan, on_step):
+        self.plans.append(plan)
+        return Dream(torch.zeros(plan.size, 3, 8, 8), torch.zeros(plan.size).long(), 0.5)
+
+
 @pytest.mark.parametrize(
     ("carried", "student", "images"),
     [
@@ -333,28 +358,10 @@ def test_the_cost_is_told_before_and_reported(context):
     ],
 )
 def test_ranks_share_what_is_to_be_dreamed(context, monkeypatch, carried, student, images):
-    asked = []
-
-    class Recorder:
-        images, batch_size, steps_per_batch = 5, 2, 1
-
-        choices = MappingProxyType({})
-
-        @contextmanager
-        def session(self, teacher, device, choices, note, student):
-            yield self
-
-        def state(self):
-            return carried
-
-        def prepare(self, images):
-            asked.append(images)
-            return Estimate(1.0, 2**30)
-
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    context.synthesizer = Recorder()
+    context.synthesizer = Recorder(carried)
     estimate_synthesis(context, student)
-    assert asked == [images]
+    assert context.synthesizer.asked == [images]
     (told,) = context.log.notes
     assert ("3 batches on 2 ranks: about 1 s" in told) == (images == 4)
 
@@ -464,29 +471,9 @@ def test_an_empty_source_is_refused(context, toys):
 
 
 def test_plans_reach_the_dreamer(context):
-    plans = []
-
-    class Recorder:
-        images, batch_size, steps_per_batch = 5, 2, 1
-
-        choices = MappingProxyType({})
-
-        @contextmanager
-        def session(self, teacher, device, choices, note, student):
-            yield self
-
-        def state(self):
-            return {}
-
-        def prepare(self, images):
-            return Estimate(1.0, 2**30)
-
-        def dream(self, plan, on_step):
-            plans.append(plan)
-            return Dream(torch.zeros(plan.size, 3, 8, 8), torch.zeros(plan.size).long(), 0.5)
-
     context.synthesizer = Recorder()
     dream_into_store(context)
     store = stored_by(context)
+    plans = context.synthesizer.plans
     assert plans == [BatchPlan(i, 2 * i, s, batch_seed(3, i)) for i, s in enumerate((2, 2, 1))]
     assert [shard.loss for shard in _all(store)] == [0.5, 0.5, 0.5]
