@@ -10,20 +10,29 @@ finished ones are read, not repeated, and interrupted ones go on. ``--set`` chan
 of ``dreamkit run``). Rows that need --original, --proxy or --generator are left out without. In
 table 4 channels are ranked by Taylor importance alone; "no fine-tuning" is what pruning on
 DeepInversion's dreams left, and "reconstructed" the same fitted by least squares. DeepInversion
-dreams once per seed, as many images as ADI, for all the rows that use them.
+dreams once per seed, as many images as ADI, for all the rows that use them. Table 5's latencies are
+measured in the end, of all its networks in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
+import torch
 from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
+from dreamkit.latency.torch_eager import TorchCPU
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
+from dreamkit.store.artifact import read_artifact
+from dreamkit.students import load_student, load_unpruned
 
 RECIPE = RECIPES / "cifar10" / "prune_ha.yaml"
 RATIOS = (0.29, 0.63)
@@ -45,6 +54,8 @@ PAPER_5 = {
     "ADI": (2.7, 4.36, 73.3),
     "ADI + HA": (2.9, 4.22, 74.0),
 }
+RUNS = 5
+"""Times that table 5's networks are timed in turn, of which each one's middle counts."""
 SEED = "%seed%"
 """Stands in a cell for the seed of its run."""
 DREAMED = "application={name: synthesize}"
@@ -93,10 +104,30 @@ class Tables:
         found = []
         for seed in self.options.seed:
             changes = [change.replace(SEED, str(seed)) for change in cell.changes]
-            folder = self.options.out / f"{cell.name}-{self.options.preset}-{seed}"
+            folder = self.folder(cell, seed)
             changes = [*self.options.changes, *changes, f"seed={seed}"]
             metrics, _ = run_recipe(RECIPE, self.options.preset, changes, folder, self.console)
             found.append(metrics)
+        return found
+
+    def folder(self, cell: Cell, seed: int) -> Path:
+        """Return where a cell's run with a seed lies."""
+        path: Path = self.options.out / f"{cell.name}-{self.options.preset}-{seed}"
+        return path
+
+    def timed_together(self, cells: Mapping[str, Cell]) -> dict[str, list[float]]:
+        """Time the students of some cells and their teacher in turn; return ms, one a seed."""
+        loaded = read_recipe(RECIPE, build_registries, self.options.preset, self.options.changes)
+        backend = loaded.recipe.latency or TorchCPU()
+        found: dict[str, list[float]] = {name: [] for name in ("teacher", *cells)}
+        for seed in self.options.seed:
+            students = [self.folder(cell, seed) / "student" for cell in cells.values()]
+            models = [load_unpruned(students[0]), *[load_student(path) for path in students]]
+            size = read_artifact(students[0]).card.input_size
+            image = torch.zeros(backend.batch_size, *size)
+            runs = [backend.time([(model, image) for model in models]) for _ in range(RUNS)]
+            for times, own in zip(found.values(), zip(*runs, strict=True), strict=True):
+                times.append(median(timing.median_ms for timing in own))
         return found
 
     def deepinversion(self) -> list[str]:
@@ -166,8 +197,10 @@ class Tables:
             "| paper: GFLOPs | ms | top-1, % |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        lines.append(row5("teacher", next(iter(results.values())), "teacher"))
-        lines += [row5(name, runs, "student") for name, runs in results.items()]
+        times = self.timed_together(cells)
+        first = next(iter(results.values()))
+        lines.append(row5("teacher", first, "teacher", times))
+        lines += [row5(name, runs, "student", times) for name, runs in results.items()]
         return "\n".join(lines), results
 
 
@@ -176,9 +209,11 @@ def given(source: str) -> list[str]:
     return ["application.adaptive=null", "synthesis=null", f"application.images={source}"]
 
 
-def row5(name: str, runs: list[dict[str, float]], model: str) -> str:
-    latency = [m[f"{model}.latency_ms"] for m in runs]
-    share = [m[f"{model}.latency_ms"] / m["teacher.latency_ms"] for m in runs]
+def row5(
+    name: str, runs: list[dict[str, float]], model: str, times: Mapping[str, list[float]]
+) -> str:
+    latency = times[name]
+    share = [ms / whole for ms, whole in zip(latency, times["teacher"], strict=True)]
     accuracy = [100 * m[f"{model}.accuracy"] for m in runs if f"{model}.accuracy" in m]
     shown = [
         name,
