@@ -2,12 +2,14 @@
 
     python benchmarks/pruning_tables.py --set 'evaluation={source: folder, path: cifar10/test}'
     python benchmarks/pruning_tables.py --original cifar10/train --proxy svhn/train --seed 0 1 2
+    python benchmarks/photograph_patches.py patches --images 3072    # a proxy without a download
     python benchmarks/pruning_tables.py --tables 5 --eta 0.03 0.1 0.3 1
     python benchmarks/pruning_tables.py --quick    # the mechanics
 
 Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out, shared by both tables;
 finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of them (as
-of ``dreamkit run``). Rows that need --original, --proxy or --generator are left out without. In
+of ``dreamkit run``). Rows that need --original or --proxy are left out without; without --generator
+the images are those of recipes/cifar10/fast_meta.yaml, whose generator the teacher alone trains. In
 table 4 channels are ranked by Taylor importance alone; "no fine-tuning" is what pruning on
 DeepInversion's dreams left, and "reconstructed" the same fitted by least squares. DeepInversion
 dreams once per seed, as many images as ADI, for all the rows that use them. Table 5's latencies are
@@ -35,6 +37,7 @@ from dreamkit.store.artifact import read_artifact
 from dreamkit.students import load_student, load_unpruned
 
 RECIPE = RECIPES / "cifar10" / "prune_ha.yaml"
+GENERATOR = RECIPES / "cifar10" / "fast_meta.yaml"
 RATIOS = (0.29, 0.63)
 """FLOPs left in the paper's table 4: -71 % and -37 %."""
 PAPER_4 = {
@@ -62,12 +65,17 @@ DREAMED = "application={name: synthesize}"
 PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"
 
 
+ALONE = "synthesis.regularizers=[{name: bn_feature, weight: 10}]"
+"""Of the generator's recipe, without the term that needs a student."""
+
+
 @dataclass
 class Cell:
     """One run: what it is called, and what it changes of the recipe."""
 
     name: str
     changes: list[str]
+    recipe: Path = RECIPE
 
 
 def pruning(images: str, changes: list[str], ratio: float, eta: float = 0.0) -> Cell:
@@ -106,7 +114,7 @@ class Tables:
             changes = [change.replace(SEED, str(seed)) for change in cell.changes]
             folder = self.folder(cell, seed)
             changes = [*self.options.changes, *changes, f"seed={seed}"]
-            metrics, _ = run_recipe(RECIPE, self.options.preset, changes, folder, self.console)
+            metrics, _ = run_recipe(cell.recipe, self.options.preset, changes, folder, self.console)
             found.append(metrics)
         return found
 
@@ -132,9 +140,12 @@ class Tables:
 
     def deepinversion(self) -> list[str]:
         """Return what makes a recipe prune on DeepInversion's dreams; dream them if need be."""
-        name = "deepinversion"
-        self.run(Cell(name, [DREAMED, PLAIN]))
-        folder = self.options.out / f"{name}-{self.options.preset}-{SEED}" / "dreams"
+        return self.dreamed(Cell("deepinversion", [DREAMED, PLAIN]))
+
+    def dreamed(self, cell: Cell) -> list[str]:
+        """Return what makes a recipe prune on a cell's dreams; dream them if need be."""
+        self.run(cell)
+        folder = self.options.out / f"{cell.name}-{self.options.preset}-{SEED}" / "dreams"
         return given(f"{{source: dreams, path: {folder}}}")
 
     def sources(self) -> dict[str, list[str]]:
@@ -142,8 +153,11 @@ class Tables:
         options, known = self.options, {}
         for name, path in (("partial original", options.original), ("proxy", options.proxy)):
             if path is not None:
-                known[name] = given(f"{{source: folder, path: {path}}}")
-        if options.generator is not None:
+                # Nothing is taught by labels, and a proxy's classes are not the teacher's.
+                known[name] = given(f"{{source: folder, path: {path}, labelled: false}}")
+        if options.generator is None:
+            known["generator"] = self.dreamed(Cell("generator", [DREAMED, ALONE], GENERATOR))
+        else:
             known["generator"] = given(
                 f"{{source: generator, path: {options.generator}, images: {options.generated}, "
                 f"latent: {options.latent}}}"

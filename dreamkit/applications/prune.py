@@ -30,6 +30,7 @@ from dreamkit.applications.teaching import first_images, go_on_with, train_stude
 from dreamkit.errors import (
     MissingPath,
     NothingToPrune,
+    OptionError,
     StoreError,
     TeacherMismatch,
     placed,
@@ -84,8 +85,9 @@ class Prune(Taught):
         target: what is to be left.
         recovery: distillation from the teacher after pruning.
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
-            the recovery, or in every round before ``finetune``; null leaves the weights as they are
-            until then.
+            the recovery; null leaves the weights as they are until then.
+        reconstruct_each: do that in every round, before ``finetune``, so that channels are ranked
+            on what the network has become without those that went.
         finetune: distillation between two rounds of pruning; null prunes without a pause.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
@@ -113,6 +115,7 @@ class Prune(Taught):
     target: Target
     recovery: Recovery = field(default_factory=Recovery)
     reconstruction: Reconstruction | None = None
+    reconstruct_each: bool = False
     finetune: Recovery | None = None
     limits: Limits = field(default_factory=Limits)
     selection: Literal["greedy", "knapsack"] = "greedy"
@@ -128,6 +131,13 @@ class Prune(Taught):
     def __post_init__(self) -> None:
         if not self.criteria:
             raise ValueError("criteria: give at least one criterion")
+        if self.reconstruction is None and self.reconstruct_each:
+            raise OptionError("reconstruct_each", "set 'reconstruction' too: it says how")
+        if self.reconstruction and self.finetune and not self.reconstruct_each:
+            raise OptionError(
+                "reconstruct_each",
+                "set it to true: a fit at the end would undo what 'finetune' taught",
+            )
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")
         self.check_adaptive()
@@ -149,7 +159,7 @@ class Prune(Taught):
         work.begin(images)
         work.reach_target()
         student = work.student
-        if self.reconstruction is not None and self.finetune is None:
+        if self.reconstruction is not None and not self.reconstruct_each:
             measure_quality(context, "cut", student, images)
             reconstruct_student(context, student, work.cut, images, self.reconstruction)
         measure_quality(context, "pruned", student, images)
@@ -278,10 +288,9 @@ class _Pruning:
             options.recalibration_batches,
             options.batch_size,
         )
+        if options.reconstruct_each and (fit := options.reconstruction) is not None:
+            reconstruct_student(context, self.student, self.cut, self.images, fit)
         if options.finetune is not None:
-            if options.reconstruction is not None:
-                fit = options.reconstruction
-                reconstruct_student(context, self.student, self.cut, self.images, fit)
             with placed("finetune", always=False):
                 stage = f"finetune {self.rounds + 1}"
                 train_student(context, self.student, self.images, options.finetune, stage, False)
@@ -386,8 +395,10 @@ class _Pruning:
             "shares": self.shares,
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
-            "training": {
-                k: v for k, v in self.context.metrics.items() if k.startswith("training.")
+            "spent": {
+                name: number
+                for name, number in self.context.metrics.items()
+                if name.startswith(("training.", "reconstruction."))
             },
         }
         write_checkpoint(self.checkpoint, tensors, facts)
@@ -412,6 +423,6 @@ class _Pruning:
         self.ranking.restore(below("ranking", state))
         self.generator.set_state(state["generator"])
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
-        self.context.metrics |= facts["training"]
+        self.context.metrics |= facts["spent"]
         self.shares, self.budget.correction = facts["shares"], facts["correction"]
         self.context.log.note(f"pruning: going on after round {self.rounds}")

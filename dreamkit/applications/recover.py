@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.dreaming import student_folder
@@ -21,10 +22,15 @@ from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import Recovery
 from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.teaching import first_images, go_on_with
+from dreamkit.errors import OptionError, StoreError
+from dreamkit.evaluation.accuracy import accuracy
+from dreamkit.flat_state import below, prefixed
+from dreamkit.model_state import load_state
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
+from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, ImageSource, RunContext, Teacher
@@ -39,17 +45,21 @@ class Recover(Taught):
 
     Args:
         sparsity: share of the weights that goes.
+        rounds: in how many steps that share is reached, large ones first (Zhu & Gupta 2017, "To
+            prune, or not to prune", eq. 1). After each, ``reconstruction`` gives what is left the
+            work of what went, so that the next one finds other weights the smallest.
         training: distillation from the teacher.
         recalibration_batches: batches that BatchNorm statistics are recomputed over before the
             accuracy of what pruning left is read; 0 leaves them. Without ``reconstruction`` alone.
-        reconstruction: least squares, layer by layer, between what is left and the teacher, before
-            the training; null leaves the weights as they are until then.
+        reconstruction: least squares, layer by layer, between what is left and the teacher, after
+            each round; null leaves the weights as they are until the training.
         images: what the network recovers on; this run's own dreams by default.
         adaptive: dream while the network recovers, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
     """
 
     sparsity: Annotated[float, Field(gt=0, lt=1)]
+    rounds: Annotated[int, Field(ge=1)] = 1
     training: Recovery = field(default_factory=Recovery)
     recalibration_batches: Annotated[int, Field(ge=0)] = 16
     reconstruction: Reconstruction | None = None
@@ -58,6 +68,16 @@ class Recover(Taught):
 
     def __post_init__(self) -> None:
         self.check_adaptive()
+        if self.rounds > 1 and self.reconstruction is None:
+            raise OptionError(
+                "rounds", "without 'reconstruction' the same weights go in one round: set it too"
+            )
+
+    @property
+    def schedule(self) -> list[float]:
+        """The share that is gone after each round: s·(1 - (1 - t)³) at t of the way."""
+        left = [1 - (number + 1) / self.rounds for number in range(self.rounds)]
+        return [self.sparsity * (1 - share**3) for share in left]
 
     def make_student(self, context: RunContext) -> Teacher:
         """Return a copy of the teacher without the weights that go."""
@@ -68,17 +88,18 @@ class Recover(Taught):
     def run(self, context: RunContext) -> None:
         """Dream, prune, recover, evaluate and save."""
         teacher = context.teacher
-        student = copy.deepcopy(teacher.model)
-        masks = prune_weights(student, self.sparsity)
+        # The first dreams are made against the network that they are to recover.
         images = first_images(
-            context, self.images, self.adaptive, student, self.training, "training"
+            context,
+            self.images,
+            self.adaptive,
+            self.make_student(context).model,
+            self.training,
+            "training",
         )
         measure_quality(context, "teacher", teacher.model, None)
-        if self.reconstruction is None:
-            self._recalibrate(context, student, images)
-        else:
-            fit = self.reconstruction
-            reconstruct_student(context, student, Surgery(), images, fit, masks)
+        student = copy.deepcopy(teacher.model)
+        masks = self._prune(context, student, images)
         measure_quality(context, "pruned", student, images)
         with kept_at_zero(student, masks):
             images = go_on_with(context, student, images, self.adaptive, self.training, "training")
@@ -89,6 +110,53 @@ class Recover(Taught):
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
         write_artifact(student_folder(context), student, card, teacher.builder, teacher.surgery)
+
+    def _prune(self, context: RunContext, student: nn.Module, images: Images) -> dict[str, Tensor]:
+        """Prune in all rounds, from where an interrupted try was; return the masks."""
+        checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
+        masks, done = self._go_on(context, student, images, checkpoint)
+        for number, sparsity in enumerate(self.schedule[done:], done + 1):
+            masks = prune_weights(student, sparsity)
+            if self.reconstruction is None:
+                self._recalibrate(context, student, images)
+                continue
+            reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
+            numbers = {"sparsity": sparsity_of(student)}
+            if context.evaluation is not None:
+                card, device = context.teacher.card, context.device
+                numbers["accuracy"] = accuracy(student, context.evaluation, card, device)
+            context.log.record("pruning", number, numbers)
+            spent = context.metrics["reconstruction.seconds"]
+            facts = {"of": self._of(context, images), "rounds": number, "seconds": spent}
+            facts["left_alone"] = context.details["reconstruction_left_alone"]
+            tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
+            write_checkpoint(checkpoint, tensors, facts)
+        return masks
+
+    def _of(self, context: RunContext, images: Images) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run beside the recipe."""
+        return {"images": len(images), "teacher": context.teacher.card.weights_sha256}
+
+    def _go_on(
+        self, context: RunContext, student: nn.Module, images: Images, checkpoint: Path
+    ) -> tuple[dict[str, Tensor], int]:
+        """Take what an interrupted try pruned; return the masks, and how many rounds it did."""
+        found = read_checkpoint(checkpoint)
+        if found is None:
+            context.log.begin("pruning")
+            return {}, 0
+        state, facts = found
+        if facts["of"] != self._of(context, images):
+            raise StoreError(
+                f"{checkpoint} is of a pruning with {facts['of']}, and this one has "
+                f"{self._of(context, images)}; delete it to prune from the start"
+            )
+        load_state(student, below("student", state))
+        context.metrics["reconstruction.seconds"] = facts["seconds"]
+        context.details["reconstruction_left_alone"] = facts["left_alone"]
+        context.log.note(f"pruning: going on after round {facts['rounds']}")
+        masks = {name: mask.to(context.device) for name, mask in below("masks", state).items()}
+        return masks, facts["rounds"]
 
     def _recalibrate(self, context: RunContext, student: nn.Module, images: Images) -> None:
         if self.recalibration_batches == 0:

@@ -158,7 +158,7 @@ def _weights(layer: nn.Module) -> Tensor:
     """Return a layer's weights and bias as (groups, outputs, inputs [+ 1])."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.get_parameter("weight").detach().float()
-    rows = weight.view(groups, len(weight) // groups, -1)
+    rows = weight.reshape(groups, len(weight) // groups, -1)
     bias = _bias(layer)
     return rows if bias is None else torch.cat([rows, bias.float().view(groups, -1, 1)], dim=2)
 
@@ -260,7 +260,7 @@ def _masked(left: Tensor, right: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     """Return the solution in which each output has the inputs that its mask leaves it."""
     groups, outputs, inputs = old.shape
     there = torch.ones(groups, outputs, inputs, dtype=torch.bool)  # the bias always is
-    flat = mask.view(groups, outputs, -1)
+    flat = mask.reshape(groups, outputs, -1)
     there[:, :, : flat.shape[2]] = flat.cpu() != 0
     solved = torch.zeros_like(old)
     for group in range(groups):

@@ -12,11 +12,11 @@ from torch import nn
 from dreamkit.applications import prune as prune_module
 from dreamkit.applications.budget import Budget, Target
 from dreamkit.applications.prune import Prune, Recovery
-from dreamkit.applications.reconstructing import Reconstruction
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.criteria.bn_scale import BNScale
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
-from dreamkit.errors import DreamkitError, NothingToPrune, StoreError
+from dreamkit.errors import DreamkitError, NothingToPrune, OptionError, StoreError
 from dreamkit.latency.lut import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
@@ -244,6 +244,7 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
         toys,
         recovery=Recovery(epochs=0, batch_size=8),
         reconstruction=Reconstruction(images=24, batch_size=8),
+        reconstruct_each=True,
         finetune=tuned,
     )
     options.run(run)
@@ -253,6 +254,39 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
     scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
     assert not torch.equal(kept.state["bn1.weight"], scales), "as finetuning left them"
     assert "cut.agreement" not in run.metrics
+
+
+def test_a_fit_in_each_round_changes_what_the_next_one_is_ranked_on(toys, context, monkeypatch):
+    """As many fits as rounds, and a network that needs none at the end."""
+    fitted = []
+
+    def counted(*arguments):
+        fitted.append(len(fitted))
+        reconstruct_student(*arguments)
+
+    monkeypatch.setattr(prune_module, "reconstruct_student", counted)
+    run = context(Weights(), toys.two_bn())
+    fit = Reconstruction(images=24, batch_size=8)
+    untrained = Recovery(epochs=0, batch_size=8)
+    pruning(toys, recovery=untrained, reconstruction=fit, reconstruct_each=True, step=0.1).run(run)
+    assert len(fitted) == run.metrics["pruned.rounds"] > 1
+    assert "cut.agreement" not in run.metrics
+    assert run.metrics["student.agreement"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reconstruct_each": True}, "set 'reconstruction' too"),
+        (
+            {"finetune": Recovery(), "reconstruction": Reconstruction()},
+            "set it to true: a fit at the end would undo what 'finetune' taught",
+        ),
+    ],
+)
+def test_fits_that_would_do_nothing_or_harm_are_refused(toys, given, message):
+    with pytest.raises(OptionError, match=message):
+        pruning(toys, **given)
 
 
 def test_statistics_are_taken_anew_where_a_layer_that_lost_something_cannot_be_fitted(

@@ -256,3 +256,18 @@ def test_progress_is_told(toys):
         toys.two_bn(), toys.two_bn(), Surgery(), [images(4)], advance=lambda *at: told.append(at)
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_weights_with_channels_last_are_fitted_alike():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    found = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        student, own = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        masks = prune_weights(student, 0.5)
+        student, own = student.to(memory_format=memory), own.to(memory_format=memory)
+        masks = {name: mask.contiguous(memory_format=memory) for name, mask in masks.items()}
+        assert len(reconstruct(student, own, Surgery(), [images()], masks)) == 2
+        found.append(state(student))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-5), name

@@ -9,9 +9,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from dreamkit.applications import recover
 from dreamkit.applications.prune import Recovery
-from dreamkit.applications.reconstructing import Reconstruction
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.recover import Recover
+from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
 from dreamkit.store.artifact import read_artifact, write_artifact
 from dreamkit.training.augmenter import Augmentation
@@ -165,3 +167,64 @@ def test_what_is_left_is_fitted_before_it_is_trained(toys, silent_log, tmp_path)
     assert agreement["fitted"] > agreement["as it is"]
     assert run.metrics["reconstruction.seconds"] > 0
     assert run.details["reconstruction_left_alone"] == []
+
+
+def recovered(toys, silent_log, folder, **options):
+    """Prune on 48 images, fitted and not trained; return the run."""
+    teacher = toys.teacher(toys.two_bn())
+    cpu = torch.device("cpu")
+    evaluation = toys.images(9)
+    run = RunContext({}, 3, cpu, folder, teacher, None, evaluation, Still(), silent_log)
+    Recover(
+        sparsity=0.75,
+        training=Recovery(epochs=0, batch_size=8),
+        images=Source(toys.images(48)),
+        reconstruction=Reconstruction(images=24),
+        **options,
+    ).run(run)
+    return run
+
+
+def test_rounds_come_nearer_to_the_share_by_a_cube():
+    options = Recover(sparsity=0.9, rounds=3, reconstruction=Reconstruction())
+    assert options.schedule == pytest.approx([0.9 * 19 / 27, 0.9 * 26 / 27, 0.9])
+    assert Recover(sparsity=0.9).schedule == [0.9]
+
+
+def test_rounds_end_at_the_same_share_with_other_zeros_and_nearer(toys, silent_log, tmp_path):
+    found = {}
+    for rounds in (1, 4):
+        run = recovered(toys, silent_log, tmp_path / str(rounds), rounds=rounds)
+        found[rounds] = (read_artifact(run.folder / "student").state, run.metrics)
+        assert run.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert not torch.equal(found[1][0]["conv2.weight"] == 0, found[4][0]["conv2.weight"] == 0)
+    assert found[4][1]["student.agreement"] >= found[1][1]["student.agreement"]
+    steps = [(step, n["sparsity"]) for stage, step, n in silent_log.records if stage == "pruning"]
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    assert [share for _, share in steps] == pytest.approx([0.434, 0.656, 0.738, 0.75], abs=0.01)
+
+
+def test_an_interrupted_round_is_all_that_is_lost(toys, silent_log, tmp_path, monkeypatch):
+    whole = recovered(toys, silent_log, tmp_path / "whole", rounds=3)
+    fits = []
+
+    def stopped(*arguments, **named):
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        fits.append(1)
+        return reconstruct_student(*arguments, **named)
+
+    monkeypatch.setattr(recover, "reconstruct_student", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(toys, silent_log, tmp_path / "stopped", rounds=3)
+    fits.clear()
+    again = recovered(toys, silent_log, tmp_path / "stopped", rounds=3)
+    assert len(fits) == 1, "two of the three rounds were done"
+    expected, found = (read_artifact(run.folder / "student").state for run in (whole, again))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert again.metrics["student.sparsity"] == whole.metrics["student.sparsity"]
+
+
+def test_rounds_without_a_fit_are_refused():
+    with pytest.raises(OptionError, match="without 'reconstruction' the same weights go"):
+        Recover(sparsity=0.9, rounds=2)
