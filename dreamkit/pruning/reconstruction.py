@@ -7,9 +7,9 @@ dreams instead of data.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ _EXACT = 1e-2
 """Relative error of a layer's output that still is weights times patches; TF32 is off by less."""
 _AT_ONCE = 2**27
 """Numbers in the patches that are unfolded at once (0.5 GB, with copies for a while)."""
+_HELD = 2**28
+"""Numbers of the teacher's outputs that are kept for the layers to come (1 GB)."""
 _WIDEST = 8192
 """Inputs of a layer, k² times its channels: the equations of more fill memory and take hours."""
 
@@ -65,10 +67,13 @@ def reconstruct(
     fitted = []
     with eval_mode(student), eval_mode(teacher):
         names = _called_once(student, batches[0])
+        wanted: dict[str, list[Tensor]] = {}
         for number, name in enumerate(names):
+            if name not in wanted:
+                wanted = _put_out(teacher, names[number:], batches)
             mask = None if masks is None else masks.get(f"{name}.weight")
             kept = _outputs_kept(surgery, name)
-            if _fit(student, teacher, name, kept, batches, mask, ridge):
+            if _fit(student, name, batches, wanted.pop(name), kept, mask, ridge):
                 fitted.append(name)
             advance(number + 1, len(names))
     return fitted
@@ -108,24 +113,71 @@ class _Reached(Exception):
     """A forward pass came to the layer that was waited for; what follows is not needed."""
 
 
-def _at(model: nn.Module, name: str, images: Tensor, which: Literal["given", "put out"]) -> Tensor:
-    """Return what a layer is given or puts out, in float32, computing nothing behind it."""
+def _given(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    """Return what a layer is given, in float32, computing nothing from there on."""
     found: list[Tensor] = []
 
-    def see(
-        module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
-    ) -> None:
-        given = inputs[0] if inputs else next(iter(named.values()))
-        found.append(given if which == "given" else output)
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        found.append(inputs[0] if inputs else next(iter(named.values())))
         raise _Reached
 
     layer = model.get_submodule(name)
     with (
-        layer.register_forward_hook(see, with_kwargs=True),
+        layer.register_forward_pre_hook(see, with_kwargs=True),
         contextlib.suppress(_Reached),
     ):
         model(images)
     return found[0].float()
+
+
+def _put_out(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return what some layers put out, in float32, a tensor for each batch.
+
+    Args:
+        model: in eval mode.
+        names: in forward order; as many of the first as ``_HELD`` allows, one at the least.
+        batches: what the model is given.
+    """
+    sizes: dict[str, int] = {}
+
+    def measure(name: str, module: nn.Module, output: Tensor) -> None:
+        sizes[name] = output[0].numel()
+
+    with _watched(model, names, measure):
+        model(batches[0][:2])
+    images = sum(len(batch) for batch in batches)
+    totals = itertools.accumulate(images * sizes[name] for name in names)
+    number = max(1, sum(total <= _HELD for total in totals))
+    found: dict[str, list[Tensor]] = {name: [] for name in names[:number]}
+
+    def keep(name: str, module: nn.Module, output: Tensor) -> None:
+        found[name].append(output.float().clone())  # what follows may work in place
+        if name == names[number - 1]:
+            raise _Reached
+
+    for batch in batches:
+        with _watched(model, found, keep), contextlib.suppress(_Reached):
+            model(batch)
+    return found
+
+
+@contextlib.contextmanager
+def _watched(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Show what layers put out, by their names."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+
+            def hook(
+                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
+            ) -> None:
+                see(name, module, output)
+
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
+        yield
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
@@ -170,22 +222,22 @@ def _bias(layer: nn.Module) -> Tensor | None:
 
 def _fit(
     student: nn.Module,
-    teacher: nn.Module,
     name: str,
-    kept: list[int] | None,
     batches: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    kept: list[int] | None,
     mask: Tensor | None,
     ridge: float,
 ) -> bool:
-    """Fit one layer; return whether it is of a kind that can be."""
+    """Fit one layer to what the teacher's puts out; return whether it is of a kind that can be."""
     layer = student.get_submodule(name)
     if not _is_plain(layer):
         return False
     before = _weights(layer)
     squares = products = torch.zeros(())
     checked = False
-    for images in batches:
-        x, y = _at(student, name, images, "given"), _at(teacher, name, images, "put out")
+    for images, y in zip(batches, targets, strict=True):
+        x = _given(student, name, images)
         if not checked and not _is_product(layer, x[:2], before):
             return False
         checked = True

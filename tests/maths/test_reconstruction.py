@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from dreamkit.pruning import reconstruction
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.surgery import Surgery
@@ -271,3 +272,23 @@ def test_weights_with_channels_last_are_fitted_alike():
         found.append(state(student))
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], atol=1e-5), name
+
+
+def test_what_the_teacher_puts_out_is_kept_as_far_as_memory_allows(monkeypatch):
+    torch.manual_seed(0)
+    teacher = nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)])
+    found, passes = [], []
+    teacher[0].register_forward_hook(lambda *_: passes.append(1))
+    # Each layer puts out 3·8·8 numbers an image.
+    for held, expected in ((1, 5 * 3), (2 * 64 * 3 * 64, 3 * 3), (2**28, 1 * 3)):
+        monkeypatch.setattr(reconstruction, "_HELD", held)
+        student = copy.deepcopy(teacher)
+        student[0]._forward_hooks.clear()
+        masks = prune_weights(student, 0.5)
+        passes.clear()
+        batches = list(images(64).split(32))
+        assert len(reconstruct(student, teacher, Surgery(), batches, masks)) == 5
+        assert len(passes) == expected, "a small pass for sizes and one a batch, each time"
+        found.append(state(student))
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name
