@@ -25,7 +25,12 @@ from dreamkit.applications.budget import TOLERANCE, Budget, Target
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
 from dreamkit.applications.ranking import Normalise, Ranking
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.applications.reconstructing import (
+    Reconstruction,
+    reconstruct_student,
+    reconstruction_facts,
+    restore_facts,
+)
 from dreamkit.applications.teaching import first_images, go_on_with, train_student
 from dreamkit.errors import (
     MissingPath,
@@ -61,7 +66,7 @@ from dreamkit.types import (
     Teacher,
 )
 
-_EVALUATED = 2048
+EVALUATED = 2048
 """Evaluation images that are looked at after every round."""
 
 
@@ -87,7 +92,8 @@ class Prune(Taught):
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
             the recovery; null leaves the weights as they are until then.
         reconstruct_each: do that in every round, before ``finetune``, so that channels are ranked
-            on what the network has become without those that went.
+            on what the network has become without those that went. It makes anew what the last
+            ``finetune`` taught, of which the ranking remains.
         finetune: distillation between two rounds of pruning; null prunes without a pause.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
@@ -136,7 +142,7 @@ class Prune(Taught):
         if self.reconstruction and self.finetune and not self.reconstruct_each:
             raise OptionError(
                 "reconstruct_each",
-                "set it to true: a fit at the end would undo what 'finetune' taught",
+                "set it to true: a fit at the end alone would undo all that 'finetune' taught",
             )
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")
@@ -225,7 +231,7 @@ class _Pruning:
         self.evaluated: Images | None = None
         if context.evaluation is not None:
             draws = torch.Generator().manual_seed(context.seed)
-            self.evaluated = drawn(context.evaluation, _EVALUATED, draws)
+            self.evaluated = drawn(context.evaluation, EVALUATED, draws)
         if self.found is None:
             context.log.begin("pruning")
         else:
@@ -280,16 +286,11 @@ class _Pruning:
         self.removed.append(chosen)
         self._check_runs(chosen)
         self.ranking.forget(chosen, groups)
-        recalibrate(
-            self.student,
-            self.sample,
-            self.card,
-            context.device,
-            options.recalibration_batches,
-            options.batch_size,
-        )
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
             reconstruct_student(context, self.student, self.cut, self.images, fit)
+        else:
+            batches, size = options.recalibration_batches, options.batch_size
+            recalibrate(self.student, self.sample, self.card, context.device, batches, size)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 stage = f"finetune {self.rounds + 1}"
@@ -395,11 +396,10 @@ class _Pruning:
             "shares": self.shares,
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
-            "spent": {
-                name: number
-                for name, number in self.context.metrics.items()
-                if name.startswith(("training.", "reconstruction."))
+            "training": {
+                k: v for k, v in self.context.metrics.items() if k.startswith("training.")
             },
+            "reconstruction": reconstruction_facts(self.context),
         }
         write_checkpoint(self.checkpoint, tensors, facts)
 
@@ -423,6 +423,7 @@ class _Pruning:
         self.ranking.restore(below("ranking", state))
         self.generator.set_state(state["generator"])
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
-        self.context.metrics |= facts["spent"]
+        self.context.metrics |= facts["training"]
+        restore_facts(self.context, facts["reconstruction"])
         self.shares, self.budget.correction = facts["shares"], facts["correction"]
         self.context.log.note(f"pruning: going on after round {self.rounds}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -25,8 +25,8 @@ _SHOWN = 5
 class Reconstruction:
     """Least squares in each layer between what it puts out and what the teacher's does.
 
-    He et al., ICCV 2017, eq. 5. It takes as long as the images take through half of both networks,
-    times their layers.
+    He et al., ICCV 2017, eq. 5. It takes as long as the images take through half of the network,
+    times its layers, and holds up to a gigabyte of what the teacher's put out.
 
     Args:
         images: how many it is fitted on, drawn from those that there are.
@@ -87,3 +87,18 @@ def reconstruct_student(
     context.details["reconstruction_left_alone"] = left
     spent = context.metrics.get("reconstruction.seconds", 0.0)
     context.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start
+
+
+def reconstruction_facts(context: RunContext) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the fits that were done."""
+    return {
+        "seconds": context.metrics.get("reconstruction.seconds"),
+        "left_alone": context.details.get("reconstruction_left_alone"),
+    }
+
+
+def restore_facts(context: RunContext, facts: Mapping[str, Any]) -> None:
+    """Report the fits of an interrupted try too."""
+    if facts["seconds"] is not None:
+        context.metrics["reconstruction.seconds"] = facts["seconds"]
+        context.details["reconstruction_left_alone"] = facts["left_alone"]

@@ -16,18 +16,30 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamkit import distributed
 from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
-from dreamkit.applications.prune import Recovery
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.applications.prune import EVALUATED, Recovery
+from dreamkit.applications.reconstructing import (
+    Reconstruction,
+    reconstruct_student,
+    reconstruction_facts,
+    restore_facts,
+)
 from dreamkit.applications.teaching import first_images, go_on_with
 from dreamkit.errors import OptionError, StoreError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state
 from dreamkit.pruning.surgery import Surgery
-from dreamkit.pruning.unstructured import kept_at_zero, prune_weights, sparsity_of
+from dreamkit.pruning.unstructured import (
+    choose_weights,
+    kept_at_zero,
+    prune_weights,
+    remove_weights,
+    sparsity_of,
+)
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
@@ -70,7 +82,8 @@ class Recover(Taught):
         self.check_adaptive()
         if self.rounds > 1 and self.reconstruction is None:
             raise OptionError(
-                "rounds", "without 'reconstruction' the same weights go in one round: set it too"
+                "rounds",
+                "without 'reconstruction' the same weights go in one round: set that too, or 1",
             )
 
     @property
@@ -80,7 +93,7 @@ class Recover(Taught):
         return [self.sparsity * (1 - share**3) for share in left]
 
     def make_student(self, context: RunContext) -> Teacher:
-        """Return a copy of the teacher without the weights that go."""
+        """Return a copy of the teacher without the smallest weights, as they are in one round."""
         made = dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
         prune_weights(made.model, self.sparsity)
         return made
@@ -88,7 +101,7 @@ class Recover(Taught):
     def run(self, context: RunContext) -> None:
         """Dream, prune, recover, evaluate and save."""
         teacher = context.teacher
-        # The first dreams are made against the network that they are to recover.
+        # Rounds fit the network on dreams, so the first are made against one that is not fitted.
         images = first_images(
             context,
             self.images,
@@ -116,22 +129,28 @@ class Recover(Taught):
         checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
         masks, done = self._go_on(context, student, images, checkpoint)
         for number, sparsity in enumerate(self.schedule[done:], done + 1):
-            masks = prune_weights(student, sparsity)
+            masks = distributed.agreed(choose_weights(student, sparsity))
+            remove_weights(student, masks)
             if self.reconstruction is None:
                 self._recalibrate(context, student, images)
                 continue
             reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
-            numbers = {"sparsity": sparsity_of(student)}
-            if context.evaluation is not None:
-                card, device = context.teacher.card, context.device
-                numbers["accuracy"] = accuracy(student, context.evaluation, card, device)
-            context.log.record("pruning", number, numbers)
-            spent = context.metrics["reconstruction.seconds"]
-            facts = {"of": self._of(context, images), "rounds": number, "seconds": spent}
-            facts["left_alone"] = context.details["reconstruction_left_alone"]
+            context.log.record("pruning", number, self._look(context, student))
+            facts = {"of": self._of(context, images), "rounds": number}
+            facts["reconstruction"] = reconstruction_facts(context)
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
             write_checkpoint(checkpoint, tensors, facts)
+            context.log.check(together=True)
         return masks
+
+    def _look(self, context: RunContext, student: nn.Module) -> dict[str, float]:
+        """Return what a round's record holds."""
+        numbers = {"sparsity": sparsity_of(student)}
+        if context.evaluation is not None:
+            draws = torch.Generator().manual_seed(context.seed)
+            some = drawn(context.evaluation, EVALUATED, draws)
+            numbers["accuracy"] = accuracy(student, some, context.teacher.card, context.device)
+        return numbers
 
     def _of(self, context: RunContext, images: Images) -> dict[str, Any]:
         """What a checkpoint must have in common with the run beside the recipe."""
@@ -152,8 +171,7 @@ class Recover(Taught):
                 f"{self._of(context, images)}; delete it to prune from the start"
             )
         load_state(student, below("student", state))
-        context.metrics["reconstruction.seconds"] = facts["seconds"]
-        context.details["reconstruction_left_alone"] = facts["left_alone"]
+        restore_facts(context, facts["reconstruction"])
         context.log.note(f"pruning: going on after round {facts['rounds']}")
         masks = {name: mask.to(context.device) for name, mask in below("masks", state).items()}
         return masks, facts["rounds"]

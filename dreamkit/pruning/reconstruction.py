@@ -141,12 +141,13 @@ def _put_out(
         batches: what the model is given.
     """
     sizes: dict[str, int] = {}
+    some = batches[0][:2]
 
     def measure(name: str, module: nn.Module, output: Tensor) -> None:
-        sizes[name] = output[0].numel()
+        sizes[name] = output.numel() // len(some)  # windows of an image may be a batch's
 
     with _watched(model, names, measure):
-        model(batches[0][:2])
+        model(some)
     images = sum(len(batch) for batch in batches)
     totals = itertools.accumulate(images * sizes[name] for name in names)
     number = max(1, sum(total <= _HELD for total in totals))

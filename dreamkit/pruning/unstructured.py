@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
-def prune_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Set the smallest weights of all convolutions and linear layers together to zero, in place.
+def choose_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+    """Return which weights stay where the smallest of all layers together go.
 
-    Global unstructured ℓ1 pruning (``torch.nn.utils.prune``); biases and normalisation stay.
+    Global unstructured ℓ1 pruning (``torch.nn.utils.prune``) of all convolutions and linear
+    layers; biases and normalisation stay.
 
     Args:
-        model: whose weights.
+        model: whose weights; not changed.
         sparsity: share of them that goes, in (0, 1).
 
     Returns:
-        By parameter name, what is left: 1, and 0 for what is gone.
+        By parameter name, 1 for what stays and 0 for what goes.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
+    # torch's pruning registers parameters anew, in another order, and wants them contiguous.
+    copied = copy.deepcopy(model)
+    layers = [(name, m) for name, m in copied.named_modules() if isinstance(m, _LAYERS)]
+    for _, layer in layers:
+        layer.weight = nn.Parameter(layer.get_parameter("weight").detach().contiguous())
     prune.global_unstructured(
         [(layer, "weight") for _, layer in layers], prune.L1Unstructured, amount=sparsity
     )
-    masks = {}
-    for name, layer in layers:
-        mask = layer.get_buffer("weight_mask")
-        masks[f"{name}.weight" if name else "weight"] = mask.clone()
-        prune.remove(layer, "weight")
+    return {
+        f"{name}.weight" if name else "weight": layer.get_buffer("weight_mask")
+        for name, layer in layers
+    }
+
+
+@torch.no_grad()
+def remove_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set weights to zero in place: by parameter name, those whose mask is 0."""
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)
+
+
+def prune_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+    """Choose weights and set them to zero in place; return the masks of ``choose_weights``."""
+    masks = choose_weights(model, sparsity)
+    remove_weights(model, masks)
     return masks
 
 

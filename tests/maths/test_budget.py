@@ -256,8 +256,7 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
     assert "cut.agreement" not in run.metrics
 
 
-def test_a_fit_in_each_round_changes_what_the_next_one_is_ranked_on(toys, context, monkeypatch):
-    """As many fits as rounds, and a network that needs none at the end."""
+def test_a_fit_in_each_round_leaves_none_for_the_end(toys, context, monkeypatch):
     fitted = []
 
     def counted(*arguments):
@@ -280,7 +279,7 @@ def test_a_fit_in_each_round_changes_what_the_next_one_is_ranked_on(toys, contex
         ({"reconstruct_each": True}, "set 'reconstruction' too"),
         (
             {"finetune": Recovery(), "reconstruction": Reconstruction()},
-            "set it to true: a fit at the end would undo what 'finetune' taught",
+            "set it to true: a fit at the end alone would undo all that 'finetune' taught",
         ),
     ],
 )
@@ -399,9 +398,16 @@ class Interrupted(BaseException):
     """Stands for a kill."""
 
 
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("where", ["second round", "recovery"])
-def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(toys, context, monkeypatch, where):
-    options = pruning(toys, criteria=(Term("random", 1.0, Random()),), step=0.1)
+def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(
+    toys, context, monkeypatch, where, fitted
+):
+    given = {"criteria": (Term("random", 1.0, Random()),), "step": 0.1}
+    if fitted:
+        fit = Reconstruction(images=24, batch_size=8)
+        given |= {"reconstruction": fit, "reconstruct_each": True}
+    options = pruning(toys, **given)
     whole = context(Weights(), toys.two_bn())
     whole.folder = whole.folder / "whole"
     options.run(whole)
@@ -427,6 +433,8 @@ def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(toys, context, mo
     options.run(again)
     assert any("pruning: going on after round" in note for note in again.log.notes)
     assert again.metrics["pruned.rounds"] == whole.metrics["pruned.rounds"] > 1
+    assert again.details == whole.details
+    assert again.metrics.keys() == whole.metrics.keys()
     file = "student/model.safetensors"
     assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes()
 
