@@ -29,11 +29,10 @@ from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
 
 _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
-_KNOWN = 10
+_KNOWN = 6
 """Networks from which is told what more than its layers one takes."""
-_RUNS = 6
-"""Times that networks are timed, of which each one's fastest counts: other programs and virtual
-machines slow a processor down for minutes on end, by half and more, and nothing speeds it up."""
+_RUNS = 3
+"""Times that networks are timed, of which each one's middle counts: a machine has slow seconds."""
 
 
 def shapes_to_measure(
@@ -184,7 +183,7 @@ def check_table(
         layers.append(Prospect(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
     runs = [table.backend.time([(model, example) for model in models]) for _ in range(_RUNS)]
-    measured = [min(timing.median_ms for timing in own) for own in zip(*runs, strict=True)]
+    measured = [statistics.median(t.median_ms for t in own) for own in zip(*runs, strict=True)]
     return Fit(layers, measured, _KNOWN)
 
 
