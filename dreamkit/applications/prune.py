@@ -24,19 +24,14 @@ from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.budget import TOLERANCE, Budget, Target
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
+from dreamkit.applications.pruning_checkpoint import PruningCheckpoint
 from dreamkit.applications.ranking import Normalise, Ranking
-from dreamkit.applications.reconstructing import (
-    Reconstruction,
-    reconstruct_student,
-    reconstruction_facts,
-    restore_facts,
-)
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.teaching import first_images, go_on_with, train_student
 from dreamkit.errors import (
     MissingPath,
     NothingToPrune,
     OptionError,
-    StoreError,
     TeacherMismatch,
     placed,
 )
@@ -51,7 +46,6 @@ from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.atomic import write_atomically
-from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
@@ -214,9 +208,9 @@ class _Pruning:
         """Groups that the limits do not leave alone from the start; these are ranked."""
         self._check_any(groups, skipped)
         self.ranking.check(self.student, [group for group in groups if group.name in self.open])
-        self.checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
-        self.found = read_checkpoint(self.checkpoint)
-        teacher_ms = None if self.found is None else self.found[1]["teacher_ms"]
+        self.checkpoint = PruningCheckpoint(context)
+        found = self.checkpoint.found
+        teacher_ms = None if found is None else found[1]["teacher_ms"]
         channels = sum(self.originals.values())
         self.budget = Budget(options.target, context, self.table, channels, teacher_ms)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
@@ -232,10 +226,9 @@ class _Pruning:
         if context.evaluation is not None:
             draws = torch.Generator().manual_seed(context.seed)
             self.evaluated = drawn(context.evaluation, EVALUATED, draws)
-        if self.found is None:
-            context.log.begin("pruning")
-        else:
-            self._restore(*self.found)
+        found = self.checkpoint.go_on(images)
+        if found is not None:
+            self._restore(*found)
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
         if not self.open:
@@ -389,9 +382,7 @@ class _Pruning:
         tensors |= prefixed("ranking", self.ranking.state())
         tensors["generator"] = self.generator.get_state()
         facts = {
-            "of": self._of,
             "removed": self.removed,
-            "rounds": self.rounds,
             "seconds": self.seconds,
             "shares": self.shares,
             "teacher_ms": self.budget.teacher_ms,
@@ -399,23 +390,11 @@ class _Pruning:
             "training": {
                 k: v for k, v in self.context.metrics.items() if k.startswith("training.")
             },
-            "reconstruction": reconstruction_facts(self.context),
         }
-        write_checkpoint(self.checkpoint, tensors, facts)
-
-    @property
-    def _of(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run beside the recipe."""
-        teacher = self.context.teacher.card.weights_sha256
-        return {"images": len(self.images), "teacher": teacher}
+        self.checkpoint.save(self.images, self.rounds, tensors, facts)
 
     def _restore(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on after the last round that an interrupted try finished."""
-        if facts["of"] != self._of:
-            raise StoreError(
-                f"{self.checkpoint} is of a pruning with {facts['of']}, and this one has "
-                f"{self._of}; delete it to prune from the start"
-            )
         self.removed = facts["removed"]
         for chosen in self.removed:
             self.graph.remove(chosen)
@@ -424,6 +403,4 @@ class _Pruning:
         self.generator.set_state(state["generator"])
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
         self.context.metrics |= facts["training"]
-        restore_facts(self.context, facts["reconstruction"])
         self.shares, self.budget.correction = facts["shares"], facts["correction"]
-        self.context.log.note(f"pruning: going on after round {self.rounds}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,14 +20,10 @@ from dreamkit.applications.adaptive import Adaptive, Taught
 from dreamkit.applications.dreaming import student_folder
 from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import EVALUATED, Recovery
-from dreamkit.applications.reconstructing import (
-    Reconstruction,
-    reconstruct_student,
-    reconstruction_facts,
-    restore_facts,
-)
+from dreamkit.applications.pruning_checkpoint import PruningCheckpoint
+from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.teaching import first_images, go_on_with
-from dreamkit.errors import OptionError, StoreError
+from dreamkit.errors import OptionError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state
@@ -42,7 +37,6 @@ from dreamkit.pruning.unstructured import (
 )
 from dreamkit.registry import EntryOf
 from dreamkit.store.artifact import write_artifact
-from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, ImageSource, RunContext, Teacher
@@ -126,8 +120,8 @@ class Recover(Taught):
 
     def _prune(self, context: RunContext, student: nn.Module, images: Images) -> dict[str, Tensor]:
         """Prune in all rounds, from where an interrupted try was; return the masks."""
-        checkpoint = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
-        masks, done = self._go_on(context, student, images, checkpoint)
+        checkpoint = PruningCheckpoint(context)
+        masks, done = self._go_on(context, student, checkpoint.go_on(images))
         for number, sparsity in enumerate(self.schedule[done:], done + 1):
             masks = distributed.agreed(choose_weights(student, sparsity))
             remove_weights(student, masks)
@@ -136,10 +130,8 @@ class Recover(Taught):
                 continue
             reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
             context.log.record("pruning", number, self._look(context, student))
-            facts = {"of": self._of(context, images), "rounds": number}
-            facts["reconstruction"] = reconstruction_facts(context)
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
-            write_checkpoint(checkpoint, tensors, facts)
+            checkpoint.save(images, number, tensors, {})
             context.log.check(together=True)
         return masks
 
@@ -152,27 +144,17 @@ class Recover(Taught):
             numbers["accuracy"] = accuracy(student, some, context.teacher.card, context.device)
         return numbers
 
-    def _of(self, context: RunContext, images: Images) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run beside the recipe."""
-        return {"images": len(images), "teacher": context.teacher.card.weights_sha256}
-
     def _go_on(
-        self, context: RunContext, student: nn.Module, images: Images, checkpoint: Path
+        self,
+        context: RunContext,
+        student: nn.Module,
+        found: tuple[dict[str, Tensor], dict[str, Any]] | None,
     ) -> tuple[dict[str, Tensor], int]:
         """Take what an interrupted try pruned; return the masks, and how many rounds it did."""
-        found = read_checkpoint(checkpoint)
         if found is None:
-            context.log.begin("pruning")
             return {}, 0
         state, facts = found
-        if facts["of"] != self._of(context, images):
-            raise StoreError(
-                f"{checkpoint} is of a pruning with {facts['of']}, and this one has "
-                f"{self._of(context, images)}; delete it to prune from the start"
-            )
         load_state(student, below("student", state))
-        restore_facts(context, facts["reconstruction"])
-        context.log.note(f"pruning: going on after round {facts['rounds']}")
         masks = {name: mask.to(context.device) for name, mask in below("masks", state).items()}
         return masks, facts["rounds"]
 
