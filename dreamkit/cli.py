@@ -32,7 +32,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure what there is on this machine.")
 app.add_typer(bench, name="bench")
 
-lut = typer.Typer(no_args_is_help=True, help="Measure layers' latencies on this machine.")
+lut = typer.Typer(no_args_is_help=True)
 app.add_typer(lut, name="lut")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml")]
@@ -367,6 +367,14 @@ def doctor(
     found = load_named(_registries(None), "TEACHER", teacher, weights)
     console = Console()
     show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size), console)
+
+
+@lut.callback()
+def _lut() -> None:
+    """Measure layers' latencies on this machine."""
+    # oneDNN keeps 1,024 compiled kernels. Networks that are timed in turn have more, and a cache
+    # that is too small by one recompiles all; it reads this before its first.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 @lut.command("build")

@@ -7,6 +7,7 @@ import inspect
 import math
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.lut import AT_ONCE, LookUpTable, grid_below, read_file, read_table
@@ -31,8 +32,10 @@ _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
 _KNOWN = 6
 """Networks from which is told what more than its layers one takes."""
-_RUNS = 3
-"""Times that networks are timed, of which each one's middle counts: a machine has slow seconds."""
+_RUNS = 3, 20
+"""Times that networks are timed, at the least and most: a sample is a tenth off."""
+_SECONDS = 300.0
+"""No further time begins after as long."""
 
 
 def shapes_to_measure(
@@ -182,9 +185,26 @@ def check_table(
         table.prepare(shapes.values())
         layers.append(Prospect(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
-    runs = [table.backend.time([(model, example) for model in models]) for _ in range(_RUNS)]
-    measured = [statistics.median(t.median_ms for t in own) for own in zip(*runs, strict=True)]
+    measured = _time_often(table.backend, [(model, example) for model in models], console)
     return Fit(layers, measured, _KNOWN)
+
+
+def _time_often(
+    backend: LatencyBackend, modules: Sequence[tuple[nn.Module, Tensor]], console: Console
+) -> list[float]:
+    """Return the mean over several times of each module's median, in milliseconds.
+
+    Of a machine that has a faster and a slower state, the median of all tells which of them a
+    module saw a little more of; the mean, how much of each.
+    """
+    least, most = _RUNS
+    start = time.perf_counter()
+    runs = []
+    for run in track(range(most), "timing", console=console, disable=not console.is_terminal):
+        if run >= least and time.perf_counter() - start > _SECONDS:
+            break
+        runs.append([timing.median_ms for timing in backend.time(modules)])
+    return [statistics.fmean(medians) for medians in zip(*runs, strict=True)]
 
 
 def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generator) -> nn.Module:
