@@ -421,6 +421,8 @@ def lut_show(
 ) -> None:
     """Print a latency table, and how well it predicts whole networks.
 
+    Networks are timed in turn, many times over: up to ten minutes where they are large.
+
     Examples:
 
         dreamkit lut show resnet50.json

@@ -32,9 +32,9 @@ _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
 _KNOWN = 6
 """Networks from which is told what more than its layers one takes."""
-_RUNS = 3, 20
+_RUNS = 3, 30
 """Times that networks are timed, at the least and most: a sample is a tenth off."""
-_SECONDS = 300.0
+_SECONDS = 480.0
 """No further time begins after as long."""
 
 
