@@ -30,7 +30,7 @@ from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
 
 _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
-_KNOWN = 6
+_KNOWN = 16
 """Networks from which is told what more than its layers one takes."""
 _RUNS = 3, 30
 """Times that networks are timed, at the least and most: a sample is a tenth off."""
