@@ -35,7 +35,7 @@ _KNOWN = 16
 _RUNS = 3, 30
 """Times that networks are timed, at the least and most: a sample is a tenth off."""
 _SECONDS = 480.0
-"""No further time begins after as long."""
+"""After as long they are not timed once more."""
 
 
 def shapes_to_measure(
