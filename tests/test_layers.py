@@ -20,6 +20,7 @@ LAYERS = (
         "compilation",
         "flat_state",
         "devices",
+        "joined_images",
     },
     {
         *(

@@ -37,6 +37,7 @@ from dreamkit.applications.retention import Retention
 from dreamkit.applications.teaching import teach
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
+from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head, grow_head
 from dreamkit.pruning.surgery import Surgery
@@ -45,7 +46,7 @@ from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams
 from dreamkit.teachers.weights import hash_weights
-from dreamkit.training.batches import Joined, Shifted, drawn, drawn_by_class
+from dreamkit.training.batches import Shifted, drawn, drawn_by_class
 from dreamkit.training.bn_recalibration import restate
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
@@ -338,7 +339,7 @@ class _Course:
         """Return test images of every class that is known after a step; None if some lack."""
         parts = [self.context.evaluation, *(task.test for task in self.tasks[:number])]
         there = [part for part in parts if part is not None]
-        return Joined(there) if len(there) == len(parts) else None
+        return JoinedImages(there) if len(there) == len(parts) else None
 
     def _train(self, step: RunContext, new: Teacher, number: int) -> None:
         options, task = self.options.training, self.tasks[number - 1]
@@ -361,7 +362,7 @@ class _Course:
             # As many of each new class as of an old one.
             generator = torch.Generator().manual_seed(step.seed)
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
-            images = Joined([added, *taught_on[1:]])
+            images = JoinedImages([added, *taught_on[1:]])
             restate(new.model, images, new.card, step.device, options.batch_size)
         if isinstance(old, Growth):
             report_synthesis(step, old.dreams.store)
@@ -397,7 +398,7 @@ class _Course:
         ]
         earlier = self.tasks[: number - 1]
         parts += [drawn_by_class(task.train, count, generator) for task in earlier]
-        return Joined(parts)
+        return JoinedImages(parts)
 
 
 def _save(taught: Teacher, folder: Path) -> None:

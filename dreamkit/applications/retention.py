@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.evaluation.accuracy import predict
-from dreamkit.training.batches import Joined
+from dreamkit.joined_images import JoinedImages
 from dreamkit.types import Images, RunContext
 
 
@@ -53,7 +53,7 @@ class Retention:
         if not self.images:
             self.history.append({})
             return
-        images, card = Joined(list(self.images.values())), self.context.teacher.card
+        images, card = JoinedImages(list(self.images.values())), self.context.teacher.card
         predicted, labels = predict(model, images, card, self.context.device)
         right = (predicted == labels).float()
         found = {}

@@ -17,10 +17,11 @@ from dreamkit.applications.dreaming import images_for, report_synthesis
 from dreamkit.errors import DreamkitError, StoreError, placed
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
+from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import frozen, seeded
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
-from dreamkit.training.batches import Draws, Joined
+from dreamkit.training.batches import Draws
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.trainer import Batch, Trainer, lay_out
 from dreamkit.types import Images, ImageSource, RunContext
@@ -217,7 +218,7 @@ class _Teaching:
                 with self._saved_if_stopped():
                     log.check(together=True)
         start = time.perf_counter()
-        self.trainer.finish(self.pools[0] if len(self.pools) == 1 else Joined(self.pools))
+        self.trainer.finish(self.pools[0] if len(self.pools) == 1 else JoinedImages(self.pools))
         self.seconds += time.perf_counter() - start
         spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.metrics  # a run may train more than once

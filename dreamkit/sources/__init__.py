@@ -11,3 +11,4 @@ def register_sources(register: Register) -> None:
     register("torchvision", "dreamkit.sources.torchvision:TorchvisionDataset")
     register("digits", "dreamkit.sources.digits:Digits")
     register("generator", "dreamkit.sources.generator:GeneratorImages")
+    register("joined", "dreamkit.sources.joined:Joined")

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from dreamkit.applications.retention import confusion_matrix
 from dreamkit.errors import DreamkitError
+from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import frozen
 from dreamkit.registry import Term
 from dreamkit.training.augmenter import Augmentation
-from dreamkit.training.batches import Joined, Shifted, drawn_by_class, labels_of
+from dreamkit.training.batches import Shifted, drawn_by_class, labels_of
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.lwf_mc import LwFMC
@@ -191,7 +192,7 @@ def numbered(count, first=0, labels=None):
 
 
 def test_joined_sets_keep_the_order_that_is_asked_for():
-    whole = Joined([numbered(3), Shifted(numbered(2, 10), 7), numbered(1, 20)])
+    whole = JoinedImages([numbered(3), Shifted(numbered(2, 10), 7), numbered(1, 20)])
     assert len(whole) == 6
     stored, labels = whole.batch([5, 0, 4, 3, 2, 0])
     assert stored[:, 0, 0, 0].tolist() == [20, 0, 11, 10, 2, 0]

@@ -14,6 +14,7 @@ from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.sources.digits import Digits
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.generator import GeneratorImages
+from dreamkit.sources.joined import Joined
 from dreamkit.sources.torchvision import TorchvisionDataset
 from dreamkit.types import NO_LABEL
 
@@ -366,3 +367,30 @@ def test_a_torchvision_data_set_without_names_or_targets(toys, monkeypatch):
     Bare.classes = ["a", "b"]
     with pytest.raises(DreamkitError, match="does not tell its images' classes"):
         source.open(toys.card(classes=1))
+
+
+# --- several sources as one -------------------------------------------------------------------
+
+
+def test_joined_sources_are_one_set(toys, tmp_path):
+    known = write(tmp_path / "known" / "b", "0.png", pixels(8, 8, 1))
+    others = [write(tmp_path / "proxy" / "any", f"{i}.png", pixels(8, 8, 2 + i)) for i in range(2)]
+    write(tmp_path / "known" / "a", "0.png", pixels(8, 8, 9))
+    proxy = Folder(str(tmp_path / "proxy"), labelled=False)
+    images = Joined((Folder(str(tmp_path / "known")), proxy)).open(toys.card(classes=2))
+    assert len(images) == 4
+    stored, labels = images.batch([3, 1, 2])
+    assert torch.equal(stored, torch.stack([others[1], known, others[0]]))
+    assert labels.tolist() == [NO_LABEL, 1, NO_LABEL]
+
+
+def test_what_a_joined_source_raises_is_placed_at_it(toys, tmp_path):
+    write(tmp_path / "whole" / "a", "0.png", pixels(8, 8))
+    write(tmp_path / "whole" / "b", "0.png", pixels(8, 8))
+    (tmp_path / "empty").mkdir()
+    given = Joined((Folder(str(tmp_path / "whole")), Folder(str(tmp_path / "empty"))))
+    with pytest.raises(DreamkitError) as raised:
+        given.open(toys.card(classes=2))
+    assert raised.value.path[:2] == ("of", 1)
+    with pytest.raises(OptionError, match="at least one"):
+        Joined(())

@@ -1,0 +1,41 @@
+"""Images of several sources as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dreamkit.card import Card
+from dreamkit.errors import OptionError, placed
+from dreamkit.joined_images import JoinedImages
+from dreamkit.registry import EntriesOf
+from dreamkit.types import Images, ImageSource
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several sources as one, such as the dreams of two synthesizers.
+
+    What a few good images teach and what many cheap ones do adds up.
+
+    Args:
+        of: the sources; each image of each counts once.
+    """
+
+    of: Annotated[tuple[ImageSource, ...], EntriesOf("sources")]
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise OptionError("of", "give at least one source")
+
+    def open(self, card: Card) -> Images:
+        """Return the images of all, one source after the other.
+
+        Raises:
+            DreamkitError: of a source, placed at it.
+        """
+        parts = []
+        for number, source in enumerate(self.of):
+            with placed("of", number):
+                parts.append(source.open(card))
+        return JoinedImages(parts)
