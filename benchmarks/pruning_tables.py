@@ -162,8 +162,8 @@ class Tables:
             known["fast_meta"] = self.dreamed(made)
         else:
             known["generator"] = given(
-                f"{{source: generator, path: {options.generator}, images: {options.generated}, "
-                f"latent: {options.latent}}}"
+                f"{{source: generator, path: {options.generator}, "
+                f"images: {options.generated or 3072}, latent: {options.latent or [128]}}}"
             )
         known["deepinversion"] = self.deepinversion()
         return known if options.without_adaptive else known | {"adaptive": []}
@@ -259,13 +259,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--original", type=Path, help="class folders of some training images")
     parser.add_argument("--proxy", type=Path, help="class folders of other images")
     parser.add_argument("--generator", type=Path, help="a TorchScript file, a GAN's")
-    parser.add_argument("--latent", default="[128]", help="the shape of its noise")
-    parser.add_argument("--generated", type=int, default=3072, help="images drawn from it")
+    parser.add_argument("--latent", help="the shape of its noise (default: [128])")
+    parser.add_argument("--generated", type=int, help="images drawn from it (default: 3072)")
     parser.add_argument(
         "--without-adaptive", action="store_true", help="leave out ADI, which dreams for each row"
     )
     add_budget(parser, "runs/pruning_tables")
     options = parser.parse_args()
+    if options.generator is None and (options.latent or options.generated):
+        parser.error("--latent and --generated are about --generator, which is not given")
     if options.quick:
         options.preset = "smoke"
     return options

@@ -351,6 +351,7 @@ def doctor(
     ] = "null",
     batch_size: Annotated[int, typer.Option(min=1, help="Images inverted together")] = 8,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where")] = "auto",
+    plugin: Plugins = None,
 ) -> None:
     """Say what of a teacher can be inverted and pruned, what cannot and why, and at what cost.
 
@@ -364,7 +365,7 @@ def doctor(
     from dreamkit.doctor import diagnose, show_diagnosis
     from dreamkit.teacher_bench import load_named
 
-    found = load_named(_registries(None), "TEACHER", teacher, weights)
+    found = load_named(_registries(plugin), "TEACHER", teacher, weights)
     console = Console()
     show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size), console)
 
@@ -382,13 +383,14 @@ def lut_build(
     teacher: Annotated[str, typer.Argument(metavar="SOURCE:MODEL", help="E.g. timm:resnet50")],
     out: Annotated[Path, typer.Option(help="The table's file, gone on with if it is there")],
     backend: Annotated[
-        str, typer.Option(help="torch-cpu, torch-cuda or onnxruntime")
+        str, typer.Option(help="torch-cpu, torch-cuda, onnxruntime or a plugin's")
     ] = "torch-cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Pinned [default: all]")] = None,
     least: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of a layer's channels that may be left")
     ] = 0.1,
+    plugin: Plugins = None,
 ) -> None:
     """Measure every distinct layer of a network over channel counts, on this machine.
 
@@ -403,7 +405,9 @@ def lut_build(
     from dreamkit.lut_building import build_for
 
     try:
-        build_for(_registries(None), teacher, out, backend, batch_size, threads, least, Console())
+        build_for(
+            _registries(plugin), teacher, out, backend, batch_size, threads, least, Console()
+        )
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -418,6 +422,7 @@ def lut_show(
     ] = None,
     variants: Annotated[int, typer.Option(min=2, help="Random prunings of it")] = 20,
     seed: Annotated[int, typer.Option(help="Of what they lose")] = 0,
+    plugin: Plugins = None,
 ) -> None:
     """Print a latency table, and how well it predicts whole networks.
 
@@ -434,7 +439,7 @@ def lut_show(
     console = Console()
     show_table(table, console)
     if teacher is not None:
-        check_for(_registries(None), teacher, table, variants, seed, console)
+        check_for(_registries(plugin), teacher, table, variants, seed, console)
 
 
 @bench.command("teachers")

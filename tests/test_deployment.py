@@ -104,6 +104,50 @@ def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, caps
         check_for(build_registries(), DIGITS, path, 3, 0, Console())
 
 
+PLUGIN = """
+from dreamkit.registry import hookimpl
+from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.types import Timing
+
+class Board:
+    def __init__(self, batch_size: int = 1):
+        self.batch_size = batch_size
+
+    def describe(self):
+        return {"board": "theirs"}
+
+    def time(self, modules):
+        return [Timing(1e-3 * sum(p.numel() for p in m.parameters()), 0.0) for m, _ in modules]
+
+@hookimpl
+def register_latency_backends(register):
+    register("their-board", Board)
+
+@hookimpl
+def register_teachers(register):
+    register("theirs", BundledTeacher)
+"""
+
+
+def test_a_plugins_board_and_teacher_are_measured(tmp_path, invoke):
+    plugin, path = tmp_path / "board.py", tmp_path / "t.json"
+    plugin.write_text(PLUGIN)
+    named = ("theirs:digits_resnet8", "--plugin", plugin)
+    board = ("--backend", "their-board", "--least", "0.75")
+    code, _, err = invoke("lut", "build", *named, "--out", path, *board)
+    assert code == 0, err
+    assert json.loads(path.read_text())["target"]["board"] == "theirs"
+    code, out, _ = invoke("lut", "show", path, "--variants", "3", "--teacher", *named)
+    assert code == 0
+    assert re.search(r"R² 0\.99|R² 1\.0", out)
+    code, out, _ = invoke("doctor", *named, "--device", "cpu")
+    assert code == 0
+    assert "inversion: yes" in out
+    code, _, err = invoke("doctor", named[0])
+    assert code == 2
+    assert "'theirs'" in err
+
+
 def test_a_table_of_another_target_is_not_gone_on_with(tmp_path, invoke):
     path = tmp_path / "t.json"
     build = ("lut", "build", DIGITS, "--out", path, "--least", "1")
