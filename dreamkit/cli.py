@@ -405,9 +405,7 @@ def lut_build(
     from dreamkit.lut_building import build_for
 
     try:
-        build_for(
-            _registries(plugin), teacher, out, backend, batch_size, threads, least, Console()
-        )
+        build_for(_registries(plugin), teacher, out, backend, batch_size, threads, least, Console())
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -422,11 +420,15 @@ def lut_show(
     ] = None,
     variants: Annotated[int, typer.Option(min=2, help="Random prunings of it")] = 20,
     seed: Annotated[int, typer.Option(help="Of what they lose")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="They are timed no longer, sure or not")
+    ] = 900,
     plugin: Plugins = None,
 ) -> None:
     """Print a latency table, and how well it predicts whole networks.
 
-    Networks are timed in turn, many times over: up to ten minutes where they are large.
+    Networks are timed in turn until their means are sure to half a percent, where that takes no
+    longer than a quarter of an hour.
 
     Examples:
 
@@ -439,7 +441,7 @@ def lut_show(
     console = Console()
     show_table(table, console)
     if teacher is not None:
-        check_for(_registries(plugin), teacher, table, variants, seed, console)
+        check_for(_registries(plugin), teacher, table, variants, seed, seconds, console)
 
 
 @bench.command("teachers")

@@ -32,10 +32,10 @@ _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
 _KNOWN = 16
 """Networks from which is told what more than its layers one takes."""
-_RUNS = 3, 30
-"""Times that networks are timed, at the least and most: a sample is a tenth off."""
-_SECONDS = 480.0
-"""After as long they are not timed once more."""
+_RUNS = 3
+"""Times that networks are timed at the least: a sample may be a tenth off."""
+_SURE = 5e-3
+"""They are timed until their means are as sure: standard error, as a share of them."""
 
 
 def shapes_to_measure(
@@ -150,6 +150,7 @@ def check_table(
     teacher: Teacher,
     variants: int,
     seed: int,
+    seconds: float,
     console: Console,
 ) -> Fit:
     """Predict and measure prunings of a network at random.
@@ -159,6 +160,7 @@ def check_table(
         teacher: the network.
         variants: how many prunings, from none to nine tenths of the channels.
         seed: of what is removed.
+        seconds: after as long they are not timed once more, however unsure their means are.
         console: where progress is shown.
 
     Returns:
@@ -185,26 +187,36 @@ def check_table(
         table.prepare(shapes.values())
         layers.append(Prospect(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
-    measured = _time_often(table.backend, [(model, example) for model in models], console)
+    measured = _time_often(table.backend, [(model, example) for model in models], seconds, console)
     return Fit(layers, measured, _KNOWN)
 
 
 def _time_often(
-    backend: LatencyBackend, modules: Sequence[tuple[nn.Module, Tensor]], console: Console
+    backend: LatencyBackend,
+    modules: Sequence[tuple[nn.Module, Tensor]],
+    seconds: float,
+    console: Console,
 ) -> list[float]:
     """Return the mean over several times of each module's median, in milliseconds.
 
     Of a machine that has a faster and a slower state, the median of all tells which of them a
     module saw a little more of; the mean, how much of each.
     """
-    least, most = _RUNS
     start = time.perf_counter()
-    runs = []
-    for run in track(range(most), "timing", console=console, disable=not console.is_terminal):
-        if run >= least and time.perf_counter() - start > _SECONDS:
-            break
-        runs.append([timing.median_ms for timing in backend.time(modules)])
+    runs: list[list[float]] = []
+    with console.status("timing"):
+        while len(runs) < _RUNS or (_doubt(runs) > _SURE and time.perf_counter() - start < seconds):
+            runs.append([timing.median_ms for timing in backend.time(modules)])
     return [statistics.fmean(medians) for medians in zip(*runs, strict=True)]
+
+
+def _doubt(runs: Sequence[Sequence[float]]) -> float:
+    """Return the standard error of modules' means over runs, a share of them, on average."""
+    errors = [
+        statistics.stdev(medians) / math.sqrt(len(medians)) / statistics.fmean(medians)
+        for medians in zip(*runs, strict=True)
+    ]
+    return statistics.fmean(errors)
 
 
 def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generator) -> nn.Module:
@@ -321,7 +333,13 @@ def _channels(shape: LayerShape) -> str:
 
 
 def check_for(
-    registries: Registries, teacher: str, path: Path, variants: int, seed: int, console: Console
+    registries: Registries,
+    teacher: str,
+    path: Path,
+    variants: int,
+    seed: int,
+    seconds: float,
+    console: Console,
 ) -> None:
     """Hold a table against the network that ``SOURCE:MODEL`` names, and print how well it fits.
 
@@ -337,7 +355,7 @@ def check_for(
         unasked = f" (not asked: {'; '.join(refused)})" if refused else ""
         raise DreamkitError(f"{other}{unasked}") from other
     before = len(table.points)
-    fit = check_table(table, found, variants, seed, console)
+    fit = check_table(table, found, variants, seed, seconds, console)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
     for number, (predicted, measured) in enumerate(zip(fit.predicted, fit.measured, strict=True)):
         if number >= fit.known:

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dreamkit
-from dreamkit import exporting
+from dreamkit import exporting, lut_building
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.lut_building import build_for, check_for
@@ -72,7 +72,9 @@ def test_a_table_is_built_once_shown_and_held_against_networks(tmp_path, invoke)
     code, out, _ = invoke(*build)
     assert f"0 layers measured, {number} were there" in out
     assert path.read_bytes() == first
-    code, out, _ = invoke("lut", "show", path, "--teacher", DIGITS, "--variants", "3")
+    code, out, _ = invoke(
+        "lut", "show", path, "--teacher", DIGITS, "--variants", "3", "--seconds", "1"
+    )
     assert code == 0
     assert "threads: 1" in out
     assert "3x3 on 8x8, stride 1" in out
@@ -98,10 +100,10 @@ def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, caps
     registries, path = build_registries(), tmp_path / "t.json"
     registries["latency_backends"].register("a-board", Counted, "someone")
     build_for(registries, DIGITS, path, "a-board", 2, None, 0.75, Console())
-    check_for(registries, DIGITS, path, 3, 0, Console())
+    check_for(registries, DIGITS, path, 3, 0, 1.0, Console())
     assert re.search(r"R² 0\.99|R² 1\.0", capsys.readouterr().out)
     with pytest.raises(DreamkitError, match=r"on another target .*board mine there, None here"):
-        check_for(build_registries(), DIGITS, path, 3, 0, Console())
+        check_for(build_registries(), DIGITS, path, 3, 0, 1.0, Console())
 
 
 PLUGIN = """
@@ -146,6 +148,23 @@ def test_a_plugins_board_and_teacher_are_measured(tmp_path, invoke):
     code, _, err = invoke("doctor", named[0])
     assert code == 2
     assert "'theirs'" in err
+
+
+def test_networks_are_timed_until_their_means_are_sure(monkeypatch):
+    calls = []
+
+    def time(self, modules):
+        calls.append(len(modules))
+        return [Timing(100.0 + (-1) ** len(calls), 0.0) for _ in modules]
+
+    monkeypatch.setattr(Counted, "time", time)
+    module = (nn.Identity(), torch.zeros(1))
+    assert lut_building._time_often(Counted(), [module] * 2, 60.0, Console()) == [99.8, 99.8]
+    # Four runs leave sqrt(4/3) / sqrt(4) = 0.58 % of doubt, five sqrt(1.2) / sqrt(5) = 0.49 %.
+    assert calls == [2] * 5
+    calls.clear()
+    lut_building._time_often(Counted(), [module], 0.0, Console())
+    assert calls == [1] * 3, "as often as it takes to know how sure they are"
 
 
 def test_a_table_of_another_target_is_not_gone_on_with(tmp_path, invoke):
