@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dreamkit.applications import measuring
 from dreamkit.applications import prune as prune_module
 from dreamkit.applications.budget import Budget, Target
 from dreamkit.applications.prune import Prune, Recovery
@@ -254,6 +255,23 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
     scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
     assert not torch.equal(kept.state["bn1.weight"], scales), "as finetuning left them"
     assert "cut.agreement" not in run.metrics
+
+
+def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(toys, context, monkeypatch):
+    monkeypatch.setattr(measuring, "COMPARED", 5)
+    seen = []
+
+    def counted(model, teacher, images, card, device):
+        seen.append(images.batch(range(len(images)))[0])
+        return 0.5
+
+    monkeypatch.setattr(measuring, "agreement", counted)
+    run = context(Weights(), toys.two_bn())
+    for name in ("pruned", "student"):
+        measuring.measure_quality(run, name, toys.two_bn(), toys.images(12))
+    assert [len(images) for images in seen] == [5, 5]
+    assert torch.equal(*seen), "the same for all"
+    assert run.metrics["student.agreement"] == 0.5
 
 
 def test_a_fit_in_each_round_leaves_none_for_the_end(toys, context, monkeypatch):

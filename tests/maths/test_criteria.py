@@ -96,6 +96,15 @@ def explicit(model, batches, coupled, loss):
     return total / len(batches)
 
 
+def one_by_one(batches):
+    """Return a batch for each image."""
+    return [
+        (images[i : i + 1], labels[i : i + 1])
+        for images, labels in batches
+        for i in range(len(labels))
+    ]
+
+
 def cross_entropy(logits, images, labels):
     return F.cross_entropy(logits, labels)
 
@@ -113,7 +122,7 @@ def test_gates_after_batch_norm(toys):
     scores = by_name(step, Taylor(loss="ce")(step))
     assert set(scores) == {"conv1", "conv2"}
     for group, bn in (("conv1", "bn1"), ("conv2", "bn2")):
-        expected = explicit(model, two_batches(toys), [bn], cross_entropy)
+        expected = explicit(model, one_by_one(two_batches(toys)), [bn], cross_entropy)
         assert expected.max() > 0
         torch.testing.assert_close(scores[group], expected, rtol=1e-4, atol=1e-9)
 
@@ -123,7 +132,7 @@ def test_gates_after_convolutions_where_there_is_no_batch_norm(toys):
     step = step_of(toys, model)
     scores = by_name(step, Taylor(loss="ce")(step))
     for name in ("conv1", "conv2"):
-        expected = explicit(model, two_batches(toys), [name], cross_entropy)
+        expected = explicit(model, one_by_one(two_batches(toys)), [name], cross_entropy)
         torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-9)
 
 
@@ -132,8 +141,8 @@ def test_coupled_gates_add_up_before_the_square(toys):
     step = step_of(toys, model)
     scores = by_name(step, Taylor(loss="ce")(step))
     (coupled,) = [score for score in scores.values() if len(score) == 4]
-    together = explicit(model, two_batches(toys), ["bn1", "bn2"], cross_entropy)
-    apart = explicit(model, two_batches(toys), ["bn1"], cross_entropy) + explicit(
+    together = explicit(model, one_by_one(two_batches(toys)), ["bn1", "bn2"], cross_entropy)
+    apart = explicit(model, one_by_one(two_batches(toys)), ["bn1"], cross_entropy) + explicit(
         model, two_batches(toys), ["bn2"], cross_entropy
     )
     assert not torch.allclose(together, apart, rtol=1e-2), "else this would show nothing"
@@ -144,19 +153,67 @@ def test_gates_of_a_depthwise_pair(toys):
     model = toys.depthwise()
     step = step_of(toys, model)
     (score,) = [s for s in Taylor(loss="ce")(step) if len(s) == 4]
-    expected = explicit(model, two_batches(toys), ["bn1", "bn2"], cross_entropy)
+    expected = explicit(model, one_by_one(two_batches(toys)), ["bn1", "bn2"], cross_entropy)
     torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
 
 
-def test_squares_are_averaged_over_batches_not_gradients(toys):
+def test_squares_of_batches_are_averaged_not_gradients(toys):
     model, batches = toys.two_bn(), two_batches(toys)
-    alone = []
-    for batch in batches:
-        step = step_of(toys, model, batches=[batch])
-        alone.append(by_name(step, Taylor(loss="ce")(step))["conv1"])
     step = step_of(toys, model)
-    both = by_name(step, Taylor(loss="ce")(step))["conv1"]
-    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-12)
+    scores = by_name(step, Taylor(loss="ce", squares="batch")(step))["conv1"]
+    expected = explicit(model, batches, ["bn1"], cross_entropy)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
+    alone = [explicit(model, [batch], ["bn1"], cross_entropy) for batch in batches]
+    torch.testing.assert_close(expected, (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-12)
+    per_image = by_name(step, Taylor(loss="ce")(step))["conv1"]
+    assert not torch.allclose(per_image, expected, rtol=0.1), "else this would show nothing"
+
+
+def test_images_count_the_same_however_they_are_batched(toys):
+    model = toys.two_bn()
+    ways = [
+        by_name(step, Taylor(loss="ce")(step))["conv1"]
+        for step in (
+            step_of(toys, model),
+            step_of(toys, model, batches=one_by_one(two_batches(toys))),
+        )
+    ]
+    torch.testing.assert_close(ways[0], ways[1], rtol=1e-4, atol=1e-9)
+
+
+def test_a_layer_that_is_called_twice_has_one_gate(toys):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.again = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.again(torch.relu_(self.again(self.stem(x))))
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, channels = Twice().eval(), torch.arange(4)
+    group = ChannelGroup("again", 4, (Member("again", "out", channels, channels),))
+    step = step_of(toys, model, groups=[group])
+    expected = explicit(model, one_by_one(two_batches(toys)), ["again"], cross_entropy)
+    (score,) = Taylor(loss="ce")(step)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_weights_that_are_taken_past_their_layer_cannot_be_gated(toys):
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(F.conv2d(x, self.conv.weight).mean((2, 3)))
+
+    channels = torch.arange(4)
+    group = ChannelGroup("conv", 4, (Member("conv", "out", channels, channels),))
+    with pytest.raises(NothingToPrune, match="conv cannot be gated"):
+        Taylor(loss="ce")(step_of(toys, Past().eval(), groups=[group]))
 
 
 def test_exact_kl_is_zero_where_student_and_teacher_are_one_and_kl_is_not(toys):
@@ -179,7 +236,7 @@ def test_exact_kl_equals_gates_on_the_divergence(toys):
 
     step = step_of(toys, model, teacher)
     scores = by_name(step, Taylor(loss="exact_kl", temperature=tau)(step))
-    expected = explicit(model, two_batches(toys), ["bn2"], divergence)
+    expected = explicit(model, one_by_one(two_batches(toys)), ["bn2"], divergence)
     torch.testing.assert_close(scores["conv2"], expected, rtol=1e-4, atol=1e-10)
 
 
@@ -194,7 +251,7 @@ def test_kl_draws_labels_from_the_teachers_softmax(toys):
     step = step_of(toys, model, Certain())
     scores = by_name(step, Taylor(loss="kl", temperature=tau)(step))
     expected = explicit(
-        model, two_batches(toys), ["bn1"], lambda z, x, y: F.cross_entropy(z / tau, y)
+        model, one_by_one(two_batches(toys)), ["bn1"], lambda z, x, y: F.cross_entropy(z / tau, y)
     )
     torch.testing.assert_close(scores["conv1"], expected, rtol=1e-4, atol=1e-10)
 
@@ -260,16 +317,11 @@ def test_frozen_weights_count_too(toys):
 
 
 def test_gate_gradients_by_hand():
-    # One BatchNorm with γ = (2, 3), β = (1, -1), ∂L/∂γ = (5, 7), ∂L/∂β = (11, 13):
-    # γ·∂γ + β·∂β = (10 + 11, 21 - 13) = (21, 8), dealt to group channels 1 and 0.
-    model = nn.Sequential(nn.BatchNorm2d(2))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([2.0, 3]))
-        model[0].bias.copy_(torch.tensor([1.0, -1]))
-    model[0].weight.grad = torch.tensor([5.0, 7])
-    model[0].bias.grad = torch.tensor([11.0, 13])
-    member = Member("0", "out", torch.tensor([0, 1]), torch.tensor([1, 0]))
-    assert gate_gradients(model, ChannelGroup("g", 2, (member,))).tolist() == [8, 21]
+    # Two layers of two channels, of which the second's are dealt to group channels 1 and 0.
+    places = torch.tensor([0, 1])
+    members = (Member("a", "out", places, places), Member("b", "out", places, places.flip(0)))
+    gradients = {"a": torch.tensor([[1.0, 2]]), "b": torch.tensor([[10.0, 20]])}
+    assert gate_gradients(ChannelGroup("g", 2, members), gradients).tolist() == [[21, 12]]
 
 
 # --- latency_lut ------------------------------------------------------------------------------
