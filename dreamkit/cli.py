@@ -385,7 +385,9 @@ def lut_build(
     backend: Annotated[
         str, typer.Option(help="torch-cpu, torch-cuda, onnxruntime or a plugin's")
     ] = "torch-cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in a forward pass [default: the backend's, 1]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Pinned [default: all]")] = None,
     least: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of a layer's channels that may be left")
@@ -421,14 +423,14 @@ def lut_show(
     variants: Annotated[int, typer.Option(min=2, help="Random prunings of it")] = 20,
     seed: Annotated[int, typer.Option(help="Of what they lose")] = 0,
     seconds: Annotated[
-        float, typer.Option(min=0, help="They are timed no longer, sure or not")
+        float, typer.Option(min=0, help="Not timed once more after as long, sure or not")
     ] = 900,
     plugin: Plugins = None,
 ) -> None:
     """Print a latency table, and how well it predicts whole networks.
 
-    Networks are timed in turn until their means are sure to half a percent, where that takes no
-    longer than a quarter of an hour.
+    Networks are timed in turn until their means are sure to half a percent on average, or
+    for a quarter of an hour.
 
     Examples:
 

@@ -35,7 +35,7 @@ _KNOWN = 16
 _RUNS = 3
 """Times that networks are timed at the least: a sample may be a tenth off."""
 _SURE = 5e-3
-"""They are timed until their means are as sure: standard error, as a share of them."""
+"""They are timed until their means are as sure on average: standard error, a share of them."""
 
 
 def shapes_to_measure(
@@ -246,7 +246,7 @@ def build_for(
     teacher: str,
     path: Path,
     backend: str,
-    batch_size: int,
+    batch_size: int | None,
     threads: int | None,
     least: float,
     console: Console,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from dreamkit.evaluation.features import find_layer
 from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
+from dreamkit.sources.joined import Joined
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams, find_store
 from dreamkit.teachers.checking import check_outputs
@@ -112,20 +113,13 @@ class Judge:
         with placed("verifiers", index):
             verifier = self.verifiers[index].load(context.seed)
             check_outputs(verifier)
-            check_verifier(verifier, context.teacher, self._dreamed_from())
+            check_verifier(verifier, context.teacher, dreamed_from(self.images))
         if not verifier.card.trained:
             context.log.note(
                 f"the weights of the verifier {verifier.card.name} are random: what it says means "
                 "nothing"
             )
         return verifier
-
-    def _dreamed_from(self) -> str | None:
-        """Return the hash of the network that an earlier run inverted, where images are its."""
-        if not isinstance(self.images, Dreams) or self.images.path is None:
-            return None
-        settings = DreamStore(find_store(Path(self.images.path))).settings
-        return settings.get("teacher_sha256")
 
     def _layer(self, verifier: Teacher) -> str | None:
         if self.reference is None:
@@ -187,20 +181,31 @@ def _describe(name: str, card: Card, layer: str | None, found: Judgement) -> dic
     }
 
 
-def check_verifier(verifier: Teacher, teacher: Teacher, dreamed_from: str | None = None) -> None:
+def dreamed_from(source: ImageSource | None) -> set[str | None]:
+    """Return the hashes of the networks that earlier runs inverted, where images are theirs."""
+    if isinstance(source, Joined):
+        return {found for part in source.of for found in dreamed_from(part)}
+    if not isinstance(source, Dreams) or source.path is None:
+        return set()
+    return {DreamStore(find_store(Path(source.path))).settings.get("teacher_sha256")}
+
+
+def check_verifier(
+    verifier: Teacher, teacher: Teacher, inverted: Collection[str | None] = ()
+) -> None:
     """Refuse a network that cannot judge a teacher's dreams.
 
     Args:
         verifier: the network.
         teacher: the teacher.
-        dreamed_from: hash of the weights that dreams of an earlier run came from.
+        inverted: hashes of the weights that dreams of earlier runs came from.
 
     Raises:
         DreamkitError: it is the inverted network itself, or takes other channels or knows other
             classes than the teacher.
     """
     ours, theirs = verifier.card, teacher.card
-    if _weights_of(verifier) in {_weights_of(teacher), dreamed_from}:
+    if _weights_of(verifier) in {_weights_of(teacher), *inverted}:
         raise DreamkitError(
             f"{ours.name} is the inverted teacher itself, which sees in its dreams whatever it was "
             "asked to: choose a network of other weights"

@@ -22,7 +22,7 @@ def measure_quality(
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
     Agreement is how often the model predicts the teacher's class; it needs no real data. Of many
-    dreams it is that on a draw of ``COMPARED``, the same for every model of a run. Where the
+    dreams it is that on a draw of ``COMPARED``, the same for all models on these dreams. Where the
     teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
     """
     card, device = context.teacher.card, context.device

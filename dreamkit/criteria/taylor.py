@@ -25,9 +25,9 @@ class Taylor:
     """First-order Taylor importance of gates after BatchNorm: (Σ gate·∂L/∂gate)².
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. A gate of 1
-    multiplies each channel that a BatchNorm layer puts out, or a convolution or linear layer
-    where there is none. Gates of coupled channels add up, the sum is squared, and the squares are
-    averaged.
+    multiplies each channel that a BatchNorm layer puts out (activated, where the layer does that
+    too, as some of timm's), or a convolution or linear layer where there is none. Gates of coupled
+    channels add up, the sum is squared, and the squares are averaged.
 
     Args:
         loss: ``kl`` is KL(p_T ‖ p_pruned), which needs no labels, with its gradient estimated by
@@ -37,8 +37,8 @@ class Taylor:
             information), so the ranking holds from the first step. ``exact_kl`` is the plain
             gradient. ``ce`` is cross-entropy to the images' labels.
         squares: of the loss of each ``image`` (as in Fisher pruning; Theis et al. 2018), or of the
-            mean loss of each ``batch`` (the paper). For ``kl`` both estimate the same but for a
-            factor, and one square a batch says little: over four batches it is off by 70 %.
+            mean loss of each ``batch`` (the paper). At first, for ``kl``, both estimate the same
+            but for a factor, and a square a batch says little: over four it is off by 70 %.
         temperature: of both softmaxes, for ``kl`` and ``exact_kl``.
         ema: share of the earlier steps' importances in each step's, a moving average; 0 forgets
             them.
@@ -62,7 +62,8 @@ class Taylor:
 
         Raises:
             DreamkitError: ``loss: ce`` of images without labels.
-            NothingToPrune: a group has no layer to put a gate behind.
+            NothingToPrune: a group has no layer to put a gate behind, or one that the model does
+                not call, or calls with other than an image a row.
         """
         scores = [torch.zeros(group.channels) for group in step.groups]
         layers = [gated_layers(step.model, group) for group in step.groups]
@@ -77,11 +78,9 @@ class Taylor:
                         f"{', '.join(sorted(uncalled))} cannot be gated: the model takes its "
                         "weights and does not call it"
                     )
-                gradients = _gradients(loss, gates, len(images))
+                gradients = _gradients(loss, gates, len(images), self.squares == "image")
                 for score, group, names in zip(scores, step.groups, layers, strict=True):
                     sums = gate_gradients(group, {name: gradients[name] for name in names})
-                    if self.squares == "batch":
-                        sums = sums.mean(0, keepdim=True)
                     score += sums.square().sum(0)
                 count += len(images) if self.squares == "image" else 1
         found = [score / max(count, 1) for score in scores]
@@ -156,7 +155,7 @@ def _gates(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Te
     def gate(name: str, layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
         channels = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
         shape = [size if dim in (0, channels) else 1 for dim, size in enumerate(output.shape)]
-        ones = torch.ones(shape, device=output.device, requires_grad=True)
+        ones = torch.ones(shape, dtype=output.dtype, device=output.device, requires_grad=True)
         gates[name].append(ones)
         return output * ones
 
@@ -171,20 +170,31 @@ def _gates(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Te
 
 
 def _gradients(
-    loss: Tensor, gates: Mapping[str, Sequence[Tensor]], images: int
+    loss: Tensor, gates: Mapping[str, Sequence[Tensor]], images: int, of_each: bool
 ) -> dict[str, Tensor]:
-    """Return each image's own ∂L/∂gate by layer, (N, C) float32 on the CPU.
+    """Return ∂L/∂gate by layer, float32 on the CPU; several calls of a layer add up.
 
     Args:
         loss: the mean over the images.
-        gates: as ``_gates`` yields them. Those of a layer that is called several times, or
-            with several parts of an image at once, add up.
-        images: N.
+        gates: as ``_gates`` yields them.
+        images: how many.
+        of_each: each image's own loss in a row of its own (N, C); else the mean's, (1, C).
+
+    Raises:
+        NothingToPrune: a layer is given other than an image a row, and rows were wanted.
     """
     calls = [(name, gate) for name, called in gates.items() for gate in called]
-    found = torch.autograd.grad(images * loss, [gate for _, gate in calls], materialize_grads=True)
+    wanted = [gate for _, gate in calls]
+    found = torch.autograd.grad(images * loss if of_each else loss, wanted, materialize_grads=True)
     totals: dict[str, Tensor] = {}
     for (name, gate), gradient in zip(calls, found, strict=True):
-        parts = gradient.float().reshape(images, -1, gate.numel() // len(gate))
-        totals[name] = totals.get(name, torch.zeros(())) + parts.sum(1).cpu()
+        rows = gradient.float().reshape(len(gate), -1).cpu()
+        if not of_each:
+            rows = rows.sum(0, keepdim=True)
+        elif len(rows) != images:
+            raise NothingToPrune(
+                f"{name} is given {len(rows)} rows for {images} images, which then have no "
+                "gradients of their own: set 'squares: batch' of taylor"
+            )
+        totals[name] = totals.get(name, torch.zeros(())) + rows
     return totals

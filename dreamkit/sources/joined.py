@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from dreamkit.card import Card
-from dreamkit.errors import OptionError, placed
+from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.registry import EntriesOf
 from dreamkit.types import Images, ImageSource
@@ -32,10 +32,18 @@ class Joined:
         """Return the images of all, one source after the other.
 
         Raises:
-            DreamkitError: of a source, placed at it.
+            DreamkitError: of a source, placed at it; images of another size than the first's.
         """
-        parts = []
+        parts: list[Images] = []
+        size = None
         for number, source in enumerate(self.of):
             with placed("of", number):
-                parts.append(source.open(card))
+                images = source.open(card)
+                parts.append(images)
+                if len(images) == 0:
+                    continue
+                own = tuple(images.batch([0])[0].shape[1:])
+                size = size or own
+                if own != size:
+                    raise DreamkitError(f"these images are {own}, those before them {size}")
         return JoinedImages(parts)

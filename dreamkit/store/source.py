@@ -39,7 +39,8 @@ class Dreams:
         """
         if self.path is None:
             raise StoreError(
-                "give the path of an earlier run: a run's own dreams are only for training",
+                "give the path of an earlier run: a run's own dreams are only for training, and "
+                "then alone",
                 ("path",),
             )
         content = DreamStore(find_store(Path(self.path))).open()

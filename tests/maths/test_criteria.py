@@ -143,7 +143,7 @@ def test_coupled_gates_add_up_before_the_square(toys):
     (coupled,) = [score for score in scores.values() if len(score) == 4]
     together = explicit(model, one_by_one(two_batches(toys)), ["bn1", "bn2"], cross_entropy)
     apart = explicit(model, one_by_one(two_batches(toys)), ["bn1"], cross_entropy) + explicit(
-        model, two_batches(toys), ["bn2"], cross_entropy
+        model, one_by_one(two_batches(toys)), ["bn2"], cross_entropy
     )
     assert not torch.allclose(together, apart, rtol=1e-2), "else this would show nothing"
     torch.testing.assert_close(coupled, together, rtol=1e-4, atol=1e-9)
@@ -198,6 +198,30 @@ def test_a_layer_that_is_called_twice_has_one_gate(toys):
     step = step_of(toys, model, groups=[group])
     expected = explicit(model, one_by_one(two_batches(toys)), ["again"], cross_entropy)
     (score,) = Taylor(loss="ce")(step)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("twin", [lambda x: torch.cat([x, x.flip(3)]), lambda x: x[:1]])
+def test_rows_that_are_no_images_have_no_gradients_of_their_own(toys, twin):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            parts = self.fc(self.conv(twin(x)).mean((2, 3)))
+            return (
+                parts.reshape(-1, len(x), 3).sum(0) if len(parts) > 1 else parts.expand(len(x), 3)
+            )
+
+    channels = torch.arange(4)
+    group = ChannelGroup("conv", 4, (Member("conv", "out", channels, channels),))
+    model = Odd().eval()
+    step = step_of(toys, model, groups=[group], batches=two_batches(toys))
+    with pytest.raises(NothingToPrune, match=r"conv is given .* set 'squares: batch'"):
+        Taylor(loss="ce")(step)
+    (score,) = Taylor(loss="ce", squares="batch")(step)
+    expected = explicit(model, two_batches(toys), ["conv"], cross_entropy)
     torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
 
 

@@ -20,6 +20,7 @@ from dreamkit.evaluation.features import find_layer, penultimate_layer, pooled
 from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores, weights_path
 from dreamkit.evaluation.frechet_distance import Gaussian, frechet_distance
 from dreamkit.evaluation.judgement import judge_by
+from dreamkit.sources.joined import Joined
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.types import NO_LABEL, RunContext, StoredImages, Teacher
@@ -460,6 +461,9 @@ def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
     judge = Judge(images=Dreams(str(tmp_path)), verifiers=(other(toys),), splits=2)
     with pytest.raises(DreamkitError, match="the inverted teacher itself"):
         judge.run(context)
+    among = Joined((Held(images), Dreams(str(tmp_path))))
+    with pytest.raises(DreamkitError, match="the inverted teacher itself"):
+        Judge(images=among, verifiers=(other(toys),), splits=2).run(context)
     third = Given(toys.teacher(toys.residual(), toys.card(weights_sha256="ghi")))
     Judge(images=Dreams(str(tmp_path)), verifiers=(third,), splits=2).run(context)
     assert context.metrics["judge.images"] == 6

@@ -394,3 +394,19 @@ def test_what_a_joined_source_raises_is_placed_at_it(toys, tmp_path):
     assert raised.value.path[:2] == ("of", 1)
     with pytest.raises(OptionError, match="at least one"):
         Joined(())
+
+
+def test_joined_images_are_of_one_size(toys):
+    class Of:
+        def __init__(self, images):
+            self.images = images
+
+        def open(self, card):
+            return self.images
+
+    sized = [
+        Of(toys.images(count, size=(3, side, side))) for count, side in ((0, 4), (2, 8), (2, 4))
+    ]
+    assert len(Joined((sized[0], sized[1])).open(toys.card())) == 2
+    with pytest.raises(DreamkitError, match=r"\(3, 4, 4\), those before them \(3, 8, 8\)"):
+        Joined((sized[0], sized[1], sized[2])).open(toys.card())
