@@ -73,7 +73,8 @@ class InversionLoss:
         student_logits: Tensor | None = None
         features: Tensor | None = None
         statistics: tuple[LayerStatistics, ...] = ()
-        with arithmetic or nullcontext():
+        # Told by None: older compilers cannot take a context's truth.
+        with nullcontext() if arithmetic is None else arithmetic:
             if self.tap is not None:
                 logits, statistics = self.tap(images)
                 if self.smoothed is not None:
