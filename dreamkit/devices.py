@@ -18,27 +18,30 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return _own_gpu("cuda")
+            return _own_gpu()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     seen = {"cpu": True, "mps": torch.backends.mps.is_available()}
     available = seen.get(device.type, (device.index or 0) < torch.cuda.device_count())
     if not available:
         raise DreamkitError(f"torch sees no device '{name}'; use auto or cpu", ("device",))
-    return _own_gpu(name) if device.type == "cuda" and device.index is None else device
+    return _own_gpu() if device.type == "cuda" and device.index is None else device
 
 
-def _own_gpu(name: str) -> torch.device:
-    """Return the GPU, where there are several ranks this one's."""
+def _own_gpu() -> torch.device:
+    """Return the first GPU, where there are several ranks this one's.
+
+    With its number: ``torch.cuda.set_device`` takes no other.
+    """
     if size() == 1:
-        return torch.device(name)
+        return torch.device("cuda", 0)
     if local_rank() >= torch.cuda.device_count():
         raise DreamkitError(
             f"this machine has {torch.cuda.device_count()} GPUs: start no more processes on it "
             "(torchrun --nproc-per-node)",
             ("device",),
         )
-    return torch.device(name, local_rank())
+    return torch.device("cuda", local_rank())
 
 
 def default_backend(registries: Registries, device: torch.device) -> LatencyBackend:

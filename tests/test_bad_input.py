@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import nn
 
+from dreamkit.devices import choose_device
+
 Invoke = Callable[..., Any]
 Write = Callable[..., Path]
 Tree = dict[str, bytes | None]
@@ -216,6 +218,14 @@ def test_a_device_that_torch_does_not_see(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     path = recipe_file({**tiny, "device": "cuda:7"})
     assert refused(path) == f"{path}:2:9 device: torch sees no device 'cuda:7'; use auto or cpu"
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_has_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.cuda.set_device refuses a device without one.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device(name) == torch.device("cuda", 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
