@@ -320,10 +320,18 @@ def test_a_student_and_its_dreams_grow_together(tmp_path, invoke, preset):
     assert dreamkit.load_student(folder / "student", allow_builder=True).card.num_classes == 10
 
 
-@pytest.mark.slow
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "recipes" / "cifar10").iterdir()))
-def test_every_cifar_recipes_smoke_preset_whole(tmp_path, invoke, name):
+def test_every_cifar_recipes_smoke_preset_whole(tmp_path, invoke, name, device):
     command = ["run", str(ROOT / "recipes" / "cifar10" / f"{name}.yaml"), "--preset", "smoke"]
+    command += ["--set", f"device={device}"]
     images = 32
     if name == "continual":  # it learns from real images
         sets = [["frog", "horse"], ["ship", "truck"]]

@@ -33,8 +33,11 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 """How far a compiled gradient may be from the eager one, relative in the l2 norm."""
 COMPILE_SECONDS = 15.0
 COMPILE_SECONDS_PER_LAYER = 1.2
-EXPECTED_SPEEDUP = 1.3
-"""Of a compiled step over an eager one, for planning: see ``benchmarks/README.md``."""
+EXPECTED_SPEEDUP = {"cpu": 1.3, "cuda": 2.0}
+"""Of a compiled step over an eager one, by kind of device, for planning.
+
+See ``benchmarks/README.md``; on a GPU the least of what was seen.
+"""
 
 
 @dataclass(frozen=True)

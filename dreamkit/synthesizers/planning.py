@@ -67,7 +67,8 @@ def prepare(
     if chosen_here:
         shapes = {tuple(phase.images.shape) for phase in phases}
         cost = len(shapes) * compile_seconds
-        saved = estimate.seconds * (1 - 1 / EXPECTED_SPEEDUP)
+        speedup = EXPECTED_SPEEDUP.get(device.type, 1.3)
+        saved = estimate.seconds * (1 - 1 / speedup)
         engine = replace(engine, compile=saved > cost)
         if saved <= cost:
             note(
