@@ -90,7 +90,11 @@ def prepare(
         note(f"inversion runs without compilation: {problem}")
         return replace(engine, compile=False), estimate
     note(f"inversion compiled in {spent:.0f} s: {eager / compiled:.1f} times as fast")
-    return engine, Estimate(spent + batches * compiled, peak.total)
+    memory = peak.total
+    if device.type == "cuda":
+        # A graph's memory was allocated as it was recorded, and replaying it allocates none.
+        memory = max(memory, estimate.memory_bytes)
+    return engine, Estimate(spent + batches * compiled, memory)
 
 
 def compile_phases(evaluator: Evaluator, phases: Sequence[Phase]) -> str | None:
