@@ -67,7 +67,7 @@ def prepare(
     if chosen_here:
         shapes = {tuple(phase.images.shape) for phase in phases}
         cost = len(shapes) * compile_seconds
-        speedup = EXPECTED_SPEEDUP.get(device.type, 1.3)
+        speedup = EXPECTED_SPEEDUP.get(device.type, EXPECTED_SPEEDUP["cpu"])
         saved = estimate.seconds * (1 - 1 / speedup)
         engine = replace(engine, compile=saved > cost)
         if saved <= cost:
