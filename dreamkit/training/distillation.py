@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import DreamkitError
-from dreamkit.training.losses.distillation import distillation_loss, mixed_cross_entropy
+from dreamkit.training.losses.distillation import (
+    distillation_loss,
+    logit_distance,
+    mixed_cross_entropy,
+)
 from dreamkit.training.trainer import Batch, Trainer, Training
 from dreamkit.types import NO_LABEL
 
@@ -21,11 +25,14 @@ class Distillation(Training):
     Hinton et al. 2015; DeepInversion (Yin et al., CVPR 2020), eq. 1 and section 4.1.
 
     Args:
-        temperature: of the softmax, τ in eq. 1.
+        soft_loss: what is to be as the teacher's: ``kl``, the softmax's probabilities (eq. 1), or
+            ``l1``, the logits, by their mean absolute difference (Fang et al. 2019).
+        temperature: of the softmax, τ in eq. 1; ``l1`` has none.
         hard_labels: weight of the cross-entropy to the images' own labels; the distillation loss
             has the rest.
     """
 
+    soft_loss: Literal["kl", "l1"] = "kl"
     temperature: Annotated[float, Field(gt=0)] = 3.0
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -48,7 +55,10 @@ class Distiller(Trainer[Distillation]):
             raise DreamkitError("these images have no labels; set it to 0", ("hard_labels",))
         mixed = self.augmenter(self.card.normalise(stored), labels)
         student_logits, teacher_logits = self.forward(mixed.images)
-        soft = distillation_loss(student_logits, teacher_logits, self.options.temperature)
+        if self.options.soft_loss == "l1":
+            soft = logit_distance(student_logits, teacher_logits)
+        else:
+            soft = distillation_loss(student_logits, teacher_logits, self.options.temperature)
         if self.options.hard_labels == 0:
             return soft
         hard = mixed_cross_entropy(student_logits, mixed)
