@@ -451,7 +451,8 @@ def bench_teachers(
     source: Annotated[
         list[str] | None,
         typer.Option(
-            help="timm, torchvision, cifar, bundled (repeatable) [default: the first two]"
+            help="timm, torchvision, cifar, bundled, a plugin's (repeatable) "
+            "[default: the first two]"
         ),
     ] = None,
     models: Annotated[
@@ -482,6 +483,7 @@ def bench_teachers(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many of what is chosen")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Measure what teachers cost to invert, and how good their dreams are; one row a teacher.
 
@@ -501,11 +503,11 @@ def bench_teachers(
     """
     from dreamkit.teacher_bench import draw, select, settle, show, sweep
 
-    registries, console = _registries(None), Console()
+    registries, console = _registries(plugin), Console()
     chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
     settings = settle(registries, weights, batch_size, steps, verifier, device)
     try:
-        rows = sweep(registries, chosen, settings, json_, seconds_per_model, console)
+        rows = sweep(registries, chosen, settings, json_, seconds_per_model, console, plugin or [])
     except KeyboardInterrupt:
         print("interrupted: finished teachers are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

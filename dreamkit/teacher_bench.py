@@ -168,12 +168,21 @@ class Results:
 
 @dataclass(frozen=True)
 class Task:
-    """One teacher to measure; ``verifier`` is the card of the one that judges its dreams."""
+    """One teacher to measure.
+
+    Args:
+        source: entry of ``teachers``.
+        model: of that source.
+        settings: what the figures depend on.
+        verifier: the card of the teacher that judges its dreams.
+        plugins: modules or files that its process loads.
+    """
 
     source: str
     model: str
     settings: Settings
     verifier: Card | None = None
+    plugins: tuple[str, ...] = ()
 
 
 # --- what is to be measured -----------------------------------------------------------------
@@ -310,6 +319,7 @@ def sweep(
     path: Path,
     limit_seconds: float,
     console: Console,
+    plugins: Sequence[str] = (),
 ) -> list[TeacherRow]:
     """Measure teachers one after another, writing what is known after each.
 
@@ -321,6 +331,7 @@ def sweep(
         path: the file, which may be there already.
         limit_seconds: time for one teacher, the start of its process included.
         console: told of each teacher in one line.
+        plugins: modules or files that made the registries what they are.
 
     Returns:
         The rows of the selection, in the order in which they were measured.
@@ -345,7 +356,8 @@ def sweep(
     for number, (source, model) in enumerate(selection, 1):
         if (source, model) in kept:
             continue
-        row = measure_in_child(Task(source, model, settings, verifier), limit_seconds)
+        task = Task(source, model, settings, verifier, tuple(plugins))
+        row = measure_in_child(task, limit_seconds)
         rows.pop((source, model), None)
         rows[source, model] = row
         results.teachers = list(rows.values())
@@ -480,7 +492,7 @@ def measure(task: Task, deadline: float, tell: Tell) -> None:
         deadline: by ``time.time()``; no dreaming is begun that would not end before.
         tell: takes what became known.
     """
-    registries, settings = build_registries(), task.settings
+    registries, settings = build_registries(list(task.plugins)), task.settings
     tell({"stage": "loading it"})
     try:
         teacher = load_teacher(registries, task.source, task.model, settings.weights)

@@ -145,6 +145,12 @@ def test_a_plugins_board_and_teacher_are_measured(tmp_path, invoke):
     code, out, _ = invoke("doctor", *named, "--device", "cpu")
     assert code == 0
     assert "inversion: yes" in out
+    swept = ("--source", "theirs", "--models", "digits_resnet8", "--steps", "2", "--device", "cpu")
+    rows = tmp_path / "rows.json"
+    code, _, err = invoke("bench", "teachers", *swept, "--json", rows, "--plugin", plugin)
+    assert code == 0, err
+    (row,) = json.loads(rows.read_text())["teachers"]
+    assert (row["source"], row["reasons"]) == ("theirs", [])
     code, _, err = invoke("doctor", named[0])
     assert code == 2
     assert "'theirs'" in err
