@@ -6,9 +6,9 @@
     python benchmarks/pruning_tables.py --tables 5 --eta 0.03 0.1 0.3 1
     python benchmarks/pruning_tables.py --quick    # the mechanics
 
-Every cell is a run of ``recipes/cifar10/prune_ha.yaml`` under --out, shared by both tables;
-finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of them (as
-of ``dreamkit run``). Rows that need --original or --proxy are left out without. Without --generator
+Every cell is a run of ``pruning_tables.yaml``, beside this file, under --out, shared by both
+tables; finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of
+them (as of ``dreamkit run``). Rows that need --original or --proxy are left out without. Without --generator
 its row has the images of recipes/cifar10/fast_meta.yaml, whose generator the teacher alone trains:
 as many as that recipe's preset makes, all of ``--set`` but ``synthesis``. In table 4 channels are
 ranked by Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dreams left,
@@ -37,7 +37,7 @@ from dreamkit.recipe import read_recipe
 from dreamkit.store.artifact import read_artifact
 from dreamkit.students import load_student, load_unpruned
 
-RECIPE = RECIPES / "cifar10" / "prune_ha.yaml"
+RECIPE = Path(__file__).with_suffix(".yaml")
 GENERATOR = RECIPES / "cifar10" / "fast_meta.yaml"
 RATIOS = (0.29, 0.63)
 """FLOPs left in the paper's table 4: -71 % and -37 %."""
@@ -63,13 +63,6 @@ RUNS = 5
 """Times that table 5's networks are timed in turn, of which each one's middle counts."""
 SEED = "%seed%"
 """Stands in a cell for the seed of its run."""
-AS_PUBLISHED = [
-    "application.selection=greedy",
-    "application.ranking_batches=4",
-    "application.reconstruction.images=1024",
-    "application.reconstruct_each=false",
-]
-"""Where the recipe departs from what the published tables were measured with; --set may too."""
 DREAMED = "application={name: synthesize}"
 PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 0.3}]"
 GENERATOR_TERMS = "synthesis.regularizers=[{name: bn_feature, weight: 10}]"
@@ -123,8 +116,7 @@ class Tables:
             # What is set of DeepInversion's synthesis means nothing to another's.
             own = cell.recipe == RECIPE
             general = [c for c in self.options.changes if own or not c.startswith("synthesis")]
-            published = AS_PUBLISHED if own else []
-            changes = [*published, *general, *changes, f"seed={seed}"]
+            changes = [*general, *changes, f"seed={seed}"]
             metrics, _ = run_recipe(cell.recipe, self.options.preset, changes, folder, self.console)
             found.append(metrics)
         return found
