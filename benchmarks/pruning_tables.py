@@ -8,13 +8,13 @@
 
 Every cell is a run of ``pruning_tables.yaml``, beside this file, under --out, shared by both
 tables; finished ones are read, not repeated, and interrupted ones go on. ``--set`` changes all of
-them (as of ``dreamkit run``). Rows that need --original or --proxy are left out without. Without --generator
-its row has the images of recipes/cifar10/fast_meta.yaml, whose generator the teacher alone trains:
-as many as that recipe's preset makes, all of ``--set`` but ``synthesis``. In table 4 channels are
-ranked by Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's dreams left,
-and "reconstructed" the same fitted by least squares. DeepInversion dreams once per seed, as many
-images as ADI, for all the rows that use them. Table 5's latencies are measured in the end, of all
-its networks in turn.
+them (as of ``dreamkit run``). Rows that need --original or --proxy are left out without. Without
+--generator its row has the images of recipes/cifar10/fast_meta.yaml, whose generator the teacher
+alone trains: as many as that recipe's preset makes, all of ``--set`` but ``synthesis``. In table 4
+channels are ranked by Taylor importance alone; "no fine-tuning" is what pruning on DeepInversion's
+dreams left, and "reconstructed" the same fitted by least squares. DeepInversion dreams once per
+seed, as many images as ADI, for all the rows that use them. Table 5's latencies are measured in the
+end, of all its networks in turn.
 """
 
 from __future__ import annotations
