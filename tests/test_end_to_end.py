@@ -268,7 +268,11 @@ def test_paper_presets_optimise_pixels_to_the_last_step() -> None:
     assert {"prune_resnet50_ha.yaml", "adaptive.yaml", "transfer_resnet50.yaml"} <= {*checked}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "recipes").rglob("*.yaml")), ROOT / "benchmarks" / "pruning_tables.yaml"],
+    ids=lambda p: p.stem,
+)
 def test_adaptive_presets_train_long_enough_for_all_their_dreams(path) -> None:
     presets = yaml.safe_load(path.read_text(encoding="utf-8")).get("presets") or {}
     several = []

@@ -76,5 +76,8 @@ def test_every_cell_is_a_recipe_and_a_row(
     pruned = begun["proxy-0.29-eta0-draft-0"]["application"]
     assert pruned["images"]["labelled"] is False
     assert pruned["target"] == {"flops": 0.29}
+    # What "no fine-tuning" shows is of a network that was never trained, nor fitted on the way.
+    assert pruned["reconstruction"] == {"images": 1024}
+    assert not {"finetune", "reconstruct_each"} & {*pruned}
     assert begun["adaptive-0.63-eta0-draft-0"]["application"]["adaptive"]["batches"] == 4
     assert set(json.loads(figures.read_text())) >= {"table4"}

@@ -62,6 +62,8 @@ from dreamkit.types import (
 
 EVALUATED = 2048
 """Evaluation images that are looked at after every round."""
+SEEDS_OF_A_PAUSE = 1000
+"""How far the seeds of two trainings of a run lie apart: more than one training uses."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Prune(Taught):
         reconstruct_each: do that in every round, before ``finetune``, so that channels are ranked
             on what the network has become without those that went. It makes anew what the last
             ``finetune`` taught, of which the ranking remains.
-        finetune: distillation between two rounds of pruning; null prunes without a pause.
+        finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
+            dreams; null prunes without a pause.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
             or ``knapsack``, the least importance that saves what a round has to (HALP; Shen et
@@ -286,8 +289,11 @@ class _Pruning:
             recalibrate(self.student, self.sample, self.card, context.device, batches, size)
         if options.finetune is not None:
             with placed("finetune", always=False):
-                stage = f"finetune {self.rounds + 1}"
-                train_student(context, self.student, self.images, options.finetune, stage, False)
+                number = self.rounds + 1
+                # Each pause draws other images, other crops and other pairs to mix.
+                pause = dataclasses.replace(context, seed=context.seed + SEEDS_OF_A_PAUSE * number)
+                stage = f"finetune {number}"
+                train_student(pause, self.student, self.images, options.finetune, stage, False)
         left = sum(group.channels for group in self.graph.groups()[0])
         self.shares = self.budget.shares(self.student, left)
         if self.budget.met(self.shares):

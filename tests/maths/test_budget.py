@@ -412,19 +412,39 @@ def test_finetuning_between_rounds_changes_what_goes_on_being_pruned(toys, conte
     assert tuned.metrics["training.steps"] > plain.metrics["training.steps"]
 
 
+def test_every_pause_draws_other_images(toys, context, monkeypatch):
+    seeds = []
+
+    def teach(context, student, images, options, stage, resumable):
+        seeds.append((stage, context.seed, resumable))
+
+    work = context(Weights(), toys.two_bn())
+    work.seed = 7
+    monkeypatch.setattr(prune_module, "train_student", teach)
+    between = Recovery(steps=2, batch_size=8, precision="float32")
+    pruning(toys, finetune=between, step=0.1).run(work)
+    assert len(seeds) > 1
+    assert seeds == [(f"finetune {n}", 7 + 1000 * n, False) for n in range(1, len(seeds) + 1)]
+
+
 class Interrupted(BaseException):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize(
+    "between",
+    [
+        {},
+        {"reconstruction": Reconstruction(images=24, batch_size=8), "reconstruct_each": True},
+        {"finetune": Recovery(steps=2, batch_size=8, precision="float32", soft_loss="l1", ema=0.9)},
+    ],
+    ids=["plain", "fitted", "trained"],
+)
 @pytest.mark.parametrize("where", ["second round", "recovery"])
 def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(
-    toys, context, monkeypatch, where, fitted
+    toys, context, monkeypatch, where, between
 ):
-    given = {"criteria": (Term("random", 1.0, Random()),), "step": 0.1}
-    if fitted:
-        fit = Reconstruction(images=24, batch_size=8)
-        given |= {"reconstruction": fit, "reconstruct_each": True}
+    given = {"criteria": (Term("random", 1.0, Random()),), "step": 0.1} | between
     options = pruning(toys, **given)
     whole = context(Weights(), toys.two_bn())
     whole.folder = whole.folder / "whole"
