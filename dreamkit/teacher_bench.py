@@ -492,7 +492,7 @@ def measure(task: Task, deadline: float, tell: Tell) -> None:
         deadline: by ``time.time()``; no dreaming is begun that would not end before.
         tell: takes what became known.
     """
-    registries, settings = build_registries(list(task.plugins)), task.settings
+    registries, settings = build_registries(task.plugins), task.settings
     tell({"stage": "loading it"})
     try:
         teacher = load_teacher(registries, task.source, task.model, settings.weights)

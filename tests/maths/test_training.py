@@ -240,7 +240,7 @@ def test_hard_labels_by_hand(toys):
     assert loss == pytest.approx((0.75 * soft + 0.25 * hard).item(), rel=1e-4)
 
 
-def test_distance_of_the_logits_by_hand(toys):
+def test_distance_of_the_logits_by_hand():
     # |1 - 3|, |0 + 1|, |2 - 2|, |5 - 4|: four classes in all, so the mean is 1.
     student = torch.tensor([[1.0, 0], [2, 5]], requires_grad=True)
     loss = logit_distance(student, torch.tensor([[3.0, -1], [2, 4]]))
