@@ -17,10 +17,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.applications.dreaming import batch_seed
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
+from dreamkit.stages.dreaming import batch_seed
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.training.augmentation import random_crop, random_flip

@@ -25,7 +25,6 @@ import torchvision
 from cifar_10 import cifar_checkpoint, tuned_fourier, tuned_pixels
 from plain_loop import paper_settings
 
-from dreamkit.applications.dreaming import batch_plans
 from dreamkit.applications.judge import check_verifier, metric_names
 from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cross_model import observe
@@ -35,6 +34,7 @@ from dreamkit.latency.processor import processor_name
 from dreamkit.registry import Term
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.folder import Folder
+from dreamkit.stages.dreaming import batch_plans
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.types import Images, StoredImages, Teacher
 from dreamkit.version import __version__

@@ -25,11 +25,11 @@ from cifar_10 import cifar_checkpoint, tuned_fourier, tuned_pixels
 from plain_loop import PlainLoop, paper_settings
 from torch import Tensor
 
-from dreamkit.applications.dreaming import batch_seed, judge
 from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.latency.processor import processor_name
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.report.figures import grid
+from dreamkit.stages.dreaming import batch_seed, judge
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine

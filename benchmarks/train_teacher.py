@@ -29,7 +29,6 @@ from rich.console import Console
 from supervised_training import Settings, Training
 from torch import Tensor
 
-from dreamkit.applications.dreaming import format_duration
 from dreamkit.arithmetic import settled
 from dreamkit.card import Card
 from dreamkit.devices import choose_device
@@ -38,6 +37,7 @@ from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import TorchvisionDataset
+from dreamkit.stages.dreaming import format_duration
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.teachers.cifar_networks import NETWORKS, build_network
 from dreamkit.training.batches import drawn, in_order

@@ -8,7 +8,7 @@ from dreamkit.registry import hookimpl
 from dreamkit.version import __version__
 
 if TYPE_CHECKING:
-    from dreamkit.students import load_student
+    from dreamkit.deploy.students import load_student
 
 __all__ = ["__version__", "hookimpl", "load_student"]
 
@@ -16,7 +16,7 @@ __all__ = ["__version__", "hookimpl", "load_student"]
 def __getattr__(name: str) -> Any:
     # Loading a student needs torch, which takes seconds to import; listing plugins does not.
     if name == "load_student":
-        from dreamkit.students import load_student
+        from dreamkit.deploy.students import load_student
 
         return load_student
     raise AttributeError(f"module 'dreamkit' has no attribute {name!r}")

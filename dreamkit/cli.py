@@ -321,7 +321,7 @@ def export(
 
         dreamkit export runs/quickstart --format torch-export --batch-size 1
     """
-    from dreamkit.exporting import export_student, show_exported
+    from dreamkit.deploy.exporting import export_student, show_exported
 
     show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
 
@@ -336,7 +336,7 @@ def verify(
 
         dreamkit verify runs/quickstart
     """
-    from dreamkit.verifying import show_findings, verify_run
+    from dreamkit.checkup.verifying import show_findings, verify_run
 
     if not show_findings(verify_run(run_directory), Console()):
         raise typer.Exit(1)
@@ -361,8 +361,8 @@ def doctor(
 
         dreamkit doctor timm:hrnet_w18_small --batch-size 2
     """
+    from dreamkit.checkup.doctor import diagnose, show_diagnosis
     from dreamkit.devices import choose_device
-    from dreamkit.doctor import diagnose, show_diagnosis
     from dreamkit.teacher_bench import load_named
 
     found = load_named(_registries(plugin), "TEACHER", teacher, weights)

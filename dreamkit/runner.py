@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 from dreamkit import distributed
-from dreamkit.applications.dreaming import estimate_synthesis
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog
 from dreamkit.run_report import build_report, show, write_pages
+from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import NO_LABEL, Images, RunContext, RunLog, Teacher

@@ -30,7 +30,6 @@ from rich.markup import escape
 from rich.table import Table
 from torch.nn import functional as F
 
-from dreamkit.applications.dreaming import batch_seed, format_duration, judge
 from dreamkit.card import Card
 from dreamkit.devices import choose_device
 from dreamkit.errors import (
@@ -48,6 +47,7 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import scatter
 from dreamkit.report.tables import quantity
+from dreamkit.stages.dreaming import batch_seed, format_duration, judge
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage

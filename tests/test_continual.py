@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 import dreamkit
-from dreamkit.applications import continual, teaching
+from dreamkit.applications import continual
 from dreamkit.sources.digits import Digits
+from dreamkit.stages import teaching
 from dreamkit.teachers.weights import hash_weights
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dreamkit
-from dreamkit import exporting, lut_building
+from dreamkit import lut_building
 from dreamkit.card import Card
+from dreamkit.deploy import exporting
 from dreamkit.errors import DreamkitError
 from dreamkit.lut_building import build_for, check_for
 from dreamkit.plugins import build_registries

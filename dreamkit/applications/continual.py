@@ -24,17 +24,6 @@ import torch
 from pydantic import Field
 
 from dreamkit import distributed
-from dreamkit.applications.adaptive import Adaptive, Growth, check_rhythm, growing
-from dreamkit.applications.dreaming import (
-    batch_seed,
-    images_for,
-    is_own_dreams,
-    report_synthesis,
-    student_folder,
-)
-from dreamkit.applications.measuring import measure_cost
-from dreamkit.applications.retention import Retention
-from dreamkit.applications.teaching import teach
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
@@ -42,6 +31,17 @@ from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head, grow_head
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
+from dreamkit.stages.adaptive import Adaptive, Growth, check_rhythm, growing
+from dreamkit.stages.dreaming import (
+    batch_seed,
+    images_for,
+    is_own_dreams,
+    report_synthesis,
+    student_folder,
+)
+from dreamkit.stages.measuring import measure_cost
+from dreamkit.stages.retention import Retention
+from dreamkit.stages.teaching import teach
 from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams

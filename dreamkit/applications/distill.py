@@ -11,16 +11,16 @@ from typing import Annotated
 
 from torch import nn
 
-from dreamkit.applications.adaptive import Adaptive, Taught, growing
-from dreamkit.applications.dreaming import (
+from dreamkit.errors import placed
+from dreamkit.registry import EntryOf
+from dreamkit.stages.adaptive import Adaptive, Taught, growing
+from dreamkit.stages.dreaming import (
     images_for,
     report_synthesis,
     student_folder,
 )
-from dreamkit.applications.measuring import measure_cost, measure_quality
-from dreamkit.applications.teaching import train_student
-from dreamkit.errors import placed
-from dreamkit.registry import EntryOf
+from dreamkit.stages.measuring import measure_cost, measure_quality
+from dreamkit.stages.teaching import train_student
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.checking import check_fits, check_outputs
 from dreamkit.training.distillation import Distillation

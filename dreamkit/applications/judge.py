@@ -15,8 +15,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dreamkit.applications.dreaming import images_for, is_own_dreams
-from dreamkit.applications.measuring import measure_quality
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.evaluation.features import find_layer
@@ -24,6 +22,8 @@ from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
 from dreamkit.sources.joined import Joined
+from dreamkit.stages.dreaming import images_for, is_own_dreams
+from dreamkit.stages.measuring import measure_quality
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams, find_store
 from dreamkit.teachers.checking import check_outputs

@@ -20,14 +20,6 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit import distributed
-from dreamkit.applications.adaptive import Adaptive, Taught
-from dreamkit.applications.budget import TOLERANCE, Budget, Target
-from dreamkit.applications.dreaming import student_folder
-from dreamkit.applications.measuring import measure_cost, measure_quality, time_models
-from dreamkit.applications.pruning_checkpoint import PruningCheckpoint
-from dreamkit.applications.ranking import Normalise, Ranking
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.applications.teaching import first_images, go_on_with, train_student
 from dreamkit.errors import (
     MissingPath,
     NothingToPrune,
@@ -44,6 +36,14 @@ from dreamkit.pruning.knapsack import choose_knapsack
 from dreamkit.pruning.selection import Limits, choose, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
+from dreamkit.stages.adaptive import Adaptive, Taught
+from dreamkit.stages.budget import TOLERANCE, Budget, Target
+from dreamkit.stages.dreaming import student_folder
+from dreamkit.stages.measuring import measure_cost, measure_quality, time_models
+from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
+from dreamkit.stages.ranking import Normalise, Ranking
+from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.stages.teaching import first_images, go_on_with, train_student
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs

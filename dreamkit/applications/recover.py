@@ -16,13 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit import distributed
-from dreamkit.applications.adaptive import Adaptive, Taught
-from dreamkit.applications.dreaming import student_folder
-from dreamkit.applications.measuring import measure_cost, measure_quality
 from dreamkit.applications.prune import EVALUATED, Recovery
-from dreamkit.applications.pruning_checkpoint import PruningCheckpoint
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.applications.teaching import first_images, go_on_with
 from dreamkit.errors import OptionError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
@@ -36,6 +30,12 @@ from dreamkit.pruning.unstructured import (
     sparsity_of,
 )
 from dreamkit.registry import EntryOf
+from dreamkit.stages.adaptive import Adaptive, Taught
+from dreamkit.stages.dreaming import student_folder
+from dreamkit.stages.measuring import measure_cost, measure_quality
+from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
+from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.stages.teaching import first_images, go_on_with
 from dreamkit.store.artifact import write_artifact
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dreamkit.applications.dreaming import dream_into_store
-from dreamkit.applications.measuring import measure_quality
+from dreamkit.stages.dreaming import dream_into_store
+from dreamkit.stages.measuring import measure_quality
 from dreamkit.types import RunContext
 
 

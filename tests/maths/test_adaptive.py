@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from dreamkit.applications import teaching
-from dreamkit.applications.adaptive import Adaptive, Growth, growing
-from dreamkit.applications.dreaming import batch_plans
-from dreamkit.applications.teaching import train_student
 from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
+from dreamkit.stages import teaching
+from dreamkit.stages.adaptive import Adaptive, Growth, growing
+from dreamkit.stages.dreaming import batch_plans
+from dreamkit.stages.teaching import train_student
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.pool import Pool

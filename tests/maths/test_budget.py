@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.applications import measuring
 from dreamkit.applications import prune as prune_module
-from dreamkit.applications.budget import Budget, Target
 from dreamkit.applications.prune import Prune, Recovery
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.criteria.bn_scale import BNScale
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
@@ -24,6 +21,9 @@ from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import LayerLimits, Limits, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import Term
+from dreamkit.stages import measuring
+from dreamkit.stages.budget import Budget, Target
+from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.store.artifact import read_artifact
 from dreamkit.types import RunContext, Timing
 

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from dreamkit import distributed
-from dreamkit.applications.dreaming import (
+from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.stages.dreaming import (
     batch_plans,
     batch_seed,
     dream_into_store,
@@ -23,9 +26,6 @@ from dreamkit.applications.dreaming import (
     is_own_dreams,
     judge,
 )
-from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
-from dreamkit.registry import Term
-from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers import deepinversion

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit import compilation
-from dreamkit.applications.dreaming import judge
 from dreamkit.arithmetic import has_native_bfloat16, settled
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.stages.dreaming import judge
 from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import (

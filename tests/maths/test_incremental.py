@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dreamkit.applications.retention import confusion_matrix
 from dreamkit.errors import DreamkitError
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import frozen
 from dreamkit.registry import Term
+from dreamkit.stages.retention import confusion_matrix
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.batches import Shifted, drawn_by_class, labels_of
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining

@@ -9,9 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dreamkit.applications import recover, teaching
+from dreamkit.applications import recover
 from dreamkit.applications.prune import Recovery
-from dreamkit.applications.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.applications.recover import Recover
 from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import (
@@ -21,6 +20,8 @@ from dreamkit.pruning.unstructured import (
     remove_weights,
     sparsity_of,
 )
+from dreamkit.stages import teaching
+from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.store.artifact import read_artifact, write_artifact
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.trainer import Trainer

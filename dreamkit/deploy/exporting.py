@@ -15,11 +15,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dreamkit.card import Card
+from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
 from dreamkit.latency.sampling import alternate
 from dreamkit.store.dreams import MANIFEST, DreamStore
-from dreamkit.students import load_student, load_unpruned
 from dreamkit.types import RunContext, Timing
 
 Format = Literal["onnx", "torch-export", "torchscript"]

@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dreamkit.applications.dreaming import format_duration
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cost import Cost, count
@@ -17,6 +16,7 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.tables import quantity
+from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.types import ChannelGroup, Estimate, Teacher

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from dreamkit import distributed
-from dreamkit.applications.adaptive import Adaptive, Growth, growing
-from dreamkit.applications.dreaming import images_for, report_synthesis
 from dreamkit.errors import DreamkitError, StoreError, placed
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import frozen, seeded
+from dreamkit.stages.adaptive import Adaptive, Growth, growing
+from dreamkit.stages.dreaming import images_for, report_synthesis
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.batches import Draws

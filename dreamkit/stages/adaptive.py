@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from dreamkit.applications.dreaming import Dreaming, dreaming, is_own_dreams, open_store
 from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.stages.dreaming import Dreaming, dreaming, is_own_dreams, open_store
 from dreamkit.store.pool import Pool
 from dreamkit.types import ImageSource, RunContext
 

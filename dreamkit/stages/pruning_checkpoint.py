@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamkit.applications.reconstructing import reconstruction_facts, restore_facts
 from dreamkit.errors import StoreError
+from dreamkit.stages.reconstructing import reconstruction_facts, restore_facts
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.types import Images, RunContext
 

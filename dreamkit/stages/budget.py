@@ -13,12 +13,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from dreamkit.applications.measuring import time_models
 from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.lut import LookUpTable
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.pruning.selection import Chunk
+from dreamkit.stages.measuring import time_models
 from dreamkit.types import ChannelGroup, LayerShape, RunContext
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]

@@ -1,0 +1,1 @@
+"""Students as files: loaded again, exported."""

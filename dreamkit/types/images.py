@@ -1,0 +1,53 @@
+"""Sets of stored images, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dreamkit.card import Card
+
+NO_LABEL = -1
+"""Stands for the class of an image whose class is not known."""
+
+
+class Images(Protocol):
+    """A set of stored images, all of one size, with labels (or ``NO_LABEL``)."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images (N, C, H, W) and labels (N,) int64."""
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images held in memory: stored images (N, C, H, W) uint8, labels and teacher logits."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return stored images and labels."""
+        chosen = torch.as_tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+class ImageSource(Protocol):
+    """An entry of ``sources``. Its constructor checks paths; ``open`` reads.
+
+    One whose images have classes of their own tells their names in order, with a method
+    ``class_names() -> tuple[str, ...] | None``.
+    """
+
+    def open(self, card: Card) -> Images:
+        """Return the images at the card's input size and channels."""

@@ -1,0 +1,183 @@
+"""One inversion: what regularizers see, what is dreamed, and who dreams it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.types.models import Teacher
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one BatchNorm layer saw of a batch, and what it stores of its training; each (C,)."""
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+@dataclass(frozen=True)
+class InversionStep:
+    """One step of an inversion, as regularizers see it.
+
+    Args:
+        images: (N, C, H, W), normalised; gradients flow to it.
+        labels: (N,) int64, the class each image is to show.
+        teacher_logits: (N, K).
+        student_logits: (N, K), only when a regularizer needs them.
+        bn_statistics: one for each BatchNorm layer in forward order, only when needed.
+        features: (N, F), the input of the teacher's last linear layer, only when needed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+    student_logits: Tensor | None = None
+    bn_statistics: tuple[LayerStatistics, ...] = ()
+    features: Tensor | None = None
+
+
+class Regularizer(Protocol):
+    """An entry of ``regularizers``.
+
+    A class that needs more than images, labels and teacher logits declares it:
+    ``needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})`` (or ``"student_logits"``,
+    ``"features"``).
+    """
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        """Return the unweighted term, a scalar of shape ()."""
+
+
+def needs(entry: object) -> frozenset[str]:
+    """Return what an entry declares that it needs."""
+    declared: frozenset[str] = getattr(entry, "needs", frozenset())
+    return declared
+
+
+class Parameterisation(Protocol):
+    """An entry of ``parameterisations``: the tensor that an optimizer moves, and its images.
+
+    ``render`` undoes ``encode`` and is differentiable. Images are normalised, (N, C, H, W).
+    """
+
+    def start(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+        """Return the parameters of random images of a shape, drawn on the CPU."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return parameters, a tensor of its own memory, whose images are these."""
+
+    def render(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the images of parameters; ``size`` is their height and width."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One unit of synthesis. Everything random in it comes from ``seed`` alone."""
+
+    index: int
+    first_image: int
+    size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Dream:
+    """One synthesised batch: normalised images (N, C, H, W), their labels (N,), the best loss."""
+
+    images: Tensor
+    labels: Tensor
+    loss: float
+
+
+OnStep = Callable[[int, Mapping[str, Tensor]], None]
+"""Called after each step with the steps done in this batch and the loss's detached terms."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What dreaming is expected to take: seconds, and bytes in use at the peak."""
+
+    seconds: float
+    memory_bytes: int
+
+
+class Dreamer(Protocol):
+    """A synthesizer bound to a teacher on a device, with every option settled.
+
+    ``choices`` are those options that the recipe left to the machine and that dreams depend on,
+    as plain data: given to the next session, they make the same dreams of the same plan.
+    """
+
+    @property
+    def batch_size(self) -> int:
+        """How many images are dreamed together."""
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """What was settled."""
+
+    def prepare(self, images: int) -> Estimate:
+        """Time a few steps, settle what depends on the time, and estimate the cost of images."""
+
+    def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
+        """Synthesise one batch.
+
+        Raises:
+            NonFiniteLoss: there is nothing to keep of this batch; others may be dreamed.
+        """
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what is carried from batch to batch, such as a generator; empty if nothing is."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+
+
+class Synthesizer(Protocol):
+    """An entry of ``synthesizers``.
+
+    One whose terms compete with a student that the recipe does not name says so:
+    ``needs_student: str | None`` is the name of that term. Only an application that declares
+    ``trains_student`` can use it.
+    """
+
+    images: int
+
+    @property
+    def steps_per_batch(self) -> int:
+        """How often ``on_step`` is called for a batch."""
+
+    def check(self, teacher: Teacher) -> None:
+        """Refuse a teacher that an option does not fit, before anything is written.
+
+        Raises:
+            TeacherMismatch: an option asks of the teacher what it does not have.
+        """
+
+    def session(
+        self,
+        teacher: Teacher,
+        device: torch.device,
+        choices: Mapping[str, Any] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+        student: nn.Module | None = None,
+    ) -> AbstractContextManager[Dreamer]:
+        """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
+
+        Args:
+            teacher: on ``device``.
+            device: where to work.
+            choices: what an earlier session of the same work settled.
+            note: told what the user must know.
+            student: on ``device``, trained between dreams; each batch is dreamed against it as
+                it then is, if the recipe names no other.
+        """

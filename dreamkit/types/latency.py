@@ -1,0 +1,112 @@
+"""How long layers and networks take on a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer at one input: the key of a latency look-up table.
+
+    ``kind`` is ``conv``, ``linear`` or ``norm``: a BatchNorm of ``c_out`` channels, together with
+    the activation module that follows it.
+    """
+
+    kind: str
+    c_in: int
+    c_out: int
+    kernel: tuple[int, ...] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    feature_map: tuple[int, ...] = ()
+    activation: str = ""
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has a filter of its own."""
+        return self.kind == "conv" and self.groups > 1 and self.groups == self.c_in == self.c_out
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        if self.kind == "norm":
+            return 2 * self.c_out
+        weights = self.c_in // self.groups * self.c_out * math.prod(self.kernel)
+        return weights + (self.c_out if self.bias else 0)
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds for one image, each counted once; those of a BatchNorm are not."""
+        if self.kind == "norm":
+            return 0
+        spots = 1
+        if self.kind == "conv":
+            for size, kernel, stride, padding, dilation in zip(
+                self.feature_map, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            ):
+                spots *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        return spots * self.c_in // self.groups * self.c_out * math.prod(self.kernel)
+
+    def without(self, axis: str, channels: int) -> LayerShape:
+        """Return the shape with fewer channels on one axis; depthwise layers lose on both."""
+        if self.kind == "norm":
+            left = max(self.c_out - channels, 1)
+            return replace(self, c_in=left, c_out=left)
+        if self.depthwise:
+            left = self.c_out if axis == "in" else max(self.c_out - channels, 1)
+            return replace(self, c_in=left, c_out=left, groups=left)
+        if axis == "out":
+            return replace(self, c_out=max(self.c_out - channels, 1))
+        return replace(self, c_in=max(self.c_in - channels, 1))
+
+
+class LatencyTable(Protocol):
+    """Predicts how long a model takes on the target.
+
+    ``block`` is how many channels the target computes together.
+    """
+
+    block: int
+
+    def prepare(self, shapes: Iterable[LayerShape]) -> None:
+        """Measure what predicting these layers asks for, together rather than one by one."""
+
+    def predict(self, shape: LayerShape) -> float:
+        """Return one layer's latency in milliseconds."""
+
+    def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
+        """Return the shape of every layer of a model that counts, by name."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per forward pass: the median, and the middle half's width."""
+
+    median_ms: float
+    spread_ms: float
+
+
+class LatencyBackend(Protocol):
+    """An entry of ``latency_backends``.
+
+    A runtime that folds BatchNorm into convolutions says so:
+    ``folds_norms: ClassVar[bool] = True``; one that computes channels in blocks, and is slower
+    where they are not filled, says how many there are in one: ``channel_block: int``.
+    """
+
+    batch_size: int
+
+    def describe(self) -> dict[str, str]:
+        """Return what the figures hold for: processor, runtime, dtype, threads, batch."""
+
+    def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
+        """Time modules, each on its input, in turn within one run."""

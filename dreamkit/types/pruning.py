@@ -1,0 +1,93 @@
+"""Channels that go together, and what criteria see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.card import Card
+from dreamkit.types.latency import LatencyTable, LayerShape
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer's share in a channel group.
+
+    ``index[i]`` is the layer's channel that belongs to the group's channel ``channel[i]``.
+    """
+
+    layer: str
+    axis: str  # "out", "in", "parameter", or "attribute:NAME" for a number that a module keeps
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, e.g. those that meet in a residual sum."""
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+
+    def shapes_without(
+        self, shapes: Mapping[str, LayerShape], channels: int
+    ) -> dict[str, LayerShape]:
+        """Return what becomes of this group's layers once some of its channels are gone.
+
+        Args:
+            shapes: by name, of the model's convolutions and linear layers.
+            channels: how many go.
+        """
+        after: dict[str, LayerShape] = {}
+        for member in self.members:
+            if member.layer in shapes:
+                # A flattened feature map gives a linear layer several inputs for each channel.
+                gone = round(channels * len(member.index) / self.channels)
+                shape = after.get(member.layer, shapes[member.layer])
+                after[member.layer] = shape.without(member.axis, gone)
+        return after
+
+
+@dataclass(frozen=True)
+class PruningStep:
+    """The state of a pruning run, as criteria see it before each removal.
+
+    Args:
+        model: the model being pruned.
+        teacher: the model it started from, in eval mode.
+        groups: what may be removed; those that the limits leave alone from the start are not there.
+        card: the teacher's card.
+        chunks: of each group, how many channels may go together, one lot after the other.
+        device: where the model is.
+        batches: yields normalised images (N, C, H, W) and labels (N,), a fixed few batches.
+        latency: times modules on the target.
+        generator: for anything random in a criterion.
+        earlier: what the same criterion said of these channels the step before; None at first.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    groups: Sequence[ChannelGroup]
+    card: Card
+    chunks: Sequence[Sequence[int]]
+    device: torch.device
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    latency: LatencyTable
+    generator: torch.Generator
+    earlier: Sequence[Tensor] | None = None
+
+
+class Criterion(Protocol):
+    """An entry of ``criteria``.
+
+    One that cannot score every group says so before anything is dreamed:
+    ``check(model: nn.Module, groups: Sequence[ChannelGroup]) -> None`` raises ``NothingToPrune``.
+    """
+
+    def __call__(self, step: PruningStep) -> list[Tensor]:
+        """Return for each group its channels' importance (channels,); the lowest go first."""
