@@ -47,7 +47,8 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import scatter
 from dreamkit.report.tables import quantity
-from dreamkit.stages.dreaming import batch_seed, format_duration, judge
+from dreamkit.stages.batches import as_stored, batch_seed
+from dreamkit.stages.dreaming import format_duration
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
@@ -568,7 +569,7 @@ def _invert(
     dream = dreamer.dream(
         BatchPlan(0, 0, dreamer.batch_size, batch_seed(SEED, 0)), lambda step, terms: None
     )
-    dreams, by_layer = judge(dream, teacher)
+    dreams, by_layer = as_stored(dream, teacher)
     r_feature = sum(by_layer.values())
     if not math.isfinite(r_feature):
         raise DreamkitError("R_feature of its dreams is not finite")

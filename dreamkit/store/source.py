@@ -8,7 +8,7 @@ from pathlib import Path
 from dreamkit.card import Card
 from dreamkit.errors import MissingPath, StoreError
 from dreamkit.store.dreams import MANIFEST, DreamStore
-from dreamkit.types import Images, RunContext
+from dreamkit.types import Images, ImageSource, RunContext
 
 
 def find_store(folder: Path) -> Path:
@@ -50,3 +50,8 @@ class Dreams:
                 f"{card.name} takes {card.input_size[0]}"
             )
         return content
+
+
+def is_own_dreams(source: ImageSource | None) -> bool:
+    """Whether a source is the dreams that the run itself makes."""
+    return source is None or (isinstance(source, Dreams) and source.path is None)

@@ -16,13 +16,14 @@ from dreamkit.types.inversion import (
     OnStep,
     Parameterisation,
     Regularizer,
+    Synthesis,
     Synthesizer,
     needs,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
 from dreamkit.types.models import Teacher, TeacherSource
 from dreamkit.types.pruning import ChannelGroup, Criterion, Member, PruningStep
-from dreamkit.types.runs import Application, RunContext, RunLog, Tracker
+from dreamkit.types.runs import Application, Outcome, RunContext, RunLog, Tracker
 
 __all__ = [
     "NO_LABEL",
@@ -44,12 +45,14 @@ __all__ = [
     "LayerStatistics",
     "Member",
     "OnStep",
+    "Outcome",
     "Parameterisation",
     "PruningStep",
     "Regularizer",
     "RunContext",
     "RunLog",
     "StoredImages",
+    "Synthesis",
     "Synthesizer",
     "Teacher",
     "TeacherSource",
