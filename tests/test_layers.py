@@ -48,7 +48,7 @@ LAYERS = (
         "teacher_bench",
         "lut_building",
     },
-    {"cli", "__main__"},
+    {"cli", "__main__", "api"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 SEPARATE = 2  # the rooms of this layer do not import one another
