@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -47,30 +48,47 @@ def name_key(kind: str) -> str:
 
 @dataclass(frozen=True)
 class EntryOf:
-    """Annotation marker: the option is one registry entry of this kind, as a mapping."""
+    """Annotation marker: the option is one registry entry of this kind, a mapping or its name."""
 
     kind: str
 
+    def __get_pydantic_core_schema__(self, source: Any, _handler: Any) -> Any:
+        """Have the builder, which validators are given as their context, make the entry.
+
+        The declared type only says whether null is a value.
+        """
+        from pydantic_core import core_schema
+
+        schema = self._schema(core_schema)
+        optional = type(None) in typing.get_args(source)
+        return core_schema.nullable_schema(schema) if optional else schema
+
+    def _schema(self, core: Any) -> Any:
+        return core.with_info_plain_validator_function(
+            lambda value, info: info.context.entry(self.kind, value)
+        )
+
 
 @dataclass(frozen=True)
-class EntriesOf:
+class EntriesOf(EntryOf):
     """Annotation marker: the option is a list of registry entries of this kind."""
 
-    kind: str
+    def _schema(self, core: Any) -> Any:
+        return core.tuple_schema([super()._schema(core)], variadic_item_index=0)
 
 
 @dataclass(frozen=True)
-class TermsOf:
+class TermsOf(EntryOf):
     """Annotation marker: the option is a list of weighted registry entries of this kind."""
 
-    kind: str
-
-
-@dataclass(frozen=True)
-class RecordsOf:
-    """Annotation marker: the option is a list of mappings, each with the options of one class."""
-
-    cls: type[Any]
+    def _schema(self, core: Any) -> Any:
+        term = core.with_info_plain_validator_function(
+            lambda value, info: info.context.term(self.kind, value)
+        )
+        return core.with_info_before_validator_function(
+            lambda value, info: info.context.listed(self.kind, value),
+            core.tuple_schema([term], variadic_item_index=0),
+        )
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,16 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file:
         ("synthesis.labels", "all", "synthesis.labels: should be 'balanced' or 'random'"),
         ("synthesis.betas", [0.9], "synthesis.betas"),
         ("synthesis.schedule", "cosin", "synthesis.schedule: should be 'constant' or 'cosine'"),
-        ("synthesis.regularizers", {}, "synthesis.regularizers: should be a list, not a mapping"),
+        (
+            "synthesis.regularizers",
+            {"name": "tv"},
+            "synthesis.regularizers: should be a list, not a mapping",
+        ),
         ("synthesis.regularizers", None, "synthesis.regularizers: should be a list, not null"),
         (
             "synthesis.regularizers.0",
-            "tv",
-            "synthesis.regularizers[0]: should be a mapping, not a string",
+            3,
+            "synthesis.regularizers[0]: should be a mapping, not a number (got 3)",
         ),
         ("teacher", None, "teacher: should be a mapping, not null"),
         ("teacher", {"name": "bundled"}, "teacher: 'source' should name one of the teachers: "),
@@ -281,7 +285,8 @@ def test_a_list_of_entries(tiny: dict[str, Any], recipe_file: Write) -> None:
             judge(DIGITS | {"weight": 1}),
             ["application.verifiers[0].weight: unknown option (options: model, source)"],
         ),
-        (judge("resnet"), ["application.verifiers[0]: should be a mapping, not a string"]),
+        (judge("resnet"), ["application.verifiers[0]: no source 'resnet' among the teachers"]),
+        (judge("bundled"), ["application.verifiers[0]: the option 'model' is missing"]),
         (
             judge() | {"verifiers": DIGITS},
             ["application.verifiers: should be a list, not a mapping"],
@@ -554,11 +559,11 @@ def test_build_entry(registries: Registries) -> None:
 @pytest.mark.parametrize(
     ("kind", "data", "message"),
     [
-        ("teachers", {"source": "bundeld"}, "teachers.source: no source 'bundeld' among"),
-        ("teachers", {"source": "bundled"}, "teachers: the option 'model' is missing"),
-        ("teachers", {}, "teachers: 'source' should name one of the teachers: "),
-        ("regularizers", {"name": "tv", "nrom": "l1"}, "regularizers.nrom: unknown option; did "),
-        ("regularizers", {"name": "tv", "weight": 1}, "regularizers.weight: unknown option"),
+        ("teachers", {"source": "bundeld"}, "source: no source 'bundeld' among"),
+        ("teachers", {"source": "bundled"}, "the option 'model' is missing"),
+        ("teachers", {}, "'source' should name one of the teachers: "),
+        ("regularizers", {"name": "tv", "nrom": "l1"}, "nrom: unknown option; did "),
+        ("regularizers", {"name": "tv", "weight": 1}, "weight: unknown option"),
     ],
 )
 def test_build_entry_refuses_what_a_recipe_would(

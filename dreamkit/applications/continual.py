@@ -30,7 +30,7 @@ from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head, grow_head
 from dreamkit.pruning.surgery import Surgery
-from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
+from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, Growth, check_rhythm, growing
 from dreamkit.stages.dreaming import (
     batch_seed,
@@ -123,7 +123,7 @@ class Continual:
             held to them.
     """
 
-    sets: Annotated[tuple[NewClasses, ...], RecordsOf(NewClasses)]
+    sets: tuple[NewClasses, ...]
     training: IncrementalTraining = field(default_factory=IncrementalTraining)
     losses: Annotated[tuple[Term[IncrementalLoss], ...], TermsOf("losses")] = EQUATION_11
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from dreamkit.errors import RecipeError, RecipePath
-from dreamkit.recipe.construct import format_path
-from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
+from dreamkit.recipe.problems import format_path
+from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml, type_name
 
 _STEP = re.compile(r"([^.\[\]=\s]{1,100})|\[(\d{1,9})\]")
 _MAX_STEPS = 50
@@ -97,7 +97,9 @@ def _put(node: Node, path: RecipePath, value: Node, where: Position, text: str) 
         children[step] = _put(children[step], rest, value, where, text)
         return Node(children, node.where)
     if node.value is not None and not isinstance(node.value, dict):
-        raise RecipeError(f"--set {text}: '{step}' leads into {node.type_name}, not a mapping")
+        raise RecipeError(
+            f"--set {text}: '{step}' leads into {type_name(node.value)}, not a mapping"
+        )
     key = str(step)
     mapping = dict(node.value or {})
     missing = Node({} if rest else None, where)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -20,10 +20,13 @@ from dreamkit.errors import (
     RecipePath,
     did_you_mean,
 )
-from dreamkit.recipe.construct import Constructor, Problems, located
+from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.overlay import apply_override, merge
-from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml
+from dreamkit.recipe.problems import Problem, format_path
+from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
 from dreamkit.registry import EntriesOf, EntryOf, Registries
+
+T = TypeVar("T")
 
 MAX_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake."""
@@ -64,9 +67,9 @@ class Recipe:
     name: Annotated[str, AfterValidator(_check_name)]
     teacher: Annotated[Any, EntryOf("teachers")]
     application: Annotated[Any, EntryOf("applications")]
-    synthesis: Annotated[Any, EntryOf("synthesizers")] = None
-    evaluation: Annotated[Any, EntryOf("sources")] = None
-    latency: Annotated[Any, EntryOf("latency_backends")] = None
+    synthesis: Annotated[Any | None, EntryOf("synthesizers")] = None
+    evaluation: Annotated[Any | None, EntryOf("sources")] = None
+    latency: Annotated[Any | None, EntryOf("latency_backends")] = None
     trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
@@ -101,13 +104,7 @@ class LoadedRecipe:
 
     def locate(self, path: RecipePath) -> str:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
-        node = self.root
-        for step in path:
-            below = node.child(step)
-            if below is None:
-                break
-            node = below
-        return located(node.where, path)
+        return located(self.root.nearest(path).where, path)
 
     def placed(self, error: DreamkitError) -> DreamkitError:
         """Return the error with the place it concerns, if it has one, put before its message."""
@@ -136,8 +133,7 @@ def read_recipe(
         PluginError: a plugin that the recipe names cannot be loaded.
     """
     chosen, registries, problems, recipe = _check(file, build_registries, preset, overrides)
-    problems.raise_if_any()
-    assert recipe is not None
+    _raise_if_any(problems)
     return LoadedRecipe(recipe, chosen, preset, registries)
 
 
@@ -157,9 +153,27 @@ def validate_recipe(
         PluginError: a plugin that the recipe names cannot be loaded.
     """
     _, registries, problems, _ = _check(file, build_registries, preset, overrides)
-    missing, problems.missing = list(problems.missing), {}
-    problems.raise_if_any()
-    return registries, missing
+    _raise_if_any([problem for problem in problems if not problem.missing])
+    return registries, [problem.line for problem in problems]
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A problem as a line of text, and where in the file it stands."""
+
+    line: str
+    place: Position
+    missing: bool
+
+
+def _raise_if_any(problems: Sequence[_Placed]) -> None:
+    """Raise all problems as one error, in the order of the file.
+
+    The same problem, met under several presets, counts once.
+    """
+    if problems:
+        ordered = sorted(problems, key=lambda problem: problem.place.order)
+        raise RecipeError("\n".join(dict.fromkeys(problem.line for problem in ordered)))
 
 
 def _check(
@@ -167,7 +181,7 @@ def _check(
     build_registries: Callable[[Sequence[str]], Registries],
     preset: str | None,
     overrides: Sequence[str],
-) -> tuple[Node, Registries, Problems, Recipe | None]:
+) -> tuple[Node, Registries, list[_Placed], Any]:
     base, presets = _split_presets(_read_nodes(Path(file)))
     chosen = base
     for name in () if preset is None else preset.split("+"):
@@ -179,17 +193,15 @@ def _check(
     for override in overrides:
         chosen = apply_override(chosen, override)
     registries = _registries(chosen, build_registries)
-    problems = Problems()
-    recipe = _construct(chosen, registries, problems)
+    recipe, problems = _construct(chosen, Builder(registries))
     for name, overlay in presets.items():
         if name != preset:
-            others = Problems()
             other = merge(base, overlay, root=True)
-            same = _plugin_names(other) == _plugin_names(chosen)
-            _construct(
-                other, registries if same else build_registries(_plugin_names(other)), others
-            )
-            problems.found |= others.found  # the files of a preset not chosen are not needed
+            names = _plugin_names(other)
+            same = names == _plugin_names(chosen)
+            _, others = _construct(other, Builder(registries if same else build_registries(names)))
+            # The files of a preset not chosen are not needed.
+            problems += [problem for problem in others if not problem.missing]
     return chosen, registries, problems, recipe
 
 
@@ -201,10 +213,26 @@ def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registri
         raise PluginError(f"{place}: {error}") from error
 
 
-def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:
-    made = Constructor(registries, problems).construct(Recipe, root, ())
-    assert made is None or isinstance(made, Recipe)
-    return made
+def _construct(root: Node, builder: Builder) -> tuple[Any, list[_Placed]]:
+    recipe, problems = builder.build(partial(builder.construct, Recipe), root.plain())
+    return recipe, [_place(root, problem) for problem in problems]
+
+
+def _place(root: Node, problem: Problem) -> _Placed:
+    *above, last = problem.path or ("",)
+    keys = root.nearest(tuple(above)).keys
+    where = keys[str(last)] if problem.unknown else root.nearest(problem.path).where
+    return _Placed(f"{located(where, problem.path)}: {problem.message}", where, problem.missing)
+
+
+def located(place: Position, path: RecipePath) -> str:
+    """Write where a value was written and what it is: ``r.yaml:3:11 synthesis.images``.
+
+    Of what was written by ``--set synthesis.images=...`` the place is the value's path already.
+    """
+    name = format_path(path) or "recipe"
+    override = f"--set {name}"
+    return override if override.startswith(str(place)) else f"{place} {name}"
 
 
 def _read_nodes(file: Path) -> Node:
@@ -219,7 +247,7 @@ def _read_nodes(file: Path) -> Node:
         raise RecipeError(f"{file}: not a UTF-8 text file") from error
     root = parse_yaml(text, str(file))
     if not isinstance(root.value, dict):
-        raise RecipeError(f"{root.where} recipe: should be a mapping, not {root.type_name}")
+        raise RecipeError(f"{root.where} recipe: should be a mapping, not {type_name(root.value)}")
     return root
 
 
@@ -230,10 +258,10 @@ def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
     if node is None or node.value is None:
         return root, {}
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where} presets: should be a mapping, not {node.type_name}")
+        raise RecipeError(f"{node.where} presets: should be a mapping, not {type_name(node.value)}")
     for name, overlay in node.value.items():
         if not isinstance(overlay.value, dict):
-            message = f"should be a mapping, not {overlay.type_name}"
+            message = f"should be a mapping, not {type_name(overlay.value)}"
             raise RecipeError(f"{overlay.where} presets.{name}: {message}")
     return root, node.value
 
@@ -246,14 +274,49 @@ def _plugin_names(root: Node) -> list[str]:
     return [child.value for child in node.value]
 
 
-def build_entry(registries: Registries, kind: str, data: dict[str, Any]) -> Any:
+def build_entry(registries: Registries, kind: str, data: Any, path: RecipePath = ()) -> Any:
     """Build one registry entry from plain data, validated as in a recipe.
 
+    Args:
+        registries: what entries there are.
+        kind: of which kind the entry is.
+        data: a mapping with its name and its options, or its name. Any value that stands for an
+            object may be the object itself.
+        path: what to call the data in messages; their options alone by default.
+
     Raises:
-        RecipeError: the name or an option is not valid.
+        RecipeError: every problem, one a line: the path of the option and the fix.
     """
-    problems = Problems()
-    node = parse_yaml(json.dumps(data), kind)
-    entry = Constructor(registries, problems).entry(kind, node, (kind,))
-    problems.raise_if_any()
-    return entry
+    builder = Builder(registries)
+    return _built(builder, partial(builder.entry, kind), data, path)
+
+
+def build_options(
+    registries: Registries, cls: type[T], data: Mapping[str, Any], path: RecipePath = ()
+) -> T:
+    """Build an object of a class that is no entry from its options, as ``build_entry`` does.
+
+    Raises:
+        RecipeError: every problem, one a line: the path of the option and the fix.
+    """
+    builder = Builder(registries)
+    made: T = _built(builder, partial(builder.construct, cls), data, path)
+    return made
+
+
+def _built(builder: Builder, make: Callable[[Any], Any], data: Any, path: RecipePath) -> Any:
+    made, problems = builder.build(make, _plain(data))
+    if problems:
+        lines = (str(replace(problem, path=(*path, *problem.path))) for problem in problems)
+        raise RecipeError("\n".join(lines))
+    return made
+
+
+def _plain(data: Any) -> Any:
+    """Return data with plain mappings and numbers in place of others' kinds of them."""
+    if isinstance(data, Mapping):
+        return {key: _plain(value) for key, value in data.items()}
+    if type(data) in {list, tuple}:
+        return type(data)(_plain(value) for value in data)
+    is_number = type(data).__module__ == "numpy" and getattr(data, "ndim", None) == 0
+    return data.item() if is_number else data

@@ -11,9 +11,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, RecordsOf, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, TermsOf
 
-Marker = EntryOf | EntriesOf | TermsOf | RecordsOf
 _ABSENT = inspect.Parameter.empty
 
 
@@ -24,18 +23,12 @@ class Option:
     name: str
     annotation: Any
     default: Any
-    marker: Marker | None
+    marker: EntryOf | None
 
     @property
     def required(self) -> bool:
         """Whether a recipe must give it."""
         return self.default is _ABSENT
-
-    @property
-    def nullable(self) -> bool:
-        """Whether null is a value: by its type, or since it is the default."""
-        inner = typing.get_args(self.annotation)[:1]
-        return self.default is None or (len(inner) == 1 and type(None) in typing.get_args(inner[0]))
 
 
 def options_of(cls: type[Any]) -> dict[str, Option]:
@@ -67,10 +60,10 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
     return options
 
 
-def _marker(annotation: Any) -> Marker | None:
+def _marker(annotation: Any) -> EntryOf | None:
     if typing.get_origin(annotation) is Annotated:
         for extra in annotation.__metadata__:
-            if isinstance(extra, Marker):
+            if isinstance(extra, EntryOf):
                 return extra
     return None
 
@@ -97,13 +90,11 @@ def describe(annotation: Any) -> str:
     """Return an annotation the way a person would write it."""
     if typing.get_origin(annotation) is Annotated:
         marker = _marker(annotation)
-        if isinstance(marker, EntryOf):
-            return f"one of the {marker.kind}"
-        if isinstance(marker, RecordsOf):
-            return f"list of {marker.cls.__name__}"
-        if marker is not None:
+        if isinstance(marker, EntriesOf | TermsOf):
             weighted = "weighted " if isinstance(marker, TermsOf) else ""
             return f"list of {weighted}{marker.kind}"
+        if marker is not None:
+            return f"one of the {marker.kind}"
         limits = [
             re.sub(r"annotated_types\.|\w+\((\w+=.*)\)", r"\1", str(limit))
             for extra in annotation.__metadata__

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import yaml
 
-from dreamkit.errors import RecipeError
+from dreamkit.errors import RecipeError, RecipePath
 
 MAX_DEPTH = 50
 MAX_NUMBER_LENGTH = 4000
@@ -65,12 +65,19 @@ class Node:
             return cast(Node, self.value[step])
         return None
 
-    @property
-    def type_name(self) -> str:
-        """Return what a user calls this node's type."""
-        names = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean"}
-        names |= {int: "a number", float: "a number", type(None): "null"}
-        return names[type(self.value)]
+    def nearest(self, path: RecipePath) -> Node:
+        """Return the deepest node that exists along ``path``."""
+        below = self.child(path[0]) if path else None
+        return self if below is None else below.nearest(path[1:])
+
+
+def type_name(value: Any) -> str:
+    """Return what a user calls a value's type."""
+    names: dict[Any, str] = {dict: "a mapping", list: "a list", tuple: "a list", str: "a string"}
+    names |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return names.get(type(value), f"an instance of {type(value).__name__}")
 
 
 class _CoreLoader(yaml.SafeLoader):
