@@ -55,17 +55,17 @@ class EntryOf:
     def __get_pydantic_core_schema__(self, source: Any, _handler: Any) -> Any:
         """Have the builder, which validators are given as their context, make the entry.
 
-        The declared type only says whether null is a value.
+        The declared type says whether null is a value, and what an object needs to be one.
         """
         from pydantic_core import core_schema
 
-        schema = self._schema(core_schema)
+        schema = self._schema(core_schema, sorted(_methods(source)))
         optional = type(None) in typing.get_args(source)
         return core_schema.nullable_schema(schema) if optional else schema
 
-    def _schema(self, core: Any) -> Any:
+    def _schema(self, core: Any, methods: list[str]) -> Any:
         return core.with_info_plain_validator_function(
-            lambda value, info: info.context.entry(self.kind, value)
+            lambda value, info: info.context.entry(self.kind, value, methods)
         )
 
 
@@ -73,22 +73,35 @@ class EntryOf:
 class EntriesOf(EntryOf):
     """Annotation marker: the option is a list of registry entries of this kind."""
 
-    def _schema(self, core: Any) -> Any:
-        return core.tuple_schema([super()._schema(core)], variadic_item_index=0)
+    def _schema(self, core: Any, methods: list[str]) -> Any:
+        return core.tuple_schema([super()._schema(core, methods)], variadic_item_index=0)
 
 
 @dataclass(frozen=True)
 class TermsOf(EntryOf):
-    """Annotation marker: the option is a list of weighted registry entries of this kind."""
+    """Annotation marker: the option is a list of weighted registry entries of this kind.
 
-    def _schema(self, core: Any) -> Any:
+    A mapping of names to weights stands for such a list.
+    """
+
+    def _schema(self, core: Any, methods: list[str]) -> Any:
         term = core.with_info_plain_validator_function(
-            lambda value, info: info.context.term(self.kind, value)
+            lambda value, info: info.context.term(self.kind, value, methods)
         )
         return core.with_info_before_validator_function(
             lambda value, info: info.context.listed(self.kind, value),
             core.tuple_schema([term], variadic_item_index=0),
         )
+
+
+def _methods(source: Any) -> set[str]:
+    """Return what a protocol or an abstract class, the innermost of a type, asks for."""
+    inside = [_methods(argument) for argument in typing.get_args(source)]
+    found: set[str] = set(getattr(source, "__abstractmethods__", ())).union(*inside)
+    if getattr(source, "_is_protocol", False):
+        members = ((name, member) for name, member in vars(source).items() if callable(member))
+        found |= {name for name, _ in members if name == "__call__" or not name.startswith("_")}
+    return found
 
 
 @dataclass(frozen=True)

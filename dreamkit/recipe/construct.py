@@ -8,7 +8,7 @@ which are cheap by contract.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -58,23 +58,34 @@ class Builder:
         """
         return self._validator(cls, ()).validate_python(data, context=self)[1]
 
-    def entry(self, kind: str, value: Any) -> Any:
+    def entry(self, kind: str, value: Any, methods: Iterable[str] = ()) -> Any:
         """Return the registry entry that a mapping describes or a name stands for.
+
+        Args:
+            kind: of which kind it is.
+            value: the mapping, the name, or the entry itself.
+            methods: what the entry itself should have.
 
         Raises:
             ValueError: a problem, or as a ``ValidationError`` several.
         """
-        return self._named(kind, value).entry
+        return self._named(kind, value, methods).entry
 
-    def term(self, kind: str, value: Any) -> Term[Any]:
+    def term(self, kind: str, value: Any, methods: Iterable[str] = ()) -> Term[Any]:
         """Return a weighted entry; the weight defaults to 1 and cannot be negative.
+
+        Args:
+            kind: of which kind the entry is.
+            value: a mapping, a name, an entry or a term.
+            methods: what an entry itself should have.
 
         Raises:
             ValueError: a problem, or as a ``ValidationError`` several.
         """
         if isinstance(value, Term):
-            return Term(value.name, _check_weight(value.weight), self.entry(kind, value.entry))
-        return self._named(kind, value, "weight")
+            entry = self.entry(kind, value.entry, methods)
+            return Term(value.name, _check_weight(value.weight), entry)
+        return self._named(kind, value, methods, "weight")
 
     def listed(self, kind: str, value: Any) -> Any:
         """Return a mapping of names to weights as the list of terms that it stands for.
@@ -85,26 +96,30 @@ class Builder:
             return value
         terms: list[Any] = []
         for name, given in value.items():
-            weight, entry = given if isinstance(given, tuple) and len(given) == 2 else (1.0, given)
-            finished = not isinstance(entry, _PLAIN)
-            term = (
-                Term(name, weight, entry) if finished else {name_key(kind): name, "weight": given}
-            )
-            terms.append(term)
+            is_pair = isinstance(given, tuple) and len(given) == 2
+            weight, entry = given if is_pair else (1.0, given)
+            if isinstance(entry, _PLAIN):
+                terms.append({name_key(kind): name, "weight": given})
+            else:
+                terms.append(Term(name, weight, entry))
         return terms
 
-    def _named(self, kind: str, value: Any, *extra: str) -> Term[Any]:
+    def _named(self, kind: str, value: Any, methods: Iterable[str], *extra: str) -> Term[Any]:
         key = name_key(kind)
         if isinstance(value, str):
             value = {key: value}
         if not isinstance(value, _PLAIN):
+            _check_methods(value, methods)
             return Term(self._name_of(kind, value), 1.0, value)
+        if isinstance(value, type):
+            raise ValueError(f"should be an object, not its class: write {value.__name__}(...)")
         if not isinstance(value, dict):
             raise ValueError(f"should be a mapping, not {type_name(value)}")
         name = value.get(key)
         if not isinstance(name, str):
             choices = ", ".join(self.registries[kind])
-            raise ValueError(f"'{key}' should name one of the {kind}: {choices}")
+            message = f"'{key}' should name one of the {kind}: {choices}"
+            raise OptionError(key, message) if key in value else ValueError(message)
         try:
             cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
@@ -116,7 +131,8 @@ class Builder:
             validator = self._validator(cls, (key, *extra))
         except (TypeError, NameError, PydanticUserError) as error:
             provider = self.registries[kind].provider(name)
-            raise ValueError(f"'{name}' of {provider} is unusable: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"'{name}' of {provider} is unusable: {reason}") from error
         weight, entry = validator.validate_python(value, context=self)
         return Term(name, weight, entry)
 
@@ -166,6 +182,12 @@ class _OptionsOf:
     def _call(self, values: dict[str, Any]) -> tuple[float, Any]:
         reserved = {name: values.pop(name) for name in self.reserved if name in values}
         return reserved.get("weight", 1.0), self.cls(**values)
+
+
+def _check_methods(entry: Any, methods: Iterable[str]) -> None:
+    lacking = [name for name in methods if not callable(getattr(entry, name, None))]
+    if lacking:
+        raise ValueError(f"{type_name(entry)} will not do here: it has no '{lacking[0]}'")
 
 
 def _check_weight(value: Any) -> float:

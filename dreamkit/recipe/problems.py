@@ -13,6 +13,7 @@ from dreamkit.recipe.yaml_nodes import type_name
 _WANTED = dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list")
 _WANTED |= dict.fromkeys(("dict_type", "dataclass_type"), "a mapping")
 _WANTED["path_type"] = "a path"
+TOO_FEW = "too few values"
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ def problems_of(error: ValidationError, data: Any, known: dict[int, set[str]]) -
 
 
 def _tell_more(inside: list[str], messages: list[str]) -> bool:
-    """Return whether a value's problems say more than those inside it: an option is missing.
+    """Return whether a value's problems say more than those inside it: something is missing.
 
-    It is not missing where the one inside is its misspelling.
+    An option is not missing where the one inside is its misspelling.
     """
+    if TOO_FEW in messages:
+        return True
     missing = [m.split("'")[1] for m in messages if m.endswith("is missing")]
     return any(not any(f"mean '{name}'" in m for m in inside) for name in missing)
 
@@ -84,15 +87,17 @@ def _problem(line: Any, data: Any, known: dict[int, set[str]]) -> Problem:
         return Problem(path, f"unknown option{hint}", unknown=True)
     if kind == "missing":
         named = isinstance(last, str)
-        return Problem(path, f"the option '{last}' is missing" if named else "too few values")
+        return Problem(path, f"the option '{last}' is missing" if named else TOO_FEW)
     error = line.get("ctx", {}).get("error")
     if isinstance(error, OptionError):
         # An entry written as its bare name has no key that holds the name.
-        bare = isinstance(value, str | int | float) and error.option in {"name", "source"}
+        bare = not isinstance(value, dict) and error.option in {"name", "source"}
         where = path if bare else (*path, error.option)
         return Problem(where, str(error), isinstance(error, MissingPath))
     if kind in _WANTED:
         message = f"should be {_WANTED[kind]}, not {type_name(given)}"
+    elif kind == "float_type" and type(given) is int:  # beyond the largest float
+        message = "should be a finite number"
     else:
         message = line["msg"].removeprefix("Value error, ").replace("Input should", "should")
         message = message.replace("Tuple", "a list")

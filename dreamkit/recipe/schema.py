@@ -23,8 +23,9 @@ from dreamkit.errors import (
 from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, format_path
+from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
-from dreamkit.registry import EntriesOf, EntryOf, Registries
+from dreamkit.registry import EntriesOf, EntryOf, Registries, name_key
 
 T = TypeVar("T")
 
@@ -192,17 +193,30 @@ def _check(
         chosen = merge(chosen, presets[name], root=True)
     for override in overrides:
         chosen = apply_override(chosen, override)
+    chosen = _spelled_out(chosen)
     registries = _registries(chosen, build_registries)
-    recipe, problems = _construct(chosen, Builder(registries))
+    builder = Builder(registries)
+    recipe, problems = _construct(chosen, builder)
     for name, overlay in presets.items():
         if name != preset:
             other = merge(base, overlay, root=True)
             names = _plugin_names(other)
             same = names == _plugin_names(chosen)
-            _, others = _construct(other, Builder(registries if same else build_registries(names)))
+            _, others = _construct(other, builder if same else Builder(build_registries(names)))
             # The files of a preset not chosen are not needed.
             problems += [problem for problem in others if not problem.missing]
     return chosen, registries, problems, recipe
+
+
+def _spelled_out(root: Node) -> Node:
+    """Return the recipe with mappings for the bare names at its top: others read them there."""
+    values = dict(root.value)
+    for name, option in options_of(Recipe).items():
+        node = values.get(name)
+        if node is not None and type(option.marker) is EntryOf and isinstance(node.value, str):
+            key = name_key(option.marker.kind)
+            values[name] = Node({key: node}, node.where, {key: node.where})
+    return Node(values, root.where, root.keys)
 
 
 def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registries]) -> Registries:
