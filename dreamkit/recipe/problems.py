@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dreamkit.errors import MissingPath, OptionError, RecipePath, did_you_mean
-from dreamkit.recipe.yaml_nodes import type_name
+from dreamkit.recipe.yaml_nodes import NOWHERE, Position, type_name
 
 _WANTED = dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "a list")
 _WANTED |= dict.fromkeys(("dict_type", "dataclass_type"), "a mapping")
@@ -25,21 +25,37 @@ class Problem:
         message: what is wrong and how to mend it.
         missing: the data are sound, but a file they name is not on this machine.
         unknown: there is no option of this name.
+        place: where it was written, if in a file.
     """
 
     path: RecipePath
     message: str
     missing: bool = False
     unknown: bool = False
+    place: Position = NOWHERE
 
     def __str__(self) -> str:
-        return f"{format_path(self.path)}: {self.message}" if self.path else self.message
+        where = located(self.place, self.path)
+        return f"{where}: {self.message}" if where else self.message
 
 
 def format_path(path: RecipePath) -> str:
     """Write a path as ``synthesis.regularizers[1].weight``."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".")
+
+
+def located(place: Position, path: RecipePath) -> str:
+    """Write where a value was written and what it is: ``r.yaml:3:11 synthesis.images``.
+
+    Of what was written by ``--set synthesis.images=...`` the place is the value's path already.
+    """
+    name = format_path(path)
+    if place == NOWHERE:
+        return name
+    if f"--set {name}".startswith(str(place)):
+        return f"--set {name}"
+    return f"{place} {name or 'recipe'}"
 
 
 def problems_of(error: ValidationError, data: Any, known: dict[int, set[str]]) -> list[Problem]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -22,12 +22,10 @@ from dreamkit.errors import (
 )
 from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.overlay import apply_override, merge
-from dreamkit.recipe.problems import Problem, format_path
+from dreamkit.recipe.problems import Problem, located
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
 from dreamkit.registry import EntriesOf, EntryOf, Registries, name_key
-
-T = TypeVar("T")
 
 MAX_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake."""
@@ -105,7 +103,7 @@ class LoadedRecipe:
 
     def locate(self, path: RecipePath) -> str:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
-        return located(self.root.nearest(path).where, path)
+        return located(self.root.place(path), path)
 
     def placed(self, error: DreamkitError) -> DreamkitError:
         """Return the error with the place it concerns, if it has one, put before its message."""
@@ -155,26 +153,14 @@ def validate_recipe(
     """
     _, registries, problems, _ = _check(file, build_registries, preset, overrides)
     _raise_if_any([problem for problem in problems if not problem.missing])
-    return registries, [problem.line for problem in problems]
+    return registries, list(map(str, problems))
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A problem as a line of text, and where in the file it stands."""
-
-    line: str
-    place: Position
-    missing: bool
-
-
-def _raise_if_any(problems: Sequence[_Placed]) -> None:
-    """Raise all problems as one error, in the order of the file.
-
-    The same problem, met under several presets, counts once.
-    """
+def _raise_if_any(problems: Sequence[Problem]) -> None:
+    """Raise all problems as one error, each once though several presets may have it."""
     if problems:
         ordered = sorted(problems, key=lambda problem: problem.place.order)
-        raise RecipeError("\n".join(dict.fromkeys(problem.line for problem in ordered)))
+        raise RecipeError("\n".join(dict.fromkeys(map(str, ordered))))
 
 
 def _check(
@@ -182,7 +168,7 @@ def _check(
     build_registries: Callable[[Sequence[str]], Registries],
     preset: str | None,
     overrides: Sequence[str],
-) -> tuple[Node, Registries, list[_Placed], Any]:
+) -> tuple[Node, Registries, list[Problem], Any]:
     base, presets = _split_presets(_read_nodes(Path(file)))
     chosen = base
     for name in () if preset is None else preset.split("+"):
@@ -227,26 +213,9 @@ def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registri
         raise PluginError(f"{place}: {error}") from error
 
 
-def _construct(root: Node, builder: Builder) -> tuple[Any, list[_Placed]]:
+def _construct(root: Node, builder: Builder) -> tuple[Any, list[Problem]]:
     recipe, problems = builder.build(partial(builder.construct, Recipe), root.plain())
-    return recipe, [_place(root, problem) for problem in problems]
-
-
-def _place(root: Node, problem: Problem) -> _Placed:
-    *above, last = problem.path or ("",)
-    keys = root.nearest(tuple(above)).keys
-    where = keys[str(last)] if problem.unknown else root.nearest(problem.path).where
-    return _Placed(f"{located(where, problem.path)}: {problem.message}", where, problem.missing)
-
-
-def located(place: Position, path: RecipePath) -> str:
-    """Write where a value was written and what it is: ``r.yaml:3:11 synthesis.images``.
-
-    Of what was written by ``--set synthesis.images=...`` the place is the value's path already.
-    """
-    name = format_path(path) or "recipe"
-    override = f"--set {name}"
-    return override if override.startswith(str(place)) else f"{place} {name}"
+    return recipe, [replace(p, place=root.place(p.path, p.unknown)) for p in problems]
 
 
 def _read_nodes(file: Path) -> Node:
@@ -286,51 +255,3 @@ def _plugin_names(root: Node) -> list[str]:
         place = located(node.where, ("plugins",))
         raise RecipeError(f"{place}: should be a list of modules or .py files")
     return [child.value for child in node.value]
-
-
-def build_entry(registries: Registries, kind: str, data: Any, path: RecipePath = ()) -> Any:
-    """Build one registry entry from plain data, validated as in a recipe.
-
-    Args:
-        registries: what entries there are.
-        kind: of which kind the entry is.
-        data: a mapping with its name and its options, or its name. Any value that stands for an
-            object may be the object itself.
-        path: what to call the data in messages; their options alone by default.
-
-    Raises:
-        RecipeError: every problem, one a line: the path of the option and the fix.
-    """
-    builder = Builder(registries)
-    return _built(builder, partial(builder.entry, kind), data, path)
-
-
-def build_options(
-    registries: Registries, cls: type[T], data: Mapping[str, Any], path: RecipePath = ()
-) -> T:
-    """Build an object of a class that is no entry from its options, as ``build_entry`` does.
-
-    Raises:
-        RecipeError: every problem, one a line: the path of the option and the fix.
-    """
-    builder = Builder(registries)
-    made: T = _built(builder, partial(builder.construct, cls), data, path)
-    return made
-
-
-def _built(builder: Builder, make: Callable[[Any], Any], data: Any, path: RecipePath) -> Any:
-    made, problems = builder.build(make, _plain(data))
-    if problems:
-        lines = (str(replace(problem, path=(*path, *problem.path))) for problem in problems)
-        raise RecipeError("\n".join(lines))
-    return made
-
-
-def _plain(data: Any) -> Any:
-    """Return data with plain mappings and numbers in place of others' kinds of them."""
-    if isinstance(data, Mapping):
-        return {key: _plain(value) for key, value in data.items()}
-    if type(data) in {list, tuple}:
-        return type(data)(_plain(value) for value in data)
-    is_number = type(data).__module__ == "numpy" and getattr(data, "ndim", None) == 0
-    return data.item() if is_number else data

@@ -40,6 +40,9 @@ class Position:
         return f"{self.source}:{self.line}:{self.column}"
 
 
+NOWHERE = Position("")
+
+
 @dataclass
 class Node:
     """A value and where it stands. ``value`` is a scalar, or a dict or list of nodes."""
@@ -65,10 +68,14 @@ class Node:
             return cast(Node, self.value[step])
         return None
 
-    def nearest(self, path: RecipePath) -> Node:
-        """Return the deepest node that exists along ``path``."""
-        below = self.child(path[0]) if path else None
-        return self if below is None else below.nearest(path[1:])
+    def place(self, path: RecipePath, key: bool = False) -> Position:
+        """Return where the value along ``path``, or its key, was written; or its nearest parent."""
+        if not path:
+            return self.where
+        if key and len(path) == 1:
+            return self.keys[str(path[0])]
+        below = self.child(path[0])
+        return self.where if below is None else below.place(path[1:], key)
 
 
 def type_name(value: Any) -> str:
@@ -121,12 +128,13 @@ def dump_yaml(data: Any) -> str:
     return str(text)
 
 
-def parse_yaml(text: str, source: str) -> Node:
+def parse_yaml(text: str, source: str, place: Position | None = None) -> Node:
     """Parse one YAML document.
 
     Args:
         text: the document.
         source: the name to report, a file or ``--set``.
+        place: where all of it stands, if not at its line and column.
 
     Raises:
         RecipeError: a syntax error, an equal key, an unknown tag or too many nodes, with its place.
@@ -137,8 +145,8 @@ def parse_yaml(text: str, source: str) -> Node:
         raise RecipeError(f"{source}: not a text file: {error.reason}") from error
     try:
         root = loader.get_single_node()
-        builder = _Builder(source, loader)
-        return builder.build(root) if root is not None else Node(None, Position(source, 1, 1))
+        builder = _Builder(source, place)
+        return builder.build(root) if root else Node(None, place or Position(source, 1, 1))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = Position(source, mark.line + 1, mark.column + 1) if mark else Position(source)
@@ -155,13 +163,14 @@ def parse_yaml(text: str, source: str) -> Node:
 class _Builder:
     """Turns PyYAML's node graph into ``Node``s, refusing what a recipe has no use for."""
 
-    def __init__(self, source: str, loader: _CoreLoader) -> None:
+    def __init__(self, source: str, place: Position | None) -> None:
         self.source = source
-        self.loader = loader
+        self.place = place
         self.count = 0
 
     def position(self, node: yaml.Node) -> Position:
-        return Position(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
+        mark = node.start_mark
+        return self.place or Position(self.source, mark.line + 1, mark.column + 1)
 
     def build(self, node: yaml.Node, depth: int = 0) -> Node:
         self.count += 1
