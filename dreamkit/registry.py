@@ -1,14 +1,12 @@
 """Registries: named entries of each kind, who provides them, and how a recipe refers to them.
 
 An entry is a class whose typed constructor parameters are its options in YAML. Built-ins
-register by reference (``"package.module:Class"``), so that listing them imports no torch.
+register by reference (``"package.module:Class"``), so that filling registries imports no torch.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
 import inspect
 import re
 import typing
@@ -203,24 +201,14 @@ class Registry:
         return cls
 
     def summary(self, name: str) -> str:
-        """Return the first line of the entry's docstring, without importing its module.
+        """Return the first line of the entry's docstring.
 
-        A module that is not there has none; the error comes when the entry is used.
+        A reference that leads nowhere has none; the error comes when the entry is used.
         """
-        target = self._registered(name).target
-        if not isinstance(target, str):
-            return (inspect.getdoc(target) or "").partition("\n")[0]
-        module, _, attribute = target.partition(":")
         try:
-            spec = importlib.util.find_spec(module)
-            source = spec.loader.get_source(module) if spec and spec.loader else ""  # type: ignore[attr-defined]
-            body = ast.parse(source or "").body
-        except (ImportError, SyntaxError, ValueError, AttributeError):
+            return (inspect.getdoc(self.resolve(name)) or "").partition("\n")[0]
+        except PluginError:
             return ""
-        for node in body:
-            if isinstance(node, ast.ClassDef) and node.name == attribute:
-                return (ast.get_docstring(node) or "").partition("\n")[0]
-        return ""
 
 
 @dataclass(frozen=True)
