@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -220,20 +219,19 @@ def show(
 
 
 def _print_options(cls: type[Any], console: Console) -> None:
-    from dreamkit.recipe.signature import describe, documentation, nested_options, options_of
+    from dreamkit.recipe.signature import documentation, option_rows
 
     try:
-        options = options_of(cls).values()
+        options = option_rows(cls)
     except TypeError as error:
         raise DreamkitError(f"its options cannot be read: {error}") from error
     if not options:
         return
-    table = Table("option", "type", "default")
+    table = Table("option", "type", "range", "default")
     for option in options:
-        default = "required" if option.required else _plain(option.default)
-        table.add_row(option.name, escape(describe(option.annotation)), escape(default))
+        table.add_row(option.name, escape(option.accepts), option.range, escape(option.default))
     console.print(table)
-    for nested in (c for option in options for c in nested_options(option.annotation)):
+    for nested in (option.nested for option in options if option.nested is not None):
         console.print(
             f"\n{nested.__name__}: {documentation(nested)}", markup=False, highlight=False
         )
@@ -522,12 +520,6 @@ def _checked(kind: str) -> str:
         hint = did_you_mean(kind, KINDS)
         raise DreamkitError(f"no kind '{kind}'{hint} (kinds: {', '.join(KINDS)})")
     return kind
-
-
-def _plain(value: Any) -> str:
-    if dataclasses.is_dataclass(value):
-        return "its own defaults"
-    return json.dumps(value, default=repr)
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

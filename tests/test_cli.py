@@ -20,7 +20,7 @@ from dreamkit.version import __version__
 Invoke = Callable[..., Any]
 Write = Callable[..., Path]
 COMMANDS = [c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback]
-LIST_SECONDS = 3.0
+START_SECONDS = 3.0
 
 
 def test_the_commands() -> None:
@@ -110,9 +110,11 @@ def test_show_prints_what_an_entry_does_and_its_options(invoke: Invoke) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("regularizers bn_feature (from dreamkit)\n")
     assert "R_feature of eq. 4" in out
-    row = next(line for line in out.splitlines() if "first_layer_scale" in line and "float" in line)
+    row = next(
+        line for line in out.splitlines() if "first_layer_scale" in line and "number" in line
+    )
     assert "1.0" in row
-    assert "ge=0" in row
+    assert ">= 0" in row
 
 
 def test_show_prints_nested_options_and_what_is_required(invoke: Invoke) -> None:
@@ -242,12 +244,12 @@ def python_m_dreamkit(*arguments: str) -> tuple[subprocess.CompletedProcess[str]
     return done, time.perf_counter() - start
 
 
-def test_listing_imports_no_torch_and_is_quick() -> None:
+def test_starting_imports_no_torch_and_is_quick() -> None:
     seconds = []
     for _ in range(3):  # other work on the machine may slow one of them down
-        done, taken = python_m_dreamkit("list", "--json")
+        done, taken = python_m_dreamkit("plugins", "--json")
         seconds.append(taken)
-        if taken < LIST_SECONDS:
+        if taken < START_SECONDS:
             break
     assert done.returncode == 0
     assert json.loads(done.stdout)
@@ -255,7 +257,7 @@ def test_listing_imports_no_torch_and_is_quick() -> None:
     assert "dreamkit.cli" in imported
     heavy = {"torch", "torchvision", "timm", "numpy", "sklearn", "matplotlib"}
     assert not imported & heavy
-    assert min(seconds) < LIST_SECONDS
+    assert min(seconds) < START_SECONDS
 
 
 def test_a_mistake_on_the_real_command_line_is_exit_status_2() -> None:

@@ -24,7 +24,7 @@ from dreamkit.errors import OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head
-from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
+from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
@@ -93,7 +93,7 @@ class Continual(Application):
 
     images_option: ClassVar[str] = "replay"
 
-    sets: Annotated[tuple[NewClasses, ...], RecordsOf(NewClasses)]
+    sets: tuple[NewClasses, ...]
     training: IncrementalTraining = field(default_factory=IncrementalTraining)
     losses: Annotated[tuple[Term[IncrementalLoss], ...], TermsOf("losses")] = EQUATION_11
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
