@@ -29,7 +29,8 @@ from dreamkit.errors import (
 )
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
-from dreamkit.latency.lut import LookUpTable, read_table
+from dreamkit.latency.table import LookUpTable
+from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.knapsack import choose_knapsack
@@ -260,7 +261,9 @@ class _Pruning:
                 self.rounds += 1
                 context.log.record("pruning", self.rounds, self._look(removed))
                 if self.table.points:
-                    write_atomically(context.folder / context.TABLE, self.table.to_text().encode())
+                    write_atomically(
+                        context.folder / context.TABLE, table_text(self.table).encode()
+                    )
                 self._save()
                 context.log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))
