@@ -20,6 +20,7 @@ from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import NO_LABEL, Images, RunContext, RunLog, Teacher
+from dreamkit.wording import say
 
 
 def default_folder(loaded: LoadedRecipe) -> Path:
@@ -55,9 +56,7 @@ def run(
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
-        console.print(
-            f"{folder} already holds this recipe's finished run:", highlight=False, markup=False
-        )
+        say(console, f"{folder} already holds this recipe's finished run:")
         show(read_report(folder), folder, console)
         return folder
     try:
@@ -177,11 +176,10 @@ def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
 def _say_what(loaded: LoadedRecipe, context: RunContext, console: Console) -> None:
     card, ranks = context.teacher.card, distributed.size()
     where = f"{context.device}" if ranks == 1 else f"{ranks} ranks, the first on {context.device}"
-    console.print(
+    say(
+        console,
         f"{loaded.recipe.name}: teacher {card.name} ({card.origin}), on {where}, into "
         f"{context.folder}",
-        highlight=False,
-        markup=False,
     )
     if not context.teacher.card.trained:
         context.log.note(

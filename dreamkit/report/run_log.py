@@ -24,6 +24,7 @@ from rich.progress import (
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
 from dreamkit.types import Tracker
+from dreamkit.wording import say
 
 _PLAIN_LINE_SECONDS = 5.0
 
@@ -107,7 +108,7 @@ class FileLog:
     def note(self, text: str) -> None:
         """Show a note at once and keep it for the report."""
         self.notes.append(text)
-        self.console.print(f"note: {text}", markup=False, highlight=False)
+        say(self.console, f"note: {text}")
 
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""
