@@ -363,7 +363,7 @@ def doctor(
     """
     from dreamkit.checkup.doctor import diagnose, show_diagnosis
     from dreamkit.devices import choose_device
-    from dreamkit.teacher_bench import load_named
+    from dreamkit.teachers.named import load_named
 
     found = load_named(_registries(plugin), "TEACHER", teacher, weights)
     console = Console()
@@ -404,7 +404,7 @@ def lut_build(
 
         dreamkit lut build cifar:resnet20 --backend onnxruntime --threads 1 --out edge.json
     """
-    from dreamkit.lut_building import build_for
+    from dreamkit.bench.latency_tables import build_for
 
     try:
         build_for(_registries(plugin), teacher, out, backend, batch_size, threads, least, Console())
@@ -438,7 +438,7 @@ def lut_show(
 
         dreamkit lut show resnet50.json --teacher torchvision:resnet50 --variants 20
     """
-    from dreamkit.lut_building import check_for, show_table
+    from dreamkit.bench.latency_tables import check_for, show_table
 
     console = Console()
     show_table(table, console)
@@ -501,11 +501,13 @@ def bench_teachers(
 
         dreamkit bench teachers --source torchvision --verifier torchvision:mobilenet_v2
     """
-    from dreamkit.teacher_bench import draw, select, settle, show, sweep
+    from dreamkit.bench.select import resolve_settings, select
+    from dreamkit.bench.show import draw, show
+    from dreamkit.bench.sweep import sweep
 
     registries, console = _registries(plugin), Console()
     chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
-    settings = settle(registries, weights, batch_size, steps, verifier, device)
+    settings = resolve_settings(registries, weights, batch_size, steps, verifier, device)
     try:
         rows = sweep(registries, chosen, settings, json_, seconds_per_model, console, plugin or [])
     except KeyboardInterrupt:

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dreamkit
+from dreamkit.bench.latency_tables import build_for, check_for
 from dreamkit.card import Card
 from dreamkit.deploy import exporting
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import mean_times
-from dreamkit.lut_building import build_for, check_for
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact

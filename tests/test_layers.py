@@ -45,8 +45,7 @@ LAYERS = (
         "hookspecs",
         "deploy",
         "checkup",
-        "teacher_bench",
-        "lut_building",
+        "bench",
     },
     {"cli", "__main__"},
 )

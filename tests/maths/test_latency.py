@@ -9,6 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dreamkit.bench.latency_tables import pruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.fit import Fit
 from dreamkit.latency.layer_shapes import build_layer, layer_shapes
@@ -16,7 +17,6 @@ from dreamkit.latency.processor import processor_name
 from dreamkit.latency.table import LookUpTable, _slowdown
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.latency.torch_eager import TorchCPU
-from dreamkit.lut_building import pruned
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.types import LayerShape, Timing
 

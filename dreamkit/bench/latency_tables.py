@@ -26,8 +26,9 @@ from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.store.atomic import write_atomically
-from dreamkit.teacher_bench import load_named
+from dreamkit.teachers.named import load_named
 from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
+from dreamkit.wording import say
 
 _MOST = 0.9
 """Share of a group's channels that networks lose at the most that a table is held against."""
@@ -117,9 +118,6 @@ def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generato
     return graph.model
 
 
-# --- the commands -------------------------------------------------------------------------------
-
-
 def build_for(
     registries: Registries,
     teacher: str,
@@ -149,7 +147,7 @@ def build_for(
     shapes = shapes_to_measure(layers, table.block, size[0], least)
     number = build_table(table, shapes, path, console)
     kept = f", {len(shapes) - number} were there" if number < len(shapes) else ""
-    _say(console, f"{path}: {number} layers measured{kept}")
+    say(console, f"{path}: {number} layers measured{kept}")
 
 
 def _backend(registries: Registries, name: str, options: Mapping[str, Any]) -> LatencyBackend:
@@ -173,13 +171,13 @@ def show_table(path: Path, console: Console) -> None:
         DreamkitError: it cannot be read.
     """
     target, points = read_file(path)
-    _say(console, ", ".join(f"{key}: {value}" for key, value in target.items()))
+    say(console, ", ".join(f"{key}: {value}" for key, value in target.items()))
     kinds: dict[str, list[tuple[LayerShape, Timing]]] = {}
     # As a network has them, from the largest maps to the smallest; linear layers have none.
     ordered = sorted(points.items(), key=lambda pair: -math.prod(pair[0].feature_map or (0,)))
     for shape, timing in ordered:
         kinds.setdefault(_kind(shape), []).append((shape, timing))
-    table = Table("layer", "points", "channels: fastest … slowest", "ms", "middle half, ms")
+    table = Table("layer", "points", "channels: fastest … slowest", "ms", "IQR, ms")
     for kind, measured in kinds.items():
         low, high = (f(measured, key=lambda pair: pair[1].median_ms) for f in (min, max))
         table.add_row(
@@ -244,7 +242,7 @@ def check_for(
             name = f"pruned {number + 1 - fit.known}"
             rows.add_row(name, f"{predicted:.3f}", f"{measured:.3f}", error)
     console.print(rows)
-    _say(
+    say(
         console,
         f"R² {fit.r_squared:.4f}, mean error {fit.mean_error:.1%}, a network takes "
         f"{fit.scale:.3f} times its layers and {fit.constant:.3f} ms; "
@@ -281,7 +279,3 @@ def _measured_by(
     if not found:
         raise DreamkitError(f"no latency backend can be used here: {'; '.join(refused)}")
     return max(found, key=lambda pair: pair[0])[1], refused
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
