@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from dreamkit import cli
+from dreamkit.plugins import build_registries
 from dreamkit.registry import KINDS
 from dreamkit.version import __version__
 
@@ -127,7 +128,7 @@ def test_show_prints_nested_options_and_what_is_required(invoke: Invoke) -> None
 
 
 def entries() -> list[tuple[str, str]]:
-    registries = cli.build_registries()
+    registries = build_registries()
     return [(kind, name) for kind in KINDS for name in registries[kind]]
 
 

@@ -46,6 +46,7 @@ LAYERS = (
         "deploy",
         "checkup",
         "bench",
+        "starters",
     },
     {"cli", "__main__"},
 )

@@ -26,21 +26,45 @@ def listing_source(registries: Registries, name: str) -> type[Any]:
     return cls
 
 
-def load_teacher(registries: Registries, source: str, model: str, weights: Weights) -> Teacher:
-    """Return a teacher on the CPU; one that ships with its weights has them in any case.
+def split_name(option: str, named: str) -> tuple[str, str]:
+    """Return source and model of ``SOURCE:MODEL``.
 
     Raises:
-        DreamkitError: there is no such source or model, or its weights do not come.
+        DreamkitError: it is written otherwise; ``option`` says where.
+    """
+    source, _, model = named.partition(":")
+    if not model:
+        raise DreamkitError(f"{option} {named}: write SOURCE:MODEL, e.g. torchvision:mobilenet_v2")
+    return source, model
+
+
+def teacher_options(
+    registries: Registries, source: str, model: str, weights: Weights
+) -> dict[str, Any]:
+    """Return the options that make a source's entry of a model: ``model`` and mostly ``weights``.
+
+    Raises:
+        DreamkitError: there is no such source or model, or no weights of it.
     """
     cls = listing_source(registries, source)
     options: dict[str, Any] = {"model": model}
     if "weights" in inspect.signature(cls).parameters:
         options["weights"] = "default" if weights == "default" else None
     try:
-        entry = cls(**options)
+        cls(**options)
     except OptionError as error:
         raise DreamkitError(f"{source}:{model}: {error}") from error
-    teacher: Teacher = entry.load(_SEED)
+    return options
+
+
+def load_teacher(registries: Registries, source: str, model: str, weights: Weights) -> Teacher:
+    """Return a teacher on the CPU; one that ships with its weights has them in any case.
+
+    Raises:
+        DreamkitError: there is no such source or model, or its weights do not come.
+    """
+    options = teacher_options(registries, source, model, weights)
+    teacher: Teacher = listing_source(registries, source)(**options).load(_SEED)
     return teacher
 
 
@@ -50,7 +74,4 @@ def load_named(registries: Registries, option: str, named: str, weights: Weights
     Raises:
         DreamkitError: as ``load_teacher`` does, or it is written otherwise; ``option`` says where.
     """
-    source, _, model = named.partition(":")
-    if not model:
-        raise DreamkitError(f"{option} {named}: write SOURCE:MODEL, e.g. torchvision:mobilenet_v2")
-    return load_teacher(registries, source, model, weights)
+    return load_teacher(registries, *split_name(option, named), weights)
