@@ -14,7 +14,7 @@ from dreamkit.cli.arguments import Device, Plugins, TeacherName, registries_with
 
 bench = typer.Typer(
     no_args_is_help=True,
-    help="Compare teachers: what they cost to invert, how good their dreams are.",
+    help="Compare teachers: what they cost to invert, and how good their dreams are.",
 )
 lut = typer.Typer(no_args_is_help=True)
 
