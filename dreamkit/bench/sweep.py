@@ -11,6 +11,7 @@ from dreamkit.bench.child import measure_in_child
 from dreamkit.bench.measure import Task
 from dreamkit.bench.results import Settings, TeacherRow, read_results, write_results
 from dreamkit.bench.show import summary
+from dreamkit.card import Card
 from dreamkit.registry import Registries
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.named import load_named
@@ -50,13 +51,9 @@ def sweep(
     kept = {key for key in selection if key in rows and rows[key].stands(limit_seconds)}
     if kept:
         say(console, f"resuming: {len(kept)} of {len(selection)} teachers kept from {path}")
-    verifier = None
-    if settings.verifier is not None and len(kept) < len(selection):
-        # Here, so that no teacher's time is spent on a download or a mistake.
-        judging = load_named(registries, "--verifier", settings.verifier, "default")
-        check_outputs(judging)
-        verifier = judging.card
-        del judging
+    left = len(kept) < len(selection)
+    # Here, so that no teacher's time is spent on a download or a mistake.
+    verifier = _verifier(registries, settings.verifier) if settings.verifier and left else None
     write_results(path, results)
     for number, (source, model) in enumerate(selection, 1):
         if (source, model) in kept:
@@ -69,3 +66,10 @@ def sweep(
         write_results(path, results)
         say(console, f"[{number}/{len(selection)}] {summary(row)}")
     return [row for key, row in rows.items() if key in set(selection)]
+
+
+def _verifier(registries: Registries, named: str) -> Card:
+    """Download the verifier, and return its card."""
+    teacher = load_named(registries, "--verifier", named, "default")
+    check_outputs(teacher)
+    return teacher.card

@@ -1,4 +1,4 @@
-"""Commands that measure: doctor, lut, bench."""
+"""Commands that measure: doctor, lut, bench. What makes them long is their options' help."""
 
 from __future__ import annotations
 

@@ -63,14 +63,19 @@ def run(
 
         dreamkit run --resume runs/try
     """
+    loaded, folder = _load(recipe, preset, set_ or [], out, resume)
+    warn_of_failures(loaded.registries)
+    _run(loaded, folder, resume, dry)
+
+
+def _run(loaded: LoadedRecipe, folder: Path, resume: bool, dry: bool) -> None:
+    """Run a recipe on every rank; a run that was stopped says how to go on."""
     from dreamkit import distributed
     from dreamkit.runner import dry_run
     from dreamkit.runner import run as run_recipe
     from dreamkit.stopping import Stop
     from dreamkit.store.run_directory import read_report
 
-    loaded, folder = _load(recipe, preset, set_ or [], out, resume)
-    warn_of_failures(loaded.registries)
     stop = Stop()
     try:
         if dry:
