@@ -20,6 +20,7 @@ from dreamkit import hookspecs
 from dreamkit.errors import PluginError
 from dreamkit.importing import import_file
 from dreamkit.registry import KINDS, PluginFailure, Registries
+from dreamkit.wording import one_line
 
 ENTRY_POINT_GROUP = "dreamkit"
 BUILTIN_PROVIDER = "dreamkit"
@@ -61,7 +62,7 @@ def build_registries(plugins: Iterable[str] = ()) -> Registries:
             _register(registries, plugin, provider)
             installed.append((provider, plugin))
         except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-            registries.failures.append(PluginFailure(provider, _one_line(error)))
+            registries.failures.append(PluginFailure(provider, _reason(error)))
     failed = {failure.plugin for failure in registries.failures}
     for provider in failed:  # a distribution is there as a whole or not at all
         registries.withdraw(provider)
@@ -72,14 +73,12 @@ def build_registries(plugins: Iterable[str] = ()) -> Registries:
             if plugin not in loaded:  # a recipe may state that it needs an installed plugin
                 _register(registries, plugin, reference)
         except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"plugin '{reference}' cannot be loaded: {_one_line(error)}"
-            ) from error
+            raise PluginError(f"plugin '{reference}' cannot be loaded: {_reason(error)}") from error
     return registries
 
 
-def _one_line(error: BaseException) -> str:
-    reason = " ".join(str(error).split())
+def _reason(error: BaseException) -> str:
+    reason = one_line(error)
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 

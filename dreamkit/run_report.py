@@ -25,6 +25,7 @@ from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory
 from dreamkit.types import RunContext, Teacher
 from dreamkit.version import __version__
+from dreamkit.wording import say
 
 _PICTURED = 512
 """Images that the grid is picked from."""
@@ -98,9 +99,7 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
         console.print(table)
     line = fidelity_line(report)
     if line is not None:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)
     for failure in report.get("failures", []):
-        console.print(f"FAILED: {failure}", highlight=False, markup=False)
-    console.print(
-        f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
-    )
+        say(console, f"FAILED: {failure}")
+    say(console, f"report: {folder / 'report.html'}")

@@ -31,6 +31,7 @@ from dreamkit.types import (
     Synthesis,
     Teacher,
 )
+from dreamkit.wording import say
 
 
 def default_folder(loaded: LoadedRecipe) -> Path:
@@ -66,9 +67,7 @@ def run(
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
-        console.print(
-            f"{folder} already holds this recipe's finished run:", highlight=False, markup=False
-        )
+        say(console, f"{folder} already holds this recipe's finished run:")
         show(read_report(folder), folder, console)
         return folder
     try:
@@ -136,6 +135,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None
     """Return what the application works on: dreams to come, images that are there, or none."""
     application: Application = loaded.recipe.application
     if application.needs_synthesis:
+        assert loaded.recipe.synthesis is not None  # the recipe's reader saw to it
         return Synthesis(loaded.recipe.synthesis, loaded.root.plain()["synthesis"])
     option = application.images_option
     source = getattr(application, option, None)
@@ -211,11 +211,10 @@ def _say_what(
 ) -> None:
     card, ranks = teacher.card, distributed.size()
     where = f"{context.device}" if ranks == 1 else f"{ranks} ranks, the first on {context.device}"
-    console.print(
+    say(
+        console,
         f"{loaded.recipe.name}: teacher {card.name} ({card.origin}), on {where}, into "
         f"{context.folder}",
-        highlight=False,
-        markup=False,
     )
     if not card.trained:
         context.log.note(

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed"},
+    {"types", "card", "errors", "version", "stopping", "distributed", "wording"},
     {
         "recipe",
         "registry",
@@ -45,8 +45,8 @@ LAYERS = (
         "hookspecs",
         "deploy",
         "checkup",
-        "teacher_bench",
-        "lut_building",
+        "bench",
+        "starters",
     },
     {"cli", "__main__", "api"},
 )

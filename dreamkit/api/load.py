@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dreamkit.plugins import build_registries
-from dreamkit.teacher_bench import load_named
+from dreamkit.teachers.named import load_named
 from dreamkit.types import Teacher
 
 

@@ -25,6 +25,7 @@ from rich.progress import (
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
 from dreamkit.types import Tracker
+from dreamkit.wording import say
 
 _PLAIN_LINE_SECONDS = 5.0
 
@@ -69,7 +70,7 @@ class MemoryLog:
         """Show a note at once and keep it for the report."""
         self.notes.append(text)
         if self.console is not None:
-            self.console.print(f"note: {text}", markup=False, highlight=False)
+            say(self.console, f"note: {text}")
 
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""

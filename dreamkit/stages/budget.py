@@ -15,7 +15,7 @@ from torch import nn
 
 from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
-from dreamkit.latency.lut import LookUpTable
+from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.pruning.selection import Chunk
 from dreamkit.stages.measuring import time_models

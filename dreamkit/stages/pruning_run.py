@@ -16,7 +16,8 @@ from torch import Tensor
 from dreamkit import distributed
 from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
-from dreamkit.latency.lut import LookUpTable, read_table
+from dreamkit.latency.table import LookUpTable
+from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.knapsack import choose_knapsack
@@ -247,7 +248,7 @@ class PruningRun:
     def _save(self) -> None:
         if self.table.points:
             path = self.context.folder / RunContext.TABLE
-            write_atomically(path, self.table.to_text().encode())
+            write_atomically(path, table_text(self.table).encode())
         tensors = prefixed("student", self.student.state_dict())
         tensors |= prefixed("ranking", self.ranking.state())
         tensors["generator"] = self.generator.get_state()

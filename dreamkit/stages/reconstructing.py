@@ -16,9 +16,7 @@ from dreamkit.pruning.surgery import Surgery
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext, RunLog, Teacher
-
-_SHOWN = 5
-"""Names of layers in a note."""
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ def reconstruct_student(
     left = [name for name, _ in weighted_layers(student) if name not in done]
     lost = [name for name in left if f"{name}.weight" in {*surgery.kept, *(masks or {})}]
     if lost:
-        count = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         context.log.note(
-            f"reconstruction: {', '.join(lost[:_SHOWN])}{count} cannot be fitted, so BatchNorm's "
+            f"reconstruction: {and_more(lost)} cannot be fitted, so BatchNorm's "
             "statistics are taken anew"
         )
         recalibrate(student, sample, card, device, len(batches), size)
