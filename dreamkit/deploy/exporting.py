@@ -19,7 +19,7 @@ from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
 from dreamkit.latency.sampling import alternate
-from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.types import RunContext, Timing
 
 Format = Literal["onnx", "torch-export", "torchscript"]
@@ -108,7 +108,7 @@ def export_student(
 def _images(run_directory: Path, card: Card, count: int) -> tuple[Tensor, bool]:
     """Return stored images, the run's dreams where it has as many."""
     dreams = run_directory / RunContext.DREAMS
-    if (dreams / MANIFEST).is_file():
+    if holds_dreams(dreams):
         content = DreamStore(dreams).open(count)
         if len(content) >= count:
             return content.batch(range(count))[0], True

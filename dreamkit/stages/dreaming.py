@@ -17,7 +17,8 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.store.dreams import MANIFEST, DreamStore, ShardedImages
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.shard import ShardedImages
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import (
@@ -79,6 +80,7 @@ def dream_into_store(context: RunContext) -> ShardedImages:
 
                 work.batches(missing, on_step)
     if len(store) == 0:
+        store.withdraw()
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
     report_synthesis(context, store)
     return store.open()
@@ -89,10 +91,8 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
     context.metrics["synthesis.images"] = len(store)
     context.metrics["synthesis.skipped_batches"] = len(store.skipped)
     context.metrics["synthesis.seconds"] = store.seconds
-    timed = [shard for shard in store.shards.values() if shard.seconds > 0]
-    if timed:  # those whose writer was killed do not tell how long they took
-        rate = sum(shard.images for shard in timed) / sum(shard.seconds for shard in timed)
-        context.metrics["synthesis.images_per_second"] = rate * distributed.size()
+    rate = len(store) / store.seconds * distributed.size()
+    context.metrics["synthesis.images_per_second"] = rate
     if store.r_feature is not None:
         context.metrics["synthesis.r_feature"] = store.r_feature
     content = store.open()
@@ -118,7 +118,7 @@ def open_store(context: RunContext) -> DreamStore:
     for batch in store.skipped.values():
         note = f"batch {batch.index} was left out ({batch.reason})"
         if store.state is None:  # else later ones build on its absence
-            note += f"; to try it again, remove it from 'skipped' in {store.folder / MANIFEST}"
+            note += f"; to try it again, remove {store.folder / batch.file}"
         context.log.note(note)
     return store
 
@@ -226,7 +226,8 @@ class Dreaming:
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
             mine_skipped = set(self.store.skipped)
-            self.store.merge(distributed.gathered(self.store))
+            distributed.together()
+            self.store.refresh(plan.index for plan in plans)
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
