@@ -30,6 +30,7 @@ _BUILTIN_ROOMS = (
     "dreamkit.teachers",
     "dreamkit.sources",
     "dreamkit.criteria",
+    "dreamkit.pruning",
     "dreamkit.training.losses",
     "dreamkit.latency",
     "dreamkit.applications",

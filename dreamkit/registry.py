@@ -31,6 +31,7 @@ KINDS: tuple[str, ...] = (
     "teachers",
     "sources",
     "criteria",
+    "channel_rules",
     "losses",
     "latency_backends",
     "applications",
