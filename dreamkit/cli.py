@@ -299,7 +299,7 @@ def export(
         Path, typer.Argument(help="A finished run's directory, or its student folder")
     ],
     format_: Annotated[
-        Literal["onnx", "torch-export", "torchscript"], typer.Option("--format", help="Of the file")
+        str, typer.Option("--format", help="Of the file; see 'dreamkit list exporters'")
     ] = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="The file; beside the student if not given")

@@ -64,5 +64,10 @@ def register_applications(register: Register) -> None:
 
 
 @hookspec
+def register_exporters(register: Register) -> None:
+    """Add exporters: formats of files that other runtimes read."""
+
+
+@hookspec
 def register_trackers(register: Register) -> None:
     """Add trackers: where the records of a run are sent besides ``log.jsonl``."""

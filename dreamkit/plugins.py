@@ -34,6 +34,7 @@ _BUILTIN_ROOMS = (
     "dreamkit.training.losses",
     "dreamkit.latency",
     "dreamkit.applications",
+    "dreamkit.deploy",
     "dreamkit.trackers",
 )
 

@@ -35,6 +35,7 @@ KINDS: tuple[str, ...] = (
     "losses",
     "latency_backends",
     "applications",
+    "exporters",
     "trackers",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")

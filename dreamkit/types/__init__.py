@@ -5,6 +5,7 @@ channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 """
 
 from dreamkit.types.channels import ChannelCall, ChannelRule
+from dreamkit.types.deployment import Exporter
 from dreamkit.types.images import NO_LABEL, Images, ImageSource, StoredImages
 from dreamkit.types.incremental import IncrementalLoss, IncrementalStep
 from dreamkit.types.inversion import (
@@ -36,6 +37,7 @@ __all__ = [
     "Dream",
     "Dreamer",
     "Estimate",
+    "Exporter",
     "ImageSource",
     "Images",
     "IncrementalLoss",
