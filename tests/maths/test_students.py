@@ -283,3 +283,53 @@ def test_a_student_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MissingPath, match="no such student") as caught:
         SavedStudent(str(tmp_path))
     assert caught.value.option == "path"
+
+
+# --- networks in memory -----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A network that stands in a notebook, and in no source of teachers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.norm(self.conv1(x)).relu()).mean((2, 3)))
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """Return a pruned network of a class of one's own, and the folder it is saved in."""
+    model = Net().eval()
+    graph = ChannelGraph(model, (3, 8, 8))
+    graph.remove({"conv1": [0, 3], "conv2": [1]})
+    card = Card("notebook", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, 2, "tests")
+    builder = {"source": "memory", "class": "notebook.Net"}
+    write_artifact(tmp_path, model, card, builder, graph.surgery.to_json())
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("given", [Net, lambda: Net(), Net()], ids=["class", "function", "module"])
+def test_a_network_in_memory_is_loaded_into_what_the_caller_gives(in_memory, given):
+    model, folder = in_memory
+    again = dreamkit.load_student(folder, builder=given)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(x), model(x))
+    assert (again.conv1.out_channels, again.conv2.out_channels) == (4, 3)
+    if isinstance(given, nn.Module):
+        assert given.conv1.out_channels == 6, "it is the caller's"
+
+
+def test_a_network_in_memory_cannot_be_built_from_its_name(in_memory):
+    _, folder = in_memory
+    with pytest.raises(
+        ArtifactError, match=r"in memory \(class notebook.Net\): pass builder=\.\.\."
+    ):
+        dreamkit.load_student(folder)
+    with pytest.raises(ArtifactError, match=r"in memory"):
+        SavedStudent(str(folder)).load(0)
