@@ -50,8 +50,9 @@ from dreamkit.report.tables import quantity
 from dreamkit.stages.dreaming import batch_seed, format_duration, judge
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.types import BatchPlan, Dreamer, LatencyBackend, StoredImages, Teacher
 

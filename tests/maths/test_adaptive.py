@@ -19,8 +19,9 @@ from dreamkit.stages.teaching import train_student
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.pool import Pool
-from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.distillation import Distillation
 from dreamkit.types import RunContext, StoredImages

@@ -28,8 +28,9 @@ from dreamkit.stages.dreaming import (
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
 from dreamkit.synthesizers import deepinversion
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan, Dream, Estimate, RunContext
 
 CPU = torch.device("cpu")
