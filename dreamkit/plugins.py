@@ -31,9 +31,11 @@ _BUILTIN_ROOMS = (
     "dreamkit.teachers",
     "dreamkit.sources",
     "dreamkit.criteria",
+    "dreamkit.pruning",
     "dreamkit.training.losses",
     "dreamkit.latency",
     "dreamkit.applications",
+    "dreamkit.deploy",
     "dreamkit.trackers",
 )
 

@@ -30,9 +30,11 @@ KINDS: tuple[str, ...] = (
     "teachers",
     "sources",
     "criteria",
+    "channel_rules",
     "losses",
     "latency_backends",
     "applications",
+    "exporters",
     "trackers",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")

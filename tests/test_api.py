@@ -112,7 +112,7 @@ def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
     assert_same(before, fingerprint(net))
     assert made.metrics
     assert made.seconds > 0
-    assert made.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(made.versions["torch"])
     assert repr(made).startswith(type(made).__name__)
     assert "<" in made._repr_html_()
     recipe = yaml.safe_load(made.to_recipe())
@@ -158,9 +158,8 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
     assert dreams.images.dtype == torch.uint8
     assert dreams.images.shape == (6, 1, 8, 8)
     assert dreams.labels.tolist() == [0, 1, 2, 3, 4, 5]
-    assert set(dreams.quality.by_layer) == set(
-        name for name, m in digits.model.named_modules() if isinstance(m, nn.BatchNorm2d)
-    )
+    layers = digits.model.named_modules()
+    assert {*dreams.quality.by_layer} == {n for n, m in layers if isinstance(m, nn.BatchNorm2d)}
     assert dreams.quality.r_feature == pytest.approx(sum(dreams.quality.by_layer.values()))
     folder = dreams.save(tmp_path / "dreams")
     again = dreamkit.load_dreams(folder)
@@ -425,14 +424,16 @@ def test_what_cannot_be_inverted_is_refused(net, change, message):
 
 
 def test_networks_that_cannot_be_inverted(net):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 3))
     with pytest.raises(dreamkit.DreamkitError, match="BatchNorm"):
-        plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 3))
         dreamkit.invert(plain, 2, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match="'fc.bias' holds values that are not finite"):
-        with torch.no_grad():
-            net.fc.bias[0] = float("nan")
+    with torch.no_grad():
+        net.fc.bias[0] = float("nan")
+    with pytest.raises(
+        dreamkit.DreamkitError, match=r"'fc\.bias' holds values"
+    ):
         dreamkit.invert(net, 2, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match="should be a torch.nn.Module, not str"):
+    with pytest.raises(dreamkit.DreamkitError, match=r"should be a torch\.nn\.Module, not str"):
         dreamkit.invert("resnet18", 2)
 
 
@@ -446,7 +447,7 @@ def test_options_of_students_are_checked_by_name(net, pixels):
         dreamkit.prune(net, pixels, flops=63, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match="give at least one of flops"):
         dreamkit.prune(net, pixels, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match="training.lrr: unknown option"):
+    with pytest.raises(dreamkit.DreamkitError, match=r"training\.lrr: unknown option"):
         dreamkit.distill(net, Net(), pixels, lrr=3, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match="evaluation: needs images with labels"):
         dreamkit.recover(net, pixels, sparsity=0.5, evaluation=pixels[0], progress=False, **VIEW)

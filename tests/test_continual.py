@@ -16,6 +16,7 @@ import dreamkit
 from dreamkit.applications import continual
 from dreamkit.sources.digits import Digits
 from dreamkit.stages import teaching
+from dreamkit.store.dreams import DreamStore
 from dreamkit.teachers.weights import hash_weights
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -89,7 +90,7 @@ def test_what_it_is_compared_with(tmp_path, invoke, preset):
     code, _, err = invoke("run", RECIPE, "--preset", f"smoke+{preset}", "--out", tmp_path / "run")
     assert code == 0, err
     assert "student.combined" in report_of(tmp_path / "run")["metrics"]
-    dreams = list((tmp_path / "run" / "steps").glob("*/dreams/manifest.json"))
+    dreams = list((tmp_path / "run" / "steps").glob("*/dreams"))
     assert len(dreams) == (2 if preset in {"deepdream", "adaptive"} else 0)
 
 
@@ -203,8 +204,7 @@ def test_the_cost_of_all_sets_is_estimated(tmp_path, recipe, recipe_file, invoke
 
 def test_what_is_made_of_a_network_is_bound_to_it(tmp_path, recipe, recipe_file, invoke):
     assert invoke("run", recipe_file(recipe), "--out", tmp_path / "run")[0] == 0
-    manifest = tmp_path / "run" / "steps" / "2" / "dreams" / "manifest.json"
-    settings = json.loads(manifest.read_text())["settings"]
+    settings = DreamStore(tmp_path / "run" / "steps" / "2" / "dreams").settings
     model = dreamkit.load_student(tmp_path / "run" / "steps" / "1" / "student")
     assert settings["teacher_sha256"] == hash_weights(model)
 

@@ -1,1 +1,12 @@
 """Structured pruning: channel groups, surgery, and the choice of what goes."""
+
+from dreamkit.registry import Register, hookimpl
+
+
+@hookimpl
+def register_channel_rules(register: Register) -> None:
+    """Register the rules of PyTorch's layers."""
+    rules = "dreamkit.pruning.layer_rules"
+    register("convolution", f"{rules}:Convolution")
+    register("linear", f"{rules}:Linear")
+    register("normalisation", f"{rules}:Normalisation")

@@ -47,8 +47,8 @@ class BNFeature:
 
 
 def _absolute(layer: LayerStatistics) -> Tensor:
-    off: Tensor = (layer.mean - layer.running_mean).norm()
-    return off + (layer.var - layer.running_var).norm()
+    means, variances = layer.mean - layer.running_mean, layer.var - layer.running_var
+    return torch.linalg.vector_norm(means) + torch.linalg.vector_norm(variances)
 
 
 def _relative(layer: LayerStatistics) -> Tensor:

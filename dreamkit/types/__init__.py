@@ -4,6 +4,8 @@ Images are either *stored* (uint8, 0 to 255) or *normalised* (float, (pixel/255 
 channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 """
 
+from dreamkit.types.channels import ChannelCall, ChannelRule
+from dreamkit.types.deployment import Exporter
 from dreamkit.types.images import NO_LABEL, Images, ImageSource, StoredImages
 from dreamkit.types.incremental import IncrementalLoss, IncrementalStep
 from dreamkit.types.inversion import (
@@ -29,11 +31,14 @@ __all__ = [
     "NO_LABEL",
     "Application",
     "BatchPlan",
+    "ChannelCall",
     "ChannelGroup",
+    "ChannelRule",
     "Criterion",
     "Dream",
     "Dreamer",
     "Estimate",
+    "Exporter",
     "ImageSource",
     "Images",
     "IncrementalLoss",

@@ -21,14 +21,11 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.dreaming import judge
 from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
-from dreamkit.synthesizers.deepinversion import (
-    DeepInversion,
-    Plateau,
-    Stage,
-)
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
+from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate
 
 CPU = torch.device("cpu")
