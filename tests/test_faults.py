@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreamkit import stopping
-from dreamkit.applications import distill
+from dreamkit import runner, stopping
 from dreamkit.errors import RunDirectoryError
 from dreamkit.stopping import Stop
 from dreamkit.store.dreams import DreamStore
@@ -254,7 +253,7 @@ def test_a_training_outlasts_a_failure_where_nothing_is_dreamed(
     }
     run = ("run", recipe_file(tiny), "--out", tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(distill, "write_artifact", full)
+        patched.setattr(runner, "write_artifact", full)
         assert invoke(*run)[::2] == (2, "error: no room\n")
     code, out, err = invoke(*run)
     assert code == 0, err
