@@ -208,6 +208,14 @@ def make_state(model):
     }
 
 
+def assert_same_tensors(model, other):
+    """Fail naming a tensor in which two models of one architecture differ."""
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(mine[name], tensor), name
+
+
 def assert_same_state(model, before):
     """Fail naming what of a model's state is not as it was."""
     after = make_state(model)
@@ -237,4 +245,5 @@ def toys():
         context=make_context,
         state=make_state,
         assert_same_state=assert_same_state,
+        assert_same_tensors=assert_same_tensors,
     )

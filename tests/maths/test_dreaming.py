@@ -405,9 +405,7 @@ def test_durations_as_people_say_them(seconds, text):
 
 
 def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatch):
-    run.synthesizer = Counting(
-        dataclasses.replace(run.synthesizer.inner, batch_size="auto")
-    )
+    run.synthesizer = Counting(dataclasses.replace(run.synthesizer.inner, batch_size="auto"))
     monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 3)
     run.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
