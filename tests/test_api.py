@@ -429,9 +429,7 @@ def test_networks_that_cannot_be_inverted(net):
         dreamkit.invert(plain, 2, progress=False, **VIEW)
     with torch.no_grad():
         net.fc.bias[0] = float("nan")
-    with pytest.raises(
-        dreamkit.DreamkitError, match=r"'fc\.bias' holds values"
-    ):
+    with pytest.raises(dreamkit.DreamkitError, match=r"'fc\.bias' holds values"):
         dreamkit.invert(net, 2, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match=r"should be a torch\.nn\.Module, not str"):
         dreamkit.invert("resnet18", 2)

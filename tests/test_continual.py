@@ -15,9 +15,10 @@ from torch import nn
 import dreamkit
 from dreamkit.applications import continual
 from dreamkit.sources.digits import Digits
-from dreamkit.stages import teaching
+from dreamkit.stages import training_run
 from dreamkit.store.dreams import DreamStore
 from dreamkit.teachers.weights import hash_weights
+from dreamkit.training.trainer import Trainer
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -134,9 +135,9 @@ def test_an_interrupted_run_ends_the_same(
     file = recipe_file(recipe)
     code, _, err = invoke("run", file, "--out", tmp_path / "whole")
     assert code == 0, err
-    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training_run, "CHECKPOINT_SECONDS", 0.0)
     calls = {"n": 0}
-    real_step, real_save = teaching.Trainer.step, continual._save
+    real_step, real_save = Trainer.step, continual.write_artifact
 
     def step(self, *batches, share):
         calls["n"] += 1
@@ -144,14 +145,14 @@ def test_an_interrupted_run_ends_the_same(
             raise KeyboardInterrupt
         return real_step(self, *batches, share=share)
 
-    def save(taught, folder):
-        real_save(taught, folder)
+    def save(*arguments):
+        real_save(*arguments)
         if where == "between steps":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(teaching.Trainer, "step", step)
-        patched.setattr(continual, "_save", save)
+        patched.setattr(Trainer, "step", step)
+        patched.setattr(continual, "write_artifact", save)
         assert invoke("run", file, "--out", tmp_path / "parts")[0] == 130
     code, out, err = invoke("run", file, "--out", tmp_path / "parts", "--resume")
     assert code == 0, err

@@ -19,8 +19,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from dreamkit import stopping
-from dreamkit.applications import distill
+from dreamkit import runner, stopping
 from dreamkit.errors import RunDirectoryError
 from dreamkit.flat_state import hash_state
 from dreamkit.stopping import Stop
@@ -266,7 +265,7 @@ def test_a_training_outlasts_a_failure_where_nothing_is_dreamed(
     }
     run = ("run", recipe_file(tiny), "--out", tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(distill, "write_artifact", full)
+        patched.setattr(runner, "write_artifact", full)
         assert invoke(*run)[::2] == (2, "error: no room\n")
     code, out, err = invoke(*run)
     assert code == 0, err

@@ -20,7 +20,7 @@ from dreamkit import cli, hookimpl, hookspecs, types
 from dreamkit.errors import DuplicateEntry, PluginError, RecipeError
 from dreamkit.plugins import BUILTIN_PROVIDER, ENTRY_POINT_GROUP, build_registries
 from dreamkit.recipe import read_recipe
-from dreamkit.recipe.signature import options_of
+from dreamkit.recipe.signature import documentation, options_of
 from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
 from dreamkit.types import InversionStep
 
@@ -238,9 +238,9 @@ def test_every_builtin_has_a_summary_a_docstring_and_readable_options(kind):
         doc = inspect.cleandoc(cls.__doc__ or "")
         assert summary, f"{kind} {name} has no docstring"
         assert doc.startswith(summary)
-        options = options_of(cls)
+        options, told = options_of(cls), documentation(cls)
         for option in options:
-            assert re.search(rf"^ *{option}: ", doc, re.M), f"{kind} {name}: describe '{option}'"
+            assert re.search(rf"^ *{option}: ", told, re.M), f"{kind} {name}: describe '{option}'"
         assert name_key(kind) not in options
         if kind in {"regularizers", "criteria"}:
             assert "weight" not in options, "weights belong to the recipe"

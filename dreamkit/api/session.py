@@ -32,7 +32,6 @@ from dreamkit.types import (
     Synthesizer,
     Teacher,
 )
-from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,10 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
             if int(evaluation.batch([0])[1][0]) == NO_LABEL:
                 raise DreamkitError("evaluation: needs images with labels")
         log = MemoryLog(_console(conditions.progress))
-        _free(teacher.model, log)
         backend = _backend(conditions.latency_backend, registries)
         latency = backend or default_backend(registries, device)
         context = RunContext(conditions.seed, device, folder, log, latency, evaluation)
         yield Session(teacher, context, log, registries, started)
-
-
-def _free(model: nn.Module, log: MemoryLog) -> None:
-    """Let all parameters of a copied network train: students are copies of it."""
-    held = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if held:
-        log.note(f"frozen in the model, trained in a student made from it: {and_more(held)}")
-        model.requires_grad_(True)
 
 
 def _console(progress: bool | None) -> Console | None:

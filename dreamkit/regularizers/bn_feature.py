@@ -47,8 +47,9 @@ class BNFeature:
 
 
 def _absolute(layer: LayerStatistics) -> Tensor:
-    means, variances = layer.mean - layer.running_mean, layer.var - layer.running_var
-    return torch.linalg.vector_norm(means) + torch.linalg.vector_norm(variances)
+    off: Tensor = (layer.mean - layer.running_mean).norm()
+    off = off + (layer.var - layer.running_var).norm()
+    return off
 
 
 def _relative(layer: LayerStatistics) -> Tensor:

@@ -18,7 +18,7 @@ from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.stages.dreaming import judge
+from dreamkit.stages.batches import as_stored
 from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
@@ -512,7 +512,7 @@ def test_compiled_dreams_do_not_depend_on_what_was_judged_in_between(toys):
             for plan in plans:
                 found.append(session.dream(plan, lambda *_: None))
                 if judged:
-                    judge(found[-1], teacher)
+                    as_stored(found[-1], teacher)
         return found
 
     for alone, after in zip(dreams(False), dreams(True), strict=True):
