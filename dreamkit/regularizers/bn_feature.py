@@ -47,9 +47,8 @@ class BNFeature:
 
 
 def _absolute(layer: LayerStatistics) -> Tensor:
-    off: Tensor = (layer.mean - layer.running_mean).norm()
-    off = off + (layer.var - layer.running_var).norm()
-    return off
+    differences = (layer.mean - layer.running_mean, layer.var - layer.running_var)
+    return torch.stack([difference.norm() for difference in differences]).sum()
 
 
 def _relative(layer: LayerStatistics) -> Tensor:
