@@ -118,8 +118,8 @@ class Builder:
         name = value.get(key)
         if not isinstance(name, str):
             choices = ", ".join(self.registries[kind])
-            message = f"'{key}' should name one of the {kind}: {choices}"
-            raise OptionError(key, message) if key in value else ValueError(message)
+            message = f"should name one of the {kind}: {choices}"
+            raise OptionError(key, message) if key in value else ValueError(f"'{key}' {message}")
         try:
             cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
