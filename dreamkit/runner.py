@@ -136,12 +136,13 @@ def _run(
     distributed.together()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
     distributed.together()
+    resumed = directory.started
     try:
         log.open()
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
         for tracker in trackers:
-            tracker.start(directory.folder, context.recipe)
+            tracker.start(directory.folder, context.recipe, resumed)
         _say_what(loaded, context, console)
         with placed("application", always=False):
             recipe.application.run(context)

@@ -61,7 +61,6 @@ from dreamkit.types import (
     RunContext,
     RunLog,
     Teacher,
-    needs,
 )
 
 STEPS = "steps"
@@ -142,7 +141,7 @@ class Continual:
             )
         if not self.losses:
             raise OptionError("losses", "give at least one loss")
-        looking = [term.name for term in self.losses if "replay" in needs(term.entry)]
+        looking = [term.name for term in self.losses if "replay" in term.entry.needs]
         if looking and self.replay is None:
             raise OptionError(
                 "replay",
@@ -266,8 +265,8 @@ class _Course:
     def _check_rhythm(self, adaptive: Adaptive) -> None:
         """Refuse a set whose training ends before all of its dreams are there."""
         synthesizer = self.context.synthesizer
-        batch_size = getattr(synthesizer, "batch_size", None)
-        if not isinstance(batch_size, int):  # left to the machine: looked at when it is known
+        batch_size = None if synthesizer is None else synthesizer.known_batch_size()
+        if batch_size is None:  # left to the machine: looked at when it is known
             return
         for task, classes in zip(self.tasks, self.old_classes, strict=True):
             batches = math.ceil(self.options.images_per_class * classes / batch_size)
@@ -408,7 +407,7 @@ def _save(taught: Teacher, folder: Path) -> None:
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
     """Open a set whose first class is the output ``first``."""
     with placed("train"):
-        names = _names_of(added.train)
+        names = added.train.class_names()
         if names is None:
             raise DreamkitError(
                 "its images have no classes of their own, which new classes need; use an image "
@@ -422,7 +421,7 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
     test: Images | None = None
     if added.test is not None:
         with placed("test"):
-            tested = _names_of(added.test)
+            tested = added.test.class_names()
             strange = [] if tested is None else sorted({*tested} - {*names})
             if strange:
                 learnt = ", ".join(names[:20])
@@ -431,11 +430,6 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:
             _check_size(test, card)
     called = tuple(added.prefix + class_name for class_name in names)
     return _Task(name, called, Shifted(train, first), test)
-
-
-def _names_of(source: ImageSource) -> tuple[str, ...] | None:
-    tell: Callable[[], tuple[str, ...] | None] | None = getattr(source, "class_names", None)
-    return None if tell is None else tell()
 
 
 def _check_size(images: Images, card: Card) -> None:

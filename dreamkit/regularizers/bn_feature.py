@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class BNFeature:
+class BNFeature(Regularizer):
     """Distance of the batch's feature statistics from those in the teacher's BatchNorm layers.
 
     DeepInversion (Yin et al., CVPR 2020), R_feature of eq. 4: the sum over layers of
@@ -25,7 +25,7 @@ class BNFeature:
 
     first_layer_scale: Annotated[float, Field(ge=0)] = 1.0
 
-    needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})
+    needs = frozenset({"bn_statistics"})
 
     def per_layer(self, step: InversionStep) -> dict[str, Tensor]:
         """Return each layer's unscaled part, of shape (), by the layer's name."""

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
-from dreamkit.types import NO_LABEL, Images, StoredImages
+from dreamkit.types import NO_LABEL, Images, ImageSource, StoredImages
 
 
 @dataclass(frozen=True)
-class GeneratorImages:
+class GeneratorImages(ImageSource):
     """Images that a generator draws: proxy data where real ones are missing.
 
     The generator is a program and is run: use files that you trust.

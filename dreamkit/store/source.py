@@ -8,7 +8,7 @@ from pathlib import Path
 from dreamkit.card import Card
 from dreamkit.errors import MissingPath, StoreError
 from dreamkit.store.dreams import MANIFEST, DreamStore
-from dreamkit.types import Images, RunContext
+from dreamkit.types import Images, ImageSource, RunContext
 
 
 def find_store(folder: Path) -> Path:
@@ -18,7 +18,7 @@ def find_store(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Dreams:
+class Dreams(ImageSource):
     """Dreamed images: this run's own, or those of an earlier run.
 
     Args:

@@ -40,6 +40,7 @@ from dreamkit.types import (
     OnStep,
     Parameterisation,
     Regularizer,
+    Synthesizer,
     Teacher,
     TeacherSource,
 )
@@ -76,7 +77,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class DeepInversion:
+class DeepInversion(Synthesizer):
     """DeepInversion and its ladder: cross-entropy to a label plus weighted regularizers.
 
     Yin et al., CVPR 2020, eq. 2 to 9. Images are optimised by Adam in normalised space from
@@ -140,6 +141,10 @@ class DeepInversion:
     def steps_per_batch(self) -> int:
         """Optimizer steps over all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def known_batch_size(self) -> int | None:
+        """Return the batch size; None for ``auto``."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     def label_plan(self, plan: BatchPlan, num_classes: int, generator: torch.Generator) -> Tensor:
         """Return a batch's labels (N,); those dealt in turn go on from the batch before."""

@@ -16,19 +16,6 @@ from dreamkit.types.latency import LatencyBackend
 from dreamkit.types.models import Teacher
 
 
-class Tracker(Protocol):
-    """An entry of ``trackers``."""
-
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Begin a run."""
-
-    def record(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Take one record; a number that is not finite comes as None."""
-
-    def finish(self, metrics: Mapping[str, float]) -> None:
-        """Take the final metrics and close."""
-
-
 class RunLog(Protocol):
     """Where an application reports what it does."""
 
