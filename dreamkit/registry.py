@@ -11,13 +11,14 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
 
 from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
+from dreamkit.events import EventEmitter, Listener
 
 hookimpl = pluggy.HookimplMarker("dreamkit")
 """Marks a function as an implementation of one of the hooks in ``dreamkit.hookspecs``."""
@@ -32,6 +33,8 @@ KINDS: tuple[str, ...] = (
     "sources",
     "criteria",
     "losses",
+    "distillation_losses",
+    "selections",
     "latency_backends",
     "applications",
     "trackers",
@@ -154,9 +157,23 @@ class Registry:
 
         Raises:
             UnknownEntry: nobody registered the name.
-            PluginError: the class its provider registered by reference cannot be imported.
+            PluginError: the class its provider registered by reference cannot be imported, or it
+                lacks what entries of the kind have.
         """
         found = self._registered(name)
+        cls = self._imported(name, found)
+        try:
+            # It comes with torch, which listing does without.
+            from dreamkit.types.entries import check_entry
+
+            check_entry(self.kind, cls)
+        except TypeError as error:
+            raise PluginError(
+                f"{self.kind} '{name}' of {found.provider} is unusable: {error}"
+            ) from error
+        return cls
+
+    def _imported(self, name: str, found: Registered) -> type[Any]:
         if not isinstance(found.target, str):
             return found.target
         module, _, attribute = found.target.partition(":")
@@ -169,7 +186,8 @@ class Registry:
             ) from error
         if not inspect.isclass(cls):
             raise PluginError(f"{self.kind} '{name}' of {found.provider} is no class")
-        return cls
+        imported: type[Any] = cls
+        return imported
 
     def summary(self, name: str) -> str:
         """Return the first line of the entry's docstring, without importing its module.
@@ -209,6 +227,16 @@ class Registries:
     )
     providers: list[str] = field(default_factory=list)
     failures: list[PluginFailure] = field(default_factory=list)
+    listeners: list[tuple[str, Listener]] = field(default_factory=list)
+    """Who is told of a run's events, by its provider."""
+
+    def events(self, note: Callable[[str], None]) -> EventEmitter:
+        """Return what tells the plugins of one run's events.
+
+        Args:
+            note: told of a plugin that fails, once; it is left out for the rest of the run.
+        """
+        return EventEmitter([(f"the plugin {who}", heard) for who, heard in self.listeners], note)
 
     def __getitem__(self, kind: str) -> Registry:
         return self.by_kind[kind]

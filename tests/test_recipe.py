@@ -14,12 +14,14 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dreamkit.errors import DreamkitError, RecipeError
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry, read_recipe, validate_recipe
 from dreamkit.recipe.schema import MAX_BYTES
 from dreamkit.registry import Registries
+from dreamkit.types import InversionStep, Regularizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Write = Callable[..., Path]
@@ -569,10 +571,19 @@ def test_build_entry_refuses_what_a_recipe_would(
     assert message in caught.value.message
 
 
+class Zero(Regularizer):
+    """A regularizer that adds nothing."""
+
+    def __call__(self, step: InversionStep) -> Tensor:
+        return step.images.sum() * 0
+
+
 @pytest.mark.parametrize("name", ["copy", "json", "schema", "validate", "dict", "model_fields"])
 def test_an_option_of_a_plugin_may_have_any_name(name: str) -> None:
     made = build_registries()
-    made["regularizers"].register("mine", make_dataclass("Mine", [(name, int, 3)]), "me")
+    made["regularizers"].register(
+        "mine", make_dataclass("Mine", [(name, int, 3)], bases=(Zero,)), "me"
+    )
     assert getattr(build_entry(made, "regularizers", {"name": "mine", name: 5}), name) == 5
 
 

@@ -40,6 +40,7 @@ from dreamkit.teacher_bench import (
     show,
     sweep,
 )
+from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.types import Teacher
 
 Invoke = Callable[..., Any]
@@ -49,7 +50,7 @@ NULL = dataclasses.replace(SETTINGS, weights="null")
 LATER = 4e9
 
 
-class Listed:
+class Listed(BundledTeacher):
     """A source of teachers with tags, as timm's."""
 
     @classmethod

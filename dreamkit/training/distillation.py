@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamkit.errors import DreamkitError
 from dreamkit.training.losses.distillation import (
-    distillation_loss,
-    logit_distance,
+    KLDivergence,
+    LogitDistance,
     mixed_cross_entropy,
 )
 from dreamkit.training.trainer import Batch, Trainer, Training
@@ -57,10 +57,8 @@ class Distiller(Trainer[Distillation]):
             raise DreamkitError("these images have no labels; set it to 0", ("hard_labels",))
         mixed = self.augmenter(self.card.normalise(stored), labels)
         student_logits, teacher_logits = self.forward(mixed.images)
-        if self.options.soft_loss == "l1":
-            soft = logit_distance(student_logits, teacher_logits)
-        else:
-            soft = distillation_loss(student_logits, teacher_logits, self.options.temperature)
+        compare = LogitDistance() if self.options.soft_loss == "l1" else KLDivergence()
+        soft = compare(student_logits, teacher_logits, self.options.temperature)
         if self.options.hard_labels == 0:
             return soft
         hard = mixed_cross_entropy(student_logits, mixed)

@@ -14,7 +14,7 @@ class DistillationLoss(ABC):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float
     ) -> Tensor:
-        """Return the loss, a scalar of shape (), 0 where the student is as the teacher.
+        """Return the loss, a scalar of shape ().
 
         Args:
             student_logits: (N, K); gradients flow to it.

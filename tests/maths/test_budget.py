@@ -25,12 +25,12 @@ from dreamkit.stages import measuring
 from dreamkit.stages.budget import Budget, Target
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.store.artifact import read_artifact
-from dreamkit.types import RunContext, Timing
+from dreamkit.types import LatencyBackend, RunContext, Timing
 
 SIZE = (3, 8, 8)
 
 
-class Weights:
+class Weights(LatencyBackend):
     """A target on which a model takes a microsecond a weight of its layers, and ``extra`` more.
 
     ``factor`` is how much longer whole models take than their layers say.
