@@ -81,7 +81,7 @@ def check_selection(entry: Selection | type) -> None:
             chunks=offered,
             channels=3,
             enough=lambda chunk: False,
-            shortfall=lambda: [(lambda group, channels: float(channels), 3.0)],
+            shortfall=lambda: [(lambda group, gone: float(gone), 3.0)],
             note=lambda text: None,
         )
         with working(f"{name} on {sum(map(len, offered))} chunks"):
