@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
-from dreamkit.stages.dreaming import batch_seed
+from dreamkit.stages.batches import batch_seed
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.training.augmentation import random_crop, random_flip

@@ -34,7 +34,7 @@ from dreamkit.latency.processor import processor_name
 from dreamkit.registry import Term
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.folder import Folder
-from dreamkit.stages.dreaming import batch_plans
+from dreamkit.stages.batches import batch_plans
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.types import Images, StoredImages, Teacher
 from dreamkit.version import __version__

@@ -29,7 +29,7 @@ from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.latency.processor import processor_name
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.report.figures import grid
-from dreamkit.stages.dreaming import batch_seed, judge
+from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine
@@ -51,7 +51,7 @@ class Quality:
 
 def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher) -> Quality:
     """Judge a batch as it would be stored."""
-    content, per_layer = judge(Dream(images, labels, 0.0), teacher)
+    content, per_layer = as_stored(Dream(images, labels, 0.0), teacher)
     with torch.no_grad(), tapped(teacher.model) as tap:
         logits, statistics = tap(images)
     unclipped = BNFeature().per_layer(InversionStep(images, labels, logits, None, statistics))

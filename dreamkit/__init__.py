@@ -2,21 +2,77 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from dreamkit.errors import DreamkitError
 from dreamkit.registry import hookimpl
 from dreamkit.version import __version__
 
 if TYPE_CHECKING:
+    from dreamkit.api.distill import distill
+    from dreamkit.api.dreams import Dreams, load_dreams
+    from dreamkit.api.extend import extend
+    from dreamkit.api.invert import invert
+    from dreamkit.api.judge import judge
+    from dreamkit.api.load import load_teacher
+    from dreamkit.api.prune import prune
+    from dreamkit.api.recover import recover
+    from dreamkit.api.results import Distilled, Extended, Judgement, Pruned, Recovered
+    from dreamkit.card import Card
     from dreamkit.deploy.students import load_student
+    from dreamkit.types import Teacher
 
-__all__ = ["__version__", "hookimpl", "load_student"]
+__all__ = [
+    "Card",
+    "Distilled",
+    "DreamkitError",
+    "Dreams",
+    "Extended",
+    "Judgement",
+    "Pruned",
+    "Recovered",
+    "Teacher",
+    "__version__",
+    "distill",
+    "extend",
+    "hookimpl",
+    "invert",
+    "judge",
+    "load_dreams",
+    "load_student",
+    "load_teacher",
+    "prune",
+    "recover",
+]
+
+_HOMES = {
+    "Card": "dreamkit.card",
+    "Distilled": "dreamkit.api.results",
+    "Dreams": "dreamkit.api.dreams",
+    "Extended": "dreamkit.api.results",
+    "Judgement": "dreamkit.api.results",
+    "Pruned": "dreamkit.api.results",
+    "Recovered": "dreamkit.api.results",
+    "Teacher": "dreamkit.types",
+    "distill": "dreamkit.api.distill",
+    "extend": "dreamkit.api.extend",
+    "invert": "dreamkit.api.invert",
+    "judge": "dreamkit.api.judge",
+    "load_dreams": "dreamkit.api.dreams",
+    "load_student": "dreamkit.deploy.students",
+    "load_teacher": "dreamkit.api.load",
+    "prune": "dreamkit.api.prune",
+    "recover": "dreamkit.api.recover",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loading a student needs torch, which takes seconds to import; listing plugins does not.
-    if name == "load_student":
-        from dreamkit.deploy.students import load_student
-
-        return load_student
+    # These need torch, which takes seconds to import; listing plugins does not.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dreamkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,16 +1,15 @@
 """Registries: named entries of each kind, who provides them, and how a recipe refers to them.
 
 An entry is a class whose typed constructor parameters are its options in YAML. Built-ins
-register by reference (``"package.module:Class"``), so that listing them imports no torch.
+register by reference (``"package.module:Class"``), so that filling registries imports no torch.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
 import inspect
 import re
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -50,30 +49,50 @@ def name_key(kind: str) -> str:
 
 @dataclass(frozen=True)
 class EntryOf:
-    """Annotation marker: the option is one registry entry of this kind, as a mapping."""
+    """Annotation marker: the option is one registry entry of this kind, a mapping or its name."""
 
     kind: str
 
+    def __get_pydantic_core_schema__(self, source: Any, _handler: Any) -> Any:
+        """Have the builder, which validators are given as their context, make the entry.
+
+        The declared type says whether null is a value.
+        """
+        from pydantic_core import core_schema
+
+        schema = self._schema(core_schema)
+        optional = type(None) in typing.get_args(source)
+        return core_schema.nullable_schema(schema) if optional else schema
+
+    def _schema(self, core: Any) -> Any:
+        return core.with_info_plain_validator_function(
+            lambda value, info: info.context.entry(self.kind, value)
+        )
+
 
 @dataclass(frozen=True)
-class EntriesOf:
+class EntriesOf(EntryOf):
     """Annotation marker: the option is a list of registry entries of this kind."""
 
-    kind: str
+    def _schema(self, core: Any) -> Any:
+        return core.tuple_schema([super()._schema(core)], variadic_item_index=0)
 
 
 @dataclass(frozen=True)
-class TermsOf:
-    """Annotation marker: the option is a list of weighted registry entries of this kind."""
+class TermsOf(EntryOf):
+    """Annotation marker: the option is a list of weighted registry entries of this kind.
 
-    kind: str
+    A mapping of names to weights stands for such a list.
+    """
 
-
-@dataclass(frozen=True)
-class RecordsOf:
-    """Annotation marker: the option is a list of mappings, each with the options of one class."""
-
-    cls: type[Any]
+    def _schema(self, core: Any) -> Any:
+        term = core.with_info_plain_validator_function(
+            lambda value, info: info.context.term(self.kind, value)
+        )
+        return core.with_info_before_validator_function(
+            lambda value, info: info.context.listed(self.kind, value),
+            core.tuple_schema([term], variadic_item_index=0),
+        )
 
 
 @dataclass(frozen=True)
@@ -190,24 +209,14 @@ class Registry:
         return imported
 
     def summary(self, name: str) -> str:
-        """Return the first line of the entry's docstring, without importing its module.
+        """Return the first line of the entry's docstring.
 
-        A module that is not there has none; the error comes when the entry is used.
+        A reference that leads nowhere has none; the error comes when the entry is used.
         """
-        target = self._registered(name).target
-        if not isinstance(target, str):
-            return (inspect.getdoc(target) or "").partition("\n")[0]
-        module, _, attribute = target.partition(":")
         try:
-            spec = importlib.util.find_spec(module)
-            source = spec.loader.get_source(module) if spec and spec.loader else ""  # type: ignore[attr-defined]
-            body = ast.parse(source or "").body
-        except (ImportError, SyntaxError, ValueError, AttributeError):
+            return (inspect.getdoc(self.resolve(name)) or "").partition("\n")[0]
+        except PluginError:
             return ""
-        for node in body:
-            if isinstance(node, ast.ClassDef) and node.name == attribute:
-                return (ast.get_docstring(node) or "").partition("\n")[0]
-        return ""
 
 
 @dataclass(frozen=True)

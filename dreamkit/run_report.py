@@ -23,15 +23,18 @@ from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, su
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RunDirectory
-from dreamkit.types import RunContext
+from dreamkit.types import RunContext, Teacher
 from dreamkit.version import __version__
+from dreamkit.wording import say
 
 _PICTURED = 512
 """Images that the grid is picked from."""
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
-def build_report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dict[str, Any]:
+def build_report(
+    loaded: LoadedRecipe, teacher: Teacher, context: RunContext, log: FileLog
+) -> dict[str, Any]:
     """Return what ``report.json`` holds."""
     versions = {"dreamkit": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _VERSIONS}
@@ -41,15 +44,15 @@ def build_report(loaded: LoadedRecipe, context: RunContext, log: FileLog) -> dic
         "name": loaded.recipe.name,
         "description": loaded.recipe.description,
         "preset": loaded.preset,
-        "application": context.recipe["application"]["name"],
+        "application": loaded.root.plain()["application"]["name"],
         "seed": context.seed,
         "device": f"{device} ({name}), {torch.get_num_threads()} threads",
-        "teacher": context.teacher.card.to_json(),
-        "metrics": dict(sorted(context.metrics.items())),
+        "teacher": teacher.card.to_json(),
+        "metrics": dict(sorted(log.metrics.items())),
         "notes": log.notes,
-        "failures": context.failures,
+        "failures": log.failures,
         "seconds": log.seconds,
-        "details": context.details,
+        "details": log.details,
         "versions": versions,
     }
 
@@ -96,9 +99,7 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
         console.print(table)
     line = fidelity_line(report)
     if line is not None:
-        console.print(line, highlight=False, markup=False)
+        say(console, line)
     for failure in report.get("failures", []):
-        console.print(f"FAILED: {failure}", highlight=False, markup=False)
-    console.print(
-        f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True
-    )
+        say(console, f"FAILED: {failure}")
+    say(console, f"report: {folder / 'report.html'}")

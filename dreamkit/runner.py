@@ -14,12 +14,24 @@ from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
 from dreamkit.recipe import LoadedRecipe
-from dreamkit.report.run_log import FileLog
+from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
+from dreamkit.stages.measuring import measure_costs
+from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.types import NO_LABEL, Images, RunContext, RunLog, Teacher
+from dreamkit.types import (
+    NO_LABEL,
+    Application,
+    Images,
+    Outcome,
+    RunContext,
+    RunLog,
+    Synthesis,
+    Teacher,
+)
+from dreamkit.wording import say
 
 
 def default_folder(loaded: LoadedRecipe) -> Path:
@@ -55,9 +67,7 @@ def run(
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
-        console.print(
-            f"{folder} already holds this recipe's finished run:", highlight=False, markup=False
-        )
+        say(console, f"{folder} already holds this recipe's finished run:")
         show(read_report(folder), folder, console)
         return folder
     try:
@@ -78,26 +88,30 @@ def dry_run(loaded: LoadedRecipe, folder: Path, console: Console) -> None:
     Raises:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
-    log = FileLog(folder, console)  # notes alone, which write no file
-    application = loaded.recipe.application
+    log = MemoryLog(console)
+    application: Application = loaded.recipe.application
     try:
-        context = _context(loaded, folder, log)
+        teacher, images, context = _prepare(loaded, folder, log)
         student = None
-        if getattr(application, "trains_student", False):
-            with placed("application"):
-                student = application.make_student(context).model
-        dreams = getattr(application, "needs_synthesis", False)
-        if dreams and hasattr(application, "planned"):
-            with placed("application", always=False):
-                context = application.planned(context)
-        if not dreams or estimate_synthesis(context, student) is None:
+        with placed("application", always=False):
+            if application.trains_student:
+                with placed("application"):
+                    student = application.make_student(teacher, context).model
+            if isinstance(images, Synthesis):
+                images, context = application.planned(teacher, images, context)
+        if (
+            not isinstance(images, Synthesis)
+            or estimate_synthesis(teacher, images, context, student) is None
+        ):
             log.note("nothing is to be dreamed")
     except DreamkitError as error:
         raise loaded.placed(error) from error
     log.note("dry run: only dreaming is estimated, and nothing was written")
 
 
-def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
+def _prepare(
+    loaded: LoadedRecipe, folder: Path, log: RunLog
+) -> tuple[Teacher, Images | Synthesis | None, RunContext]:
     """Load what a recipe names, before anything is written."""
     recipe = loaded.recipe
     device = choose_device(recipe.device)
@@ -108,21 +122,28 @@ def _context(loaded: LoadedRecipe, folder: Path, log: RunLog) -> RunContext:
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
     evaluation = _open_evaluation(loaded, teacher)
+    images = _images(loaded, teacher)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
     teacher.model.to(device)
     latency = recipe.latency or default_backend(loaded.registries, device)
-    return RunContext(
-        recipe=loaded.root.plain(),
-        seed=recipe.seed,
-        device=device,
-        folder=folder,
-        teacher=teacher,
-        synthesizer=recipe.synthesis,
-        evaluation=evaluation,
-        latency=latency if distributed.size() == 1 else FirstRank(latency),
-        log=log,
-    )
+    latency = latency if distributed.size() == 1 else FirstRank(latency)
+    return teacher, images, RunContext(recipe.seed, device, folder, log, latency, evaluation)
+
+
+def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None:
+    """Return what the application works on: dreams to come, images that are there, or none."""
+    application: Application = loaded.recipe.application
+    if application.needs_synthesis:
+        assert loaded.recipe.synthesis is not None  # the recipe's reader saw to it
+        return Synthesis(loaded.recipe.synthesis, loaded.root.plain()["synthesis"])
+    option = application.images_option
+    source = getattr(application, option, None)
+    if source is None:
+        return None
+    with placed("application", option):
+        images: Images = source.open(teacher.card)
+    return images
 
 
 def _run(
@@ -132,7 +153,7 @@ def _run(
     trackers = recipe.trackers if first else ()
     log = FileLog(directory.folder, console, trackers, stopping)
     with distributed.first_before_others():
-        context = _context(loaded, directory.folder, log)
+        teacher, images, context = _prepare(loaded, directory.folder, log)
     distributed.together()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
     distributed.together()
@@ -142,14 +163,15 @@ def _run(
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
         for tracker in trackers:
-            tracker.start(directory.folder, context.recipe, resumed)
-        _say_what(loaded, context, console)
+            tracker.start(directory.folder, loaded.root.plain(), resumed)
+        _say_what(loaded, teacher, context, console)
         with placed("application", always=False):
-            recipe.application.run(context)
+            outcome: Outcome = recipe.application.run(teacher, images, context)
+        _keep(outcome, teacher, context)
         for tracker in trackers:
-            tracker.finish(context.metrics)
+            tracker.finish(log.metrics)
         if first:
-            report = build_report(loaded, context, log)
+            report = build_report(loaded, teacher, context, log)
             write_pages(report, directory)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
             show(report, directory.folder, console)
@@ -164,6 +186,16 @@ def _run(
     distributed.together()
 
 
+def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
+    """Measure what the student costs, and save it."""
+    student = outcome.student
+    if student is None:
+        return
+    measure_costs(outcome, teacher, context, latency=True)
+    folder = context.folder / RunContext.STUDENT
+    write_artifact(folder, student.model, student.card, student.builder, student.surgery)
+
+
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
     source = loaded.recipe.evaluation
     if source is None:
@@ -175,16 +207,17 @@ def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
         return images
 
 
-def _say_what(loaded: LoadedRecipe, context: RunContext, console: Console) -> None:
-    card, ranks = context.teacher.card, distributed.size()
+def _say_what(
+    loaded: LoadedRecipe, teacher: Teacher, context: RunContext, console: Console
+) -> None:
+    card, ranks = teacher.card, distributed.size()
     where = f"{context.device}" if ranks == 1 else f"{ranks} ranks, the first on {context.device}"
-    console.print(
+    say(
+        console,
         f"{loaded.recipe.name}: teacher {card.name} ({card.origin}), on {where}, into "
         f"{context.folder}",
-        highlight=False,
-        markup=False,
     )
-    if not context.teacher.card.trained:
+    if not card.trained:
         context.log.note(
             "the teacher's weights are random: this run shows the mechanics only, and its "
             "pictures and accuracies mean nothing"

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dreamkit
-from dreamkit import lut_building
+from dreamkit.bench.latency_tables import build_for, check_for
 from dreamkit.card import Card
 from dreamkit.deploy import exporting
 from dreamkit.errors import DreamkitError
-from dreamkit.lut_building import build_for, check_for
+from dreamkit.latency.sampling import mean_times
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact
@@ -166,11 +166,11 @@ def test_networks_are_timed_until_their_means_are_sure(monkeypatch):
 
     monkeypatch.setattr(Counted, "time", time)
     module = (nn.Identity(), torch.zeros(1))
-    assert lut_building._time_often(Counted(), [module] * 2, 60.0, Console()) == [99.8, 99.8]
+    assert mean_times(Counted(), [module] * 2, 60.0) == [99.8, 99.8]
     # Four runs leave sqrt(4/3) / sqrt(4) = 0.58 % of doubt, five sqrt(1.2) / sqrt(5) = 0.49 %.
     assert calls == [2] * 5
     calls.clear()
-    lut_building._time_often(Counted(), [module], 0.0, Console())
+    mean_times(Counted(), [module], 0.0)
     assert calls == [1] * 3, "as often as it takes to know how sure they are"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed"},
+    {"types", "card", "errors", "version", "stopping", "distributed", "wording"},
     {
         "recipe",
         "registry",
@@ -48,10 +48,10 @@ LAYERS = (
         "hookspecs",
         "deploy",
         "checkup",
-        "teacher_bench",
-        "lut_building",
+        "bench",
+        "starters",
     },
-    {"cli", "__main__"},
+    {"cli", "__main__", "api"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 SEPARATE = 2  # the rooms of this layer do not import one another

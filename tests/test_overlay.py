@@ -53,6 +53,11 @@ def refusal(text: str) -> str:
         ("{a: 1}", "{a: {b: 1}}", {"a": {"b": 1}}),
         ("{a: {b: 1}}", "{a: 2}", {"a": 2}),
         ("{a: 1}", "{}", {"a": 1}),
+        # An entry written as its bare name, and terms as a mapping of weights.
+        ("{a: one}", "{a: {name: two, lr: 3}}", {"a": {"name": "two", "lr": 3}}),
+        ("{a: {name: one, lr: 3}}", "{a: two}", {"a": "two"}),
+        ("{a: {x: 1, y: 2}}", "{a: {y: 3, z: 4}}", {"a": {"x": 1, "y": 3, "z": 4}}),
+        ("{a: {x: 1}}", "{a: [{name: y}]}", {"a": [{"name": "y"}]}),
     ],
 )
 def test_mappings_merge_and_all_else_replaces(under: str, over: str, expected: Any) -> None:

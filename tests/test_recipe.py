@@ -8,19 +8,28 @@ import re
 from collections.abc import Callable
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError, RecipeError
+from dreamkit.applications.synthesize import Synthesize
+from dreamkit.criteria.taylor import Taylor
+from dreamkit.errors import DreamkitError, RecipeError, RecipePath
+from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.plugins import build_registries
-from dreamkit.recipe import build_entry, read_recipe, validate_recipe
+from dreamkit.recipe import build_entry, build_options, read_recipe, validate_recipe
 from dreamkit.recipe.schema import MAX_BYTES
-from dreamkit.registry import Registries
+from dreamkit.registry import EntryOf, Registries, Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.l2 import L2Norm
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.stages.budget import Target
+from dreamkit.synthesizers.deepinversion import Stage
 from dreamkit.types import InversionStep, Regularizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -131,12 +140,16 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file:
         ("synthesis.labels", "all", "synthesis.labels: should be 'balanced' or 'random'"),
         ("synthesis.betas", [0.9], "synthesis.betas"),
         ("synthesis.schedule", "cosin", "synthesis.schedule: should be 'constant' or 'cosine'"),
-        ("synthesis.regularizers", {}, "synthesis.regularizers: should be a list, not a mapping"),
+        (
+            "synthesis.regularizers",
+            {"name": "tv"},
+            "synthesis.regularizers: should be a list, not a mapping",
+        ),
         ("synthesis.regularizers", None, "synthesis.regularizers: should be a list, not null"),
         (
             "synthesis.regularizers.0",
-            "tv",
-            "synthesis.regularizers[0]: should be a mapping, not a string",
+            3,
+            "synthesis.regularizers[0]: should be a mapping, not a number (got 3)",
         ),
         ("teacher", None, "teacher: should be a mapping, not null"),
         ("teacher", {"name": "bundled"}, "teacher: 'source' should name one of the teachers: "),
@@ -283,7 +296,8 @@ def test_a_list_of_entries(tiny: dict[str, Any], recipe_file: Write) -> None:
             judge(DIGITS | {"weight": 1}),
             ["application.verifiers[0].weight: unknown option (options: model, source)"],
         ),
-        (judge("resnet"), ["application.verifiers[0]: should be a mapping, not a string"]),
+        (judge("resnet"), ["application.verifiers[0]: no source 'resnet' among the teachers"]),
+        (judge("bundled"), ["application.verifiers[0]: the option 'model' is missing"]),
         (
             judge() | {"verifiers": DIGITS},
             ["application.verifiers: should be a list, not a mapping"],
@@ -556,11 +570,11 @@ def test_build_entry(registries: Registries) -> None:
 @pytest.mark.parametrize(
     ("kind", "data", "message"),
     [
-        ("teachers", {"source": "bundeld"}, "teachers.source: no source 'bundeld' among"),
-        ("teachers", {"source": "bundled"}, "teachers: the option 'model' is missing"),
-        ("teachers", {}, "teachers: 'source' should name one of the teachers: "),
-        ("regularizers", {"name": "tv", "nrom": "l1"}, "regularizers.nrom: unknown option; did "),
-        ("regularizers", {"name": "tv", "weight": 1}, "regularizers.weight: unknown option"),
+        ("teachers", {"source": "bundeld"}, "source: no source 'bundeld' among"),
+        ("teachers", {"source": "bundled"}, "the option 'model' is missing"),
+        ("teachers", {}, "'source' should name one of the teachers: "),
+        ("regularizers", {"name": "tv", "nrom": "l1"}, "nrom: unknown option; did "),
+        ("regularizers", {"name": "tv", "weight": 1}, "weight: unknown option"),
     ],
 )
 def test_build_entry_refuses_what_a_recipe_would(
@@ -571,18 +585,220 @@ def test_build_entry_refuses_what_a_recipe_would(
     assert message in caught.value.message
 
 
-class Zero(Regularizer):
-    """A regularizer that adds nothing."""
+class Smooth(Regularizer):
+    """A regularizer that nobody registered."""
 
     def __call__(self, step: InversionStep) -> Tensor:
-        return step.images.sum() * 0
+        return step.images.mean()
+
+
+DREAM = {"name": "deepinversion", "images": 64}
+
+
+def refused(registries: Registries, kind: str, data: Any, path: RecipePath = ()) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        build_entry(registries, kind, data, path)
+    return caught.value.message.split("\n")
+
+
+def test_options_of_python_may_be_objects(registries: Registries) -> None:
+    target, smooth, priors = Target(flops=0.5), Smooth(), TotalVariation()
+    made = build_entry(
+        registries,
+        "synthesizers",
+        DREAM
+        | {
+            "images": np.int64(3),
+            "lr": np.float32(0.5),
+            "clip": np.bool_(True),
+            "stages": (Stage(2), {"steps": 3, "size": (8, 4)}),
+            "regularizers": {"bn_feature": 0.3, "mine": (0.1, smooth), "tv": priors},
+        },
+    )
+    assert (made.images, made.lr, made.clip) == (3, 0.5, True)
+    assert made.stages == (Stage(2), Stage(3, (8, 4)))
+    assert made.regularizers == (
+        Term("bn_feature", 0.3, BNFeature()),
+        Term("mine", 0.1, smooth),
+        Term("tv", 1.0, priors),
+    )
+    pruning = build_entry(
+        registries, "applications", {"name": "prune", "criteria": [Taylor()], "target": target}
+    )
+    assert pruning.criteria == (Term("taylor", 1.0, Taylor()),)
+    assert pruning.target is target
+
+
+def test_an_object_in_a_list_of_terms_has_the_name_of_its_class(registries: Registries) -> None:
+    given = Term("given", 2.0, Smooth())
+    data = DREAM | {"regularizers": [TotalVariation(), Smooth(), given]}
+    names = [term.name for term in build_entry(registries, "synthesizers", data).regularizers]
+    assert names == ["tv", "Smooth", "given"]
+
+
+def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
+    smooth = Smooth()
+    assert build_entry(registries, "regularizers", smooth) is smooth
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lr": -1}, ["lr: should be greater than 0 (got -1)"]),
+        ({"lr": np.float64("nan")}, ["lr: should be a finite number (got nan)"]),
+        ({"lr": "0.1"}, ["lr: should be a valid number (got '0.1')"]),
+        ({"stages": Target(flops=0.5)}, ["stages: should be a list, not an instance of Target"]),
+        (
+            {"stages": [Target(flops=0.5)]},
+            ["stages[0]: should be a mapping, not an instance of Target"],
+        ),
+        (
+            {"regularizers": [{"name": "tv", "wieght": 1}], "lr": 0, "sede": 3},
+            [
+                "regularizers[0].wieght: unknown option; did you mean 'weight'?",
+                "lr: should be greater than 0 (got 0)",
+                "sede: unknown option; did you mean 'schedule'?",
+            ],
+        ),
+        (
+            {"regularizers": {"tvv": 1, "tv": -1, "l2": "x", "mine": (None, Smooth())}},
+            [
+                "regularizers.tvv: no name 'tvv' among the regularizers; did you mean 'tv'?",
+                "regularizers.tv: should be a finite number >= 0 (got -1)",
+                "regularizers.l2: should be a number, not a string (got 'x')",
+                "regularizers.mine: should be a number, not null",
+            ],
+        ),
+        (
+            {"regularizers": [Smooth, Target(flops=0.5)]},
+            [
+                "regularizers[0]: should be an object, not its class: write Smooth(...)",
+                "regularizers[1]: an instance of Target will not do here: it has no '__call__'",
+            ],
+        ),
+        ({"student": 3}, ["student: should be a mapping, not a number (got 3)"]),
+        ({"student": "timm"}, ["student: the option 'model' is missing"]),
+        (
+            {"student": Smooth()},
+            ["student: an instance of Smooth will not do here: it has no 'build'"],
+        ),
+    ],
+)
+def test_wrong_options_of_python_have_the_message_without_a_file(
+    registries: Registries, options: dict[str, Any], expected: list[str]
+) -> None:
+    data = DREAM | {"regularizers": []} | options
+    lines = refused(registries, "synthesizers", data)
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_path_goes_before_that_of_the_option(registries: Registries) -> None:
+    lines = refused(registries, "regularizers", {"name": "tv", "norm": 1}, ("priors", 0))
+    assert lines == ["priors[0].norm: should be 'l2' or 'l1' (got 1)"]
+    assert refused(registries, "criteria", "tailor") == [
+        "no name 'tailor' among the criteria; did you mean 'taylor'? "
+        "(choices: bn_scale, fpgm, latency_lut, magnitude, random, taylor)"
+    ]
+
+
+def test_options_of_a_class_that_is_no_entry(registries: Registries) -> None:
+    assert build_options(registries, Target, {"flops": 0.5}) == Target(flops=0.5)
+    with pytest.raises(RecipeError) as caught:
+        build_options(registries, Target, {"flosp": 0.5, "params": 2}, ("target",))
+    assert caught.value.message.split("\n") == [
+        "target.params: should be less than 1 (got 2)",
+        "target.flosp: unknown option; did you mean 'flops'?",
+    ]
+    with pytest.raises(RecipeError, match=r"^give at least one of flops"):
+        build_options(registries, Target, {})
+
+
+def test_entries_inside_options_of_other_classes(registries: Registries) -> None:
+    inner = make_dataclass("Inner", [("prior", Annotated[Any | None, EntryOf("regularizers")])])
+    outer = make_dataclass("Outer", [("inner", inner), ("many", tuple[inner, ...], ())])
+    made = build_options(registries, outer, {"inner": {"prior": "l2"}, "many": [{"prior": None}]})
+    assert made == outer(inner(L2Norm()), (inner(None),))
+    data = {"inner": {"prior": "l3"}, "many": [{"prior": {"name": "tv", "nrom": "l1"}}]}
+    with pytest.raises(RecipeError) as caught:
+        build_options(registries, outer, data)
+    first, second = caught.value.message.split("\n")
+    assert first.startswith("inner.prior: no name 'l3' among the regularizers (choices: ")
+    assert second == "many[0].prior.nrom: unknown option; did you mean 'norm'?"
+
+
+def test_a_plugin_whose_options_pydantic_does_not_know_is_named() -> None:
+    class Odd:
+        def __init__(self, thing: Smooth) -> None:
+            self.thing = thing
+
+    made = build_registries()
+    made["regularizers"].register("odd", Odd, "me")
+    (line,) = refused(made, "regularizers", {"name": "odd", "thing": 1})
+    assert line.startswith("'odd' of me is unusable: ")
+
+
+# Written short
+
+
+def test_an_entry_may_be_its_name_alone(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["application"] = "synthesize"
+    tiny["trackers"] = ["csv"]
+    tiny["synthesis"] |= {"parameterisation": "fourier", "regularizers": ["tv", {"name": "l2"}]}
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    recipe = loaded.recipe
+    assert (recipe.application, recipe.synthesis.parameterisation) == (Synthesize(), Fourier())
+    assert [(t.name, t.weight) for t in recipe.synthesis.regularizers] == [("tv", 1.0), ("l2", 1.0)]
+    assert len(recipe.trackers) == 1
+    # What else reads the resolved recipe finds a mapping.
+    assert loaded.root.plain()["application"] == {"name": "synthesize"}
+    again = read_recipe(recipe_file(loaded.resolved_yaml(), "again.yaml"), build_registries)
+    assert again.recipe == recipe
+
+
+def test_terms_may_be_a_mapping_of_weights(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["synthesis"]["regularizers"] = {"tv": 0.1, "l2": 2}
+    path = recipe_file(tiny)
+    terms = read_recipe(path, build_registries).recipe.synthesis.regularizers
+    assert terms == (Term("tv", 0.1, TotalVariation()), Term("l2", 2.0, L2Norm()))
+    overrides = ["synthesis.regularizers.l2=3"]
+    terms = read_recipe(path, build_registries, None, overrides).recipe.synthesis.regularizers
+    assert [term.weight for term in terms] == [0.1, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "application: {name: synthesise}",
+            "7:21 application.name: no name 'synthesise' among the applications; did you mean ",
+        ),
+        (
+            "application: synthesise",
+            "7:14 application.name: no name 'synthesise' among the applications; did you mean ",
+        ),
+        ("trackers: [cvs]", "7:12 trackers[0]: no name 'cvs' among the trackers; did you mean "),
+        ("latency: 3", "7:10 latency: should be a mapping, not a number (got 3)"),
+        (
+            "presets: {a: {synthesis: {regularizers: {tvv: 1, tv: x}}}}",
+            "7:47 synthesis.regularizers.tvv: no name 'tvv' among the regularizers; did you mean",
+        ),
+    ],
+)
+def test_what_is_written_short_and_wrong(recipe_file: Write, line: str, message: str) -> None:
+    text = RUNNABLE if not line.startswith("app") else RUNNABLE[: RUNNABLE.index("application")]
+    path = recipe_file(text.rstrip() + "\n" + line + "\n")
+    number = path.read_text().rstrip().count("\n") + 1
+    found = problems(path)
+    assert found[0].startswith(f"{path}:{message.replace('7:', f'{number}:')}")
 
 
 @pytest.mark.parametrize("name", ["copy", "json", "schema", "validate", "dict", "model_fields"])
 def test_an_option_of_a_plugin_may_have_any_name(name: str) -> None:
     made = build_registries()
     made["regularizers"].register(
-        "mine", make_dataclass("Mine", [(name, int, 3)], bases=(Zero,)), "me"
+        "mine", make_dataclass("Mine", [(name, int, 3)], bases=(Smooth,)), "me"
     )
     assert getattr(build_entry(made, "regularizers", {"name": "mine", name: 5}), name) == 5
 

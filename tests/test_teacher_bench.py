@@ -19,28 +19,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from dreamkit import teacher_bench
+from dreamkit.bench import child
+from dreamkit.bench import measure as measuring
+from dreamkit.bench import sweep as sweeping
+from dreamkit.bench.child import measure_in_child
+from dreamkit.bench.measure import Task, explain, measure
+from dreamkit.bench.results import Results, Settings, TeacherRow, read_results
+from dreamkit.bench.select import resolve_settings, select
+from dreamkit.bench.show import draw, show
+from dreamkit.bench.sweep import sweep
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
-from dreamkit.teacher_bench import (
-    Results,
-    Settings,
-    Task,
-    TeacherRow,
-    draw,
-    explain,
-    load_teacher,
-    measure,
-    measure_in_child,
-    read_results,
-    select,
-    settle,
-    show,
-    sweep,
-)
 from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.named import load_teacher
 from dreamkit.types import Teacher
 
 Invoke = Callable[..., Any]
@@ -139,11 +132,11 @@ def test_a_choice_of_nothing(
 
 
 def test_settings_name_the_machine(registries: Registries) -> None:
-    settings = settle(registries, "default", 8, 200, None, "cpu")
+    settings = resolve_settings(registries, "default", 8, 200, None, "cpu")
     assert (settings.device, settings.machine["batch_size"]) == ("cpu", "1")
     assert settings.machine["threads"] == str(torch.get_num_threads())
     with pytest.raises(DreamkitError, match="--verifier"):
-        settle(registries, "null", 8, 200, "bundled:digits_resnet8", "cpu")
+        resolve_settings(registries, "null", 8, 200, "bundled:digits_resnet8", "cpu")
 
 
 # --- what is measured
@@ -158,7 +151,7 @@ def test_every_figure_of_a_teacher(monkeypatch: pytest.MonkeyPatch, digits: Teac
     # The same model under another name: it agrees with itself at its own size.
     other = dataclasses.replace(digits.card, weights_sha256="another")
     verifier = Teacher(digits.model, other, digits.builder)
-    monkeypatch.setattr(teacher_bench, "load_named", lambda *arguments: verifier)
+    monkeypatch.setattr(measuring, "load_named", lambda *arguments: verifier)
     settings = dataclasses.replace(SETTINGS, steps=60, verifier="x:y")
     row = told(Task(*DIGITS, settings, other))
     assert row.reasons == []
@@ -219,7 +212,7 @@ def test_a_verifier_of_another_size_sees_the_dreams_scaled(
 
     card = changed(digits.card, input_size=(1, 20, 12))
     verifier = Teacher(Verifier(), card, {})
-    monkeypatch.setattr(teacher_bench, "load_named", lambda *arguments: verifier)
+    monkeypatch.setattr(measuring, "load_named", lambda *arguments: verifier)
     row = told(Task(*DIGITS, dataclasses.replace(SETTINGS, verifier="x:y"), card))
     assert (seen, row.cross_model_accuracy) == ([(4, 1, 20, 12)], 0.5)
 
@@ -247,7 +240,7 @@ def test_a_stage_that_fails_leaves_the_next_ones(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> Any:
         raise RuntimeError("no\nsuch trace")
 
-    monkeypatch.setattr(teacher_bench, "count", fail)
+    monkeypatch.setattr(measuring, "count", fail)
     row = told(Task(*DIGITS, NULL))
     assert row.reasons == ["counting its FLOPs: RuntimeError: no such trace"]
     assert row.flops is None
@@ -268,7 +261,7 @@ def test_a_teacher_that_does_not_load(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(teacher_bench, "load_teacher", fail)
+    monkeypatch.setattr(measuring, "load_teacher", fail)
     row = told(Task(*DIGITS, SETTINGS))
     assert row == TeacherRow(*DIGITS, reasons=[explain(error)], cut_short=row.cut_short)
     assert row.cut_short == cut_short
@@ -327,7 +320,7 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def pretend(says: Sequence[dict[str, Any] | None], hangs: bool, exitcode: int = -9) -> None:
-        context = teacher_bench.multiprocessing.get_context("spawn")
+        context = child.multiprocessing.get_context("spawn")
         for name, value in {"says": says, "hangs": hangs, "exitcode": exitcode}.items():
             monkeypatch.setattr(Pretended, name, value)
         monkeypatch.setattr(type(context), "Process", Pretended)
@@ -383,7 +376,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             row.take({"cut_short": task.model, "reason": "none"})
         return row
 
-    monkeypatch.setattr(teacher_bench, "measure_in_child", pretend)
+    monkeypatch.setattr(sweeping, "measure_in_child", pretend)
     return names
 
 
@@ -537,7 +530,7 @@ def test_the_command(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert math.isfinite(row["r_feature"])
     assert row["cross_model_accuracy"] is None
 
-    monkeypatch.delattr(teacher_bench, "measure_in_child")
+    monkeypatch.delattr(sweeping, "measure_in_child")
     code, out, err = invoke(*command, "--batch-size", "2", "--device", "cpu")
     assert (code, err) == (0, "")
     assert out.startswith(f"resuming: 1 of 1 teachers kept from {path}\n")
@@ -553,7 +546,7 @@ def test_an_interrupted_command(
     def interrupt(task: Task, limit_seconds: float) -> TeacherRow:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher_bench, "measure_in_child", interrupt)
+    monkeypatch.setattr(sweeping, "measure_in_child", interrupt)
     code, out, err = invoke(
         *("bench", "teachers", "--source", "bundled", "--json", tmp_path / "b.json")
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dreamkit.errors import RecipeError
-from dreamkit.recipe.yaml_nodes import MAX_NODES, Node, Position, parse_yaml
+from dreamkit.recipe.yaml_nodes import MAX_NODES, Node, Position, parse_yaml, type_name
 
 
 def value(text: str) -> Any:
@@ -270,7 +270,7 @@ def test_bytes_that_are_no_text_are_refused(text: str) -> None:
     ],
 )
 def test_types_are_named_as_users_call_them(text: str, name: str) -> None:
-    assert parse_yaml(text, "r.yaml").type_name == name
+    assert type_name(value(text)) == name
 
 
 def test_a_position_prints_as_editors_take_it() -> None:

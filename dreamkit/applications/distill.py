@@ -9,27 +9,26 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from torch import nn
-
 from dreamkit.errors import placed
 from dreamkit.registry import EntryOf
-from dreamkit.stages.adaptive import Adaptive, Taught, growing
-from dreamkit.stages.dreaming import (
-    images_for,
-    report_synthesis,
-    student_folder,
-)
-from dreamkit.stages.measuring import measure_cost, measure_quality
-from dreamkit.stages.teaching import train_student
-from dreamkit.store.artifact import write_artifact
+from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
+from dreamkit.stages.measuring import measure_quality
+from dreamkit.stages.teaching import StudentTraining
 from dreamkit.teachers.checking import check_fits, check_outputs
 from dreamkit.training.distillation import Distillation
-from dreamkit.training.trainer import lay_out
-from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
+from dreamkit.types import (
+    Images,
+    ImageSource,
+    Outcome,
+    RunContext,
+    Synthesis,
+    Teacher,
+    TeacherSource,
+)
 
 
 @dataclass(frozen=True)
-class Distill(Taught):
+class Distill(TrainsOnImages):
     """Teach a student network the teacher's outputs on dreams (or other images).
 
     DeepInversion, section 4.4.
@@ -50,7 +49,7 @@ class Distill(Taught):
     def __post_init__(self) -> None:
         self.check_adaptive()
 
-    def make_student(self, context: RunContext) -> Teacher:
+    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
         """Return the untrained student on the run's device, with its card and builder.
 
         Raises:
@@ -59,36 +58,25 @@ class Distill(Taught):
         with placed("student"):
             made = self.student.load(context.seed)
             check_outputs(made)
-            check_fits(made.card, context.teacher.card)
+            check_fits(made.card, teacher.card)
         made.model.to(context.device)
         return made
 
-    def run(self, context: RunContext) -> None:
-        """Dream, teach, evaluate and save."""
-        teacher = context.teacher
-        made = self.make_student(context)
-        student = made.model
-        measure_quality(context, "teacher", teacher.model, None)
-        images = self._teach(context, student)
-        measure_quality(context, "student", student, images)
-        measure_cost(context, {"teacher": teacher.model, "student": student})
-        kept = dataclasses.replace(
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
+        """Dream and teach."""
+        made = self.make_student(teacher, context)
+        measure_quality("teacher", teacher.model, teacher, None, context)
+        training = StudentTraining(
+            teacher, images, context, self.training, self.adaptive, "training", "training"
+        )
+        taught_on = training.run(made.model)
+        measure_quality("student", made.model, teacher, taught_on, context)
+        card = dataclasses.replace(
             teacher.card,
             name=made.card.name,
             origin=f"distilled from {teacher.card.name}",
             weights_sha256=None,
         )
-        write_artifact(student_folder(context), student, kept, made.builder, made.surgery)
-
-    def _teach(self, context: RunContext, student: nn.Module) -> Images:
-        if self.adaptive is None:
-            images = images_for(context, self.images)
-            with placed("training", always=False):
-                return train_student(context, student, images, self.training, "training")
-        lay_out(student, self.training, context.device)  # before it is compiled as a competitor
-        with growing(context, student, self.adaptive) as growth:
-            growth.check(self.training.total_steps(growth.images))
-            with placed("training", always=False):
-                images = train_student(context, student, growth, self.training, "training")
-            report_synthesis(context, growth.dreams.store)
-        return images
+        return Outcome(dataclasses.replace(made, card=card), taught_on)

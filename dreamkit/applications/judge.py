@@ -22,17 +22,26 @@ from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
 from dreamkit.sources.joined import Joined
-from dreamkit.stages.dreaming import images_for, is_own_dreams
+from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.measuring import measure_quality
 from dreamkit.store.dreams import DreamStore
-from dreamkit.store.source import Dreams, find_store
+from dreamkit.store.source import Dreams, find_store, is_own_dreams
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.weights import hash_weights
-from dreamkit.types import Images, ImageSource, RunContext, Teacher, TeacherSource
+from dreamkit.types import (
+    Application,
+    Images,
+    ImageSource,
+    Outcome,
+    RunContext,
+    Synthesis,
+    Teacher,
+    TeacherSource,
+)
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judge(Application):
     """Ask other networks what they see in dreams (or other images) of a teacher.
 
     DeepInversion, Tables 2 and 3. Of each verifier: its accuracy on the classes that the images are
@@ -71,34 +80,37 @@ class Judge:
         """Whether the run dreams its images itself."""
         return is_own_dreams(self.images)
 
-    def run(self, context: RunContext) -> None:
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
         """Load every verifier, dream, and judge."""
-        self._check(context)
-        reference = self._open_reference(context.teacher.card)
-        verifiers = [self._load(index, context) for index in range(len(self.verifiers))]
+        self._check(teacher, images)
+        reference = self._open_reference(teacher.card)
+        numbers = range(len(self.verifiers))
+        verifiers = [self._load(number, teacher, context) for number in numbers]
         layers = [self._layer(verifier) for verifier in verifiers]
-        images = images_for(context, self.images)
-        measure_quality(context, "teacher", context.teacher.model, None)
-        context.metrics["judge.images"] = len(images)
-        context.details["judge"] = {
-            "images": len(images),
+        judged = images_of(teacher, images, context)
+        measure_quality("teacher", teacher.model, teacher, None, context)
+        context.log.metrics["judge.images"] = len(judged)
+        context.log.details["judge"] = {
+            "images": len(judged),
             "splits": self.splits,
             "reference_images": None if reference is None else len(reference),
-            "verifiers": self._judge(context, images, reference, verifiers, layers),
+            "verifiers": self._judge(judged, reference, verifiers, layers, context),
         }
         if self.fidelity:
-            self._score_fidelity(context, images, reference)
+            self._score_fidelity(judged, reference, context)
+        return Outcome(images=judged)
 
-    def _check(self, context: RunContext) -> None:
+    def _check(self, teacher: Teacher, images: Images | Synthesis | None) -> None:
         """Refuse what would fail only after the dreaming."""
-        synthesizer = context.synthesizer
-        if self.needs_synthesis and synthesizer is not None and synthesizer.images < self.splits:
+        if isinstance(images, Synthesis) and images.synthesizer.images < self.splits:
             raise DreamkitError(
-                f"{synthesizer.images} images cannot make {self.splits} splits", ("splits",)
+                f"{images.synthesizer.images} images cannot make {self.splits} splits", ("splits",)
             )
         if self.fidelity:
             with placed("fidelity"):
-                check_fidelity(context.teacher.card.input_size[0])
+                check_fidelity(teacher.card.input_size[0])
 
     def _open_reference(self, card: Card) -> Images | None:
         if self.reference is None:
@@ -109,11 +121,11 @@ class Judge:
                 raise DreamkitError("a covariance needs at least two reference images")
         return images
 
-    def _load(self, index: int, context: RunContext) -> Teacher:
+    def _load(self, index: int, teacher: Teacher, context: RunContext) -> Teacher:
         with placed("verifiers", index):
             verifier = self.verifiers[index].load(context.seed)
             check_outputs(verifier)
-            check_verifier(verifier, context.teacher, dreamed_from(self.images))
+            check_verifier(verifier, teacher, dreamed_from(self.images))
         if not verifier.card.trained:
             context.log.note(
                 f"the weights of the verifier {verifier.card.name} are random: what it says means "
@@ -128,11 +140,11 @@ class Judge:
 
     def _judge(
         self,
-        context: RunContext,
         images: Images,
         reference: Images | None,
         verifiers: Sequence[Teacher],
         layers: Sequence[str | None],
+        context: RunContext,
     ) -> list[dict[str, Any]]:
         """Ask the verifiers one after the other, and return what the report says of each."""
         rows: list[dict[str, Any]] = []
@@ -148,7 +160,7 @@ class Judge:
                 found = judge_by(verifier, images, reference, layer, splits, seed, device, done)
                 verifier.model.cpu()  # one at a time on the device
                 for key, value in found.metrics().items():
-                    context.metrics[f"judge.{name}.{key}"] = value
+                    context.log.metrics[f"judge.{name}.{key}"] = value
                 rows.append(_describe(name, verifier.card, layer, found))
                 if found.biased:
                     context.log.note(
@@ -159,15 +171,16 @@ class Judge:
         return rows
 
     def _score_fidelity(
-        self, context: RunContext, images: Images, reference: Images | None
+        self, images: Images, reference: Images | None, context: RunContext
     ) -> None:
         with context.log.progress("fidelity", 1) as advance:
             found = fidelity_scores(images, reference, self.splits, context.device, context.seed)
             advance(1)
-        context.metrics["judge.inception_score"] = found.inception_score
-        context.metrics["judge.inception_score_std"] = found.inception_score_std
+        metrics = context.log.metrics
+        metrics["judge.inception_score"] = found.inception_score
+        metrics["judge.inception_score_std"] = found.inception_score_std
         if found.fid is not None:
-            context.metrics["judge.fid"] = found.fid
+            metrics["judge.fid"] = found.fid
 
 
 def _describe(name: str, card: Card, layer: str | None, found: Judgement) -> dict[str, Any]:

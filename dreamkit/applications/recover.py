@@ -16,9 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit import distributed
-from dreamkit.applications.prune import EVALUATED, Recovery
 from dreamkit.errors import OptionError
-from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state
 from dreamkit.pruning.surgery import Surgery
@@ -30,20 +28,18 @@ from dreamkit.pruning.unstructured import (
     sparsity_of,
 )
 from dreamkit.registry import EntryOf
-from dreamkit.stages.adaptive import Adaptive, Taught
-from dreamkit.stages.dreaming import student_folder
-from dreamkit.stages.measuring import measure_cost, measure_quality
+from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
+from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.stages.teaching import first_images, go_on_with
-from dreamkit.store.artifact import write_artifact
+from dreamkit.stages.teaching import Recovery, StudentTraining
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import Images, ImageSource, RunContext, Teacher
+from dreamkit.types import Images, ImageSource, Outcome, RunContext, Synthesis, Teacher
 
 
 @dataclass(frozen=True)
-class Recover(Taught):
+class Recover(TrainsOnImages):
     """Set a share of all weights to zero, then recover by distillation with the zeros kept.
 
     arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go. Files
@@ -86,82 +82,75 @@ class Recover(Taught):
         left = [1 - (number + 1) / self.rounds for number in range(self.rounds)]
         return [self.sparsity * (1 - share**3) for share in left]
 
-    def make_student(self, context: RunContext) -> Teacher:
+    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
         """Return a copy of the teacher without the smallest weights, as they are in one round."""
-        made = dataclasses.replace(context.teacher, model=copy.deepcopy(context.teacher.model))
+        made = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
         prune_weights(made.model, self.sparsity)
         return made
 
-    def run(self, context: RunContext) -> None:
-        """Dream, prune, recover, evaluate and save."""
-        teacher = context.teacher
-        # Rounds fit the network on dreams, so the first are made against one that is not fitted.
-        images = first_images(
-            context,
-            self.images,
-            self.adaptive,
-            self.make_student(context).model,
-            self.training,
-            "training",
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
+        """Dream, prune, recover."""
+        training = StudentTraining(
+            teacher, images, context, self.training, self.adaptive, "recovery", "training"
         )
-        measure_quality(context, "teacher", teacher.model, None)
+        # Rounds fit the network on dreams, so the first are made against one that is not fitted.
+        first = training.first_images(self.make_student(teacher, context).model)
+        measure_quality("teacher", teacher.model, teacher, None, context)
         student = copy.deepcopy(teacher.model)
-        masks = self._prune(context, student, images)
-        measure_quality(context, "pruned", student, images)
+        masks = self._prune(teacher, student, first, context)
+        measure_quality("pruned", student, teacher, first, context)
         with kept_at_zero(student, masks):
-            images = go_on_with(context, student, images, self.adaptive, self.training, "training")
-        measure_quality(context, "student", student, images)
-        measure_cost(context, {"teacher": teacher.model, "student": student})
-        context.metrics["student.sparsity"] = sparsity_of(student)
+            taught_on = training.run(student, first)
+        measure_quality("student", student, teacher, taught_on, context)
+        context.log.metrics["student.sparsity"] = sparsity_of(student)
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        write_artifact(student_folder(context), student, card, teacher.builder, teacher.surgery)
+        return Outcome(dataclasses.replace(teacher, model=student, card=card), taught_on)
 
-    def _prune(self, context: RunContext, student: nn.Module, images: Images) -> dict[str, Tensor]:
+    def _prune(
+        self, teacher: Teacher, student: nn.Module, images: Images, context: RunContext
+    ) -> dict[str, Tensor]:
         """Prune in all rounds, from where an interrupted try was; return the masks."""
-        checkpoint = PruningCheckpoint(context)
-        masks, done = self._go_on(context, student, checkpoint.go_on(images))
+        checkpoint = PruningCheckpoint(teacher, context)
+        masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
         for number, sparsity in enumerate(self.schedule[done:], done + 1):
             masks = distributed.agreed(choose_weights(student, sparsity))
             remove_weights(student, masks)
-            if self.reconstruction is None:
-                self._recalibrate(context, student, images)
+            fit = self.reconstruction
+            if fit is None:
+                self._recalibrate(teacher, student, images, context)
                 continue
-            reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
-            context.log.record("pruning", number, self._look(context, student))
+            reconstruct_student(teacher, student, Surgery(), images, fit, context, masks)
+            look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
+            context.log.record("pruning", number, look)
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
             checkpoint.save(images, number, tensors, {})
             context.log.check(together=True)
         return masks
 
-    def _look(self, context: RunContext, student: nn.Module) -> dict[str, float]:
-        """Return what a round's record holds."""
-        numbers = {"sparsity": sparsity_of(student)}
-        if context.evaluation is not None:
-            draws = torch.Generator().manual_seed(context.seed)
-            some = drawn(context.evaluation, EVALUATED, draws)
-            numbers["accuracy"] = accuracy(student, some, context.teacher.card, context.device)
-        return numbers
-
     def _go_on(
         self,
-        context: RunContext,
         student: nn.Module,
         found: tuple[dict[str, Tensor], dict[str, Any]] | None,
+        device: torch.device,
     ) -> tuple[dict[str, Tensor], int]:
         """Take what an interrupted try pruned; return the masks, and how many rounds it did."""
         if found is None:
             return {}, 0
         state, facts = found
         load_state(student, below("student", state))
-        masks = {name: mask.to(context.device) for name, mask in below("masks", state).items()}
+        masks = {name: mask.to(device) for name, mask in below("masks", state).items()}
         return masks, facts["rounds"]
 
-    def _recalibrate(self, context: RunContext, student: nn.Module, images: Images) -> None:
+    def _recalibrate(
+        self, teacher: Teacher, student: nn.Module, images: Images, context: RunContext
+    ) -> None:
         if self.recalibration_batches == 0:
             return
         batches, size = self.recalibration_batches, self.training.batch_size
         # Drawn: image folders come sorted by class.
         sample = drawn(images, batches * size, torch.Generator().manual_seed(context.seed))
-        recalibrate(student, sample, context.teacher.card, context.device, batches, size)
+        recalibrate(student, sample, teacher.card, context.device, batches, size)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from dreamkit.stages.dreaming import dream_into_store
+from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.measuring import measure_quality
-from dreamkit.types import RunContext
+from dreamkit.types import Application, Images, Outcome, RunContext, Synthesis, Teacher
 
 
 @dataclass(frozen=True)
-class Synthesize:
+class Synthesize(Application):
     """Dream images and keep them in the run's store, for later runs or for export."""
 
-    needs_synthesis: ClassVar[bool] = True
+    @property
+    def needs_synthesis(self) -> bool:
+        """It does nothing else."""
+        return True
 
-    def run(self, context: RunContext) -> None:
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
         """Dream; with evaluation images the teacher's accuracy is reported too."""
-        dream_into_store(context)
-        measure_quality(context, "teacher", context.teacher.model, None)
+        dreams = images_of(teacher, images, context)
+        measure_quality("teacher", teacher.model, teacher, None, context)
+        return Outcome(images=dreams)

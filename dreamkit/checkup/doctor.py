@@ -20,6 +20,7 @@ from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.types import ChannelGroup, Estimate, Teacher
+from dreamkit.wording import say
 
 _STEPS = 2000
 
@@ -91,26 +92,26 @@ def diagnose(teacher: Teacher, device: torch.device, batch_size: int) -> Diagnos
 
 def show_diagnosis(card: Card, found: Diagnosis, console: Console) -> None:
     """Print a diagnosis."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     channels, height, width = card.input_size
-    say(f"{card.name} ({card.origin}): {card.num_classes} classes, {channels}x{height}x{width}")
-    say(f"{quantity(found.cost.params)} parameters, {quantity(found.cost.flops)} FLOPs")
+    say(
+        console,
+        f"{card.name} ({card.origin}): {card.num_classes} classes, {channels}x{height}x{width}",
+    )
+    say(console, f"{quantity(found.cost.params)} parameters, {quantity(found.cost.flops)} FLOPs")
     if found.inversion is None:
-        say(f"inversion: no. {found.uninvertible}")
+        say(console, f"inversion: no. {found.uninvertible}")
     else:
         say(
+            console,
             f"inversion: yes, {found.bn_layers} BatchNorm layers; {_STEPS} steps of a batch take "
             f"about {format_duration(found.inversion.seconds)} and "
-            f"{found.inversion.memory_bytes / 2**30:.1f} GB here"
+            f"{found.inversion.memory_bytes / 2**30:.1f} GB here",
         )
     if found.unprunable is not None:
-        say(f"pruning: no. {found.unprunable}")
+        say(console, f"pruning: no. {found.unprunable}")
         return
     total = sum(group.channels for group in found.groups)
-    say(f"pruning: {len(found.groups)} channel groups, {total} channels")
+    say(console, f"pruning: {len(found.groups)} channel groups, {total} channels")
     if found.skipped:
         table = Table("left alone", "why", title="What cannot be pruned", title_justify="left")
         for skipped in found.skipped:

@@ -16,6 +16,7 @@ from dreamkit.store.checkpoint import read_checkpoint
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.store.run_directory import RECIPE, REPORT, read_report
 from dreamkit.types import RunContext
+from dreamkit.wording import say
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def show_findings(found: list[Finding], console: Console) -> bool:
     console.print(table)
     damaged = [finding for finding in found if finding.problem is not None]
     if damaged:
-        console.print(
+        say(
+            console,
             f"{len(damaged)} damaged. The run's own command dreams damaged batches again; of a "
             "damaged checkpoint or student, delete it first",
-            highlight=False,
         )
     return not damaged

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dreamkit.errors import NothingToPrune
 from dreamkit.types import ChannelGroup
+from dreamkit.wording import and_more
 
 Reduction = Literal["sum", "mean", "max"]
-_SHOWN = 8
-"""Groups in a message."""
 
 
 def check_makers(
@@ -45,11 +44,9 @@ def check_makers(
         if all(counts(model.get_submodule(layer)) is None for layer in layers)
     ]
     if without:
-        more = len(without) - _SHOWN
-        named = ", ".join(without[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
         raise NothingToPrune(
-            f"there is no {lacking} in the channel groups {named}: {instead}leave such groups "
-            f"alone, each by one of limits.exceptions: {{layers: {made[without[0]][0]}, "
+            f"there is no {lacking} in the channel groups {and_more(without)}: {instead}leave such "
+            f"groups alone, each by one of limits.exceptions: {{layers: {made[without[0]][0]}, "
             "max_ratio: 0}"
         )
 

@@ -21,6 +21,7 @@ from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
 from dreamkit.latency.sampling import alternate
 from dreamkit.store.dreams import MANIFEST, DreamStore
 from dreamkit.types import RunContext, Timing
+from dreamkit.wording import one_line, say
 
 Format = Literal["onnx", "torch-export", "torchscript"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
@@ -153,7 +154,7 @@ def _write(
     except DreamkitError:
         raise
     except Exception as error:  # exporters fail in as many ways as models can be written
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise DreamkitError(
             f"the model cannot be exported as {kind}: {reason}. Try --batch-size 1, or another "
             "--format"
@@ -187,8 +188,8 @@ def show_exported(exported: Exported, console: Console) -> None:
         f"outputs of up to {exported.largest:.3g} differ by up to {exported.max_error:.2g}"
     ]
     lines += [
-        f"{name}: {timing.median_ms:.3f} ms (middle half {timing.spread_ms:.3f} ms wide)"
+        f"{name}: {timing.median_ms:.3f} ms (interquartile range {timing.spread_ms:.3f} ms)"
         for name, timing in exported.latency.items()
     ]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)

@@ -18,6 +18,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.weights import hash_weights, load_into
 from dreamkit.types import Teacher, TeacherSource
+from dreamkit.wording import one_line
 
 
 def load_student(
@@ -142,6 +143,6 @@ def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.M
         entry = build_entry(build_registries(), "teachers", reference)
         model: nn.Module = entry.build()
     except Exception as error:  # a file may ask for a network of any shape
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ArtifactError(f"{folder}: its builder cannot be used: {reason}") from error
     return model

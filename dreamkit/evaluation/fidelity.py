@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.model_state import seeded
 from dreamkit.types import Images
+from dreamkit.wording import first_line
 
 EXTRA = "fidelity"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -65,7 +66,7 @@ def check_fidelity(channels: int) -> None:
     try:
         extractors[_EXTRACTOR](_EXTRACTOR, layers)
     except Exception as error:  # no network, a damaged file, no room on the disk
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)
         version = getattr(library, "__version__", "of unknown version")
         raise DreamkitError(
             f"the Inception weights of torch-fidelity {version} cannot be had "

@@ -19,6 +19,7 @@ from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import eval_mode
 from dreamkit.types import LatencyBackend, Timing
+from dreamkit.wording import one_line
 
 OPSET = 18
 _INPUT, _OUTPUT = "images", "logits"
@@ -123,7 +124,7 @@ def as_onnx(module: nn.Module, example: Tensor, any_batch: bool = False) -> byte
                 verbose=False,
             )
     except Exception as error:  # exporters fail in as many ways as models can be written
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise DreamkitError(f"the model cannot be exported as ONNX: {reason}") from error
     serialised: bytes = program.model_proto.SerializeToString()
     return serialised

@@ -33,7 +33,6 @@ from dreamkit.errors import (
 from dreamkit.registry import (
     EntriesOf,
     EntryOf,
-    RecordsOf,
     Register,
     Term,
     TermsOf,
@@ -110,7 +109,7 @@ __all__ = [  # noqa: RUF022
     "BatchDreamed", "Event", "Noted", "Recorded", "RoundPruned", "RunFailed", "RunFinished",
     "RunStarted",
     # Options.
-    "EntriesOf", "EntryOf", "Field", "RecordsOf", "Term", "TermsOf",
+    "EntriesOf", "EntryOf", "Field", "Term", "TermsOf",
     # Errors, and what their messages are made with.
     "DreamkitError", "MissingPath", "NonFiniteLoss", "NothingToPrune", "OptionError",
     "TeacherMismatch", "did_you_mean", "import_extra",

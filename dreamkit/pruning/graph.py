@@ -13,6 +13,7 @@ from dreamkit.errors import NothingToPrune
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.pruning.tracing import NONE, Trace, Use, trace
 from dreamkit.types import ChannelGroup, Member
+from dreamkit.wording import one_line
 
 _FIXED = "the model's code fixes how many there are"
 _CUT = "the code cuts them at a fixed number"
@@ -47,7 +48,7 @@ class ChannelGraph:
         try:
             found = trace(model, input_size)
         except Exception as error:  # the model is anyone's code
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise NothingToPrune(f"the model's channels cannot be followed: {reason}") from error
         self._take(found)
         self._rule_out_fixed()

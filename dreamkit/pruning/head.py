@@ -16,6 +16,7 @@ from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, seeded
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.pruning.tracing import trace
+from dreamkit.wording import one_line
 
 _CLOSE = 1e-4
 """Largest difference of old outputs that rounding makes, relative to the largest output."""
@@ -34,7 +35,7 @@ def find_head(model: nn.Module, input_size: tuple[int, int, int]) -> str:
     try:
         found = trace(model, input_size)
     except Exception as error:  # the model is anyone's code
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise TeacherMismatch(f"the model's channels cannot be followed: {reason}") from error
     outputs = [found.find(label) for label in found.outputs]
     users = {
@@ -126,7 +127,7 @@ def _check(
         try:
             found: Tensor = after(noise)
         except Exception as error:  # the model is anyone's code
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise TeacherMismatch(f"the model does not run with more outputs: {reason}") from error
     limit = _CLOSE * max(float(expected.abs().max()), 1e-6)
     if found.shape != (2, has) or float((found[:, :had] - expected).abs().max()) > limit:

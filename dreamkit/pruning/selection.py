@@ -13,9 +13,7 @@ from torch import Tensor
 
 from dreamkit.errors import TeacherMismatch, did_you_mean
 from dreamkit.types import ChannelGroup, Chunk, Selection, SelectionStep
-
-_SHOWN = 8
-"""Names of layers in a message."""
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,9 @@ class Limits:
             parts = [layer.split(".") for layer in makers]
             blocks = [".".join([*p[:n], "*"]) for p in parts for n in range(1, len(p))]
             hint = did_you_mean(exception.layers, [*makers, *blocks])
-            more = len(makers) - _SHOWN
-            shown = ", ".join(makers[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
             raise TeacherMismatch(
-                f"no layer that makes channels fits '{exception.layers}'{hint} (layers: {shown})",
+                f"no layer that makes channels fits '{exception.layers}'{hint} "
+                f"(layers: {and_more(makers)})",
                 ("exceptions", number, "layers"),
             )
 

@@ -1,232 +1,147 @@
-"""From a node of a recipe to an object: a class's typed constructor is the schema of its options.
+"""From plain data to objects: pydantic validates, a class's typed constructor is the schema.
 
-Every problem is collected with its place; nothing is loaded or computed here beyond calling the
-constructors, which are cheap by contract.
+Data are what YAML holds or what Python hands over; there, any value may be a finished object
+already, which is taken as it is. Nothing is loaded or computed beyond calling the constructors,
+which are cheap by contract.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic_core import SchemaValidator, core_schema
 
-from dreamkit.errors import MissingPath, OptionError, RecipeError, RecipePath, did_you_mean
-from dreamkit.recipe.signature import Option, nested_options, options_of
-from dreamkit.recipe.yaml_nodes import Node, Position
-from dreamkit.registry import (
-    EntryOf,
-    RecordsOf,
-    Registries,
-    Term,
-    TermsOf,
-    UnknownEntry,
-    name_key,
-)
+from dreamkit.errors import OptionError
+from dreamkit.recipe.problems import Problem, problems_of
+from dreamkit.recipe.signature import options_of
+from dreamkit.recipe.yaml_nodes import type_name
+from dreamkit.registry import Registries, Term, UnknownEntry, name_key
+from dreamkit.types.entries import check_entry
 
-
-@dataclass
-class Problems:
-    """Every problem found in a recipe, in the order of the file."""
-
-    found: dict[str, Position] = field(default_factory=dict)
-    missing: dict[str, Position] = field(default_factory=dict)
-    noted: int = 0
-
-    def add(self, place: Position, path: RecipePath, message: str, missing: bool = False) -> None:
-        """Note one problem; the same one from several presets counts once.
-
-        Args:
-            place: where it was written.
-            path: what it concerns.
-            message: what is wrong and how to mend it.
-            missing: the recipe is sound, but a file it names is not on this machine.
-        """
-        self.noted += 1
-        line = f"{located(place, path)}: {message}"
-        (self.missing if missing else self.found)[line] = place
-
-    def raise_if_any(self) -> None:
-        """Raise all problems as one error.
-
-        Raises:
-            RecipeError: there is at least one.
-        """
-        every = {**self.found, **self.missing}
-        if every:
-            raise RecipeError("\n".join(sorted(every, key=lambda line: every[line].order)))
-
-
-def format_path(path: RecipePath) -> str:
-    """Write a path as ``synthesis.regularizers[1].weight``."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".") or "recipe"
-
-
-def located(place: Position, path: RecipePath) -> str:
-    """Write where a value was written and what it is: ``r.yaml:3:11 synthesis.images``.
-
-    Of what was written by ``--set synthesis.images=...`` the place is the value's path already.
-    """
-    name = format_path(path)
-    override = f"--set {name}"
-    return override if override.startswith(str(place)) else f"{place} {name}"
+_PLAIN = (dict, list, tuple, str, bytes, int, float, type, type(None))
+"""What is data, or a mistake; anything else that stands for an entry is one."""
 
 
 @dataclass
-class Constructor:
-    """Builds the objects that a recipe describes, against one set of registries."""
+class Builder:
+    """Builds the objects that data describe, against one set of registries."""
 
     registries: Registries
-    problems: Problems
+    known: dict[int, set[str]] = field(default_factory=dict)
+    """The options that each mapping met so far (by its id) may have."""
+    _validators: dict[tuple[Any, ...], SchemaValidator] = field(default_factory=dict)
 
-    def construct(
-        self, cls: type[Any], node: Node, path: RecipePath, skip: frozenset[str] = frozenset()
-    ) -> Any:
-        """Return ``cls`` built from the node's options, or None after noting the problems.
+    def build(self, make: Callable[[Any], Any], data: Any) -> tuple[Any, list[Problem]]:
+        """Return what one of this builder's methods makes of the data, or None and every problem.
 
         Args:
-            cls: the class; its constructor's parameters are the options allowed.
-            node: a mapping.
-            path: where the node stands in the recipe.
-            skip: keys of the mapping that are not options of the class.
+            make: ``construct``, ``entry`` or ``term``, its first argument bound.
+            data: what to build from.
         """
-        if not isinstance(node.value, dict):
-            self.problems.add(node.where, path, f"should be a mapping, not {node.type_name}")
-            return None
-        before = self.problems.noted
-        options = options_of(cls)
-        self._refuse_unknown(node, path, options, skip)
-        values: dict[str, Any] = {}
-        for name, option in options.items():
-            if name not in node.value:
-                if option.required:
-                    self.problems.add(node.where, path, f"the option '{name}' is missing")
-                continue
-            if option.marker is not None:
-                values[name] = self._entries(option, node.value[name], (*path, name))
-        values |= self._scalars(cls, node, path, options)
-        if self.problems.noted > before:
-            return None
+        self.known.clear()
+        whole = core_schema.no_info_plain_validator_function(make)
         try:
-            return cls(**values)
-        except OptionError as error:
-            where = _descend(node, (error.option,)).where
-            lacking = isinstance(error, MissingPath)
-            self.problems.add(where, (*path, error.option), str(error), lacking)
-        except ValueError as error:
-            self.problems.add(node.where, path, str(error))
-        return None
-
-    def _refuse_unknown(
-        self, node: Node, path: RecipePath, options: dict[str, Option], skip: frozenset[str]
-    ) -> None:
-        allowed = [*options, *skip]
-        for key in node.value:
-            if key not in allowed:
-                hint = did_you_mean(key, allowed)
-                hint = hint or f" (options: {', '.join(sorted(allowed)) or 'none'})"
-                self.problems.add(node.keys[key], (*path, key), f"unknown option{hint}")
-
-    def _scalars(
-        self, cls: type[Any], node: Node, path: RecipePath, options: dict[str, Option]
-    ) -> dict[str, Any]:
-        """Validate the options that are not entries, strictly, by the constructor's types."""
-        plain = {name: o for name, o in options.items() if o.marker is None and name in node.value}
-        # The configuration holds for dataclasses inside too: unknown keys are refused everywhere.
-        # Fields go by number, since a model has attributes of its own that names could hide.
-        fields: dict[str, Any] = {
-            f"option_{number}": (option.annotation, Field(..., alias=option.name))
-            for number, option in enumerate(plain.values())
-        }
-        model = create_model(
-            cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
-        )
-        data = {name: node.value[name].plain() for name in plain}
-        try:
-            # JSON mode: strict about types, yet a YAML list may become a tuple, a string a Path.
-            made = model.model_validate_json(json.dumps(data), strict=True)
+            return SchemaValidator(whole).validate_python(data), []
         except ValidationError as error:
-            for where, place, message in _messages(error, node, options):
-                self.problems.add(where, (*path, *place), message)
-            return {}
-        return {name: getattr(made, f"option_{number}") for number, name in enumerate(plain)}
+            return None, problems_of(error, data, self.known)
 
-    def _entries(self, option: Option, node: Node, path: RecipePath) -> Any:
-        marker = option.marker
-        if node.value is None and option.nullable:
-            return None
-        if isinstance(marker, EntryOf):
-            return self.entry(marker.kind, node, path)
-        assert marker is not None
-        if not isinstance(node.value, list):
-            self.problems.add(node.where, path, f"should be a list, not {node.type_name}")
-            return None
-        if isinstance(marker, RecordsOf):
-            return tuple(
-                self.construct(marker.cls, n, (*path, i)) for i, n in enumerate(node.value)
-            )
-        make = self.term if isinstance(marker, TermsOf) else self.entry
-        return tuple(make(marker.kind, n, (*path, i)) for i, n in enumerate(node.value))
+    def construct(self, cls: type[Any], data: Any) -> Any:
+        """Return ``cls`` built from a mapping of its options.
 
-    def entry(
-        self, kind: str, node: Node, path: RecipePath, skip: frozenset[str] = frozenset()
-    ) -> Any:
-        """Return the registry entry that a mapping names, built with its options."""
+        Raises:
+            ValidationError: of every problem.
+        """
+        return self._validator(cls, ()).validate_python(data, context=self)[1]
+
+    def entry(self, kind: str, value: Any) -> Any:
+        """Return the registry entry that a mapping describes or a name stands for.
+
+        Args:
+            kind: of which kind it is.
+            value: the mapping, the name, or the entry itself.
+
+        Raises:
+            ValueError: a problem, or as a ``ValidationError`` several.
+        """
+        return self._named(kind, value).entry
+
+    def term(self, kind: str, value: Any) -> Term[Any]:
+        """Return a weighted entry; the weight defaults to 1 and cannot be negative.
+
+        Args:
+            kind: of which kind the entry is.
+            value: a mapping, a name, an entry or a term.
+
+        Raises:
+            ValueError: a problem, or as a ``ValidationError`` several.
+        """
+        if isinstance(value, Term):
+            entry = self.entry(kind, value.entry)
+            return Term(value.name, _check_weight(value.weight), entry)
+        return self._named(kind, value, "weight")
+
+    def listed(self, kind: str, value: Any) -> Any:
+        """Return a mapping of names to weights as the list of terms that it stands for.
+
+        A weight may also be an object, or a pair of a weight and an object.
+        """
+        if not isinstance(value, dict) or name_key(kind) in value:
+            return value
+        terms: list[Any] = []
+        for name, given in value.items():
+            is_pair = isinstance(given, tuple) and len(given) == 2
+            weight, entry = given if is_pair else (1.0, given)
+            if isinstance(entry, _PLAIN):
+                terms.append({name_key(kind): name, "weight": given})
+            else:
+                terms.append(Term(name, weight, entry))
+        return terms
+
+    def _named(self, kind: str, value: Any, *extra: str) -> Term[Any]:
         key = name_key(kind)
-        if not isinstance(node.value, dict):
-            self.problems.add(node.where, path, f"should be a mapping, not {node.type_name}")
-            return None
-        named = node.value.get(key)
-        if named is None or not isinstance(named.value, str):
-            place = named.where if named else node.where
+        if isinstance(value, str):
+            value = {key: value}
+        if not isinstance(value, _PLAIN):
+            _check_entry(kind, value)
+            return Term(self._name_of(kind, value), 1.0, value)
+        if isinstance(value, type):
+            raise ValueError(f"should be an object, not its class: write {value.__name__}(...)")
+        if not isinstance(value, dict):
+            raise ValueError(f"should be a mapping, not {type_name(value)}")
+        name = value.get(key)
+        if not isinstance(name, str):
             choices = ", ".join(self.registries[kind])
-            self.problems.add(place, path, f"'{key}' should name one of the {kind}: {choices}")
-            return None
+            message = f"'{key}' should name one of the {kind}: {choices}"
+            raise OptionError(key, message) if key in value else ValueError(message)
         try:
-            cls = self.registries[kind].resolve(named.value)
+            cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
-            self.problems.add(named.where, (*path, key), str(error) + self._failed_plugins())
-            return None
+            raise OptionError(key, f"{error}{self._failed_plugins()}") from error
         try:
-            taken = sorted({*skip, key} & options_of(cls).keys())
-        except TypeError as error:
-            provider = self.registries[kind].provider(named.value)
-            self.problems.add(
-                named.where, path, f"'{named.value}' of {provider} is unusable: {error}"
-            )
-            return None
-        if taken:
-            self.problems.add(
-                named.where,
-                path,
-                f"'{named.value}' has an option '{taken[0]}', which recipes reserve",
-            )
-            return None
-        return self.construct(cls, node, path, skip | {key})
+            taken = sorted({key, *extra} & options_of(cls).keys())
+            if taken:
+                raise ValueError(f"'{name}' has an option '{taken[0]}', which recipes reserve")
+            validator = self._validator(cls, (key, *extra))
+        except (TypeError, NameError, PydanticUserError) as error:
+            provider = self.registries[kind].provider(name)
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"'{name}' of {provider} is unusable: {reason}") from error
+        weight, entry = validator.validate_python(value, context=self)
+        return Term(name, weight, entry)
 
-    def term(self, kind: str, node: Node, path: RecipePath) -> Term[Any] | None:
-        """Return a weighted entry; the weight defaults to 1 and cannot be negative."""
-        entry = self.entry(kind, node, path, frozenset({"weight"}))
-        given = node.child("weight")
-        weight = 1.0 if given is None else self._weight(given, (*path, "weight"))
-        if entry is None or weight is None:
-            return None
-        return Term(node.value[name_key(kind)].value, weight, entry)
-
-    def _weight(self, node: Node, path: RecipePath) -> float | None:
-        if isinstance(node.value, bool) or not isinstance(node.value, int | float):
-            shown = "" if isinstance(node.value, dict | list) else f" ({node.value!r})"
-            message = f"should be a number, not {node.type_name}{shown}"
-        elif not 0 <= node.value <= sys.float_info.max:
-            message = f"should be a finite number >= 0 (got {str(node.value)[:40]})"
-        else:
-            return float(node.value)
-        self.problems.add(node.where, path, message)
-        return None
+    def _name_of(self, kind: str, entry: Any) -> str:
+        """Return the name an object's class is registered under, or else the class's own."""
+        cls = type(entry)
+        targets = {cls, f"{cls.__module__}:{cls.__qualname__}"}
+        entries = self.registries[kind].entries
+        named = (name for name, registered in entries.items() if registered.target in targets)
+        return next(named, cls.__name__)
 
     def _failed_plugins(self) -> str:
         if not self.registries.failures:
@@ -234,68 +149,78 @@ class Constructor:
         failed = "; ".join(f"{f.plugin} ({f.reason})" for f in self.registries.failures)
         return f"; plugins that failed to load: {failed}"
 
-
-def _descend(node: Node, path: RecipePath) -> Node:
-    """Return the deepest node that exists along ``path``."""
-    for step in path:
-        below = node.child(step)
-        if below is None:
-            break
-        node = below
-    return node
+    def _validator(self, cls: type[Any], reserved: tuple[str, ...]) -> SchemaValidator:
+        """Return what makes a mapping into the weight and the object; ``reserved`` are its keys."""
+        if (cls, *reserved) not in self._validators:
+            adapter = TypeAdapter(Annotated[Any, _OptionsOf(cls, reserved)])
+            self._validators[cls, *reserved] = SchemaValidator(_strict(adapter.core_schema))
+        return self._validators[cls, *reserved]
 
 
-def _messages(
-    error: ValidationError, node: Node, options: dict[str, Option]
-) -> Iterator[tuple[Position, RecipePath, str]]:
-    """Yield each pydantic problem as its place, its path inside the node and a plain message.
+@dataclass(frozen=True)
+class _OptionsOf:
+    """Tells pydantic that a type is the mapping of a constructor's options."""
 
-    A union reports one problem for each of its branches, under one place; they become one line.
+    cls: type[Any]
+    reserved: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> Any:
+        fields = {
+            name: core_schema.typed_dict_field(
+                handler.generate_schema(option.annotation), required=option.required
+            )
+            for name, option in options_of(self.cls).items()
+        }
+        for name in self.reserved:
+            checked = core_schema.no_info_plain_validator_function(_check_weight)
+            schema = checked if name == "weight" else core_schema.any_schema()
+            fields[name] = core_schema.typed_dict_field(schema, required=False)
+        mapping = core_schema.typed_dict_schema(fields)
+        return core_schema.no_info_after_validator_function(self._call, mapping)
+
+    def _call(self, values: dict[str, Any]) -> tuple[float, Any]:
+        reserved = {name: values.pop(name) for name in self.reserved if name in values}
+        return reserved.get("weight", 1.0), self.cls(**values)
+
+
+def _check_entry(kind: str, entry: Any) -> None:
+    try:
+        check_entry(kind, type(entry))
+    except TypeError as error:
+        raise ValueError(f"{type_name(entry)} will not do here: {error}") from error
+
+
+def _check_weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"should be a number, not {type_name(value)}")
+    if not 0 <= value <= sys.float_info.max:
+        raise ValueError("should be a finite number >= 0")
+    return float(value)
+
+
+def _strict(schema: Any) -> Any:
+    """Return a core schema with strict and finite scalars, and mappings that know their options.
+
+    Not all of it is strict: a YAML list may become a tuple, a string a Path.
     """
-    merged: dict[RecipePath, list[str]] = {}
-    for problem in error.errors(include_url=False):
-        place = _real_path(node, problem["loc"])
-        message = problem["msg"].replace("Input should be", "should be")
-        message = message.replace("a valid array", "a list").replace("Tuple", "a list")
-        message = message.removeprefix("Value error, ")
-        if problem["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-            classes = nested_options(options[str(problem["loc"][0])].annotation)
-            known = [name for cls in classes for name in options_of(cls)]
-            hint = did_you_mean(str(place[-1]), known) or f" (options: {', '.join(known)})"
-            message = f"unknown option{hint}"
-        elif problem["type"] == "missing":
-            message = f"the option '{problem['loc'][-1]}' is missing"
-        merged.setdefault(place, [])
-        if message not in merged[place]:
-            merged[place].append(message)
-    for place, messages in merged.items():
-        inside = [
-            m for other in merged if other[: len(place)] == place != other for m in merged[other]
-        ]
-        if inside and not _tell_more(inside, messages):
-            continue
-        parent, at = _descend(node, place[:-1]), _descend(node, place)
-        unknown = messages[0].startswith("unknown option")
-        where = parent.keys[str(place[-1])] if unknown else at.where
-        shown = not unknown and not isinstance(at.value, dict | list)
-        yield where, place, ", or ".join(messages) + (f" (got {at.value!r})" if shown else "")
+    if isinstance(schema, list | tuple):
+        return type(schema)(_strict(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    made = {k: v if k in {"default", "metadata"} else _strict(v) for k, v in schema.items()}
+    kind = schema.get("type")
+    if kind in {"int", "float", "str", "bool"}:
+        made["strict"] = True
+    if kind == "float":
+        made["allow_inf_nan"] = False
+    if kind in {"typed-dict", "dataclass-args"}:
+        made["extra_behavior"] = "forbid"
+        fields = schema["fields"]
+        names = set(fields) if isinstance(fields, dict) else {f["name"] for f in fields}
+        return core_schema.with_info_before_validator_function(partial(_note, names), made)
+    return made
 
 
-def _tell_more(inside: list[str], messages: list[str]) -> bool:
-    """Return whether a value's problems say more than those inside it: an option is missing.
-
-    It is not missing where the one inside is its misspelling.
-    """
-    missing = [m.split("'")[1] for m in messages if m.endswith("is missing")]
-    return any(not any(f"mean '{name}'" in m for m in inside) for name in missing)
-
-
-def _real_path(node: Node, location: tuple[str | int, ...]) -> RecipePath:
-    """Keep the steps of pydantic's location that exist in the recipe (it adds union branches)."""
-    path: list[str | int] = []
-    for step in location:
-        below = node.child(step)
-        if below is not None:
-            node = below
-            path.append(step)
-    return tuple(path)
+def _note(names: set[str], value: Any, info: core_schema.ValidationInfo[Builder]) -> Any:
+    info.context.known.setdefault(id(value), set()).update(names)
+    return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from dreamkit.errors import RecipeError, RecipePath
-from dreamkit.recipe.construct import format_path
-from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml
+from dreamkit.recipe.problems import format_path
+from dreamkit.recipe.yaml_nodes import Node, Position, parse_yaml, type_name
 
 _STEP = re.compile(r"([^.\[\]=\s]{1,100})|\[(\d{1,9})\]")
 _MAX_STEPS = 50
@@ -42,19 +42,12 @@ def parse_path(text: str) -> RecipePath:
     while position < len(text):
         if len(steps) == _MAX_STEPS:
             raise RecipeError(f"--set {text[:60]}...: more than {_MAX_STEPS} steps")
-        if steps and text[position] == ".":
-            position += 1
-        match = _STEP.match(text, position)
+        match = _STEP.match(text, position + bool(steps and text[position] == "."))
         if match is None:
             raise RecipeError(f"--set {text}: not a path such as synthesis.regularizers[0].weight")
         word, index = match.groups()
-        steps.append(
-            int(index)
-            if index is not None
-            else int(word)
-            if word.isdecimal() and len(word) < 10
-            else word
-        )
+        is_index = index is not None or (word.isdecimal() and len(word) < 10)
+        steps.append(int(index or word) if is_index else word)
         position = match.end()
     return tuple(steps)
 
@@ -70,18 +63,8 @@ def apply_override(root: Node, override: str) -> Node:
         raise RecipeError(f"--set {override}: write it as path=value, e.g. synthesis.images=64")
     path = parse_path(path_text)
     where = Position(f"--set {format_path(path)}")
-    value = _moved(parse_yaml(value_text, f"--set {override}"), where)
+    value = parse_yaml(value_text, f"--set {override}", where)
     return _put(root, path, value, where, path_text)
-
-
-def _moved(node: Node, where: Position) -> Node:
-    """Return the node with every position inside it set to ``where``."""
-    if isinstance(node.value, dict):
-        children = {key: _moved(child, where) for key, child in node.value.items()}
-        return Node(children, where, dict.fromkeys(children, where))
-    if isinstance(node.value, list):
-        return Node([_moved(child, where) for child in node.value], where)
-    return Node(node.value, where)
 
 
 def _put(node: Node, path: RecipePath, value: Node, where: Position, text: str) -> Node:
@@ -97,7 +80,9 @@ def _put(node: Node, path: RecipePath, value: Node, where: Position, text: str) 
         children[step] = _put(children[step], rest, value, where, text)
         return Node(children, node.where)
     if node.value is not None and not isinstance(node.value, dict):
-        raise RecipeError(f"--set {text}: '{step}' leads into {node.type_name}, not a mapping")
+        raise RecipeError(
+            f"--set {text}: '{step}' leads into {type_name(node.value)}, not a mapping"
+        )
     key = str(step)
     mapping = dict(node.value or {})
     missing = Node({} if rest else None, where)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +20,12 @@ from dreamkit.errors import (
     RecipePath,
     did_you_mean,
 )
-from dreamkit.recipe.construct import Constructor, Problems, located
+from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.overlay import apply_override, merge
-from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml
-from dreamkit.registry import EntriesOf, EntryOf, Registries
+from dreamkit.recipe.problems import Problem, located
+from dreamkit.recipe.signature import options_of
+from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
+from dreamkit.registry import EntriesOf, EntryOf, Registries, name_key
 
 MAX_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake."""
@@ -64,9 +66,9 @@ class Recipe:
     name: Annotated[str, AfterValidator(_check_name)]
     teacher: Annotated[Any, EntryOf("teachers")]
     application: Annotated[Any, EntryOf("applications")]
-    synthesis: Annotated[Any, EntryOf("synthesizers")] = None
-    evaluation: Annotated[Any, EntryOf("sources")] = None
-    latency: Annotated[Any, EntryOf("latency_backends")] = None
+    synthesis: Annotated[Any | None, EntryOf("synthesizers")] = None
+    evaluation: Annotated[Any | None, EntryOf("sources")] = None
+    latency: Annotated[Any | None, EntryOf("latency_backends")] = None
     trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
@@ -74,10 +76,10 @@ class Recipe:
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.synthesis is None and getattr(self.application, "needs_synthesis", False):
+        if self.synthesis is None and self.application.needs_synthesis:
             raise OptionError("application", "it uses dreams, so the recipe needs 'synthesis'")
-        term = getattr(self.synthesis, "needs_student", None)
-        if term is not None and not getattr(self.application, "trains_student", False):
+        term = None if self.synthesis is None else self.synthesis.needs_student
+        if term is not None and not self.application.trains_student:
             named = ", or the option 'student'" if hasattr(self.synthesis, "student") else ""
             raise OptionError(
                 "synthesis",
@@ -101,13 +103,7 @@ class LoadedRecipe:
 
     def locate(self, path: RecipePath) -> str:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
-        node = self.root
-        for step in path:
-            below = node.child(step)
-            if below is None:
-                break
-            node = below
-        return located(node.where, path)
+        return located(self.root.place(path), path)
 
     def placed(self, error: DreamkitError) -> DreamkitError:
         """Return the error with the place it concerns, if it has one, put before its message."""
@@ -136,8 +132,7 @@ def read_recipe(
         PluginError: a plugin that the recipe names cannot be loaded.
     """
     chosen, registries, problems, recipe = _check(file, build_registries, preset, overrides)
-    problems.raise_if_any()
-    assert recipe is not None
+    _raise_if_any(problems)
     return LoadedRecipe(recipe, chosen, preset, registries)
 
 
@@ -157,9 +152,15 @@ def validate_recipe(
         PluginError: a plugin that the recipe names cannot be loaded.
     """
     _, registries, problems, _ = _check(file, build_registries, preset, overrides)
-    missing, problems.missing = list(problems.missing), {}
-    problems.raise_if_any()
-    return registries, missing
+    _raise_if_any([problem for problem in problems if not problem.missing])
+    return registries, list(map(str, problems))
+
+
+def _raise_if_any(problems: Sequence[Problem]) -> None:
+    """Raise all problems as one error, each once though several presets may have it."""
+    if problems:
+        ordered = sorted(problems, key=lambda problem: problem.place.order)
+        raise RecipeError("\n".join(dict.fromkeys(map(str, ordered))))
 
 
 def _check(
@@ -167,7 +168,7 @@ def _check(
     build_registries: Callable[[Sequence[str]], Registries],
     preset: str | None,
     overrides: Sequence[str],
-) -> tuple[Node, Registries, Problems, Recipe | None]:
+) -> tuple[Node, Registries, list[Problem], Any]:
     base, presets = _split_presets(_read_nodes(Path(file)))
     chosen = base
     for name in () if preset is None else preset.split("+"):
@@ -178,19 +179,30 @@ def _check(
         chosen = merge(chosen, presets[name], root=True)
     for override in overrides:
         chosen = apply_override(chosen, override)
+    chosen = _spelled_out(chosen)
     registries = _registries(chosen, build_registries)
-    problems = Problems()
-    recipe = _construct(chosen, registries, problems)
+    builder = Builder(registries)
+    recipe, problems = _construct(chosen, builder)
     for name, overlay in presets.items():
         if name != preset:
-            others = Problems()
             other = merge(base, overlay, root=True)
-            same = _plugin_names(other) == _plugin_names(chosen)
-            _construct(
-                other, registries if same else build_registries(_plugin_names(other)), others
-            )
-            problems.found |= others.found  # the files of a preset not chosen are not needed
+            names = _plugin_names(other)
+            same = names == _plugin_names(chosen)
+            _, others = _construct(other, builder if same else Builder(build_registries(names)))
+            # The files of a preset not chosen are not needed.
+            problems += [problem for problem in others if not problem.missing]
     return chosen, registries, problems, recipe
+
+
+def _spelled_out(root: Node) -> Node:
+    """Return the recipe with mappings for the bare names at its top: others read them there."""
+    values = dict(root.value)
+    for name, option in options_of(Recipe).items():
+        node = values.get(name)
+        if node is not None and type(option.marker) is EntryOf and isinstance(node.value, str):
+            key = name_key(option.marker.kind)
+            values[name] = Node({key: node}, node.where, {key: node.where})
+    return Node(values, root.where, root.keys)
 
 
 def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registries]) -> Registries:
@@ -201,10 +213,9 @@ def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registri
         raise PluginError(f"{place}: {error}") from error
 
 
-def _construct(root: Node, registries: Registries, problems: Problems) -> Recipe | None:
-    made = Constructor(registries, problems).construct(Recipe, root, ())
-    assert made is None or isinstance(made, Recipe)
-    return made
+def _construct(root: Node, builder: Builder) -> tuple[Any, list[Problem]]:
+    recipe, problems = builder.build(partial(builder.construct, Recipe), root.plain())
+    return recipe, [replace(p, place=root.place(p.path, p.unknown)) for p in problems]
 
 
 def _read_nodes(file: Path) -> Node:
@@ -219,7 +230,7 @@ def _read_nodes(file: Path) -> Node:
         raise RecipeError(f"{file}: not a UTF-8 text file") from error
     root = parse_yaml(text, str(file))
     if not isinstance(root.value, dict):
-        raise RecipeError(f"{root.where} recipe: should be a mapping, not {root.type_name}")
+        raise RecipeError(f"{root.where} recipe: should be a mapping, not {type_name(root.value)}")
     return root
 
 
@@ -230,10 +241,10 @@ def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
     if node is None or node.value is None:
         return root, {}
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where} presets: should be a mapping, not {node.type_name}")
+        raise RecipeError(f"{node.where} presets: should be a mapping, not {type_name(node.value)}")
     for name, overlay in node.value.items():
         if not isinstance(overlay.value, dict):
-            message = f"should be a mapping, not {overlay.type_name}"
+            message = f"should be a mapping, not {type_name(overlay.value)}"
             raise RecipeError(f"{overlay.where} presets.{name}: {message}")
     return root, node.value
 
@@ -244,16 +255,3 @@ def _plugin_names(root: Node) -> list[str]:
         place = located(node.where, ("plugins",))
         raise RecipeError(f"{place}: should be a list of modules or .py files")
     return [child.value for child in node.value]
-
-
-def build_entry(registries: Registries, kind: str, data: dict[str, Any]) -> Any:
-    """Build one registry entry from plain data, validated as in a recipe.
-
-    Raises:
-        RecipeError: the name or an option is not valid.
-    """
-    problems = Problems()
-    node = parse_yaml(json.dumps(data), kind)
-    entry = Constructor(registries, problems).entry(kind, node, (kind,))
-    problems.raise_if_any()
-    return entry

@@ -8,13 +8,18 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, RecordsOf, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, TermsOf
 
-Marker = EntryOf | EntriesOf | TermsOf | RecordsOf
 _ABSENT = inspect.Parameter.empty
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
+_WORDS[type(None)] = "null"
+_LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+_LIMITS |= {"min_length": "length >=", "max_length": "length <="}
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,12 @@ class Option:
     name: str
     annotation: Any
     default: Any
-    marker: Marker | None
+    marker: EntryOf | None
 
     @property
     def required(self) -> bool:
         """Whether a recipe must give it."""
         return self.default is _ABSENT
-
-    @property
-    def nullable(self) -> bool:
-        """Whether null is a value: by its type, or since it is the default."""
-        inner = typing.get_args(self.annotation)[:1]
-        return self.default is None or (len(inner) == 1 and type(None) in typing.get_args(inner[0]))
 
 
 def options_of(cls: type[Any]) -> dict[str, Option]:
@@ -67,10 +66,10 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
     return options
 
 
-def _marker(annotation: Any) -> Marker | None:
+def _marker(annotation: Any) -> EntryOf | None:
     if typing.get_origin(annotation) is Annotated:
         for extra in annotation.__metadata__:
-            if isinstance(extra, Marker):
+            if isinstance(extra, EntryOf):
                 return extra
     return None
 
@@ -93,31 +92,101 @@ def nested_options(annotation: Any) -> list[type[Any]]:
     return list(dict.fromkeys(cls for classes in found for cls in classes))
 
 
-def describe(annotation: Any) -> str:
-    """Return an annotation the way a person would write it."""
+@dataclass(frozen=True)
+class OptionRow:
+    """What a table says about one option.
+
+    Args:
+        name: as written in YAML and in Python.
+        accepts: what it may be, in words.
+        default: as YAML, or ``required``.
+        range: what limits it, such as ``> 0``; empty for nothing.
+        help: the first sentence of what its class's docstring says about it.
+        nested: the class whose options a mapping given for it has, if any.
+    """
+
+    name: str
+    accepts: str
+    default: str
+    range: str
+    help: str
+    nested: type[Any] | None
+
+
+def option_rows(cls: type[Any]) -> list[OptionRow]:
+    """Return a row for every option of a class, in the order of its constructor.
+
+    Raises:
+        TypeError: a parameter has no type annotation, or takes ``*args`` or ``**kwargs``.
+    """
+    text = documentation(cls)
+    return [
+        OptionRow(
+            option.name,
+            describe(option.annotation),
+            "required" if option.required else _default(option),
+            ", ".join(dict.fromkeys(_limits(option.annotation))),
+            _first_sentence(text, option.name),
+            next(iter(nested_options(option.annotation)), None),
+        )
+        for option in options_of(cls).values()
+    ]
+
+
+def _first_sentence(text: str, name: str) -> str:
+    found = re.search(rf"^ {{4}}{re.escape(name)}: (.*(?:\n {{8}}.*)*)", text, re.MULTILINE)
+    described = " ".join(found[1].split()) if found else ""
+    return re.split(r"(?<=[^.]{2}\.) (?=[A-Z`])", described)[0].rstrip(".")
+
+
+def _default(option: Option) -> str:
+    value = option.default
+    if dataclasses.is_dataclass(value) and not _given(value):
+        return type(value).__name__ if option.marker else "its own defaults"
+    if isinstance(option.marker, TermsOf):
+        value = {term.name: term.weight for term in value}
+    return json.dumps(value, default=_given, ensure_ascii=False)
+
+
+def _given(value: Any) -> Any:
+    """Return what of an object differs from its class's defaults, as YAML would write it."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    own = options_of(type(value))
+    given = {name: getattr(value, name) for name in own}
+    return {name: v for name, v in given.items() if own[name].required or v != own[name].default}
+
+
+def _limits(annotation: Any) -> Iterator[str]:
+    """Yield the limits that an annotation sets, those of what is inside it too."""
     if typing.get_origin(annotation) is Annotated:
-        marker = _marker(annotation)
-        if isinstance(marker, EntryOf):
-            return f"one of the {marker.kind}"
-        if isinstance(marker, RecordsOf):
-            return f"list of {marker.cls.__name__}"
-        if marker is not None:
-            weighted = "weighted " if isinstance(marker, TermsOf) else ""
-            return f"list of {weighted}{marker.kind}"
-        limits = [
-            re.sub(r"annotated_types\.|\w+\((\w+=.*)\)", r"\1", str(limit))
-            for extra in annotation.__metadata__
-            for limit in (getattr(extra, "metadata", None) or [extra])
-        ]
-        return f"{describe(annotation.__origin__)} ({', '.join(limits)})"
+        for extra in annotation.__metadata__:
+            for limit in getattr(extra, "metadata", None) or [extra]:
+                for name, words in _LIMITS.items():
+                    if hasattr(limit, name):
+                        yield f"{words} {getattr(limit, name)}".replace(str(2**63), "2^63")
+    for argument in typing.get_args(annotation):
+        yield from _limits(argument)
+
+
+def describe(annotation: Any) -> str:
+    """Return what values an annotation stands for, as a person would say it."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        marker = _marker(annotation)
+        if isinstance(marker, TermsOf):
+            return f"list of weighted {marker.kind}"
+        if isinstance(marker, EntriesOf):
+            return f"list of {marker.kind}"
+        return f"one of the {marker.kind}" if marker else describe(arguments[0])
     if origin is typing.Literal:
         return " | ".join(json.dumps(choice) for choice in arguments)
     if origin in {typing.Union, types.UnionType}:
-        return " | ".join(describe(argument) for argument in arguments)
-    if annotation is type(None):
-        return "null"
-    if origin is not None:
-        inner = ", ".join("..." if a is Ellipsis else describe(a) for a in arguments)
-        return f"{getattr(origin, '__name__', origin)}[{inner}]"
-    return getattr(annotation, "__name__", str(annotation))
+        return " | ".join(map(describe, arguments))
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {describe(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(describe, arguments))}]"
+    if origin is dict:
+        return "mapping"
+    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import yaml
 
-from dreamkit.errors import RecipeError
+from dreamkit.errors import RecipeError, RecipePath
 
 MAX_DEPTH = 50
 MAX_NUMBER_LENGTH = 4000
@@ -38,6 +38,9 @@ class Position:
         if self.line is None:
             return self.source
         return f"{self.source}:{self.line}:{self.column}"
+
+
+NOWHERE = Position("")
 
 
 @dataclass
@@ -65,12 +68,23 @@ class Node:
             return cast(Node, self.value[step])
         return None
 
-    @property
-    def type_name(self) -> str:
-        """Return what a user calls this node's type."""
-        names = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean"}
-        names |= {int: "a number", float: "a number", type(None): "null"}
-        return names[type(self.value)]
+    def place(self, path: RecipePath, key: bool = False) -> Position:
+        """Return where the value along ``path``, or its key, was written; or its nearest parent."""
+        if not path:
+            return self.where
+        if key and len(path) == 1:
+            return self.keys[str(path[0])]
+        below = self.child(path[0])
+        return self.where if below is None else below.place(path[1:], key)
+
+
+def type_name(value: Any) -> str:
+    """Return what a user calls a value's type."""
+    names: dict[Any, str] = {dict: "a mapping", list: "a list", tuple: "a list", str: "a string"}
+    names |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return names.get(type(value), f"an instance of {type(value).__name__}")
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -114,12 +128,13 @@ def dump_yaml(data: Any) -> str:
     return str(text)
 
 
-def parse_yaml(text: str, source: str) -> Node:
+def parse_yaml(text: str, source: str, place: Position | None = None) -> Node:
     """Parse one YAML document.
 
     Args:
         text: the document.
         source: the name to report, a file or ``--set``.
+        place: where all of it stands, if not at its line and column.
 
     Raises:
         RecipeError: a syntax error, an equal key, an unknown tag or too many nodes, with its place.
@@ -130,8 +145,8 @@ def parse_yaml(text: str, source: str) -> Node:
         raise RecipeError(f"{source}: not a text file: {error.reason}") from error
     try:
         root = loader.get_single_node()
-        builder = _Builder(source, loader)
-        return builder.build(root) if root is not None else Node(None, Position(source, 1, 1))
+        builder = _Builder(source, place)
+        return builder.build(root) if root else Node(None, place or Position(source, 1, 1))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = Position(source, mark.line + 1, mark.column + 1) if mark else Position(source)
@@ -148,13 +163,14 @@ def parse_yaml(text: str, source: str) -> Node:
 class _Builder:
     """Turns PyYAML's node graph into ``Node``s, refusing what a recipe has no use for."""
 
-    def __init__(self, source: str, loader: _CoreLoader) -> None:
+    def __init__(self, source: str, place: Position | None) -> None:
         self.source = source
-        self.loader = loader
+        self.place = place
         self.count = 0
 
     def position(self, node: yaml.Node) -> Position:
-        return Position(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
+        mark = node.start_mark
+        return self.place or Position(self.source, mark.line + 1, mark.column + 1)
 
     def build(self, node: yaml.Node, depth: int = 0) -> Node:
         self.count += 1

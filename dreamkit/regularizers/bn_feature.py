@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamkit.types import InversionStep, Regularizer
+from dreamkit.types import InversionStep, LayerStatistics, Regularizer
+
+_FLOOR = 1e-3
+"""Least variance of a channel that ``relative`` divides by, as a share of its layer's mean."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +23,39 @@ class BNFeature(Regularizer):
     ‖μ(x̂) - running_mean‖₂ + ‖σ²(x̂) - running_var‖₂, on the inputs of every BatchNorm layer.
 
     Args:
+        form: ``paper`` is eq. 4, whose size depends on the network; ``relative`` the mean over
+            layers of the mean over channels of (μ̂ - μ)²/σ² + (σ̂/σ - 1)², which is of one size for
+            all networks, so that one weight (10) serves them.
         first_layer_scale: factor on the first layer's part (10 in the authors' ImageNet setting).
     """
 
+    form: Literal["paper", "relative"] = "paper"
     first_layer_scale: Annotated[float, Field(ge=0)] = 1.0
 
     needs = frozenset({"bn_statistics"})
 
     def per_layer(self, step: InversionStep) -> dict[str, Tensor]:
         """Return each layer's unscaled part, of shape (), by the layer's name."""
-        return {
-            layer.name: (layer.mean - layer.running_mean).norm()
-            + (layer.var - layer.running_var).norm()
-            for layer in step.bn_statistics
-        }
+        distance = _absolute if self.form == "paper" else _relative
+        return {layer.name: distance(layer) for layer in step.bn_statistics}
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
         parts = torch.stack(list(self.per_layer(step).values()))
-        return parts.sum() + (self.first_layer_scale - 1) * parts[0]
+        total = parts.sum() + (self.first_layer_scale - 1) * parts[0]
+        return total if self.form == "paper" else total / len(parts)
+
+
+def _absolute(layer: LayerStatistics) -> Tensor:
+    mean_off = (layer.mean - layer.running_mean).norm()
+    var_off: Tensor = (layer.var - layer.running_var).norm()
+    return mean_off + var_off
+
+
+def _relative(layer: LayerStatistics) -> Tensor:
+    # A channel that is dead in training has no spread to measure by.
+    var = layer.running_var.clamp(min=_FLOOR * layer.running_var.mean())
+    mean_off = (layer.mean - layer.running_mean).square() / var
+    # A root has no gradient at 0: a channel that is dead in the batch is left where it is.
+    spread_off = ((layer.var / var).clamp(min=1e-8).sqrt() - 1).square()
+    return (mean_off + spread_off).mean()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from dreamkit.report.figures import curves, heat_map
+from dreamkit.report.notebook import data_uri
 from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
 
 _NO_CURVE = {"r_feature by layer"}
@@ -44,7 +43,7 @@ def render(
         judge_header=judge_header,
         judged=judged,
         fidelity=fidelity_line(report),
-        pictures={title: _data_uri(picture) for title, picture in pictures.items()},
+        pictures={title: data_uri(picture) for title, picture in pictures.items()},
         learnt_header=learnt_header,
         learnt=learnt,
         confusion=heat_map(told["confusion"], told["class_names"]) if told else None,
@@ -52,12 +51,6 @@ def render(
         layers=_layer_means(records.get("r_feature by layer", {})),
         recipe_yaml=recipe_yaml,
     )
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _layer_means(records: Mapping[int, Mapping[str, float | None]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -24,12 +25,81 @@ from rich.progress import (
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
 from dreamkit.types import Tracker
+from dreamkit.wording import say
 
 _PLAIN_LINE_SECONDS = 5.0
 
 
-class FileLog:
-    """Writes ``log.jsonl``, feeds the trackers, and shows progress on a console.
+class MemoryLog:
+    """Keeps what a run tells in memory; shows notes and progress where it is given a console.
+
+    Args:
+        console: where people look; None for silence.
+        stopping: tells whether the run is to stop.
+
+    Attributes:
+        metrics: dotted names to numbers.
+        details: anything else worth keeping.
+        failures: what was asked for and not reached.
+        notes: what the user must know, in the order in which it was said.
+        records: by stage and step.
+        seconds: spent in each stage.
+    """
+
+    def __init__(
+        self, console: Console | None = None, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.console = console
+        self.stopping = stopping
+        self.metrics: dict[str, float] = {}
+        self.details: dict[str, Any] = {}
+        self.failures: list[str] = []
+        self.notes: list[str] = []
+        self.records: dict[str, dict[int, dict[str, float | None]]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def begin(self, stage: str) -> None:
+        """Forget what was recorded under a stage that starts afresh."""
+        self.records.pop(stage, None)
+
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep one point of a stage's curves; a number that is not finite becomes None."""
+        self.records.setdefault(stage, {})[step] = _finite(numbers)
+
+    def note(self, text: str) -> None:
+        """Show a note at once and keep it for the report."""
+        self.notes.append(text)
+        if self.console is not None:
+            say(self.console, f"note: {text}")
+
+    def check(self, together: bool = False) -> None:
+        """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""
+        if distributed.anywhere(self.stopping()) if together else self.stopping():
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar with the time left on a terminal, a line every few seconds elsewhere."""
+        start = time.perf_counter()
+        console = self.console
+        try:
+            if console is None:
+                yield lambda done: None
+            elif _draws_bars(console):
+                with _bar(console) as bar:
+                    task = bar.add_task(stage, total=total)
+                    yield lambda done: bar.update(task, completed=done)
+            else:
+                yield _PlainProgress(console, stage, total)
+        finally:
+            seconds = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        if console is not None and not _draws_bars(console):
+            console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
+
+
+class FileLog(MemoryLog):
+    """Writes records to ``log.jsonl`` and to the trackers.
 
     The file is opened by ``open``, or by the first record.
 
@@ -47,12 +117,9 @@ class FileLog:
         trackers: Sequence[Tracker] = (),
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.stopping = stopping
+        super().__init__(console, stopping)
         self.path = folder / "log.jsonl"
-        self.console = console
         self.trackers = trackers
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
         self._file: TextIO | None = None
 
     def open(self) -> None:
@@ -82,7 +149,7 @@ class FileLog:
 
     def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Write one line; numbers that are not finite are written as null."""
-        finite = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
+        finite = _finite(numbers)
         self._write({"stage": stage, "step": step, "numbers": finite}, finite)
 
     def _write(
@@ -104,32 +171,16 @@ class FileLog:
                 "finished is kept"
             ) from error
 
-    def note(self, text: str) -> None:
-        """Show a note at once and keep it for the report."""
-        self.notes.append(text)
-        self.console.print(f"note: {text}", markup=False, highlight=False)
 
-    def check(self, together: bool = False) -> None:
-        """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""
-        if distributed.anywhere(self.stopping()) if together else self.stopping():
-            raise KeyboardInterrupt
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: (value if math.isfinite(value) else None) for name, value in numbers.items()}
 
-    @contextmanager
-    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with the time left on a terminal, a line every few seconds elsewhere."""
-        start = time.perf_counter()
-        try:
-            if self.console.is_terminal:
-                with _bar(self.console) as bar:
-                    task = bar.add_task(stage, total=total)
-                    yield lambda done: bar.update(task, completed=done)
-            else:
-                yield _PlainProgress(self.console, stage, total)
-        finally:
-            seconds = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        if not self.console.is_terminal:
-            self.console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
+
+def _draws_bars(console: Console) -> bool:
+    """Whether a bar can move there: on a terminal, and in a notebook that has widgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
 
 
 def _bar(console: Console) -> Progress:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
 from dreamkit.types import NO_LABEL, Images, ImageSource, StoredImages
+from dreamkit.wording import first_line, one_line
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class GeneratorImages(ImageSource):
                 return torch.export.load(self.path).module()
             return torch.jit.load(self.path, map_location="cpu").eval()
         except Exception as error:  # a file that is none fails in many ways
-            reason = str(error).strip().partition("\n")[0][:200]
+            reason = first_line(error)
             raise DreamkitError(
                 f"{self.path} is neither a TorchScript file nor (.pt2) a torch.export program: "
                 f"{reason}",
@@ -81,7 +82,7 @@ class GeneratorImages(ImageSource):
         try:
             made = generator(noise)
         except Exception as error:  # it is anyone's program
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise DreamkitError(
                 f"the generator does not take noise of shape {tuple(noise.shape)}: {reason}",
                 ("latent",),

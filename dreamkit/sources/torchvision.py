@@ -16,6 +16,7 @@ from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
 from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
 from dreamkit.types import Images, ImageSource
+from dreamkit.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class TorchvisionDataset(ImageSource):
                 arguments = {"root": self.root} | arguments
             found = cls(**arguments)
         except Exception as error:  # each data set raises its own
-            reason = str(error).strip().partition("\n")[0][:200]
+            reason = first_line(error)
             raise DreamkitError(
                 f"torchvision's {self.dataset} does not open ({type(error).__name__}: {reason}). "
                 f"Put its files under {self.root}, or use an image folder: "

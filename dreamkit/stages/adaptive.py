@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import nn
 
 from dreamkit.errors import DreamkitError, OptionError
-from dreamkit.stages.dreaming import Dreaming, dreaming, is_own_dreams, open_store
+from dreamkit.stages.dreaming import Dreaming, dreaming, open_store
 from dreamkit.store.pool import Pool
-from dreamkit.types import ImageSource, RunContext
+from dreamkit.store.source import is_own_dreams
+from dreamkit.types import Application, Images, ImageSource, RunContext, Synthesis, Teacher
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Adaptive:
         return max(1, 3 * steps // (4 * math.ceil(batches / self.batches)))
 
 
-class Taught:
-    """What applications have in common that teach on images, or on dreams of their own.
+class TrainsOnImages(Application):
+    """What applications have in common that train on images, or on dreams of their own.
 
     They are dataclasses with the fields ``images`` and ``adaptive``.
     """
@@ -78,8 +79,8 @@ class Taught:
         return self.adaptive is not None
 
 
-class Growth:
-    """The pool of a student in training, and what is to be dreamed for it when.
+class AdaptivePool:
+    """The images of a student in training, and what is to be dreamed for it when.
 
     Args:
         options: the rhythm.
@@ -183,8 +184,20 @@ def check_rhythm(options: Adaptive, batches: int, steps: int, place: str = "trai
 
 
 @contextmanager
-def growing(context: RunContext, student: nn.Module, options: Adaptive) -> Iterator[Growth]:
-    """Set the run's synthesizer to work against a student in training."""
-    store = open_store(context)
-    with dreaming(context, store, student) as dreams:
-        yield Growth(options, dreams)
+def adaptive_pool(
+    teacher: Teacher,
+    images: Images | Synthesis | None,
+    context: RunContext,
+    student: nn.Module,
+    options: Adaptive,
+) -> Iterator[AdaptivePool]:
+    """Set a synthesizer to work against a student in training.
+
+    Raises:
+        DreamkitError: images are given, and not how to dream them.
+    """
+    if not isinstance(images, Synthesis):
+        raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
+    store = open_store(teacher, images, context)
+    with dreaming(teacher, images, context, store, student) as dreams:
+        yield AdaptivePool(options, dreams)

@@ -15,10 +15,10 @@ from torch import nn
 
 from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
-from dreamkit.latency.lut import LookUpTable
+from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.prospect import Prospect
 from dreamkit.stages.measuring import time_models
-from dreamkit.types import ChannelGroup, Chunk, LayerShape, RunContext
+from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 TOLERANCE = 0.05
@@ -61,9 +61,10 @@ class Budget:
 
     Args:
         target: the goals.
-        context: the run's; its teacher is what shares are of.
+        teacher: what shares are of.
         table: predicts latencies.
         channels: how many of the teacher's can be pruned.
+        latency: times models on the target.
         teacher_ms: its latency, where an earlier try of the run measured it.
 
     Raises:
@@ -73,24 +74,26 @@ class Budget:
     def __init__(
         self,
         target: Target,
-        context: RunContext,
+        teacher: Teacher,
         table: LookUpTable,
         channels: int,
+        latency: LatencyBackend,
         teacher_ms: float | None = None,
     ) -> None:
-        self.context = context
+        self.teacher = teacher
         self.table = table
+        self.latency = latency
         self.correction = 1.0
         self.teacher_ms = teacher_ms
         self.target = target
-        self.size = context.teacher.card.input_size
+        self.size = teacher.card.input_size
         stated = {name: getattr(target, name) for name in ("flops", "params", "channels")}
         self.goals: dict[str, float] = {k: v for k, v in stated.items() if v is not None}
         if target.timed:
             if teacher_ms is None:
-                self.teacher_ms = self._measured(context.teacher.model)["model"]
+                self.teacher_ms = self._measured(teacher.model)["model"]
             self.goals["latency"] = self._latency_goal(target)
-        self.before = self._amounts(context.teacher.model, channels)
+        self.before = self._amounts(teacher.model, channels)
 
     def _latency_goal(self, target: Target) -> float:
         assert self.teacher_ms is not None
@@ -107,7 +110,7 @@ class Budget:
 
     def _measured(self, *models: nn.Module) -> dict[str, float]:
         names = ("model", "teacher")
-        timings = time_models(self.context, dict(zip(names, models, strict=False)))
+        timings = time_models(dict(zip(names, models, strict=False)), self.size, self.latency)
         return {name: timing.median_ms for name, timing in timings.items()}
 
     def latency_ms(self, teacher_ms: float) -> float:
@@ -118,6 +121,22 @@ class Budget:
         """
         share, limit = self.target.latency, self.target.latency_ms
         return min(math.inf if limit is None else limit, (share or math.inf) * teacher_ms)
+
+    def missed(self, student_ms: float, teacher_ms: float) -> str | None:
+        """Return a sentence if a finished student misses its latency budget, else None.
+
+        Args:
+            student_ms: its latency.
+            teacher_ms: the teacher's, measured beside it.
+        """
+        budget = self.latency_ms(teacher_ms)
+        if student_ms <= (1 + TOLERANCE) * budget:
+            return None
+        return (
+            f"the student takes {student_ms:.3f} ms and was to take {budget:.3f} ms; its latency "
+            "was within the budget when pruning ended, so either the machine was busy or timings "
+            f"of this length vary by more than {TOLERANCE:.0%} here"
+        )
 
     @property
     def costs(self) -> dict[str, Callable[[LayerShape], float]]:
@@ -169,7 +188,7 @@ class Budget:
         """
         if "latency" not in self.goals:
             return dict(shares)
-        found = self._measured(model, self.context.teacher.model)
+        found = self._measured(model, self.teacher.model)
         share = self.goals["latency"] * found["model"] / self.latency_ms(found["teacher"])
         self.correction *= share / shares["latency"]
         return {**shares, "latency": share}

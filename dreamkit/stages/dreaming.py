@@ -1,74 +1,57 @@
-"""From a source in a recipe to images: dreamed first where the source is the run's own."""
+"""Dreaming within a run: batch by batch into its store, going on where an earlier try ended."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from dreamkit import distributed
-from dreamkit.errors import DreamkitError, NonFiniteLoss, placed
-from dreamkit.model_state import eval_mode
-from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.errors import DreamkitError, NonFiniteLoss
+from dreamkit.stages.batches import as_stored, batch_plans
 from dreamkit.store.dreams import MANIFEST, DreamStore, ShardedImages
-from dreamkit.store.source import Dreams
-from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import (
     BatchPlan,
-    Dream,
     Dreamer,
     Estimate,
     Images,
-    ImageSource,
-    InversionStep,
     RunContext,
-    StoredImages,
+    Synthesis,
     Teacher,
 )
 
 _CURVE_POINTS = 40
 
 
-def is_own_dreams(source: ImageSource | None) -> bool:
-    """Whether a source is the dreams that the run itself makes."""
-    return source is None or (isinstance(source, Dreams) and source.path is None)
-
-
-def images_for(context: RunContext, source: ImageSource | None) -> Images:
-    """Return the images an application trains on, dreaming them first if they are its own.
+def images_of(teacher: Teacher, images: Images | Synthesis | None, context: RunContext) -> Images:
+    """Return the images that an application works on, dreaming those that are not there yet.
 
     Raises:
-        DreamkitError: the source is empty.
+        DreamkitError: there are none.
     """
-    if is_own_dreams(source):
-        images: Images = dream_into_store(context)
-    else:
-        assert source is not None
-        with placed("images"):
-            images = source.open(context.teacher.card)
+    if images is None:
+        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+    if isinstance(images, Synthesis):
+        return dream_into_store(teacher, images, context)
     if len(images) == 0:
         raise DreamkitError("the source of training images is empty", ("images",))
     return images
 
 
-def dream_into_store(context: RunContext) -> ShardedImages:
+def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> ShardedImages:
     """Dream every batch that the run's store does not hold yet, and report on all of them.
 
     Raises:
-        DreamkitError: the recipe has no ``synthesis``.
+        DreamkitError: no batch came to anything.
     """
-    store = open_store(context)
-    assert context.synthesizer is not None
-    if store.lacks(context.synthesizer.images):
-        steps = context.synthesizer.steps_per_batch
-        with dreaming(context, store) as work:
+    store = open_store(teacher, synthesis, context)
+    if store.lacks(synthesis.synthesizer.images):
+        steps = synthesis.synthesizer.steps_per_batch
+        with dreaming(teacher, synthesis, context, store) as work:
             missing = work.missing()
             with context.log.progress("synthesis", len(missing) * steps) as advance:
                 places = {plan.index: place for place, plan in enumerate(missing)}
@@ -86,30 +69,25 @@ def dream_into_store(context: RunContext) -> ShardedImages:
 
 def report_synthesis(context: RunContext, store: DreamStore) -> None:
     """Add the metrics of a run's dreams."""
-    context.metrics["synthesis.images"] = len(store)
-    context.metrics["synthesis.skipped_batches"] = len(store.skipped)
-    context.metrics["synthesis.seconds"] = store.seconds
+    metrics = context.log.metrics
+    metrics["synthesis.images"] = len(store)
+    metrics["synthesis.skipped_batches"] = len(store.skipped)
+    metrics["synthesis.seconds"] = store.seconds
     timed = [shard for shard in store.shards.values() if shard.seconds > 0]
     if timed:  # those whose writer was killed do not tell how long they took
         rate = sum(shard.images for shard in timed) / sum(shard.seconds for shard in timed)
-        context.metrics["synthesis.images_per_second"] = rate * distributed.size()
+        metrics["synthesis.images_per_second"] = rate * distributed.size()
     if store.r_feature is not None:
-        context.metrics["synthesis.r_feature"] = store.r_feature
+        metrics["synthesis.r_feature"] = store.r_feature
     content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
-    context.metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
+    metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
 
 
-def open_store(context: RunContext) -> DreamStore:
-    """Return the run's store, and tell what it left out.
-
-    Raises:
-        DreamkitError: the recipe has no ``synthesis``.
-    """
-    if context.synthesizer is None:
-        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
+    """Return the run's store, and tell what it left out."""
     with distributed.first_before_others():
-        store = _store(context)
+        store = _store(teacher, synthesis, context)
         if distributed.is_first():
             store.mend()
     distributed.together()  # before the first rank adds what the rest might find there
@@ -123,42 +101,46 @@ def open_store(context: RunContext) -> DreamStore:
     return store
 
 
-def _store(context: RunContext) -> DreamStore:
+def _store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
     return DreamStore(
         context.folder / RunContext.DREAMS,
         {
             "seed": context.seed,
-            "teacher_sha256": context.teacher.card.weights_sha256,
-            "synthesis": context.recipe["synthesis"],
+            "teacher_sha256": teacher.card.weights_sha256,
+            "synthesis": dict(synthesis.settings),
         },
     )
 
 
-def estimate_synthesis(context: RunContext, student: nn.Module | None = None) -> Estimate | None:
+def estimate_synthesis(
+    teacher: Teacher, synthesis: Synthesis, context: RunContext, student: nn.Module | None = None
+) -> Estimate | None:
     """Return what dreaming takes that is not done yet, from a few timed steps.
 
     Nothing is written. None where nothing is left to dream.
 
     Args:
+        teacher: to be inverted.
+        synthesis: what is to be dreamed.
         context: the run's.
         student: what the teacher is to compete with, if that is trained meanwhile.
     """
-    synthesizer = context.synthesizer
-    if synthesizer is None:
+    store = _store(teacher, synthesis, context)
+    if not store.lacks(synthesis.synthesizer.images):
         return None
-    store = _store(context)
-    if not store.lacks(synthesizer.images):
-        return None
-    with synthesizer.session(
-        context.teacher, context.device, store.choices, context.log.note, student
+    with synthesis.synthesizer.session(
+        teacher, context.device, store.choices, context.log.note, student
     ) as dreamer:
-        return Dreaming(context, store, dreamer, shared=student is None).estimate()
+        work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
+        return work.estimate()
 
 
 class Dreaming:
     """A run's dreaming under way: a synthesizer at work, and the store that it fills.
 
     Args:
+        teacher: that is inverted.
+        synthesis: what is dreamed.
         context: the run's.
         store: where batches go.
         dreamer: makes them.
@@ -167,16 +149,23 @@ class Dreaming:
     """
 
     def __init__(
-        self, context: RunContext, store: DreamStore, dreamer: Dreamer, shared: bool = True
+        self,
+        teacher: Teacher,
+        synthesis: Synthesis,
+        context: RunContext,
+        store: DreamStore,
+        dreamer: Dreamer,
+        shared: bool = True,
     ) -> None:
-        assert context.synthesizer is not None
+        self.teacher = teacher
+        self.synthesizer = synthesis.synthesizer
         self.shared = shared
         self.context = context
         self.store = store
         self.dreamer = dreamer
         self.records: list[tuple[str, int, dict[str, float]]] = []
         """What this rank has yet to tell the first, which writes the log."""
-        self.plans = batch_plans(context.synthesizer.images, dreamer.batch_size, context.seed)
+        self.plans = batch_plans(self.synthesizer.images, dreamer.batch_size, context.seed)
 
     def missing(self) -> list[BatchPlan]:
         """Return the batches that the store lacks."""
@@ -194,9 +183,11 @@ class Dreaming:
         mine = missing[: math.ceil(len(missing) / ranks)]
         start = time.perf_counter()
         cost = self.dreamer.prepare(sum(plan.size for plan in mine))
-        context.metrics["synthesis.preparation_seconds"] = time.perf_counter() - start
-        context.metrics["synthesis.estimated_seconds"] = cost.seconds
-        context.metrics["synthesis.estimated_memory_bytes"] = float(cost.memory_bytes)
+        context.log.metrics |= {
+            "synthesis.preparation_seconds": time.perf_counter() - start,
+            "synthesis.estimated_seconds": cost.seconds,
+            "synthesis.estimated_memory_bytes": float(cost.memory_bytes),
+        }
         batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
         batches += f" on {ranks} ranks" if ranks > 1 else ""
         context.log.note(
@@ -238,8 +229,7 @@ class Dreaming:
     @property
     def steps(self) -> int:
         """How many steps a batch has."""
-        assert self.context.synthesizer is not None
-        return self.context.synthesizer.steps_per_batch
+        return self.synthesizer.steps_per_batch
 
     def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
         """Dream one batch into the store, or note that it came to nothing."""
@@ -259,7 +249,7 @@ class Dreaming:
             log.note(f"batch {index} is left out: {error.message}")
             self.store.skip(index, plan.size, error.message)
             return
-        content, per_layer = judge(dream, self.context.teacher)
+        content, per_layer = as_stored(dream, self.teacher)
         r_feature = sum(per_layer.values()) if per_layer else None
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
@@ -277,23 +267,28 @@ class Dreaming:
 
 @contextmanager
 def dreaming(
-    context: RunContext, store: DreamStore, student: nn.Module | None = None
+    teacher: Teacher,
+    synthesis: Synthesis,
+    context: RunContext,
+    store: DreamStore,
+    student: nn.Module | None = None,
 ) -> Iterator[Dreaming]:
     """Set a synthesizer to work on what a run's store lacks.
 
     Args:
+        teacher: to be inverted.
+        synthesis: what is to be dreamed.
         context: the run's.
         store: from ``open_store``.
         student: in training, for the teacher to compete with.
     """
-    log, synthesizer = context.log, context.synthesizer
-    assert synthesizer is not None
+    log = context.log
     # What is left to the machine is settled by the first rank, for the rest to do likewise.
     settled = store.choices if distributed.is_first() else distributed.agreed(store.choices)
-    with synthesizer.session(
-        context.teacher, context.device, settled, log.note, student
+    with synthesis.synthesizer.session(
+        teacher, context.device, settled, log.note, student
     ) as dreamer:
-        work = Dreaming(context, store, dreamer, shared=student is None)
+        work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         if work.missing():
             work.estimate()
         if distributed.is_first():
@@ -322,38 +317,3 @@ def format_duration(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     return f"{hours // 24} d {hours % 24} h"
-
-
-def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
-    """Divide images into batches, each with a seed from the recipe's and its index alone."""
-    plans = []
-    for index, first in enumerate(range(0, images, batch_size)):
-        size = min(batch_size, images - first)
-        plans.append(BatchPlan(index, first, size, batch_seed(seed, index)))
-    return plans
-
-
-def batch_seed(seed: int, index: int) -> int:
-    """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@torch.no_grad()
-def judge(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, float]]:
-    """Quantise a batch as it is stored, and return it with its logits and R_feature by layer.
-
-    R_feature is measured on what is stored, without jitter, each layer unscaled.
-    """
-    stored = teacher.card.to_stored(dream.images)
-    images = teacher.card.normalise(stored)
-    with eval_mode(teacher.model), tapped(teacher.model) as tap:
-        logits, statistics = tap(images)
-    step = InversionStep(images, dream.labels, logits, bn_statistics=statistics)
-    per_layer = {name: float(value) for name, value in BNFeature().per_layer(step).items()}
-    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
-
-
-def student_folder(context: RunContext) -> Path:
-    """Return where a run keeps its student."""
-    return context.folder / RunContext.STUDENT

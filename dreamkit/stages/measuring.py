@@ -9,57 +9,107 @@ from torch import nn
 
 from dreamkit.evaluation.accuracy import accuracy, agreement
 from dreamkit.evaluation.cost import count
+from dreamkit.model_state import device_of
 from dreamkit.training.batches import drawn
-from dreamkit.types import Images, RunContext, Timing
+from dreamkit.types import Images, LatencyBackend, Outcome, RunContext, Teacher, Timing
 
 COMPARED = 8192
 """Dreams on which a model is compared with its teacher at the most: half a percent of doubt."""
+EVALUATED = 2048
+"""Evaluation images that are looked at after every round of pruning."""
 
 
 def measure_quality(
-    context: RunContext, name: str, model: nn.Module, dreams: Images | None
+    name: str, model: nn.Module, teacher: Teacher, images: Images | None, context: RunContext
 ) -> None:
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
     Agreement is how often the model predicts the teacher's class; it needs no real data. Of many
     dreams it is that on a draw of ``COMPARED``, the same for all models on these dreams. Where the
     teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
+
+    Args:
+        name: ``teacher``, or what the model is called.
+        model: on the run's device.
+        teacher: that it is compared with.
+        images: that it was made on; None compares nothing.
+        context: the run's.
     """
-    card, device = context.teacher.card, context.device
+    metrics, device = context.log.metrics, context.device
     if context.evaluation is not None:
-        found = accuracy(model, context.evaluation, card, device)
-        context.metrics[f"{name}.accuracy"] = found
-        if name != "teacher" and context.metrics.get("teacher.accuracy"):
-            context.metrics[f"{name}.accuracy_ratio"] = found / context.metrics["teacher.accuracy"]
-    if dreams is not None and name != "teacher":
-        sample = drawn(dreams, COMPARED, torch.Generator().manual_seed(context.seed))
-        agreed = agreement(model, context.teacher.model, sample, card, device)
-        context.metrics[f"{name}.agreement"] = agreed
+        found = accuracy(model, context.evaluation, teacher.card, device)
+        metrics[f"{name}.accuracy"] = found
+        if name != "teacher" and metrics.get("teacher.accuracy"):
+            metrics[f"{name}.accuracy_ratio"] = found / metrics["teacher.accuracy"]
+    if images is not None and name != "teacher":
+        sample = drawn(images, COMPARED, torch.Generator().manual_seed(context.seed))
+        agreed = agreement(model, teacher.model, sample, teacher.card, device)
+        metrics[f"{name}.agreement"] = agreed
 
 
-def measure_cost(context: RunContext, models: Mapping[str, nn.Module]) -> None:
-    """Add ``<name>.params``, ``.flops`` and ``.latency_ms``; latencies are timed in turn."""
-    size = context.teacher.card.input_size
+def glance(model: nn.Module, teacher: Teacher, context: RunContext) -> dict[str, float]:
+    """Return a model's accuracy on a draw of ``EVALUATED`` images; empty where there are none."""
+    if context.evaluation is None:
+        return {}
+    some = drawn(context.evaluation, EVALUATED, torch.Generator().manual_seed(context.seed))
+    return {"accuracy": accuracy(model, some, teacher.card, context.device)}
+
+
+def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, latency: bool) -> None:
+    """Add what a teacher and the student of an application cost.
+
+    Args:
+        outcome: with a student.
+        teacher: that it is set beside.
+        context: the run's.
+        latency: whether they are timed, unless the application has done it.
+    """
+    student, metrics, size = outcome.student, context.log.metrics, teacher.card.input_size
+    if student is None:
+        return
+    models = {"teacher": teacher.model, "student": student.model}
+    measure_size(models, size, context)
+    if latency and "student.latency_ms" not in metrics:
+        measure_latency(models, size, context)
+    for name in outcome.same_layers:
+        for cost in {"params", "flops", "latency_ms"} & {
+            key.removeprefix("student.") for key in metrics
+        }:
+            metrics[f"{name}.{cost}"] = metrics[f"student.{cost}"]
+
+
+def measure_size(
+    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
+) -> None:
+    """Add ``<name>.params`` and ``<name>.flops`` (of one image, a multiply-add counted once)."""
     for name, model in models.items():
-        cost = count(model, size)
-        context.metrics[f"{name}.params"] = cost.params
-        context.metrics[f"{name}.flops"] = cost.flops
+        cost = count(model, input_size)
+        context.log.metrics[f"{name}.params"] = cost.params
+        context.log.metrics[f"{name}.flops"] = cost.flops
         if cost.uncounted:
-            context.details.setdefault("flops_uncounted", {})[name] = cost.uncounted
-    for name, timing in time_models(context, models).items():
-        context.metrics[f"{name}.latency_ms"] = timing.median_ms
-        context.metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
-    context.details["latency_target"] = context.latency.describe()
+            context.log.details.setdefault("flops_uncounted", {})[name] = cost.uncounted
 
 
-def time_models(context: RunContext, models: Mapping[str, nn.Module]) -> dict[str, Timing]:
-    """Time models in turn on the run's latency target; they end up where they were."""
-    home = context.device
-    example = torch.zeros(context.latency.batch_size, *context.teacher.card.input_size)
+def measure_latency(
+    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
+) -> None:
+    """Add ``<name>.latency_ms`` and its spread; the models are timed in turn."""
+    metrics = context.log.metrics
+    for name, timing in time_models(models, input_size, context.latency).items():
+        metrics[f"{name}.latency_ms"] = timing.median_ms
+        metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
+    context.log.details["latency_target"] = context.latency.describe()
+
+
+def time_models(
+    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], backend: LatencyBackend
+) -> dict[str, Timing]:
+    """Time models in turn on the latency target; they end up where they were."""
+    homes = {name: device_of(model) for name, model in models.items()}
+    example = torch.zeros(backend.batch_size, *input_size)
     try:
-        pairs = [(model.cpu(), example) for model in models.values()]
-        timings = context.latency.time(pairs)
+        timings = backend.time([(model.cpu(), example) for model in models.values()])
     finally:
-        for model in models.values():
-            model.to(home)
+        for name, model in models.items():
+            model.to(homes[name])
     return dict(zip(models, timings, strict=True))

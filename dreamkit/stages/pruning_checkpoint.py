@@ -10,20 +10,22 @@ from torch import Tensor
 from dreamkit.errors import StoreError
 from dreamkit.stages.reconstructing import reconstruction_facts, restore_facts
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
-from dreamkit.types import Images, RunContext
+from dreamkit.types import Images, RunContext, Teacher
 
 
 class PruningCheckpoint:
     """The checkpoint of a run's pruning; what an interrupted try left is read at once.
 
     Args:
+        teacher: that is pruned.
         context: the run's.
 
     Raises:
         StoreError: the file is damaged.
     """
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, teacher: Teacher, context: RunContext) -> None:
+        self.teacher = teacher
         self.context = context
         self.path = context.folder / RunContext.CHECKPOINTS / "pruning.safetensors"
         self.found = read_checkpoint(self.path)
@@ -47,7 +49,7 @@ class PruningCheckpoint:
                 f"{self.path} is of a pruning with {facts['of']}, and this one has "
                 f"{self._of(images)}; delete it to prune from the start"
             )
-        restore_facts(self.context, facts["reconstruction"])
+        restore_facts(self.context.log, facts["reconstruction"])
         self.context.log.note(f"pruning: going on after round {facts['rounds']}")
         return self.found
 
@@ -65,10 +67,10 @@ class PruningCheckpoint:
         own = {
             "of": self._of(images),
             "rounds": rounds,
-            "reconstruction": reconstruction_facts(self.context),
+            "reconstruction": reconstruction_facts(self.context.log),
         }
         write_checkpoint(self.path, tensors, own | dict(facts))
 
     def _of(self, images: Images) -> dict[str, Any]:
         """What a checkpoint must have in common with the run beside the recipe."""
-        return {"images": len(images), "teacher": self.context.teacher.card.weights_sha256}
+        return {"images": len(images), "teacher": self.teacher.card.weights_sha256}

@@ -15,10 +15,8 @@ from dreamkit.pruning.reconstruction import reconstruct, weighted_layers
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import Images, RunContext
-
-_SHOWN = 5
-"""Names of layers in a note."""
+from dreamkit.types import Images, RunContext, RunLog, Teacher
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -41,29 +39,31 @@ class Reconstruction:
 
 
 def reconstruct_student(
-    context: RunContext,
+    teacher: Teacher,
     student: nn.Module,
     surgery: Surgery,
     images: Images,
     options: Reconstruction,
+    context: RunContext,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fit a student to the run's teacher; all that is not fitted is then the teacher's.
+    """Fit a student to its teacher; all that is not fitted is then the teacher's.
 
     Where a layer that lost something cannot be fitted, BatchNorm's statistics are taken anew: the
     teacher's do not hold behind it. Adds ``reconstruction.seconds`` to the metrics, and the
     layers that could not be fitted to the details.
 
     Args:
-        context: the run's.
+        teacher: that it is fitted to.
         student: what pruning left; changed in place.
         surgery: what it lacks of the teacher.
         images: stored.
         options: how.
+        context: the run's.
         masks: by parameter name, 0 where a weight is to stay zero.
     """
     start = time.perf_counter()
-    card, device, size = context.teacher.card, context.device, options.batch_size
+    card, device, size = teacher.card, context.device, options.batch_size
     sample = drawn(images, options.images, torch.Generator().manual_seed(context.seed))
     batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
     context.log.begin("reconstruction")
@@ -73,32 +73,31 @@ def reconstruct_student(
             advance(round(1000 * done / of))
             context.log.check(together=True)
 
-        teacher = context.teacher.model
-        done = reconstruct(student, teacher, surgery, batches, masks, options.ridge, fitted)
+        done = reconstruct(student, teacher.model, surgery, batches, masks, options.ridge, fitted)
     left = [name for name, _ in weighted_layers(student) if name not in done]
     lost = [name for name in left if f"{name}.weight" in {*surgery.kept, *(masks or {})}]
     if lost:
-        count = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         context.log.note(
-            f"reconstruction: {', '.join(lost[:_SHOWN])}{count} cannot be fitted, so BatchNorm's "
+            f"reconstruction: {and_more(lost)} cannot be fitted, so BatchNorm's "
             "statistics are taken anew"
         )
         recalibrate(student, sample, card, device, len(batches), size)
-    context.details["reconstruction_left_alone"] = left
-    spent = context.metrics.get("reconstruction.seconds", 0.0)
-    context.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start
+    log = context.log
+    log.details["reconstruction_left_alone"] = left
+    spent = log.metrics.get("reconstruction.seconds", 0.0)
+    log.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start
 
 
-def reconstruction_facts(context: RunContext) -> dict[str, Any]:
+def reconstruction_facts(log: RunLog) -> dict[str, Any]:
     """Return what a checkpoint keeps of the fits that were done."""
     return {
-        "seconds": context.metrics.get("reconstruction.seconds"),
-        "left_alone": context.details.get("reconstruction_left_alone"),
+        "seconds": log.metrics.get("reconstruction.seconds"),
+        "left_alone": log.details.get("reconstruction_left_alone"),
     }
 
 
-def restore_facts(context: RunContext, facts: Mapping[str, Any]) -> None:
+def restore_facts(log: RunLog, facts: Mapping[str, Any]) -> None:
     """Report the fits of an interrupted try too."""
     if facts["seconds"] is not None:
-        context.metrics["reconstruction.seconds"] = facts["seconds"]
-        context.details["reconstruction_left_alone"] = facts["left_alone"]
+        log.metrics["reconstruction.seconds"] = facts["seconds"]
+        log.details["reconstruction_left_alone"] = facts["left_alone"]

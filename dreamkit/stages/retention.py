@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dreamkit.card import Card
 from dreamkit.evaluation.accuracy import predict
 from dreamkit.joined_images import JoinedImages
 from dreamkit.types import Images, RunContext
@@ -22,10 +23,12 @@ class Retention:
     prediction is always among all classes that the network then has.
 
     Args:
+        card: of the network.
         context: the run's.
     """
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, card: Card, context: RunContext) -> None:
+        self.card = card
         self.context = context
         self.sets: list[str] = []
         self.classes: dict[str, range] = {}
@@ -53,8 +56,8 @@ class Retention:
         if not self.images:
             self.history.append({})
             return
-        images, card = JoinedImages(list(self.images.values())), self.context.teacher.card
-        predicted, labels = predict(model, images, card, self.context.device)
+        images = JoinedImages(list(self.images.values()))
+        predicted, labels = predict(model, images, self.card, self.context.device)
         right = (predicted == labels).float()
         found = {}
         for name in self.images:
@@ -70,7 +73,7 @@ class Retention:
             numbers["forgetting"] = sum(lost) / len(lost)
         self.history.append(found)
         self.confusion = confusion_matrix(predicted, labels, self._outputs)
-        self.context.metrics |= {f"step{step}.{name}": value for name, value in numbers.items()}
+        self.context.log.metrics |= {f"step{step}.{name}": value for name, value in numbers.items()}
         self.context.log.record("accuracy after each step", step, numbers)
 
     @property
@@ -85,7 +88,7 @@ class Retention:
         """
         if not self.images:
             return
-        metrics, last = self.context.metrics, len(self.history) - 1
+        metrics, last = self.context.log.metrics, len(self.history) - 1
         if "step0.accuracy" in metrics:
             metrics["teacher.accuracy"] = metrics["step0.accuracy"]
         for name in ("accuracy", "combined", "forgetting"):
@@ -97,7 +100,7 @@ class Retention:
             for number, (name, row) in enumerate(zip(names, self.confusion, strict=True))
             if sum(row)
         }
-        self.context.details["continual"] = {
+        self.context.log.details["continual"] = {
             "sets": self.sets,
             "steps": self.history,
             "class_names": list(names),

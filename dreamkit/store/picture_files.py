@@ -9,13 +9,32 @@ from PIL import Image
 
 from dreamkit.errors import StoreError
 from dreamkit.store.dreams import DreamStore
+from dreamkit.types import Images
 
 
 def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | None) -> int:
-    """Write dreams as PNG files, ``folder/<class>/<number>.png``, which ``ImageFolder`` reads.
+    """Write a store's dreams as PNG files; see ``write_pictures``.
+
+    Returns:
+        How many were written.
+    """
+    content = store.open()
+    return write_pictures(content, folder, content.teacher_logits.shape[1], class_names)
+
+
+def write_pictures(
+    content: Images, folder: Path, classes: int, class_names: Sequence[str] | None
+) -> int:
+    """Write images as PNG files, ``folder/<class>/<number>.png``, which ``ImageFolder`` reads.
 
     Classes are named by zero-padded number, and by name where known, so that alphabetical
     order is the teacher's output order.
+
+    Args:
+        content: labelled.
+        folder: new or empty.
+        classes: how many there are.
+        class_names: in output order.
 
     Returns:
         How many were written.
@@ -23,11 +42,10 @@ def export_dreams(store: DreamStore, folder: Path, class_names: Sequence[str] | 
     Raises:
         StoreError: the folder is not empty or cannot be written to.
     """
-    content = store.open()
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise StoreError(f"{folder} is not empty; choose another folder")
-        digits = len(str(content.teacher_logits.shape[1] - 1))
+        digits = len(str(classes - 1))
         for number in range(len(content)):
             (image,), (label,) = (part.unbind() for part in content.batch([number]))
             name = f"{int(label):0{digits}d}"

@@ -50,3 +50,8 @@ class Dreams(ImageSource):
                 f"{card.name} takes {card.input_size[0]}"
             )
         return content
+
+
+def is_own_dreams(source: ImageSource | None) -> bool:
+    """Whether a source is the dreams that the run itself makes."""
+    return source is None or (isinstance(source, Dreams) and source.path is None)

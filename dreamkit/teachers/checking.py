@@ -8,6 +8,7 @@ from dreamkit.card import Card
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode
 from dreamkit.types import Teacher
+from dreamkit.wording import one_line
 
 
 def check_fits(student: Card, teacher: Card) -> None:
@@ -39,7 +40,7 @@ def check_outputs(teacher: Teacher) -> None:
                 torch.zeros(1, *card.input_size, device=device_of(teacher.model))
             )
     except Exception as error:  # the model may be anyone's code
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise TeacherMismatch(
             f"{card.name} does not take an image of input_size {card.input_size}: {reason}"
         ) from error

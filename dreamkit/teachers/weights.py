@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
 from dreamkit.flat_state import hash_state
 from dreamkit.model_state import load_state
+from dreamkit.wording import first_line
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
 _SHOWN_KEYS = 4
@@ -83,7 +84,7 @@ def _read(path: str) -> Any:
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise DreamkitError(f"{path}: cannot be read as weights: {reason}") from error
 
 
@@ -126,7 +127,7 @@ def download(what: str, fetch: Callable[[], M]) -> M:
     try:
         return fetch()
     except Exception as error:  # each hub client has errors of its own
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)
         raise WeightsUnavailable(
             f"the weights of {what} could not be downloaded ({type(error).__name__}: {reason}).\n"
             "  1. With a network (or HTTPS_PROXY set), run the same command again; the weights "

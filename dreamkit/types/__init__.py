@@ -28,6 +28,7 @@ from dreamkit.types.inversion import (
     OnStep,
     Parameterisation,
     Regularizer,
+    Synthesis,
     Synthesizer,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
@@ -42,7 +43,7 @@ from dreamkit.types.pruning import (
     Selection,
     SelectionStep,
 )
-from dreamkit.types.runs import Application, RunContext, RunLog
+from dreamkit.types.runs import Application, Outcome, RunContext, RunLog
 from dreamkit.types.tracking import Tracker
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "Need",
     "Noted",
     "OnStep",
+    "Outcome",
     "Parameterisation",
     "PruningStep",
     "Recorded",
@@ -87,6 +89,7 @@ __all__ = [
     "Selection",
     "SelectionStep",
     "StoredImages",
+    "Synthesis",
     "Synthesizer",
     "Teacher",
     "TeacherSource",

@@ -13,6 +13,7 @@ from dreamkit.types.latency import LatencyBackend
 from dreamkit.types.models import TeacherSource
 from dreamkit.types.needs import check_needs
 from dreamkit.types.pruning import Criterion, Selection
+from dreamkit.types.runs import Application
 from dreamkit.types.tracking import Tracker
 
 BASES: dict[str, type] = {
@@ -26,6 +27,7 @@ BASES: dict[str, type] = {
     "distillation_losses": DistillationLoss,
     "selections": Selection,
     "latency_backends": LatencyBackend,
+    "applications": Application,
     "trackers": Tracker,
 }
 """The base class of each kind of entry, whose defaults an entry has where it says nothing."""

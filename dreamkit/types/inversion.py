@@ -198,3 +198,16 @@ class Synthesizer(ABC):
             student: on ``device``, trained between dreams; each batch is dreamed against it as
                 it then is, if the recipe names no other.
         """
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Images that are still to be dreamed: who dreams them, and what tells them from others.
+
+    Args:
+        synthesizer: with its options.
+        settings: the same as plain data. Dreams that were made with others are not mixed in.
+    """
+
+    synthesizer: Synthesizer
+    settings: Mapping[str, Any]

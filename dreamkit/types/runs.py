@@ -1,26 +1,35 @@
-"""A run: where applications report what they do."""
+"""A run: where applications work, report what they do, and leave what they come to."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from dreamkit.types.images import Images
-from dreamkit.types.inversion import Synthesizer
+from dreamkit.types.inversion import Synthesis
 from dreamkit.types.latency import LatencyBackend
 from dreamkit.types.models import Teacher
 
 
 class RunLog(Protocol):
-    """Where an application reports what it does."""
+    """Where an application reports what it does and what it finds.
+
+    ``metrics`` maps dotted names to numbers (accuracies in [0, 1], latencies in ms), ``details``
+    holds anything else worth keeping, and ``failures`` what was asked for and not reached.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    failures: list[str]
 
     def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Write one line to ``log.jsonl`` and to every tracker."""
+        """Add one point to the curves of a stage."""
 
     def begin(self, stage: str) -> None:
         """Forget what an interrupted try recorded under a stage that starts afresh."""
@@ -39,37 +48,25 @@ class RunLog(Protocol):
         """
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunContext:
-    """What an application works with, and where it leaves its results.
+    """Where an application works, and whom it tells.
 
     Args:
-        recipe: the resolved recipe as plain data.
-        seed: the recipe's.
+        seed: of everything random.
         device: where models work.
-        folder: the run directory.
-        teacher: on ``device``, in eval mode.
-        synthesizer: None where the recipe has none.
-        evaluation: real images, None where the recipe has none.
-        latency: times models on the target.
-        log: records, notes and progress.
-        metrics: dotted names to numbers; accuracies in [0, 1], latencies in ms.
-        details: anything else worth keeping in ``report.json``.
-        failures: what was asked for and not reached; the run is kept, and ends with status 1.
+        folder: keeps dreams, checkpoints and latency tables, from which an interrupted run goes on.
+        log: takes records, notes, progress and metrics.
+        latency: times models on the target; asked only where a criterion or a goal needs it.
+        evaluation: real images, None where there are none.
     """
 
-    recipe: Mapping[str, Any]
     seed: int
     device: torch.device
     folder: Path
-    teacher: Teacher
-    synthesizer: Synthesizer | None
-    evaluation: Images | None
-    latency: LatencyBackend
     log: RunLog
-    metrics: dict[str, float] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    latency: LatencyBackend
+    evaluation: Images | None = None
 
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"
@@ -77,15 +74,56 @@ class RunContext:
     TABLE: ClassVar[str] = "latency_lut.json"
 
 
-class Application(Protocol):
-    """An entry of ``applications``.
+@dataclass(frozen=True)
+class Outcome:
+    """What an application came to, beside what it told the log.
 
-    ``needs_synthesis: bool`` says whether it dreams (a recipe without ``synthesis`` is refused),
-    ``trains_student: bool``, where there is one, whether it dreams against a student in training;
-    if so, ``make_student(context) -> Teacher`` builds that student, untrained. One that dreams
-    otherwise than ``synthesis`` says has ``planned(context) -> RunContext``: its dreaming costs the
-    same.
+    Args:
+        student: the network that it made, on the run's device, in eval mode; None if it makes none.
+        images: what the student was made on, or what was dreamed or judged.
+        same_layers: earlier states of the student that have its layers, so that they cost what
+            it does, e.g. ``("pruned",)``.
     """
 
-    def run(self, context: RunContext) -> None:
-        """Do the work; numbers go to ``context.metrics``, files to ``context.folder``."""
+    student: Teacher | None = None
+    images: Images | None = None
+    same_layers: tuple[str, ...] = ()
+
+
+class Application(ABC):
+    """An entry of ``applications``: what is done with a teacher and images."""
+
+    images_option: ClassVar[str] = "images"
+    """The option that names where images come from: a source, or None for the run's own dreams."""
+
+    @property
+    def needs_synthesis(self) -> bool:
+        """Whether it dreams; a recipe without ``synthesis`` is then refused."""
+        return False
+
+    @property
+    def trains_student(self) -> bool:
+        """Whether it dreams against a student in training, which ``make_student`` builds."""
+        return False
+
+    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
+        """Return the student as it is before its training, on the context's device."""
+        raise NotImplementedError
+
+    def planned(
+        self, teacher: Teacher, synthesis: Synthesis, context: RunContext
+    ) -> tuple[Synthesis, RunContext]:
+        """Return what dreaming will come to, to be estimated, where it differs from these."""
+        return synthesis, context
+
+    @abstractmethod
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
+        """Do the work.
+
+        Args:
+            teacher: on the context's device, in eval mode; left as it is.
+            images: to work on, or how to dream them; None where its options ask for none.
+            context: where to work, and whom to tell.
+        """

@@ -15,7 +15,7 @@ from dreamkit.criteria.bn_scale import BNScale
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
 from dreamkit.errors import DreamkitError, NothingToPrune, OptionError, StoreError
-from dreamkit.latency.lut import LookUpTable
+from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import LayerLimits, Limits, removable

@@ -17,7 +17,7 @@ from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
 from dreamkit.criteria.taylor import Taylor, gate_gradients
 from dreamkit.errors import NothingToPrune
-from dreamkit.latency.lut import layer_shapes
+from dreamkit.latency.layer_shapes import layer_shapes
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import Limits
 from dreamkit.types import ChannelGroup, LayerShape, Member, PruningStep

@@ -9,11 +9,14 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dreamkit.bench.latency_tables import pruned
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.lut import LookUpTable, _slowdown, build_layer, layer_shapes, read_table
+from dreamkit.latency.fit import Fit
+from dreamkit.latency.layer_shapes import build_layer, layer_shapes
 from dreamkit.latency.processor import processor_name
+from dreamkit.latency.table import LookUpTable, _slowdown
+from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.latency.torch_eager import TorchCPU
-from dreamkit.lut_building import Fit, pruned
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.types import LatencyBackend, LayerShape, Timing
 
@@ -321,7 +324,7 @@ def saved(tmp_path, backend):
     table.predict(conv(9, 5, kernel=(3, 3), padding=(1, 1)))
     table.predict(LayerShape("linear", 3, 3, bias=True))
     path = tmp_path / "lut.json"
-    path.write_text(table.to_text())
+    path.write_text(table_text(table))
     return table, path
 
 
@@ -349,8 +352,8 @@ def test_a_point_stands_on_a_line_of_its_own(tmp_path):
         ("linear", 3, 3),
     ]
     table.points = dict(reversed(table.points.items()))
-    assert table.to_text() == path.read_text()
-    assert json.loads(LookUpTable(Bilinear()).to_text())["points"] == []
+    assert table_text(table) == path.read_text()
+    assert json.loads(table_text(LookUpTable(Bilinear())))["points"] == []
 
 
 def changed(path, change):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import ArtifactError, DreamkitError, TeacherMismatch
-from dreamkit.latency.lut import layer_shapes
+from dreamkit.latency.layer_shapes import layer_shapes
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.knapsack import choose_knapsack

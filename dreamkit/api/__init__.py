@@ -1,0 +1,1 @@
+"""The library: functions on networks in memory, whose results are objects."""

@@ -1,0 +1,114 @@
+"""Teach a network in memory more classes, without the data of its old ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dreamkit.api.given_images import GivenImages, as_images
+from dreamkit.api.networks import View
+from dreamkit.api.results import Extended
+from dreamkit.api.session import Conditions, session
+from dreamkit.api.students import keep_student, result_fields, run_application, training_options
+from dreamkit.applications.continual import Continual
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError
+from dreamkit.types import NO_LABEL, Teacher
+
+
+def extend(
+    model: nn.Module | Teacher,
+    new: Any,
+    *,
+    test: Any = None,
+    new_names: Sequence[str] | None = None,
+    replay: Any = None,
+    synthesis: Mapping[str, Any] | None = None,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool | None = None,
+    out: str | Path | None = None,
+    evaluation: Any = None,
+    **options: Any,
+) -> Extended:
+    """Teach a network new classes while it keeps the old ones, without their data.
+
+    DeepInversion (Yin et al., CVPR 2020), section 4.5 and eq. 11: the application ``continual``
+    with one set of classes. To add another, extend the result's ``model``. The network stays as it
+    is.
+
+    Args:
+        model: trained; its last layer is linear or a 1×1 convolution.
+        new: images of the new classes and of no others, labelled from 0: (images, labels), a
+            Dataset or a DataLoader.
+        test: images of the new classes to report accuracy on, labelled likewise.
+        new_names: of the new classes; the data set's own ``classes``, or numbers that go on from
+            the old ones, by default.
+        replay: real images that stand for the old classes, as of ``prune``; dreamed by default,
+            250 of each (``images_per_class``).
+        synthesis: how they are dreamed, options of ``invert``; their number is not one of them.
+        size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
+            and ``progress``.
+        mean: per channel.
+        std: per channel.
+        class_names: of the old classes, in output order.
+        seed: of everything random.
+        device: where to work.
+        progress: show notes and a bar.
+        out: a folder from which the same call goes on after an interruption, and where the network
+            is saved in the end.
+        evaluation: labelled images of the old classes to report accuracy on.
+        **options: of the application or of its ``training``, as in a recipe
+            (``dreamkit show applications continual``), e.g. ``images_per_class=100, steps=2000``.
+
+    Raises:
+        DreamkitError: the network, the images or an option cannot be used; the message names it.
+    """
+    given = training_options(Continual, options)
+    conditions = Conditions(
+        View(size, mean, std, class_names), seed, device, progress, out, evaluation
+    )
+    with session(model, conditions) as work:
+        names = _names(new, new_names, work.teacher.card)
+        added: dict[str, Any] = {"train": GivenImages(new, "new", names), "name": "new"}
+        if test is not None:
+            added["test"] = GivenImages(test, "test", names)
+        if replay is not None:
+            given["replay"] = GivenImages(replay, "replay")
+        application = work.entry("applications", "continual", {"sets": [added], **given})
+        outcome, dreamed = run_application(work, application, replay, synthesis)
+        settings = {**dreamed, "application": {"name": "continual", "sets": [added], **given}}
+        made = Extended(**result_fields(work, outcome, settings, timed=False))
+        if out is not None:
+            keep_student(work.context, made)
+        return made
+
+
+def _names(new: Any, told: Sequence[str] | None, card: Card) -> tuple[str, ...]:
+    """Return the names of the new classes: as told, as the data set has them, or numbers."""
+    if told is None:
+        told = getattr(new, "classes", None)
+    if told is not None:
+        return tuple(str(name) for name in told)
+    # As many as labels tell; any label fits a card of more classes than there can be.
+    wide = dataclasses.replace(card, num_classes=2**31, class_names=None)
+    images = as_images(new, wide, "new")
+    labels = images.batch(range(len(images)))[1]
+    if int(labels.min()) == NO_LABEL:
+        raise DreamkitError("new: its images need labels, from 0: give (images, labels)")
+    count = int(labels.max()) + 1
+    missing = sorted({*range(count)} - {*labels.tolist()})
+    if missing:
+        raise DreamkitError(
+            f"new: no image has the label {missing[0]}, and one has {count - 1}: label the new "
+            "classes 0, 1, 2 ... without gaps"
+        )
+    return tuple(str(card.num_classes + number) for number in range(count))

@@ -1,0 +1,171 @@
+"""Dream images out of a network in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from dreamkit.api.dreams import Dreams, Quality
+from dreamkit.api.networks import View
+from dreamkit.api.results import described
+from dreamkit.api.session import Conditions, Session, session
+from dreamkit.errors import DreamkitError
+from dreamkit.stages.dreaming import dream_into_store, open_store
+from dreamkit.types import Images, Synthesis, Teacher
+
+FAST: Mapping[str, Any] = {
+    "parameterisation": {"name": "fourier"},
+    "stages": [{"steps": 200}],
+    "lr": 0.1,
+    "betas": [0.7, 0.9],
+    "schedule": "cosine",
+    "clip": True,
+    "batch_size": 64,
+    "regularizers": [{"name": "bn_feature", "form": "relative", "weight": 10}],
+}
+"""Fourier coefficients and statistics relative to each channel's spread: good in few steps."""
+PAPER: Mapping[str, Any] = {
+    "stages": [{"steps": 2000}],
+    "lr": 0.05,
+    "batch_size": 256,
+    "regularizers": [
+        {"name": "tv", "weight": 2.5e-5},
+        {"name": "l2", "weight": 3e-8},
+        {"name": "bn_feature", "weight": 10},
+    ],
+}
+"""What the paper has for CIFAR-10: pixels, 2,000 steps."""
+
+
+def invert(
+    model: nn.Module | Teacher,
+    images: int = 1024,
+    *,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    preset: Literal["fast", "paper"] = "fast",
+    method: str = "deepinversion",
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool | None = None,
+    out: str | Path | None = None,
+    evaluation: Any = None,
+    **options: Any,
+) -> Dreams:
+    """Dream images that a network classifies as asked and knows the feature statistics of.
+
+    DeepInversion (Yin et al., CVPR 2020). The network, its mode and torch's random numbers stay as
+    they are.
+
+    Args:
+        model: trained, with BatchNorm; takes normalised images (N, C, H, W), returns logits (N, K).
+        images: how many to dream.
+        size: (channels, height, width) of what it takes; timm's and most of torchvision's networks
+            know it, and then it may be left out, as ``mean`` and ``std`` may.
+        mean: per channel, of pixels in [0, 1], as training normalised them.
+        std: per channel, of pixels in [0, 1].
+        class_names: of its outputs, in order.
+        preset: what ``options`` are laid over: ``fast``, or ``paper``, the paper's for CIFAR-10.
+        method: a registered synthesizer; presets are of ``deepinversion`` alone.
+        steps: optimizer steps, in place of those of the preset's last stage.
+        seed: of everything random; the same seed makes the same dreams on the same machine.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        progress: show notes and a bar; by default on a terminal and in a notebook.
+        out: a folder that keeps finished batches: given again, the same call goes on there.
+        evaluation: labelled images, to report the network's accuracy.
+        **options: the synthesizer's, as in a recipe (``dreamkit show synthesizers deepinversion``),
+            e.g. ``batch_size=32, regularizers={"bn_feature": 0.3, "tv": 1e-3}``.
+
+    Returns:
+        The dreams. Interrupted, those that are finished.
+
+    Raises:
+        DreamkitError: the network or an option cannot be used; the message names it.
+
+    Example:
+        >>> import dreamkit
+        >>> digits = dreamkit.load_teacher("bundled:digits_resnet8")
+        >>> dreams = dreamkit.invert(digits, 16, steps=20, progress=False)
+        >>> dreams.images.shape
+        torch.Size([16, 1, 8, 8])
+    """
+    view = View(size, mean, std, class_names)
+    conditions = Conditions(view, seed, device, progress, out, evaluation)
+    with session(model, conditions) as work:
+        synthesis = work.synthesis(
+            synthesizer_options({"images": images, **options}, preset, method, steps)
+        )
+        try:
+            content: Images = dream_into_store(work.teacher, synthesis, work.context)
+            interrupted = False
+        except KeyboardInterrupt:
+            content, interrupted = _finished(work, synthesis), True
+        return _dreams(work, synthesis, content, interrupted)
+
+
+def synthesizer_options(
+    options: Mapping[str, Any],
+    preset: str = "fast",
+    method: str = "deepinversion",
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Return a synthesizer's entry, as a recipe has it, from a preset and what is laid over it.
+
+    Raises:
+        DreamkitError: there is no such preset, or it is of another method.
+    """
+    presets = {"fast": FAST, "paper": PAPER}
+    if preset not in presets:
+        raise DreamkitError(f"preset: should be fast or paper (got {preset!r})")
+    made = {"name": method, **(presets[preset] if method == "deepinversion" else {}), **options}
+    if steps is not None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise DreamkitError(f"steps: should be a whole number above 0 (got {steps!r})")
+        if "stages" in options:
+            raise DreamkitError("steps: leave it out where 'stages' is given: it has steps")
+        if "stages" not in made:
+            raise DreamkitError(f"steps: '{method}' has no stages; see its own options")
+        made["stages"] = [*made["stages"][:-1], {**made["stages"][-1], "steps": steps}]
+    return made
+
+
+def _finished(work: Session, synthesis: Synthesis) -> Images:
+    """Return what was dreamed before an interruption.
+
+    Raises:
+        KeyboardInterrupt: no batch was finished.
+    """
+    store = open_store(work.teacher, synthesis, work.context)
+    if len(store) == 0:
+        raise KeyboardInterrupt
+    work.log.note(f"interrupted: {len(store)} of {synthesis.synthesizer.images} images are there")
+    return store.open()
+
+
+def _dreams(work: Session, synthesis: Synthesis, content: Any, interrupted: bool) -> Dreams:
+    images, labels = content.batch(range(len(content)))
+    metrics = work.log.metrics
+    layers: dict[str, list[float]] = {}
+    for numbers in work.log.records.get("r_feature by layer", {}).values():
+        for name, value in numbers.items():
+            layers.setdefault(name, []).append(float("nan") if value is None else value)
+    quality = Quality(
+        float((content.teacher_logits.argmax(1) == labels).float().mean()),
+        metrics.get("synthesis.r_feature"),
+        {name: sum(values) / len(values) for name, values in layers.items()},
+    )
+    return Dreams(
+        images=images.clone(),
+        labels=labels.clone(),
+        teacher_logits=content.teacher_logits.float(),
+        card=work.teacher.card,
+        quality=quality,
+        interrupted=interrupted,
+        **described(work, {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}),
+    )

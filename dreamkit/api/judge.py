@@ -1,0 +1,91 @@
+"""Ask other networks in memory what they see in images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dreamkit.api.given_images import GivenImages
+from dreamkit.api.networks import GivenNetwork, View, take_in
+from dreamkit.api.results import Judgement, described
+from dreamkit.api.session import Conditions, session
+from dreamkit.api.students import run_application
+from dreamkit.types import Teacher
+
+
+def judge(
+    model: nn.Module | Teacher,
+    images: Any = None,
+    verifiers: Mapping[str, nn.Module | Teacher] | None = None,
+    *,
+    reference: Any = None,
+    synthesis: Mapping[str, Any] | None = None,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool | None = None,
+    out: str | Path | None = None,
+    evaluation: Any = None,
+    **options: Any,
+) -> Judgement:
+    """Ask networks that took no part in dreams what they see in them.
+
+    DeepInversion (Yin et al., CVPR 2020), Tables 2 and 3. The inverted network sees in its dreams
+    what it was asked to; whether others do tells if they show the classes or only its weaknesses.
+
+    Args:
+        model: that the dreams came from.
+        images: labelled, as of ``prune``; 1,024 are dreamed where there are none.
+        verifiers: networks by name, with the same classes in the same order; never ``model``.
+            Those that do not tell it are taken to see images as ``model`` does.
+        reference: real images, for the Fréchet distance.
+        synthesis: how images are dreamed, options of ``invert``.
+        size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
+            and ``progress``.
+        mean: per channel.
+        std: per channel.
+        class_names: in output order.
+        seed: of everything random.
+        device: where to work.
+        progress: show notes and a bar.
+        out: a folder that keeps finished batches of dreams.
+        evaluation: labelled images to report the network's accuracy on.
+        **options: of the application, as in a recipe (``dreamkit show applications judge``), e.g.
+            ``splits=5, layer="fc"``.
+
+    Returns:
+        ``metrics`` has ``judge.<name>.accuracy`` and the rest, ``verifiers`` what each one is.
+
+    Raises:
+        DreamkitError: a network, the images or an option cannot be used; the message names it.
+    """
+    conditions = Conditions(
+        View(size, mean, std, class_names), seed, device, progress, out, evaluation
+    )
+    with session(model, conditions) as work:
+        card = work.teacher.card
+        networks = []
+        for name, network in (verifiers or {}).items():
+            # Those that tell how they see images are believed.
+            own = isinstance(network, Teacher) or hasattr(network, "card")
+            view = View() if own else View(card.input_size, card.mean, card.std)
+            taken = take_in(network, view, f"verifiers: {name}")
+            named = dataclasses.replace(taken.card, name=name)
+            networks.append(GivenNetwork(dataclasses.replace(taken, card=named)))
+        given: dict[str, Any] = {"verifiers": networks, **options}
+        if images is not None:
+            given["images"] = GivenImages(images, "images")
+        if reference is not None:
+            given["reference"] = GivenImages(reference, "reference")
+        application = work.entry("applications", "judge", given)
+        _, dreamed = run_application(work, application, images, synthesis)
+        told = work.log.details["judge"]["verifiers"]
+        settings = {**dreamed, "application": {"name": "judge", **given}}
+        return Judgement(verifiers=told, **described(work, settings))

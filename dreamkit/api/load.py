@@ -1,0 +1,27 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dreamkit.plugins import build_registries
+from dreamkit.teachers.named import load_named
+from dreamkit.types import Teacher
+
+
+def load_teacher(name: str, weights: Literal["default"] | None = "default") -> Teacher:
+    """Load a trained network with its card, from where recipes get theirs.
+
+    Args:
+        name: ``SOURCE:MODEL``, e.g. ``timm:resnet18.a1_in1k``, ``torchvision:resnet50``,
+            ``bundled:digits_resnet8``.
+        weights: ``default``, or None for random ones, for which nothing is downloaded.
+
+    Returns:
+        The network (``.model``, in eval mode, on the CPU) and its card (``.card``). Every function
+        of the library takes it in place of the network alone.
+
+    Raises:
+        DreamkitError: there is no such network, or its weights cannot be had.
+    """
+    return load_named(build_registries(), "name", name, "null" if weights is None else weights)

@@ -1,0 +1,239 @@
+"""A caller's network, taken in: what it sees and returns, and how it is built anew."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError, TeacherMismatch
+from dreamkit.model_state import device_of, eval_mode
+from dreamkit.teachers.timm import TimmTeacher
+from dreamkit.teachers.torchvision import TorchvisionTeacher
+from dreamkit.teachers.weights import hash_weights
+from dreamkit.types import Teacher, TeacherSource
+
+MEMORY = "memory"
+"""Source of a builder that is in the caller's program alone."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a caller says of how a network sees images; None is left to what the network tells.
+
+    Args:
+        size: (channels, height, width).
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        class_names: in output order.
+    """
+
+    size: Sequence[int] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    class_names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class GivenNetwork:
+    """A network in memory where an entry of ``teachers`` is expected.
+
+    Args:
+        teacher: is copied whenever it is loaded.
+    """
+
+    teacher: Teacher
+
+    def build(self) -> nn.Module:
+        """Return a copy of the network, weights and all."""
+        return copy.deepcopy(self.teacher.model)
+
+    def load(self, seed: int) -> Teacher:
+        """Return a copy of the network."""
+        return dataclasses.replace(self.teacher, model=self.build())
+
+
+def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Teacher:
+    """Return a copy of a network in eval mode, with its card and builder.
+
+    Args:
+        network: left as it is.
+        view: what the caller says of it.
+        role: what it is called in messages.
+
+    Raises:
+        DreamkitError: something of the card is not known, or the network does not fit it.
+    """
+    known = isinstance(network, Teacher)
+    model = network.model if isinstance(network, Teacher) else network
+    if not isinstance(model, nn.Module):
+        raise DreamkitError(
+            f"{role}: should be a torch.nn.Module, not {type(model).__name__}; "
+            "dreamkit.load_teacher and dreamkit.load_student return one"
+        )
+    _check_finite(model, role)
+    try:
+        own = copy.deepcopy(model).eval()
+    except Exception as error:  # anyone's module
+        raise DreamkitError(f"{role}: {type(model).__name__} cannot be copied: {error}") from error
+    told = network.card if isinstance(network, Teacher) else getattr(model, "card", None)
+    card = _card(own, told if isinstance(told, Card) else None, view, role)
+    if isinstance(network, Teacher):
+        return dataclasses.replace(network, model=own, card=card)
+    provenance = getattr(model, "provenance", None)
+    if not known and isinstance(provenance, Mapping) and {"builder", "surgery"} <= set(provenance):
+        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["surgery"]))
+    return Teacher(own, card, builder_of(model))
+
+
+def _check_finite(model: nn.Module, role: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise DreamkitError(f"{role}: '{name}' holds values that are not finite")
+
+
+def _card(model: nn.Module, told: Card | None, view: View, role: str) -> Card:
+    stated = _stated(model) if told is None else {}
+    size = view.size or (told.input_size if told else stated.get("size"))
+    mean = view.mean or (told.mean if told else stated.get("mean"))
+    std = view.std or (told.std if told else stated.get("std"))
+    lacking = [n for n, v in (("size", size), ("mean", mean), ("std", std)) if v is None]
+    if size is None or mean is None or std is None:
+        raise DreamkitError(
+            f"{role}: {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not known of "
+            f"{type(model).__name__}. Give size=(channels, height, width), and mean= and std= as "
+            "your training normalised pixels in [0, 1], e.g. mean=(0.485, 0.456, 0.406), "
+            "std=(0.229, 0.224, 0.225)"
+        )
+    if len(size) != 3:
+        raise DreamkitError(f"size: should be (channels, height, width) (got {tuple(size)})")
+    channels, height, width = (int(side) for side in size)
+    try:
+        card = Card(
+            name=told.name if told else type(model).__name__,
+            input_size=(channels, height, width),
+            mean=tuple(float(value) for value in mean),
+            std=tuple(float(value) for value in std),
+            num_classes=_outputs(model, (channels, height, width), role),
+            origin=told.origin if told else "a network in memory",
+            trained=told.trained if told else True,
+            weights_sha256=hash_weights(model),
+            class_names=told.class_names if told else None,
+        )
+        if view.class_names is not None:
+            card = dataclasses.replace(card, class_names=tuple(view.class_names))
+    except ValueError as error:
+        raise DreamkitError(f"{role}: {error}") from error
+    if card.class_names is not None and len(card.class_names) != card.num_classes:
+        raise DreamkitError(
+            f"class_names: {len(card.class_names)} names for {card.num_classes} outputs"
+        )
+    return card
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, size: tuple[int, int, int], role: str) -> int:
+    """Return how many logits a network returns for an image."""
+    try:
+        with eval_mode(model):
+            logits = model(torch.zeros(1, *size, device=device_of(model)))
+    except Exception as error:  # anyone's module
+        reason = " ".join(str(error).split())[:200]
+        raise TeacherMismatch(
+            f"{role}: {type(model).__name__} does not take an image of size {size}: {reason}"
+        ) from error
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+        found = f"a tensor of shape {shape}" if shape else type(logits).__name__
+        raise TeacherMismatch(
+            f"{role}: {type(model).__name__} returns {found} for one image; it should return "
+            "logits of shape (1, classes), two classes or more"
+        )
+    return int(shape[1])
+
+
+def _stated(model: nn.Module) -> dict[str, Any]:
+    """Return what timm's and torchvision's networks tell of how they see images."""
+    stated = getattr(model, "pretrained_cfg", None)
+    if isinstance(stated, Mapping) and {"input_size", "mean", "std"} <= set(stated):
+        return {"size": stated["input_size"], "mean": stated["mean"], "std": stated["std"]}
+    return _stated_by_torchvision(model)
+
+
+def _torchvision_names(model: nn.Module) -> list[str]:
+    """Return torchvision's builders in the module that a network's class comes from."""
+    module = type(model).__module__
+    if not module.startswith("torchvision.models."):
+        return []
+    names: list[str] = torchvision.models.list_models()
+    return [n for n in names if torchvision.models.get_model_builder(n).__module__ == module]
+
+
+def _stated_by_torchvision(model: nn.Module) -> dict[str, Any]:
+    """Return the preprocessing that all weights of a network's family share; else nothing."""
+    found = set()
+    for name in _torchvision_names(model):
+        for weights in torchvision.models.get_model_weights(name):
+            transforms = weights.transforms()
+            if not hasattr(transforms, "crop_size"):
+                return {}
+            crop = tuple(transforms.crop_size)
+            found.add((crop * 2 if len(crop) == 1 else crop, *map(tuple, _normal(transforms))))
+    sizes = {size for size, _, _ in found}
+    normal = {(mean, std) for _, mean, std in found}
+    told: dict[str, Any] = {}
+    if len(sizes) == 1:
+        told["size"] = (3, *sizes.pop())
+    if len(normal) == 1:
+        told["mean"], told["std"] = normal.pop()
+    return told
+
+
+def _normal(transforms: Any) -> tuple[list[float], list[float]]:
+    return transforms.mean, transforms.std
+
+
+def builder_of(model: nn.Module) -> dict[str, Any]:
+    """Return the recipe entry that builds a network's architecture, without its weights.
+
+    It is told by the shapes of its parameters and buffers. A network that neither timm nor
+    torchvision builds has its class there, for the message that asks for a builder.
+    """
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    stated = getattr(model, "pretrained_cfg", None)
+    if isinstance(stated, Mapping) and isinstance(stated.get("architecture"), str):
+        channels = next((p.shape[1] for p in model.parameters() if p.dim() == 4), 3)
+        entry: dict[str, Any] = {
+            "model": stated["architecture"],
+            "num_classes": getattr(model, "num_classes", None),
+        }
+        size = [channels, *stated["input_size"][1:]]
+        entry |= {} if channels == 3 else {"input_size": tuple(size)}
+        if _builds(TimmTeacher(weights=None, **entry), shapes):
+            return {"source": "timm", "weights": None, **entry}
+    for name in _torchvision_names(model):
+        classes = list(shapes.values())[-1][0]
+        entry = {"model": name} | ({} if classes == 1000 else {"num_classes": classes})
+        if _builds(TorchvisionTeacher(weights=None, **entry), shapes):
+            return {"source": "torchvision", "weights": None, **entry}
+    kind = type(model)
+    return {"source": MEMORY, "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _builds(source: TeacherSource, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a source's architecture has parameters and buffers of these names and shapes."""
+    try:
+        with torch.device("meta"):
+            built = source.build()
+    except Exception:  # options that this architecture does not take
+        return False
+    return {name: tuple(t.shape) for name, t in built.state_dict().items()} == dict(shapes)

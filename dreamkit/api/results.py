@@ -1,0 +1,216 @@
+"""What the functions of the library return: one class a function, numbers and notes in all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from dreamkit.api.networks import MEMORY
+from dreamkit.api.session import Session, plain
+from dreamkit.card import Card
+from dreamkit.errors import import_extra
+from dreamkit.report.notebook import as_html, as_text
+from dreamkit.store.artifact import write_artifact
+from dreamkit.types import Teacher
+from dreamkit.version import __version__
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Result:
+    """What every function returns.
+
+    Args:
+        metrics: dotted names, those of ``report.json``, to numbers: accuracies in [0, 1],
+            latencies in ms, FLOPs of one image with a multiply-add counted once.
+        history: the records of every stage, in order: ``{"stage": ..., "step": ..., ...}``.
+        notes: what you should know, as a run would print it.
+        failures: what was asked for and not reached.
+        details: more about what was done, as in ``report.json``.
+        settings: the options, as a recipe has them.
+        seed: of everything random.
+        device: that it was made on.
+        seconds: it took.
+        versions: of the packages that made it.
+    """
+
+    metrics: Mapping[str, float]
+    history: list[dict[str, Any]]
+    notes: list[str]
+    failures: list[str]
+    details: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    seed: int
+    device: str
+    seconds: float
+    versions: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return as_text(type(self).__name__, self._report(), self.seconds)
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._report(), self.seconds)
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "metrics": dict(self.metrics),
+            "details": dict(self.details),
+            "notes": self.notes,
+            "failures": self.failures,
+        }
+
+    def to_frame(self) -> Any:
+        """Return the history as a ``pandas.DataFrame`` (extra ``notebook``)."""
+        return import_extra("pandas", "notebook").DataFrame(self.history)
+
+    def to_recipe(self, name: str = "from_notebook") -> str:
+        """Return the recipe, as YAML, that does the same from the command line.
+
+        Where a network or images live in this program alone, the recipe says what to fill in.
+        """
+        recipe = {"name": name, "seed": self.seed, **self.settings}
+        return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class StudentResult(Result):
+    """A network that was made, and how.
+
+    Args:
+        model: in eval mode, on the CPU. It takes normalised images (N, C, H, W); its ``card`` has
+            size, mean, std and class names, and normalises them.
+        card: the same card.
+        teacher: the student as the rooms below know it.
+    """
+
+    model: nn.Module
+    card: Card
+    teacher: Teacher = field(repr=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save the student as a run does, without pickle; ``dreamkit.load_student`` reads it.
+
+        Args:
+            folder: is made where it is not there.
+
+        Returns:
+            The folder.
+        """
+        made = self.teacher
+        write_artifact(Path(folder), self.model, self.card, made.builder, made.surgery)
+        return Path(folder)
+
+    def export(self, path: str | Path, format: str = "onnx", batch_size: int | None = None) -> Path:
+        """Export the student, run the file, and keep it only if it does what the model does.
+
+        Args:
+            path: of the file.
+            format: ``onnx`` (extra ``onnx``), ``torch-export``, ``torchscript`` or a plugin's.
+            batch_size: images that it takes at once; None takes any number.
+
+        Returns:
+            The file.
+
+        Raises:
+            DreamkitError: it cannot be exported, or the file does something else.
+        """
+        from dreamkit.deploy.exporting import export_model  # onnx's packages are an extra
+
+        export_model(self.model, self.card, format, Path(path), batch_size)
+        return Path(path)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Pruned(StudentResult):
+    """A network with fewer channels.
+
+    Args:
+        skipped: what was left alone, and why: ``{"group": ..., "reason": ...}``.
+    """
+
+    skipped: list[dict[str, str]]
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Distilled(StudentResult):
+    """A student that was taught from scratch."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Recovered(StudentResult):
+    """A network with fewer weights that are not zero."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Extended(StudentResult):
+    """A network that learnt more classes."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Judgement(Result):
+    """What other networks see in images.
+
+    Args:
+        verifiers: of each its name, card, layer and features; its numbers are in ``metrics``.
+    """
+
+    verifiers: list[dict[str, Any]]
+
+
+def described(work: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that all results share, as they are at the end of a call."""
+    log = work.log
+    history = [
+        {"stage": stage, "step": step, **numbers}
+        for stage, steps in log.records.items()
+        for step, numbers in sorted(steps.items())
+    ]
+    versions = {"dreamkit": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "metrics": dict(sorted(log.metrics.items())),
+        "history": history,
+        "notes": list(log.notes),
+        "failures": list(log.failures),
+        "details": dict(log.details),
+        "settings": {"teacher": _teacher_entry(work.teacher), **plain(settings)},
+        "seed": work.context.seed,
+        "device": str(work.context.device),
+        "seconds": time.perf_counter() - work.started,
+        "versions": versions,
+    }
+
+
+def student_fields(student: Teacher) -> dict[str, Any]:
+    """Return the fields of a result that has a student: it is on the CPU, and knows its card."""
+    model = student.model.cpu().eval()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.card = student.card  # type: ignore[assignment]
+    model.provenance = {"builder": student.builder, "surgery": student.surgery}  # type: ignore[assignment]
+    return {"model": model, "card": student.card, "teacher": student}
+
+
+def _teacher_entry(teacher: Teacher) -> dict[str, Any]:
+    """Return a recipe's entry of a teacher; of one in memory, with what is to be filled in."""
+    builder, card = teacher.builder, teacher.card
+    if builder.get("source") != MEMORY:
+        return {key: value for key, value in builder.items() if key != "weights"}
+    return {
+        "source": "checkpoint",
+        "builder": "path/to/your_file.py:function_that_returns_the_network",
+        "path": "path/to/weights.pth",
+        "input_size": list(card.input_size),
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "num_classes": card.num_classes,
+    }

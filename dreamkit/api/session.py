@@ -1,0 +1,158 @@
+"""One call of the library: where it works, what it shows, and what it leaves alone."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from dreamkit.api.given_images import as_images
+from dreamkit.api.networks import View, take_in
+from dreamkit.devices import choose_device, default_backend
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import seeded
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import build_entry
+from dreamkit.registry import Registries
+from dreamkit.report.run_log import MemoryLog
+from dreamkit.types import (
+    NO_LABEL,
+    Images,
+    LatencyBackend,
+    RunContext,
+    Synthesis,
+    Synthesizer,
+    Teacher,
+)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every function of the library takes besides its own options.
+
+    Args:
+        view: how the network sees images, as far as the caller says it.
+        seed: of everything random, 0 or more.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        progress: show notes and progress; None does on a terminal and in a notebook.
+        out: a folder from which the same call goes on after an interruption; None keeps nothing.
+        evaluation: labelled images to report accuracy on.
+        latency_backend: times networks: a backend's name, its options or itself.
+    """
+
+    view: View
+    seed: int = 0
+    device: str = "auto"
+    progress: bool | None = None
+    out: str | Path | None = None
+    evaluation: Any = None
+    latency_backend: str | Mapping[str, Any] | LatencyBackend | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A call under way.
+
+    Args:
+        teacher: a copy of the caller's network, on the device.
+        context: where its work is done.
+        log: of the context.
+        registries: of everything installed.
+        started: by ``time.perf_counter``.
+    """
+
+    teacher: Teacher
+    context: RunContext
+    log: MemoryLog
+    registries: Registries
+    started: float
+
+    def entry(self, kind: str, name: str, options: Mapping[str, Any]) -> Any:
+        """Build a registry entry from keywords, checked as a recipe's options are.
+
+        Raises:
+            RecipeError: an option is unknown or out of range; the message names it.
+        """
+        return build_entry(self.registries, kind, {"name": name, **options})
+
+    def images(self, given: Any, role: str = "images") -> Images:
+        """Return a caller's images at the size that the teacher takes."""
+        return as_images(given, self.teacher.card, role)
+
+    def synthesis(self, options: Mapping[str, Any]) -> Synthesis:
+        """Return dreams to come, by a synthesizer whose options are given as in a recipe."""
+        synthesizer: Synthesizer = build_entry(self.registries, "synthesizers", dict(options))
+        synthesizer.check(self.teacher)
+        return Synthesis(synthesizer, plain(options))
+
+
+@contextmanager
+def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Session]:
+    """Take a network in, and set up where a call works.
+
+    The network, torch's random numbers and the folder (unless ``out`` is one) stay as they are.
+
+    Raises:
+        DreamkitError: the network or a keyword cannot be used; the message names it.
+    """
+    started = time.perf_counter()
+    if isinstance(conditions.seed, bool) or not isinstance(conditions.seed, int):
+        raise DreamkitError(f"seed: should be a whole number (got {conditions.seed!r})")
+    if not 0 <= conditions.seed < 2**63:
+        raise DreamkitError(f"seed: should be 0 or more (got {conditions.seed})")
+    registries = build_registries()
+    device = choose_device(conditions.device)
+    with ExitStack() as stack:
+        stack.enter_context(seeded(conditions.seed))
+        teacher = take_in(network, conditions.view)
+        teacher.model.to(device)
+        if conditions.out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))
+        else:
+            folder = Path(conditions.out)
+        evaluation = None
+        if conditions.evaluation is not None:
+            evaluation = as_images(conditions.evaluation, teacher.card, "evaluation")
+            if int(evaluation.batch([0])[1][0]) == NO_LABEL:
+                raise DreamkitError("evaluation: needs images with labels")
+        log = MemoryLog(_console(conditions.progress))
+        backend = _backend(conditions.latency_backend, registries)
+        latency = backend or default_backend(registries, device)
+        context = RunContext(conditions.seed, device, folder, log, latency, evaluation)
+        yield Session(teacher, context, log, registries, started)
+
+
+def _console(progress: bool | None) -> Console | None:
+    """Return where progress is shown: standard error, or the notebook's cell."""
+    shown = Console(stderr=True)
+    if progress is None:
+        progress = shown.is_jupyter or sys.stderr.isatty()
+    return shown if progress else None
+
+
+def _backend(given: Any, registries: Registries) -> LatencyBackend | None:
+    if given is None or hasattr(given, "time"):
+        backend: LatencyBackend | None = given
+        return backend
+    data = {"name": given} if isinstance(given, str) else dict(given)
+    built: LatencyBackend = build_entry(registries, "latency_backends", data, ("latency_backend",))
+    return built
+
+
+def plain(value: Any) -> Any:
+    """Return options as plain data; of an object that is none, how it shows itself."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value)

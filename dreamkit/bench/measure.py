@@ -1,0 +1,207 @@
+"""Measuring one teacher: what it costs to run and to invert, and how good its dreams are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from dreamkit.bench.results import Settings
+from dreamkit.card import Card
+from dreamkit.devices import default_backend
+from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
+from dreamkit.evaluation.cost import count
+from dreamkit.model_state import eval_mode
+from dreamkit.plugins import build_registries
+from dreamkit.registry import Registries, Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.stages.batches import as_stored, batch_seed
+from dreamkit.stages.dreaming import format_duration
+from dreamkit.synthesizers.bn_statistics import batch_norm_layers
+from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.engine import Engine
+from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.named import load_named, load_teacher
+from dreamkit.types import BatchPlan, Dreamer, StoredImages, Teacher
+from dreamkit.wording import first_line, one_line
+
+Tell = Callable[[dict[str, Any]], None]
+"""Takes what became known: fields of ``TeacherRow``, a ``reason``, the ``stage`` that begins."""
+
+_SEED = 0
+_LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class Task:
+    """One teacher to measure.
+
+    Args:
+        source: entry of ``teachers``.
+        model: of that source.
+        settings: what the figures depend on.
+        verifier: the card of the teacher that judges its dreams.
+        plugins: modules or files that its process loads.
+    """
+
+    source: str
+    model: str
+    settings: Settings
+    verifier: Card | None = None
+    plugins: tuple[str, ...] = ()
+
+
+def measure(task: Task, deadline: float, tell: Tell) -> None:
+    """Measure a teacher, telling every figure as it is known, and of what fails the reason.
+
+    Args:
+        task: the teacher.
+        deadline: by ``time.time()``; no dreaming is begun that would not end before.
+        tell: takes what became known.
+    """
+    registries, settings = build_registries(task.plugins), task.settings
+    tell({"stage": "loading it"})
+    try:
+        teacher = load_teacher(registries, task.source, task.model, settings.weights)
+        model, card = teacher.model, teacher.card
+        tell({"input_size": list(card.input_size), "bn_layers": len(batch_norm_layers(model))})
+        tell({"params": sum(p.numel() for p in model.parameters())})
+        check_outputs(teacher)
+    except Exception as error:  # the model's own code may raise anything
+        cut_short = "weights" if isinstance(error, WeightsUnavailable) else None
+        tell({"reason": explain(error), "cut_short": cut_short})
+        return
+    device = torch.device(settings.device)
+    with _explained(tell, "counting its FLOPs"):
+        tell({"flops": count(model, card.input_size).flops})
+    with _explained(tell, "timing its inference"):
+        image = torch.zeros(1, *card.input_size)
+        (timing,) = default_backend(registries, device).time([(model, image)])
+        tell({"latency_ms": timing.median_ms})
+    with _explained(tell, "inverting it"):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        model.to(device)
+        with inversion(settings).session(teacher, device) as dreamer:
+            dreams = _invert(task, teacher, dreamer, deadline, tell)
+        if dreams is not None and task.verifier is not None:
+            tell({"stage": "having its dreams judged"})
+            tell(_verified(registries, task.verifier, settings, dreams, teacher))
+
+
+def inversion(settings: Settings) -> DeepInversion:
+    """Return the inversion that every teacher gets: the flagship recipe's, at one resolution."""
+    return DeepInversion(
+        images=settings.batch_size,
+        batch_size=settings.batch_size,
+        regularizers=(
+            Term("tv", 1e-4, TotalVariation()),
+            Term("bn_feature", 1e-2, BNFeature(first_layer_scale=10)),
+        ),
+        stages=(Stage(settings.steps),),
+        lr=0.2,
+        betas=(0.5, 0.9),
+        schedule="cosine",
+        clip=True,
+        engine=Engine(compile=False),
+    )
+
+
+def _invert(
+    task: Task, teacher: Teacher, dreamer: Dreamer, deadline: float, tell: Tell
+) -> StoredImages | None:
+    """Time an inversion and, where it has a meaning and there is time, dream a batch."""
+    settings = task.settings
+    cost = dreamer.prepare(dreamer.batch_size)
+    tell(
+        {
+            "seconds_per_step": cost.seconds / settings.steps,
+            "images_per_second": dreamer.batch_size / cost.seconds,
+            "memory_bytes": cost.memory_bytes,
+            "precision": dreamer.choices["precision"],
+        }
+    )
+    if settings.weights == "null":
+        return None
+    left = deadline - time.time()
+    if cost.seconds > left:
+        reason = (
+            f"dreaming {settings.steps} steps takes about {format_duration(cost.seconds)}, and "
+            f"{format_duration(max(0.0, left))} of its time is left"
+        )
+        tell({"reason": reason, "cut_short": "time"})
+        return None
+    tell({"stage": f"dreaming {settings.steps} steps"})
+    dream = dreamer.dream(
+        BatchPlan(0, 0, dreamer.batch_size, batch_seed(_SEED, 0)), lambda step, terms: None
+    )
+    dreams, by_layer = as_stored(dream, teacher)
+    r_feature = sum(by_layer.values())
+    if not math.isfinite(r_feature):
+        raise DreamkitError("R_feature of its dreams is not finite")
+    tell({"r_feature": r_feature})
+    return dreams
+
+
+@torch.no_grad()
+def _verified(
+    registries: Registries,
+    card: Card,
+    settings: Settings,
+    dreams: StoredImages,
+    teacher: Teacher,
+) -> dict[str, Any]:
+    """Return how often the verifier sees what was dreamed of, or the reason why it cannot tell."""
+    assert settings.verifier is not None
+    reason = None
+    if card.weights_sha256 == teacher.card.weights_sha256:
+        reason = "the verifier is this teacher"
+    elif card.num_classes != teacher.card.num_classes:
+        reason = f"the verifier has {card.num_classes} classes, not {teacher.card.num_classes}"
+    elif card.input_size[0] != teacher.card.input_size[0]:
+        reason = f"the verifier takes {card.input_size[0]} channels"
+    if reason is not None:
+        return {"reason": f"no cross-model accuracy: {reason}"}
+    device = torch.device(settings.device)
+    verifier = load_named(registries, "--verifier", settings.verifier, "default")
+    verifier.model.to(device)
+    images = dreams.images.to(device).float()
+    if images.shape[2:] != card.input_size[1:]:
+        images = F.interpolate(images, card.input_size[1:], mode="bilinear", antialias=True)
+    with eval_mode(verifier.model):
+        seen = verifier.model(card.normalise(images)).argmax(1).cpu()
+    return {"cross_model_accuracy": float((seen == dreams.labels).float().mean())}
+
+
+@contextlib.contextmanager
+def _explained(tell: Tell, stage: str) -> Iterator[None]:
+    """Tell that a stage begins and, where it fails, the reason: the next one may do."""
+    tell({"stage": stage})
+    try:
+        yield
+    except Exception as error:  # the model's own code may raise anything
+        known = isinstance(error, DreamkitError)
+        tell({"reason": explain(error) if known else f"{stage}: {explain(error)}"})
+
+
+def explain(error: Exception) -> str:
+    """Return an error as a reason, in one line."""
+    # What follows the first sentence, or line, is advice to the writer of a recipe.
+    if isinstance(error, TeacherMismatch):
+        text = error.message.partition(". ")[0]
+    elif isinstance(error, WeightsUnavailable):
+        text = first_line(error.message)
+    elif isinstance(error, DreamkitError):
+        text = error.message
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        text = f"out of memory ({error})"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return one_line(text, _LONGEST_REASON).removesuffix(".")

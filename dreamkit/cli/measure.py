@@ -1,0 +1,212 @@
+"""Commands that measure: doctor, lut, bench. What makes them long is their options' help."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dreamkit.cli.arguments import Device, Plugins, TeacherName, registries_with
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Compare teachers: what they cost to invert, and how good their dreams are.",
+)
+lut = typer.Typer(no_args_is_help=True)
+
+
+def doctor(
+    teacher: TeacherName,
+    weights: Annotated[
+        Literal["default", "null"],
+        typer.Option(help="Use trained weights, or with null random ones: nothing is downloaded."),
+    ] = "null",
+    batch_size: Annotated[int, typer.Option(min=1, help="Invert so many images together.")] = 8,
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Say whether a teacher can be inverted and pruned, and at what cost.
+
+    What cannot be pruned is listed with the reason.
+
+    Examples:
+
+        dreamkit doctor torchvision:resnet50
+
+        dreamkit doctor timm:hrnet_w18_small --batch-size 2
+    """
+    from dreamkit.checkup.doctor import diagnose, show_diagnosis
+    from dreamkit.devices import choose_device
+    from dreamkit.teachers.named import load_named
+
+    found = load_named(registries_with(plugin), "TEACHER", teacher, weights)
+    console = Console()
+    show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size), console)
+
+
+@lut.callback()
+def _lut() -> None:
+    """Measure layers' latencies on this machine, for recipes to predict with."""
+    # oneDNN keeps 1,024 compiled kernels. Networks that are timed in turn have more, and a cache
+    # that is too small by one recompiles all; it reads this before its first.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
+@lut.command("build")
+def lut_build(
+    teacher: TeacherName,
+    out: Annotated[Path, typer.Option(help="Write the table here. One that is there is added to.")],
+    backend: Annotated[
+        str,
+        typer.Option(help="Time with torch-cpu, torch-cuda, onnxruntime or a plugin's backend."),
+    ] = "torch-cpu",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Time batches of so many images [default: the backend's, 1]."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Use so many threads [default: all].")
+    ] = None,
+    least: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1, help="Serve prunings down to this share of a layer's channels."
+        ),
+    ] = 0.1,
+    plugin: Plugins = None,
+) -> None:
+    """Measure every distinct layer of a network, at many counts of channels.
+
+    A recipe uses the table with `application.latency_table`. An interrupted command goes on when
+    given again.
+
+    Examples:
+
+        dreamkit lut build torchvision:resnet50 --out resnet50.json
+
+        dreamkit lut build cifar:resnet20 --backend onnxruntime --threads 1 --out edge.json
+    """
+    from dreamkit.bench.latency_tables import build_for
+
+    try:
+        build_for(
+            registries_with(plugin), teacher, out, backend, batch_size, threads, least, Console()
+        )
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@lut.command("show")
+def lut_show(
+    table: Annotated[Path, typer.Argument(help="The table's file.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE:MODEL", help="Compare with prunings of this network, measured."
+        ),
+    ] = None,
+    variants: Annotated[
+        int, typer.Option(min=2, help="Measure so many random prunings of it.")
+    ] = 20,
+    seed: Annotated[int, typer.Option(help="Choose what they lose by this seed.")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Stop timing after so long, sure or not.")
+    ] = 900,
+    plugin: Plugins = None,
+) -> None:
+    """Print a latency table and, given a teacher, how well it predicts whole networks.
+
+    They are timed in turn until their means are sure to half a percent on average.
+
+    Examples:
+
+        dreamkit lut show resnet50.json
+
+        dreamkit lut show resnet50.json --teacher torchvision:resnet50 --variants 20
+    """
+    from dreamkit.bench.latency_tables import check_for, show_table
+
+    console = Console()
+    show_table(table, console)
+    if teacher is not None:
+        check_for(registries_with(plugin), teacher, table, variants, seed, seconds, console)
+
+
+@bench.command("teachers")
+def bench_teachers(
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure the models of timm, torchvision, cifar, bundled or a plugin's source "
+            "(repeatable) [default: the first two]."
+        ),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Take only models like this, e.g. 'resnet*' (repeatable)."
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["default", "null"],
+        typer.Option(help="Use trained weights, or with null random ones, for costs alone."),
+    ] = "default",
+    json_: Annotated[
+        Path,
+        typer.Option("--json", help="Keep the results here; what is there is not measured again."),
+    ] = Path("runs/bench_teachers.json"),
+    seconds_per_model: Annotated[
+        float, typer.Option(min=1, help="Stop a teacher after so long, its download included.")
+    ] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Invert so many images together.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Invert in so many steps.")] = 200,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE:MODEL",
+            help="Let this network classify the dreams, where classes are the same.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure only the first so many.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Measure what teachers cost to invert, and how good their dreams are.
+
+    One row a teacher: BatchNorm layers, parameters, FLOPs (a multiply-add counted once), latency
+    of one image, seconds per step of the inversion, images/s = batch size / (steps × seconds per
+    step), peak memory and, with weights, R_feature and cross-model accuracy of a batch of dreams.
+    What cannot be measured is a row with the reason. Each teacher has a process of its own, which
+    is stopped when its time is up. Given again, the command goes on with what is missing.
+
+    Examples:
+
+        dreamkit bench teachers --source bundled
+
+        dreamkit bench teachers --models 'resnet*' --models 'regnet*' --weights null
+
+        dreamkit bench teachers --source torchvision --verifier torchvision:mobilenet_v2
+    """
+    from dreamkit.bench.select import resolve_settings, select
+    from dreamkit.bench.show import draw, show
+    from dreamkit.bench.sweep import sweep
+
+    registries, console = registries_with(plugin), Console()
+    chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
+    settings = resolve_settings(registries, weights, batch_size, steps, verifier, device)
+    try:
+        rows = sweep(registries, chosen, settings, json_, seconds_per_model, console, plugin or [])
+    except KeyboardInterrupt:
+        print("interrupted: finished teachers are kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show(rows, settings, console)
+    picture = draw(json_, settings)
+    print(f"results: {json_}")
+    print(f"plot: {picture}" if picture else "no plot: no teacher was inverted")

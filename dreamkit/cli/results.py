@@ -1,0 +1,83 @@
+"""Commands on what a run leaves: export, export-dreams, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+
+def export(
+    run_directory: Annotated[
+        Path, typer.Argument(help="A finished run's directory, or its student folder.")
+    ],
+    format_: Annotated[
+        Literal["onnx", "torch-export", "torchscript"],
+        typer.Option("--format", help="Write this kind of file."),
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file [default: beside the student].")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Fix the batch size [default: any number of images].")
+    ] = None,
+    allow_builder: Annotated[
+        bool, typer.Option(help="Run the builder function that the student names. Trust it first.")
+    ] = False,
+) -> None:
+    """Export a run's student, run the file, and compare it with the model.
+
+    A file that disagrees with the model is not kept.
+
+    Examples:
+
+        dreamkit export runs/quickstart
+
+        dreamkit export runs/quickstart --format torch-export --batch-size 1
+    """
+    from dreamkit.deploy.exporting import export_student, show_exported
+
+    show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
+
+
+def export_dreams(
+    run_directory: Annotated[Path, typer.Argument(help="A run directory, or its dreams folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write to, empty or new.")],
+) -> None:
+    """Write a run's dreams as PNG files, one folder a class.
+
+    torchvision's `ImageFolder` reads them, and so does the source `folder`.
+
+    Example:
+
+        dreamkit export-dreams runs/quickstart digits_dreamed
+    """
+    from dreamkit.store.dreams import DreamStore
+    from dreamkit.store.picture_files import export_dreams as export
+    from dreamkit.store.run_directory import read_report
+    from dreamkit.store.source import find_store
+
+    folder = find_store(run_directory)
+    names = None
+    if folder != run_directory and (run_directory / "report.json").is_file():
+        names = read_report(run_directory)["teacher"]["class_names"]
+    print(f"{export(DreamStore(folder), out, names)} images written to {out}")
+
+
+def verify(
+    run_directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.")],
+) -> None:
+    """Check a run's dreams, students and checkpoints against their SHA-256.
+
+    The exit status is 1 if anything is damaged.
+
+    Example:
+
+        dreamkit verify runs/quickstart
+    """
+    from dreamkit.checkup.verifying import show_findings, verify_run
+
+    if not show_findings(verify_run(run_directory), Console()):
+        raise typer.Exit(1)

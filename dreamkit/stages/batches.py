@@ -1,0 +1,42 @@
+"""Batches of dreams: how they are planned, and what is stored of them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from dreamkit.model_state import eval_mode
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.synthesizers.bn_statistics import tapped
+from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Teacher
+
+
+def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
+    """Divide images into batches, each with a seed from the recipe's and its index alone."""
+    plans = []
+    for index, first in enumerate(range(0, images, batch_size)):
+        size = min(batch_size, images - first)
+        plans.append(BatchPlan(index, first, size, batch_seed(seed, index)))
+    return plans
+
+
+def batch_seed(seed: int, index: int) -> int:
+    """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, float]]:
+    """Quantise a batch as it is stored, and return it with its logits and R_feature by layer.
+
+    R_feature is measured on what is stored, without jitter, each layer unscaled.
+    """
+    stored = teacher.card.to_stored(dream.images)
+    images = teacher.card.normalise(stored)
+    with eval_mode(teacher.model), tapped(teacher.model) as tap:
+        logits, statistics = tap(images)
+    step = InversionStep(images, dream.labels, logits, bn_statistics=statistics)
+    per_layer = {name: float(value) for name, value in BNFeature().per_layer(step).items()}
+    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer

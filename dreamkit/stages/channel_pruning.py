@@ -1,0 +1,78 @@
+"""The options of structured pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dreamkit.errors import MissingPath, OptionError
+from dreamkit.pruning.selection import Limits
+from dreamkit.registry import Term, TermsOf
+from dreamkit.stages.budget import Target
+from dreamkit.stages.ranking import Normalise
+from dreamkit.stages.reconstructing import Reconstruction
+from dreamkit.stages.teaching import Recovery
+from dreamkit.types import Criterion
+
+
+@dataclass(frozen=True)
+class ChannelPruning:
+    """How channels are ranked and removed until a target is met.
+
+    Args:
+        criteria: the weighted terms of the importance I; the lowest goes first.
+        target: what is to be left.
+        reconstruction: least squares, layer by layer, between what is left and the teacher, before
+            the recovery; null leaves the weights as they are until then.
+        reconstruct_each: do that in every round, before ``finetune``, so that channels are ranked
+            on what the network has become without those that went. It makes anew what the last
+            ``finetune`` taught, of which the ranking remains.
+        finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
+            dreams; null prunes without a pause.
+        limits: floors and chunk size.
+        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
+            or ``knapsack``, the least importance that saves what a round has to (HALP; Shen et
+            al., NeurIPS 2022).
+        step: what is removed between two rankings at the most, a share of the prunable channels
+            (``greedy``) or of what each goal counts (``knapsack``).
+        ranking_batches: batches of images a ranking is averaged over.
+        batch_size: images in each of them, and in BatchNorm recalibration.
+        recalibration_batches: batches that BatchNorm statistics are recomputed over after
+            every step.
+        normalise: what each criterion's values are divided by, so that weights compare criteria
+            of different units: the ``mean`` or the ``max`` of their absolute values over all
+            channels, the mean within each ``group`` (for criteria whose size differs from layer
+            to layer), or ``none``, which is eq. 10 as it stands.
+        latency_table: a table that ``dreamkit lut build`` measured on this target; what it lacks
+            is measured during the run.
+    """
+
+    criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
+    target: Target
+    reconstruction: Reconstruction | None = None
+    reconstruct_each: bool = False
+    finetune: Recovery | None = None
+    limits: Limits = field(default_factory=Limits)
+    selection: Literal["greedy", "knapsack"] = "greedy"
+    step: Annotated[float, Field(gt=0, le=1)] = 0.05
+    ranking_batches: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    recalibration_batches: Annotated[int, Field(ge=1)] = 16
+    normalise: Normalise = "mean"
+    latency_table: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.criteria:
+            raise ValueError("criteria: give at least one criterion")
+        if self.reconstruction is None and self.reconstruct_each:
+            raise OptionError("reconstruct_each", "set 'reconstruction' too: it says how")
+        if self.reconstruction and self.finetune and not self.reconstruct_each:
+            raise OptionError(
+                "reconstruct_each",
+                "set it to true: a fit at the end alone would undo all that 'finetune' taught",
+            )
+        if self.latency_table is not None and not Path(self.latency_table).is_file():
+            raise MissingPath("latency_table", f"no such table: {self.latency_table}")

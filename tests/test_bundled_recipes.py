@@ -1,0 +1,147 @@
+"""Recipes that come with dreamkit, by name, from a clone and from a wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreamkit.errors import RecipeError
+from dreamkit.recipe.bundled import bundled_recipes, describe, find_recipe
+
+Invoke = Callable[..., Any]
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NAMES = {file.relative_to(ROOT / "recipes").with_suffix("").as_posix() for file in FILES}
+
+
+def test_every_recipe_is_listed(invoke: Invoke) -> None:
+    assert {"quickstart", "cifar10/prune_ha"} < NAMES
+    assert set(bundled_recipes()) == NAMES
+    code, out, err = invoke("recipes")
+    assert (code, err) == (0, "")
+    assert set(out.splitlines()) > NAMES
+    assert "    teacher: bundled:digits_resnet8\n" in out
+    assert f"The files lie in {ROOT / 'recipes'}.\n" in out
+    assert all(len(line) <= 200 and line == line.rstrip() for line in out.splitlines())
+    rows = json.loads(invoke("recipes", "--json").out)
+    assert {row["recipe"] for row in rows} == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_recipe_says_what_it_needs(name: str) -> None:
+    text = bundled_recipes()[name].read_text()
+    facts = describe(bundled_recipes()[name])
+    assert all(facts.values()), facts
+    assert ("dreamkit[demo]" in facts["needs"]) == ("source: digits" in text)
+    assert ("downloaded" in facts["needs"]) == ("source: torchvision" in text)
+
+
+@pytest.mark.parametrize(
+    "named", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "recipes/quickstart"]
+)
+def test_a_recipe_is_found_by_name_wherever_one_is(
+    named: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "recipes" / "quickstart.yaml"
+    assert find_recipe(named) == file
+    assert invoke("validate", named) == (0, f"{file} is valid\n", "")
+
+
+def test_one_within_reach_is_called_by_its_short_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert find_recipe("cifar10/prune_ha") == Path("recipes/cifar10/prune_ha.yaml")
+
+
+def test_a_mistake_in_one_has_its_place(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, _, err = invoke("run", "quickstart", "--set", "synthesis.images=0")
+    assert code == 2
+    assert err.startswith("error: --set synthesis.images: ")
+    code, _, err = invoke("validate", "quickstart", "--preset", "smok")
+    assert err.startswith("error: recipes/quickstart.yaml: no preset 'smok'; did you mean 'smoke'?")
+
+
+def test_a_file_of_ones_own_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart.yaml").write_text("name: mine\n")
+    assert find_recipe("quickstart.yaml") == Path("quickstart.yaml")
+    assert find_recipe("quickstart") == ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("quickstrat", "; did you mean 'quickstart'?"),
+        ("recipes/quickstrat.yaml", "; did you mean 'quickstart'?"),
+        ("prune_ha", "; did you mean 'cifar10/prune_ha'?"),
+        ("zzz", ""),
+    ],
+)
+def test_an_unknown_one(named: str, hint: str, invoke: Invoke) -> None:
+    message = (
+        f"no file '{named}', and no recipe of that name comes with dreamkit{hint} "
+        "('dreamkit recipes' lists them)"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        find_recipe(named)
+    for command in ("run", "validate"):
+        assert invoke(command, named) == (2, "", f"error: {message}\n")
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    if archive.suffix == ".gz":
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+        return next(folder.iterdir())
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    return folder
+
+
+def built(kind: str, source: Path, target: Path) -> Path:
+    target.mkdir()
+    code = f"import setuptools.build_meta as b; b.build_{kind}({str(target)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    return next(target.iterdir())
+
+
+@pytest.mark.slow
+def test_a_wheel_has_them_and_runs_one_without_a_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "data", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, clone, ignore=ignored)
+    source = unpacked(built("sdist", clone, tmp_path / "sdist"), tmp_path / "source")
+    installed = unpacked(built("wheel", source, tmp_path / "wheel"), tmp_path / "installed")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def dreamkit(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dreamkit", *arguments],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert {row["recipe"] for row in json.loads(dreamkit("recipes", "--json"))} == NAMES
+    assert f"The files lie in {installed / 'dreamkit' / 'recipes'}" in dreamkit("recipes")
+    dreamkit("run", "quickstart", "--preset", "smoke")
+    assert (elsewhere / "runs" / "quickstart-smoke" / "report.json").is_file()
+    dreamkit("new", "my.yaml", "--from", "prune", "--teacher", "timm:resnet18")
+    assert dreamkit("validate", "my.yaml") == "my.yaml is valid\n"
