@@ -214,7 +214,8 @@ class Registry:
         A reference that leads nowhere has none; the error comes when the entry is used.
         """
         try:
-            return (inspect.getdoc(self.resolve(name)) or "").partition("\n")[0]
+            cls = self._imported(name, self._registered(name))
+            return (inspect.getdoc(cls) or "").partition("\n")[0]
         except PluginError:
             return ""
 

@@ -29,7 +29,7 @@ from dreamkit.plugins import (
     with_commands,
 )
 from dreamkit.recipe import read_recipe
-from dreamkit.recipe.signature import options_of
+from dreamkit.recipe.signature import documentation, options_of
 from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.types import Event, InversionStep, Noted
@@ -285,7 +285,7 @@ def test_every_builtin_has_a_summary_a_docstring_and_readable_options(kind):
         assert registry.provider(name) == BUILTIN_PROVIDER
         summary = registry.summary(name)
         cls = registry.resolve(name)
-        doc = inspect.cleandoc(cls.__doc__ or "")
+        doc = documentation(cls)
         assert summary, f"{kind} {name} has no docstring"
         assert doc.startswith(summary)
         options = options_of(cls)

@@ -673,14 +673,14 @@ def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
             {"regularizers": [Smooth, Target(flops=0.5)]},
             [
                 "regularizers[0]: should be an object, not its class: write Smooth(...)",
-                "regularizers[1]: an instance of Target will not do here: it has no '__call__'",
+                "regularizers[1]: an instance of Target will not do here: Target has no '__call__'",
             ],
         ),
         ({"student": 3}, ["student: should be a mapping, not a number (got 3)"]),
         ({"student": "timm"}, ["student: the option 'model' is missing"]),
         (
             {"student": Smooth()},
-            ["student: an instance of Smooth will not do here: it has no 'build'"],
+            ["student: an instance of Smooth will not do here: Smooth has no 'build'"],
         ),
     ],
 )
@@ -729,7 +729,7 @@ def test_entries_inside_options_of_other_classes(registries: Registries) -> None
 
 
 def test_a_plugin_whose_options_pydantic_does_not_know_is_named() -> None:
-    class Odd:
+    class Odd(Smooth):
         def __init__(self, thing: Smooth) -> None:
             self.thing = thing
 

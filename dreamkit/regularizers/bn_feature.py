@@ -47,9 +47,9 @@ class BNFeature(Regularizer):
 
 
 def _absolute(layer: LayerStatistics) -> Tensor:
-    mean_off = (layer.mean - layer.running_mean).norm()
-    var_off: Tensor = (layer.var - layer.running_var).norm()
-    return mean_off + var_off
+    off: Tensor = (layer.mean - layer.running_mean).norm()
+    off = off + (layer.var - layer.running_var).norm()
+    return off
 
 
 def _relative(layer: LayerStatistics) -> Tensor:

@@ -52,7 +52,7 @@ def check_entry(kind: str, cls: type) -> None:
         mend = ""
     else:
         lacking = sorted(_members(base) - _members(cls))
-        mend = f"; derive it from dreamkit.plugin.{base.__name__}, which has the optional ones"
+        mend = f": derive it from dreamkit.plugin.{base.__name__}"
     if lacking:
         raise TypeError(f"{cls.__name__} has no {', '.join(map(repr, lacking))}{mend}")
     if kind in NEEDS:

@@ -25,6 +25,7 @@ from dreamkit.stages import measuring
 from dreamkit.stages.budget import Budget, Target
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.store.artifact import read_artifact
+from dreamkit.training.losses.distillation import LogitDistance
 from dreamkit.types import LatencyBackend, RunContext, Timing
 
 SIZE = (3, 8, 8)
@@ -436,7 +437,11 @@ class Interrupted(BaseException):
     [
         {},
         {"reconstruction": Reconstruction(images=24, batch_size=8), "reconstruct_each": True},
-        {"finetune": Recovery(steps=2, batch_size=8, precision="float32", soft_loss="l1", ema=0.9)},
+        {
+            "finetune": Recovery(
+                steps=2, batch_size=8, precision="float32", soft_loss=LogitDistance(), ema=0.9
+            )
+        },
     ],
     ids=["plain", "fitted", "trained"],
 )

@@ -253,7 +253,7 @@ def test_l1_teaches_by_the_logits_and_has_no_temperature(toys):
     losses = []
     for temperature in (1.0, 5.0):
         student, twin = toys.plain(), toys.plain()
-        options = taught(1, temperature, lr=0.1, batch_size=4, warmup=0, soft_loss="l1")
+        options = taught(1, temperature, lr=0.1, batch_size=4, warmup=0, soft_loss=LogitDistance())
         images = toys.images(4)
         losses += train(toys, student, toys.two_bn(), images, options)
         x = toys.card().normalise(images.images)
