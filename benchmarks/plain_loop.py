@@ -17,7 +17,8 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
+from dreamkit.synthesizers.stage import Stage
 
 
 class PlainLoop:

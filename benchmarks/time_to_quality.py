@@ -31,8 +31,9 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.report.figures import grid
 from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.synthesizers.bn_statistics import tapped
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan, Dream, InversionStep, Teacher
 
 MARKS = (50, 100, 200, 400, 800, 1200, 1600)

@@ -27,7 +27,7 @@ from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
 from dreamkit.sources.digits import SIZE, Digits
 from dreamkit.teachers.small_resnet import SmallResNet
-from dreamkit.training.batches import epochs_of
+from dreamkit.training.batches import drawn, in_order
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
 # Mean and standard deviation of the training split's pixels in [0, 1].
@@ -84,13 +84,14 @@ def train(digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], SmallRes
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    for stored, labels in epochs_of(images, 64, epochs, generator):
-        x = adversarial(model, card.normalise(stored), labels)
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for _ in range(epochs):
+        for stored, labels in in_order(drawn(images, len(images), generator), 64):
+            x = adversarial(model, card.normalise(stored), labels)
+            loss = F.cross_entropy(model(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     model.eval()
     held_out = Digits("test", tuple(range(digits))).open(card)
     notes = {

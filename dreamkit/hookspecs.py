@@ -52,6 +52,11 @@ def register_criteria(register: Register) -> None:
 
 
 @hookspec
+def register_channel_rules(register: Register) -> None:
+    """Add rules of how layers and operations treat channels, for pruning to go through them."""
+
+
+@hookspec
 def register_losses(register: Register) -> None:
     """Add losses of learning new classes."""
 
@@ -74,6 +79,11 @@ def register_latency_backends(register: Register) -> None:
 @hookspec
 def register_applications(register: Register) -> None:
     """Add applications: what is done with the dreams."""
+
+
+@hookspec
+def register_exporters(register: Register) -> None:
+    """Add exporters: formats of files that other runtimes read."""
 
 
 @hookspec

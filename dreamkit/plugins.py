@@ -39,10 +39,11 @@ _BUILTIN_ROOMS = (
     "dreamkit.teachers",
     "dreamkit.sources",
     "dreamkit.criteria",
-    "dreamkit.training.losses",
     "dreamkit.pruning",
+    "dreamkit.training.losses",
     "dreamkit.latency",
     "dreamkit.applications",
+    "dreamkit.deploy",
     "dreamkit.trackers",
 )
 

@@ -31,11 +31,13 @@ KINDS: tuple[str, ...] = (
     "teachers",
     "sources",
     "criteria",
+    "channel_rules",
     "losses",
     "distillation_losses",
     "selections",
     "latency_backends",
     "applications",
+    "exporters",
     "trackers",
 )
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")

@@ -21,7 +21,7 @@ from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
 from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
 from dreamkit.store.atomic import write_atomically
-from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.run_directory import RunDirectory
 from dreamkit.types import RunContext, Teacher
 from dreamkit.version import __version__
@@ -71,8 +71,7 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
     """
     folder = directory.folder
     pictures: dict[str, Image.Image] = {}
-    for manifest in sorted(folder.glob(f"**/{RunContext.DREAMS}/{MANIFEST}")):
-        store = manifest.parent
+    for store in filter(holds_dreams, sorted(folder.glob(f"**/{RunContext.DREAMS}"))):
         content = DreamStore(store).open(_PICTURED)
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
         buffer = io.BytesIO()

@@ -300,7 +300,7 @@ def test_a_folder_without_a_run(invoke: Invoke, tmp_path: Path) -> None:
 def test_export_without_dreams(invoke: Invoke, tmp_path: Path) -> None:
     code, out, err = invoke("export-dreams", tmp_path, tmp_path / "pictures")
     assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path} holds no dreams (no manifest.json)\n"
+    assert err == f"error: {tmp_path} holds no dreams\n"
     assert not (tmp_path / "pictures").exists()
 
 

@@ -15,8 +15,10 @@ from torch import nn
 import dreamkit
 from dreamkit.applications import continual
 from dreamkit.sources.digits import Digits
-from dreamkit.stages import teaching
+from dreamkit.stages import training_run
+from dreamkit.store.dreams import DreamStore
 from dreamkit.teachers.weights import hash_weights
+from dreamkit.training.trainer import Trainer
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -89,7 +91,7 @@ def test_what_it_is_compared_with(tmp_path, invoke, preset):
     code, _, err = invoke("run", RECIPE, "--preset", f"smoke+{preset}", "--out", tmp_path / "run")
     assert code == 0, err
     assert "student.combined" in report_of(tmp_path / "run")["metrics"]
-    dreams = list((tmp_path / "run" / "steps").glob("*/dreams/manifest.json"))
+    dreams = list((tmp_path / "run" / "steps").glob("*/dreams"))
     assert len(dreams) == (2 if preset in {"deepdream", "adaptive"} else 0)
 
 
@@ -133,9 +135,9 @@ def test_an_interrupted_run_ends_the_same(
     file = recipe_file(recipe)
     code, _, err = invoke("run", file, "--out", tmp_path / "whole")
     assert code == 0, err
-    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(training_run, "CHECKPOINT_SECONDS", 0.0)
     calls = {"n": 0}
-    real_step, real_save = teaching.Trainer.step, continual._save
+    real_step, real_save = Trainer.step, continual.write_artifact
 
     def step(self, *batches, share):
         calls["n"] += 1
@@ -143,14 +145,14 @@ def test_an_interrupted_run_ends_the_same(
             raise KeyboardInterrupt
         return real_step(self, *batches, share=share)
 
-    def save(taught, folder):
-        real_save(taught, folder)
+    def save(*arguments):
+        real_save(*arguments)
         if where == "between steps":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(teaching.Trainer, "step", step)
-        patched.setattr(continual, "_save", save)
+        patched.setattr(Trainer, "step", step)
+        patched.setattr(continual, "write_artifact", save)
         assert invoke("run", file, "--out", tmp_path / "parts")[0] == 130
     code, out, err = invoke("run", file, "--out", tmp_path / "parts", "--resume")
     assert code == 0, err
@@ -203,8 +205,7 @@ def test_the_cost_of_all_sets_is_estimated(tmp_path, recipe, recipe_file, invoke
 
 def test_what_is_made_of_a_network_is_bound_to_it(tmp_path, recipe, recipe_file, invoke):
     assert invoke("run", recipe_file(recipe), "--out", tmp_path / "run")[0] == 0
-    manifest = tmp_path / "run" / "steps" / "2" / "dreams" / "manifest.json"
-    settings = json.loads(manifest.read_text())["settings"]
+    settings = DreamStore(tmp_path / "run" / "steps" / "2" / "dreams").settings
     model = dreamkit.load_student(tmp_path / "run" / "steps" / "1" / "student")
     assert settings["teacher_sha256"] == hash_weights(model)
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ import dreamkit
 from dreamkit.bench.latency_tables import build_for, check_for
 from dreamkit.card import Card
 from dreamkit.deploy import exporting
+from dreamkit.deploy.formats import TorchScript
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import mean_times
 from dreamkit.plugins import build_registries
@@ -228,19 +230,19 @@ def test_exported_files_do_what_the_model_does(student, invoke, kind, more):
     model = dreamkit.load_student(student / "student")
     for count in [1] if more else [1, 5]:
         x = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(count))
-        found = exporting._opened(kind, path, x)(x)
         with torch.no_grad():
+            found = exporting.find_exporter(kind).load(path)(x)
             torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_file_that_does_something_else_is_not_written(student, invoke, monkeypatch):
-    opened = exporting._opened
+    load = TorchScript.load
 
-    def other(kind, path, example):
-        run = opened(kind, path, example)
+    def other(self, path):
+        run = load(self, path)
         return lambda images: run(images) + 0.1
 
-    monkeypatch.setattr(exporting, "_opened", other)
+    monkeypatch.setattr(TorchScript, "load", other)
     code, _, err = invoke("export", student, "--format", "torchscript")
     assert code == 2
     assert "does not do what the model does" in err
@@ -278,6 +280,44 @@ def test_a_place_where_no_file_can_be(student, tmp_path, invoke, out, message):
     code, _, err = invoke("lut", "build", DIGITS, "--out", tmp_path / "file" / "t.json")
     assert code == 2
     assert "cannot be made: " in err
+
+
+def test_an_unknown_format(student, invoke):
+    code, _, err = invoke("export", student, "--format", "onxn")
+    assert code == 2
+    assert "did you mean 'onnx'?" in err
+
+
+class Pairs:
+    """A format of someone else's: the weights of a linear model."""
+
+    suffix = ".npz"
+
+    def write(self, model, example, path, any_batch):
+        values = {name: value.numpy() for name, value in model.state_dict().items()}
+        numpy.savez(path, **values)
+
+    def load(self, path):
+        held = {name: torch.from_numpy(value) for name, value in numpy.load(path).items()}
+        return lambda images: images.flatten(1) @ held["1.weight"].T + held["1.bias"]
+
+
+def test_a_network_in_memory_is_exported_to_a_plugins_format(tmp_path):
+    registries = build_registries()
+    registries["exporters"].register("pairs", Pairs, "someone")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).train()
+    path = tmp_path / "new" / "model.npz"
+    found = exporting.export_model(model, (3, 2, 2), "pairs", path, registries=registries)
+    assert (found.path, found.images, found.agreement) == (path, 64, 1.0)
+    assert found.max_error <= 1e-3 * found.largest
+    assert model.training, "it stays as it was"
+    assert [file.name for file in path.parent.iterdir()] == ["model.npz"]
+    images = torch.ones(2, 3, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(Pairs().load(path)(images), model(images))
+    card = Card("toy", (3, 2, 2), (0.5,) * 3, (0.5,) * 3, 3, "")
+    script = exporting.export_model(model, card, "torchscript", tmp_path / "m.pt", batch_size=2)
+    assert script.images == 2
 
 
 def test_nothing_to_export(tmp_path, invoke):

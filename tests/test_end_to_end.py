@@ -358,9 +358,9 @@ def test_every_cifar_recipes_smoke_preset_whole(tmp_path, invoke, name, device):
 
 OFTEN = """
 import sys
-from dreamkit.stages import teaching
+from dreamkit.stages import training_run
 from dreamkit.cli import main
-teaching.CHECKPOINT_SECONDS = 0.2
+training_run.CHECKPOINT_SECONDS = 0.2
 sys.argv = ["dreamkit", *sys.argv[1:]]
 main()
 """

@@ -21,7 +21,7 @@ from dreamkit.card import Card
 from dreamkit.deploy import students
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.recipe import build_entry
 from dreamkit.sources.folder import Folder
 from dreamkit.store.artifact import SPECIFICATION, WEIGHTS, write_artifact
@@ -187,12 +187,9 @@ def student(tmp_path_factory) -> Path:
     """Return a student of which half the channels of a layer are gone."""
     builder = {"source": "cifar", "model": "resnet20", "num_classes": 10}
     model = build_entry(build_registries(), "teachers", builder).build()
-    surgery = Surgery()
-    for layer, axis in (("layer1.0.conv1", "out"), ("layer1.0.bn1", "out")):
-        surgery.cut(model, layer, axis, list(range(8)))
-    surgery.cut(model, "layer1.0.conv2", "in", list(range(8)))
-    with torch.no_grad():
-        model.layer2[0].conv1.weight[:] = 0  # stored sparse
+    graph = ChannelGraph(model, (3, 32, 32))
+    graph.remove({"layer1.0.conv1": range(8, 16)})
+    surgery = graph.surgery
     folder = tmp_path_factory.mktemp("student")
     write_artifact(folder, model, CARD, builder, surgery.to_json())
     return folder

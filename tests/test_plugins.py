@@ -288,9 +288,9 @@ def test_every_builtin_has_a_summary_a_docstring_and_readable_options(kind):
         doc = documentation(cls)
         assert summary, f"{kind} {name} has no docstring"
         assert doc.startswith(summary)
-        options = options_of(cls)
+        options, told = options_of(cls), documentation(cls)
         for option in options:
-            assert re.search(rf"^ *{option}: ", doc, re.M), f"{kind} {name}: describe '{option}'"
+            assert re.search(rf"^ *{option}: ", told, re.M), f"{kind} {name}: describe '{option}'"
         assert name_key(kind) not in options
         if kind in {"regularizers", "criteria"}:
             assert "weight" not in options, "weights belong to the recipe"

@@ -52,8 +52,8 @@ def test_every_cell_is_a_recipe_and_a_row(
     begun: dict[str, Any] = {}
 
     def run(file: Path, preset: str, changes: list[str], folder: Path, console: object) -> Any:
-        folder.joinpath("dreams").mkdir(parents=True)
-        folder.joinpath("dreams", "manifest.json").touch()  # as a run that dreams leaves it
+        folder.joinpath("dreams").mkdir(parents=True)  # as a run that dreams leaves it
+        folder.joinpath("dreams", "shard-000000.safetensors").touch()
         root = read_recipe(file, build_registries, preset, changes).root.plain()
         begun[folder.name] = root
         number = len(begun) / 100

@@ -98,6 +98,17 @@ class Dreams(Result):
         axes.axis("off")
         return figure
 
+    def __repr__(self) -> str:
+        channels, height, width = self.images.shape[1:]
+        told = self.quality.r_feature
+        return (
+            f"Dreams of {self.card.name}, {self.seconds:.1f} s\n"
+            f"  {len(self)} images of {channels}x{height}x{width}, "
+            f"{len(self.labels.unique())} of {self.teacher_logits.shape[1]} classes\n"
+            f"  seen by the teacher as asked: {self.quality.teacher_accuracy:.4f}"
+            + ("" if told is None else f"\n  R_feature: {told:.4g}")
+        )
+
     def _repr_html_(self) -> str:
         picture = grid(self.images[:80], self.labels[:80]) if len(self) else None
         return as_html("Dreams", self._report(), self.seconds, picture)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError, placed
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.sources.fitting import fitted
 from dreamkit.sources.folder import Folder
 from dreamkit.types import NO_LABEL, Images, StoredImages
@@ -66,8 +66,10 @@ def as_images(given: Any, card: Card, role: str) -> Images:
         DreamkitError: there are none, or they are not of the card's size or value range.
     """
     if isinstance(given, str | Path):
-        with placed(role):
+        try:
             return Folder(str(given)).open(card)
+        except (DreamkitError, OptionError) as error:
+            raise DreamkitError(f"{role}: {error}") from error
     stored = getattr(given, "stored", None)
     if isinstance(stored, StoredImages):
         images: Images = stored

@@ -13,6 +13,7 @@ from dreamkit.api.networks import View
 from dreamkit.api.results import described
 from dreamkit.api.session import Conditions, Session, session
 from dreamkit.errors import DreamkitError
+from dreamkit.stages.batches import feature_distances
 from dreamkit.stages.dreaming import dream_into_store, open_store
 from dreamkit.types import Images, Synthesis, Teacher
 
@@ -150,15 +151,10 @@ def _finished(work: Session, synthesis: Synthesis) -> Images:
 
 def _dreams(work: Session, synthesis: Synthesis, content: Any, interrupted: bool) -> Dreams:
     images, labels = content.batch(range(len(content)))
-    metrics = work.log.metrics
-    layers: dict[str, list[float]] = {}
-    for numbers in work.log.records.get("r_feature by layer", {}).values():
-        for name, value in numbers.items():
-            layers.setdefault(name, []).append(float("nan") if value is None else value)
     quality = Quality(
         float((content.teacher_logits.argmax(1) == labels).float().mean()),
-        metrics.get("synthesis.r_feature"),
-        {name: sum(values) / len(values) for name, values in layers.items()},
+        work.log.metrics.get("synthesis.r_feature"),
+        _by_layer(work, synthesis),
     )
     return Dreams(
         images=images.clone(),
@@ -169,3 +165,15 @@ def _dreams(work: Session, synthesis: Synthesis, content: Any, interrupted: bool
         interrupted=interrupted,
         **described(work, {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}),
     )
+
+
+def _by_layer(work: Session, synthesis: Synthesis) -> dict[str, float]:
+    """Return each layer's part of R_feature, averaged over the batches as the sum is."""
+    store = open_store(work.teacher, synthesis, work.context)
+    total: dict[str, float] = {}
+    for index, shard in store.shards.items():
+        batch, device = store.read(index), work.context.device
+        _, parts = feature_distances(batch.images.to(device), batch.labels.to(device), work.teacher)
+        for name, value in parts.items():
+            total[name] = total.get(name, 0.0) + value * shard.images / len(store)
+    return total

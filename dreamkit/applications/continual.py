@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from dreamkit import distributed
-from dreamkit.errors import OptionError, placed
+from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head
@@ -190,6 +190,8 @@ class _Learning:
         card = teacher.card
         find_head(teacher.model, card.input_size)
         self.course = Course(options.sets, options.names, card, context.log)
+        if images is None and options.replay is not None:
+            raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
         if options.adaptive is not None:
             self._check_rhythm(options.adaptive)
         if images is not None and not isinstance(images, Synthesis):
@@ -199,7 +201,7 @@ class _Learning:
     def _check_rhythm(self, adaptive: Adaptive) -> None:
         """Refuse a set whose training ends before all of its dreams are there."""
         if not isinstance(self.images, Synthesis):
-            return
+            raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
         batch_size = self.images.synthesizer.known_batch_size()
         if batch_size is None:  # left to the machine: looked at when it is known
             return

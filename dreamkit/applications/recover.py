@@ -32,7 +32,7 @@ from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.stages.teaching import Recovery, StudentTraining
+from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, ImageSource, Outcome, RunContext, Synthesis, Teacher
@@ -98,7 +98,7 @@ class Recover(TrainsOnImages):
         # Rounds fit the network on dreams, so the first are made against one that is not fitted.
         first = training.first_images(self.make_student(teacher, context).model)
         measure_quality("teacher", teacher.model, teacher, None, context)
-        student = copy.deepcopy(teacher.model)
+        student = trainable_copy(teacher.model)
         masks = self._prune(teacher, student, first, context)
         measure_quality("pruned", student, teacher, first, context)
         with kept_at_zero(student, masks):

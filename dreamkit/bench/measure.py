@@ -25,8 +25,9 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.named import load_named, load_teacher
 from dreamkit.types import BatchPlan, Dreamer, StoredImages, Teacher

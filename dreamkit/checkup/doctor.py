@@ -18,7 +18,8 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.tables import quantity
 from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import ChannelGroup, Estimate, Teacher
 from dreamkit.wording import say
 

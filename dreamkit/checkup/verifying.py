@@ -13,7 +13,7 @@ from rich.table import Table
 from dreamkit.errors import DreamkitError, RunDirectoryError
 from dreamkit.store.artifact import SPECIFICATION, read_artifact
 from dreamkit.store.checkpoint import read_checkpoint
-from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.dreams import DreamStore
 from dreamkit.store.run_directory import RECIPE, REPORT, read_report
 from dreamkit.types import RunContext
 from dreamkit.wording import say
@@ -62,16 +62,12 @@ def _dreams(folder: Path, store_folder: Path) -> Iterator[Finding]:
     try:
         store = DreamStore(store_folder)
     except DreamkitError as error:
-        yield Finding(str(place / MANIFEST), "dreams", error.message)
+        yield Finding(str(place), "dreams", error.message)
         return
-    if store.notes:
-        yield Finding(str(place / MANIFEST), "dreams", store.notes[0])
     damaged = store.damaged()
     for name in damaged:
-        there = (store_folder / name).is_file()
-        problem = "its SHA-256 is not the manifest's" if there else "it is gone"
-        yield Finding(str(place / name), "a batch of dreams", problem)
-    intact = len(store.shards) - sum(name.startswith("shard") for name in damaged)
+        yield Finding(str(place / name), "a batch of dreams", "it is not what its header tells")
+    intact = sum(shard.file not in damaged for shard in store.shards.values())
     yield Finding(str(place), f"{intact} batches of dreams", None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ def export(
         Path, typer.Argument(help="A finished run's directory, or its student folder.")
     ],
     format_: Annotated[
-        Literal["onnx", "torch-export", "torchscript"],
+        str,
         typer.Option("--format", help="Write this kind of file."),
     ] = "onnx",
     out: Annotated[

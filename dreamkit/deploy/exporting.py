@@ -1,14 +1,14 @@
-"""Exporting a run's student to a file that others run, and running that file to be sure of it."""
+"""Exporting a model to a file that others run, and running that file to be sure of it."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from dreamkit.card import Card
 from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
 from dreamkit.latency.sampling import alternate
-from dreamkit.store.dreams import MANIFEST, DreamStore
-from dreamkit.types import RunContext, Timing
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import build_entry
+from dreamkit.registry import Registries
+from dreamkit.store.dreams import DreamStore, holds_dreams
+from dreamkit.types import Exporter, RunContext, Timing
 from dreamkit.wording import one_line, say
 
-Format = Literal["onnx", "torch-export", "torchscript"]
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
 COMPARED = 64
 """Images that the file and the model are compared on."""
 TOLERANCE = 1e-3
@@ -39,145 +39,186 @@ class Exported:
     Args:
         path: the file.
         images: how many it was compared on.
-        dreams: whether they were the run's dreams; else they were noise.
         agreement: share of them that file and model put into the same class.
         max_error: largest difference of an output.
         largest: largest output.
+        dreams: whether they were the run's dreams; else they were noise, or the caller's.
         latency: of one image in the format's runtime, of the student and of the network that it
             was pruned from.
     """
 
     path: Path
     images: int
-    dreams: bool
     agreement: float
     max_error: float
     largest: float
-    latency: dict[str, Timing]
+    dreams: bool = False
+    latency: dict[str, Timing] = field(default_factory=dict)
+
+
+def export_model(
+    model: nn.Module,
+    card: Card | tuple[int, int, int],
+    format: str,
+    path: Path,
+    batch_size: int | None = None,
+    registries: Registries | None = None,
+    images: Tensor | None = None,
+) -> Exported:
+    """Export a model, run the file and compare it with the model; keep it if it does the same.
+
+    Args:
+        model: takes normalised images (N, C, H, W), returns outputs (N, K); it stays as it is.
+        card: of the model, or its input size (channels, height, width).
+        format: an entry of ``exporters``: ``onnx``, ``torch-export``, ``torchscript``, or of a
+            plugin.
+        path: the file; its folder is made.
+        batch_size: images that the file takes at once; any number if None.
+        registries: where the format is looked up; those of the installed plugins if None.
+        images: normalised, to compare on: ``batch_size`` of them if that is given. Noise if None.
+
+    Raises:
+        DreamkitError: there is no such format, the model cannot be exported, or the file does not
+            do what the model does; then there is no file.
+    """
+    exporter = find_exporter(format, registries)
+    if images is None:
+        images = _noise(card, batch_size or COMPARED)
+    own = copy.deepcopy(model).cpu().eval()
+    if path.is_dir():
+        raise DreamkitError(f"{path} is a folder: name the file itself with --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            written = Path(scratch) / f"model{exporter.suffix}"
+            _write(exporter, format, own, written, images, batch_size)
+            found = _compared(exporter, format, own, written, images)
+            written.replace(path)
+    except OSError as failure:
+        raise DreamkitError(f"{path} cannot be written: {failure.strerror}") from failure
+    return replace(found, path=path)
 
 
 def export_student(
     run_directory: Path,
-    kind: Format,
+    format: str,
     out: Path | None = None,
     batch_size: int | None = None,
     allow_builder: bool = False,
+    registries: Registries | None = None,
 ) -> Exported:
-    """Export a run's student, run the file and compare it with the model.
+    """Export a run's student as ``export_model`` does, and time it beside what it was before.
 
     Args:
         run_directory: of a finished run, or its folder ``student``.
-        kind: the file's format.
+        format: as of ``export_model``.
         out: the file; beside the student if None.
-        batch_size: images that the file takes at once; any number if None.
+        batch_size: as of ``export_model``.
         allow_builder: see ``load_student``.
+        registries: as of ``export_model``.
 
     Raises:
-        DreamkitError: the model cannot be exported, or the file does not do what the model does;
-            then there is no file.
+        DreamkitError: as ``export_model`` does.
         ArtifactError: the student cannot be loaded.
     """
     folder = run_directory / RunContext.STUDENT
     if not folder.is_dir():
         folder = run_directory
     student = load_student(folder, allow_builder=allow_builder)
-    card = student.card
+    card, exporter = student.card, find_exporter(format, registries)
     assert isinstance(card, Card)
-    path = out or folder / f"model{SUFFIXES[kind]}"
-    stored, dreams = _images(run_directory, card, batch_size or COMPARED)
-    images = card.normalise(stored)
-    if path.is_dir():
-        raise DreamkitError(f"{path} is a folder: name the file itself with --out")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            written = Path(scratch) / f"model{SUFFIXES[kind]}"
-            found = _checked(student, kind, written, images, batch_size)
-            unpruned = Path(scratch) / f"unpruned{SUFFIXES[kind]}"
-            _write(load_unpruned(folder, allow_builder), kind, unpruned, images, batch_size)
-            one = images[: batch_size or 1]
-            calls = [_opened(kind, file, one) for file in (written, unpruned)]
-            timings = alternate([partial(call, one) for call in calls], _WARMUP, _REPEATS)
-            written.replace(path)
-    except OSError as failure:
-        raise DreamkitError(f"{path} cannot be written: {failure.strerror}") from failure
-    agreement, error, largest = found
+    path = out or folder / f"model{exporter.suffix}"
+    dreams = _dreams(run_directory, card, batch_size or COMPARED)
+    images = _noise(card, batch_size or COMPARED) if dreams is None else dreams
+    found = export_model(student, card, format, path, batch_size, registries, images)
+    with tempfile.TemporaryDirectory() as scratch:
+        unpruned = Path(scratch) / f"unpruned{exporter.suffix}"
+        model, one = load_unpruned(folder, allow_builder), images[: batch_size or 1]
+        _write(exporter, format, model, unpruned, images, batch_size)
+        calls = [partial(_opened(exporter, file), one) for file in (path, unpruned)]
+        timings = alternate(calls, _WARMUP, _REPEATS)
     latency = dict(zip(("student", "unpruned"), timings, strict=True))
-    return Exported(path, len(images), dreams, agreement, error, largest, latency)
+    return replace(found, dreams=dreams is not None, latency=latency)
 
 
-def _images(run_directory: Path, card: Card, count: int) -> tuple[Tensor, bool]:
-    """Return stored images, the run's dreams where it has as many."""
+def find_exporter(name: str, registries: Registries | None = None) -> Exporter:
+    """Return a format by its name.
+
+    Raises:
+        DreamkitError: there is none; the message lists them.
+    """
+    entry: Exporter = build_entry(registries or build_registries(), "exporters", {"name": name})
+    return entry
+
+
+def _noise(card: Card | tuple[int, int, int], count: int) -> Tensor:
+    """Return normalised noise (N, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    if not isinstance(card, Card):
+        return torch.randn(count, *card, generator=generator)
+    noise = torch.rand(count, *card.input_size, generator=generator)
+    return card.normalise((255 * noise).to(torch.uint8))
+
+
+def _dreams(run_directory: Path, card: Card, count: int) -> Tensor | None:
+    """Return a run's dreams, normalised; None where it has not as many."""
     dreams = run_directory / RunContext.DREAMS
-    if (dreams / MANIFEST).is_file():
-        content = DreamStore(dreams).open(count)
-        if len(content) >= count:
-            return content.batch(range(count))[0], True
-    noise = torch.rand(count, *card.input_size, generator=torch.Generator().manual_seed(0))
-    return (255 * noise).to(torch.uint8), False
+    if not holds_dreams(dreams):
+        return None
+    content = DreamStore(dreams).open(count)
+    return card.normalise(content.batch(range(count))[0]) if len(content) >= count else None
 
 
 @torch.no_grad()
-def _checked(
-    student: nn.Module, kind: Format, path: Path, images: Tensor, batch_size: int | None
-) -> tuple[float, float, float]:
-    """Write a student and compare; return agreement, largest error and largest output."""
-    _write(student, kind, path, images, batch_size)
-    expected = student(images)
-    found = _opened(kind, path, images)(images)
+def _compared(
+    exporter: Exporter, name: str, model: nn.Module, path: Path, images: Tensor
+) -> Exported:
+    """Run a file beside the model that it was written from.
+
+    Raises:
+        DreamkitError: their outputs differ.
+    """
+    expected = model(images)
+    found = _opened(exporter, path)(images)
     error = float((found - expected).abs().max())
     largest = float(expected.abs().max())
-    same = (found.argmax(1) == expected.argmax(1)).float().mean()
+    same = float((found.argmax(1) == expected.argmax(1)).float().mean())
     if not error <= TOLERANCE * largest:
         raise DreamkitError(
-            f"the exported {kind} file does not do what the model does: outputs of up to "
-            f"{largest:.3g} differ by up to {error:.3g}, and {float(same):.1%} of {len(images)} "
+            f"the exported {name} file does not do what the model does: outputs of up to "
+            f"{largest:.3g} differ by up to {error:.3g}, and {same:.1%} of {len(images)} "
             "images are put into the same class; nothing was written. Try another --format"
         )
-    return float(same), error, largest
+    return Exported(path, len(images), same, error, largest)
 
 
 def _write(
-    model: nn.Module, kind: Format, path: Path, images: Tensor, batch_size: int | None
+    exporter: Exporter,
+    name: str,
+    model: nn.Module,
+    path: Path,
+    images: Tensor,
+    batch_size: int | None,
 ) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporters' own future
-            if kind == "onnx":
-                path.write_bytes(as_onnx(model, images, any_batch=batch_size is None))
-            elif kind == "torchscript":
-                torch.jit.trace(model, images, check_trace=False).save(str(path))
-            else:
-                shapes = ({0: torch.export.Dim("batch")},) if batch_size is None else None
-                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-                torch.export.save(program, path)
+            exporter.write(model, images, path, batch_size is None)
     except DreamkitError:
         raise
     except Exception as error:  # exporters fail in as many ways as models can be written
         reason = one_line(error)
         raise DreamkitError(
-            f"the model cannot be exported as {kind}: {reason}. Try --batch-size 1, or another "
+            f"the model cannot be exported as {name}: {reason}. Try --batch-size 1, or another "
             "--format"
         ) from error
 
 
-def _opened(kind: Format, path: Path, example: Tensor) -> Callable[[Tensor], Tensor]:
+def _opened(exporter: Exporter, path: Path) -> Callable[[Tensor], Tensor]:
     """Return what runs a file."""
-    if kind == "onnx":
-        return OnnxSession(path, None, example).run
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if kind == "torchscript":
-            program = torch.jit.load(str(path))
-        else:
-            program = torch.export.load(path).module()
-
-    @torch.no_grad()
-    def run(images: Tensor) -> Tensor:
-        outputs: Tensor = program(images)
-        return outputs
-
-    return run
+        return torch.no_grad()(exporter.load(path))
 
 
 def show_exported(exported: Exported, console: Console) -> None:

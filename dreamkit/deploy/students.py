@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dreamkit.wording import one_line
 
 def load_student(
     path: str | Path,
-    builder: Callable[[], nn.Module] | None = None,
+    builder: Callable[[], nn.Module] | nn.Module | None = None,
     allow_builder: bool = False,
 ) -> nn.Module:
     """Load a student that a run saved; its outputs are those it had when it was saved.
@@ -32,7 +33,8 @@ def load_student(
 
     Args:
         path: the ``student`` folder of a run.
-        builder: returns the unpruned architecture, in place of the one the artifact names.
+        builder: a function or class that returns the unpruned architecture, in place of the one the
+            artifact names; or that architecture itself, which is copied.
         allow_builder: let the artifact import and run a builder function of its own naming
             (teachers of source ``checkpoint``). Only for artifacts that you trust.
 
@@ -41,7 +43,7 @@ def load_student(
         (a ``dreamkit.card.Card``) has size, mean, std and class names, and normalises them.
 
     Raises:
-        ArtifactError: the files are missing or damaged, or need ``allow_builder``.
+        ArtifactError: the files are missing or damaged, or need ``builder`` or ``allow_builder``.
 
     Example:
         >>> import dreamkit
@@ -113,11 +115,16 @@ class SavedStudent(TeacherSource):
 def _architecture(
     folder: Path,
     artifact: Artifact,
-    builder: Callable[[], nn.Module] | None,
+    builder: Callable[[], nn.Module] | nn.Module | None,
     allow_builder: bool,
 ) -> nn.Module:
     """Return what an artifact's weights fit into."""
-    model = _build(folder, artifact.builder, allow_builder) if builder is None else builder()
+    if builder is None:
+        model = _build(folder, artifact.builder, allow_builder)
+    elif isinstance(builder, nn.Module):  # which is callable too
+        model = copy.deepcopy(builder)
+    else:
+        model = builder()
     try:
         surgery = Surgery.from_json(artifact.surgery)
         # Before there is room made for what a file claims.
@@ -133,6 +140,11 @@ def _architecture(
 def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.Module:
     if not isinstance(reference, dict) or reference.get("source") == "student":
         raise ArtifactError(f"{folder}: its builder is no teacher, but {reference!r}")
+    if reference.get("source") == "memory":
+        raise ArtifactError(
+            f"{folder} was a network in memory (class {reference.get('class')}): pass builder=..., "
+            "a function or class that returns it unpruned"
+        )
     if reference.get("source") == "checkpoint" and not allow_builder:
         raise ArtifactError(
             f"{folder} is built by the function {reference.get('builder')}, which is code of the "

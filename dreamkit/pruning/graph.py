@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from dreamkit.errors import NothingToPrune
+from dreamkit.errors import NothingToPrune, PluginError
+from dreamkit.pruning.channels import NONE, Trace, Use
 from dreamkit.pruning.surgery import Surgery
-from dreamkit.pruning.tracing import NONE, Trace, Use, trace
-from dreamkit.types import ChannelGroup, Member
+from dreamkit.pruning.tracing import trace
+from dreamkit.types import ChannelGroup, ChannelRule, Member
 from dreamkit.wording import one_line
 
 _FIXED = "the model's code fixes how many there are"
@@ -34,6 +35,11 @@ class ChannelGraph:
         model: as it now is; run a few times, here.
         input_size: (channels, height, width).
         surgery: record of what was cut before, which is gone on with.
+        rules: what becomes of channels in layers and operations beside PyTorch's own.
+
+    Raises:
+        NothingToPrune: the model does not run.
+        PluginError: a rule fails.
     """
 
     def __init__(
@@ -41,12 +47,16 @@ class ChannelGraph:
         model: nn.Module,
         input_size: tuple[int, int, int],
         surgery: Surgery | None = None,
+        rules: Sequence[ChannelRule] = (),
     ) -> None:
         self.model = model
         self.surgery = Surgery() if surgery is None else surgery
         self._size = input_size
+        self._rules = tuple(rules)
         try:
-            found = trace(model, input_size)
+            found = trace(model, input_size, rules)
+        except PluginError:
+            raise
         except Exception as error:  # the model is anyone's code
             reason = one_line(error)
             raise NothingToPrune(f"the model's channels cannot be followed: {reason}") from error
@@ -56,7 +66,7 @@ class ChannelGraph:
     def _take(self, found: Trace) -> None:
         """Sort channels into groups: those that the same layers have."""
         self._uses = [
-            Use(use.name, use.axis, [found.find(label) for label in use.labels])
+            replace(use, labels=[found.find(label) for label in use.labels])
             for use in found.uses.values()
         ]
         self._slices = [
@@ -131,7 +141,7 @@ class ChannelGraph:
         for use in self._uses:
             kept = [i for i, label in enumerate(use.labels) if label not in gone]
             if len(kept) < len(use.labels):
-                self.surgery.cut(self.model, use.name, use.axis, kept)
+                self.surgery.cut(self.model, use, kept)
                 use.labels = [use.labels[i] for i in kept]
 
     def _labels_of(self, removed: Mapping[str, Sequence[int]]) -> set[int]:
@@ -202,7 +212,7 @@ class ChannelGraph:
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
         trial.surgery = Surgery()
-        trial._uses = [Use(use.name, use.axis, use.labels) for use in uses]
+        trial._uses = [replace(use) for use in uses]
         sizes = {group.name: group.channels for group in self.groups()[0]}
         removed = {}
         for number, name in enumerate(names):
@@ -211,7 +221,7 @@ class ChannelGraph:
         gone = trial._labels_of(removed)
         try:
             trial.remove(removed)
-            found = trace(trial.model, self._size)
+            found = trace(trial.model, self._size, self._rules)
         except Exception:  # whatever the model's code raises when its numbers do not fit
             return False
         cuts = [[label for label in cut if label not in gone] for cut in self._cuts]

@@ -6,24 +6,20 @@ dreams instead of data.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.model_state import eval_mode, hooked
+from dreamkit.model_state import eval_mode
+from dreamkit.pruning.activations import called_once, given, put_out, weighted_layers
 from dreamkit.pruning.surgery import Surgery, select
 
 _EXACT = 1e-2
 """Relative error of a layer's output that still is weights times patches; TF32 is off by less."""
 _AT_ONCE = 2**27
 """Numbers in the patches that are unfolded at once (0.5 GB, with copies for a while)."""
-_HELD = 2**28
-"""Numbers of the teacher's outputs that are kept for the layers to come (1 GB)."""
 _WIDEST = 8192
 """Inputs of a layer, k² times its channels: the equations of more fill memory and take hours."""
 
@@ -66,11 +62,11 @@ def reconstruct(
     _take_the_rest(student, teacher, surgery)
     fitted = []
     with eval_mode(student), eval_mode(teacher):
-        names = _called_once(student, batches[0])
+        names = called_once(student, batches[0])
         wanted: dict[str, list[Tensor]] = {}
         for number, name in enumerate(names):
             if name not in wanted:
-                wanted = _put_out(teacher, names[number:], batches)
+                wanted = put_out(teacher, names[number:], batches)
             mask = None if masks is None else masks.get(f"{name}.weight")
             kept = _outputs_kept(surgery, name)
             if _fit(student, name, batches, wanted.pop(name), kept, mask, ridge):
@@ -89,96 +85,9 @@ def _take_the_rest(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> 
             tensor.copy_(theirs[name] if axes is None else select(theirs[name], axes))
 
 
-def weighted_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return all convolutions, of whatever dimensions, and linear layers, by name."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
-
-
 def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
     axes = surgery.kept.get(f"{name}.weight")
     return axes[0] if axes else None
-
-
-def _called_once(model: nn.Module, images: Tensor) -> list[str]:
-    """Return the convolutions and linear layers that a forward pass calls once, in its order."""
-    calls: Counter[str] = Counter()
-    layers = [(n, m) for n, m in weighted_layers(model) if isinstance(m, nn.Conv2d | nn.Linear)]
-    with hooked(layers, lambda name, module, x: calls.update([name])):
-        model(images[:2])
-    return [name for name, count in calls.items() if count == 1]
-
-
-class _Reached(Exception):
-    """A forward pass came to the layer that was waited for; what follows is not needed."""
-
-
-def _given(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """Return what a layer is given, in float32, computing nothing from there on."""
-    found: list[Tensor] = []
-
-    def see(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        found.append(inputs[0] if inputs else next(iter(named.values())))
-        raise _Reached
-
-    layer = model.get_submodule(name)
-    with (
-        layer.register_forward_pre_hook(see, with_kwargs=True),
-        contextlib.suppress(_Reached),
-    ):
-        model(images)
-    return found[0].float()
-
-
-def _put_out(
-    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
-) -> dict[str, list[Tensor]]:
-    """Return what some layers put out, in float32, a tensor for each batch.
-
-    Args:
-        model: in eval mode.
-        names: in forward order; as many of the first as ``_HELD`` allows, one at the least.
-        batches: what the model is given.
-    """
-    sizes: dict[str, int] = {}
-    some = batches[0][:2]
-
-    def measure(name: str, module: nn.Module, output: Tensor) -> None:
-        sizes[name] = output.numel() // len(some)  # windows of an image may be a batch's
-
-    with _watched(model, names, measure):
-        model(some)
-    images = sum(len(batch) for batch in batches)
-    totals = itertools.accumulate(images * sizes[name] for name in names)
-    number = max(1, sum(total <= _HELD for total in totals))
-    found: dict[str, list[Tensor]] = {name: [] for name in names[:number]}
-
-    def keep(name: str, module: nn.Module, output: Tensor) -> None:
-        found[name].append(output.float().clone())  # what follows may work in place
-        if name == names[number - 1]:
-            raise _Reached
-
-    for batch in batches:
-        with _watched(model, found, keep), contextlib.suppress(_Reached):
-            model(batch)
-    return found
-
-
-@contextlib.contextmanager
-def _watched(
-    model: nn.Module, names: Iterable[str], see: Callable[[str, nn.Module, Tensor], None]
-) -> Iterator[None]:
-    """Show what layers put out, by their names."""
-    with contextlib.ExitStack() as stack:
-        for name in names:
-
-            def hook(
-                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
-            ) -> None:
-                see(name, module, output)
-
-            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
-        yield
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
@@ -238,7 +147,7 @@ def _fit(
     squares = products = torch.zeros(())
     checked = False
     for images, y in zip(batches, targets, strict=True):
-        x = _given(student, name, images)
+        x = given(student, name, images)
         if not checked and not _is_product(layer, x[:2], before):
             return False
         checked = True
@@ -246,8 +155,8 @@ def _fit(
             channels = 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1
             y = y.index_select(channels, torch.tensor(kept, device=y.device))
         some = max(1, _AT_ONCE // (before[0, 0].numel() * before.shape[0] * y[0, 0].numel()))
-        for given, wanted in zip(x.split(some), y.split(some), strict=True):
-            patches = _patches(layer, given)
+        for part, wanted in zip(x.split(some), y.split(some), strict=True):
+            patches = _patches(layer, part)
             squares = squares + patches @ patches.mT
             products = products + patches @ _outputs(layer, wanted).mT
     # In float64, which not every device has; these are small.

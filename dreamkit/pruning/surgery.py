@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from dreamkit.errors import ArtifactError
-from dreamkit.pruning.tracing import is_depthwise
+from dreamkit.pruning.channels import Use
 
 Axes = list[list[int] | None]
 """For each axis of a tensor the positions kept, or None for all of them."""
@@ -64,71 +63,26 @@ class Surgery:
 
     # --- cutting ------------------------------------------------------------------------------
 
-    def cut(self, model: nn.Module, name: str, axis: str, kept: Sequence[int]) -> None:
+    def cut(self, model: nn.Module, use: Use, kept: Sequence[int]) -> None:
         """Keep some channels of a layer, in place, and record it.
 
         Args:
             model: whose layer.
-            name: of the layer, or of a parameter.
-            axis: as ``tracing.Use`` has it.
+            use: an axis of the layer.
             kept: positions along that axis.
         """
-        if axis == "parameter":
-            tensor = _tensors(model)[name]
-            wide = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
-            self._take(model, name, wide, kept)
-            return
-        module = model.get_submodule(name)
-        if axis.startswith("attribute:"):
-            self._state(module, name, {axis.partition(":")[2]: len(kept)})
-        elif isinstance(module, _ConvNd):
-            self._cut_convolution(model, name, module, axis, kept)
-        elif isinstance(module, nn.Linear):
-            self._take(model, f"{name}.weight", 0 if axis == "out" else 1, kept)
-            if axis == "out" and module.bias is not None:
-                self._take(model, f"{name}.bias", 0, kept)
-            size = "out_features" if axis == "out" else "in_features"
-            self._state(module, name, {size: len(kept)})
-        else:
-            self._cut_normalisation(model, name, module, kept)
-
-    def _cut_convolution(
-        self, model: nn.Module, name: str, module: _ConvNd, axis: str, kept: Sequence[int]
-    ) -> None:
-        if axis == "out":
-            sizes = {"out_channels": len(kept)}
-            if is_depthwise(module):
-                sizes |= {"in_channels": len(kept), "groups": len(kept)}
-            self._take(model, f"{name}.weight", 0, kept)
-            if module.bias is not None:
-                self._take(model, f"{name}.bias", 0, kept)
-            self._state(module, name, sizes)
-            return
-        # All groups keep the same places: those of the first tell what a filter keeps.
-        size = module.in_channels // module.groups
-        self._take(model, f"{name}.weight", 1, [place for place in kept if place < size])
-        self._state(module, name, {"in_channels": len(kept)})
-
-    def _cut_normalisation(
-        self, model: nn.Module, name: str, module: nn.Module, kept: Sequence[int]
-    ) -> None:
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        size = max(tensor.numel() for _, tensor in own)
-        for key, tensor in own:
-            if tensor.dim() == 1 and len(tensor) == size:
-                self._take(model, f"{name}.{key}", 0, kept)
-        sizes: dict[str, Any] = {
-            key: len(kept)
-            for key in ("num_features", "num_channels", "num_parameters")
-            if getattr(module, key, None) == size
-        }
-        if getattr(module, "normalized_shape", None) == (size,):
-            sizes["normalized_shape"] = (len(kept),)
-        self._state(module, name, sizes)
+        for name, dim in use.tensors.items():
+            self._take(model, name, dim, kept)
+        module = model.get_submodule(use.name) if use.sizes else model
+        for size in use.sizes:
+            several = isinstance(getattr(module, size), tuple)
+            self._state(module, use.name, {size: (len(kept),) if several else len(kept)})
 
     def _take(self, model: nn.Module, name: str, dim: int, kept: Sequence[int]) -> None:
         tensor = _tensors(model)[name]
-        axes: Axes = [list(kept) if axis == dim else None for axis in range(tensor.dim())]
+        # All groups keep the same places: those of the first tell what a filter keeps.
+        places = [place for place in kept if place < tensor.shape[dim]]
+        axes: Axes = [places if axis == dim else None for axis in range(tensor.dim())]
         _replace(model, name, select(tensor.detach(), axes))
         self.kept[name] = _compose(self.kept.get(name), axes)
 

@@ -48,7 +48,7 @@ class BNFeature(Regularizer):
 
 def _absolute(layer: LayerStatistics) -> Tensor:
     off: Tensor = (layer.mean - layer.running_mean).norm()
-    return off + (layer.var - layer.running_var).norm()
+    return off.add((layer.var - layer.running_var).norm())
 
 
 def _relative(layer: LayerStatistics) -> Tensor:

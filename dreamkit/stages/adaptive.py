@@ -134,6 +134,7 @@ class AdaptivePool:
         while self.batches < until:
             self._merge()
         if len(self.pool) == 0:
+            store.withdraw()
             raise DreamkitError("the first dreams came to nothing; see the notes above")
         return len(self.pool) - before
 

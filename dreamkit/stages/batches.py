@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -34,9 +35,24 @@ def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, f
     R_feature is measured on what is stored, without jitter, each layer unscaled.
     """
     stored = teacher.card.to_stored(dream.images)
+    logits, per_layer = feature_distances(stored, dream.labels, teacher)
+    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
+
+
+@torch.no_grad()
+def feature_distances(
+    stored: Tensor, labels: Tensor, teacher: Teacher
+) -> tuple[Tensor, dict[str, float]]:
+    """Return a teacher's logits of a batch, and R_feature of eq. 4 by layer, unscaled.
+
+    Args:
+        stored: (N, C, H, W) uint8.
+        labels: (N,).
+        teacher: where the images are.
+    """
     images = teacher.card.normalise(stored)
     with eval_mode(teacher.model), tapped(teacher.model) as tap:
         logits, statistics = tap(images)
-    step = InversionStep(images, dream.labels, logits, bn_statistics=statistics)
-    per_layer = {name: float(value) for name, value in BNFeature().per_layer(step).items()}
-    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
+    step = InversionStep(images, labels, logits, bn_statistics=statistics)
+    distances = BNFeature().per_layer(step)
+    return logits, {name: float(value) for name, value in distances.items()}

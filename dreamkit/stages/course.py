@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import re
@@ -19,6 +18,7 @@ from dreamkit.joined_images import JoinedImages
 from dreamkit.pruning.head import grow_head
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf
+from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
 from dreamkit.types import NO_LABEL, Images, ImageSource, RunLog, Teacher
 
@@ -144,7 +144,7 @@ def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: st
     """
     classes = old.card.num_classes + len(class_names)
     surgery = Surgery.from_json(old.surgery)
-    model = copy.deepcopy(old.model)
+    model = trainable_copy(old.model)
     grow_head(model, old.card.input_size, classes, seed, surgery)
     names = old.card.class_names
     card = dataclasses.replace(

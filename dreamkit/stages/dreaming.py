@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.stages.batches import as_stored, batch_plans
-from dreamkit.store.dreams import MANIFEST, DreamStore, ShardedImages
+from dreamkit.store.dreams import DreamStore
+from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
     BatchPlan,
     Dreamer,
@@ -62,6 +63,7 @@ def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext
 
                 work.batches(missing, on_step)
     if len(store) == 0:
+        store.withdraw()
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
     report_synthesis(context, store)
     return store.open()
@@ -73,10 +75,8 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
     metrics["synthesis.images"] = len(store)
     metrics["synthesis.skipped_batches"] = len(store.skipped)
     metrics["synthesis.seconds"] = store.seconds
-    timed = [shard for shard in store.shards.values() if shard.seconds > 0]
-    if timed:  # those whose writer was killed do not tell how long they took
-        rate = sum(shard.images for shard in timed) / sum(shard.seconds for shard in timed)
-        metrics["synthesis.images_per_second"] = rate * distributed.size()
+    rate = len(store) / store.seconds * distributed.size()
+    metrics["synthesis.images_per_second"] = rate
     if store.r_feature is not None:
         metrics["synthesis.r_feature"] = store.r_feature
     content = store.open()
@@ -96,7 +96,7 @@ def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> D
     for batch in store.skipped.values():
         note = f"batch {batch.index} was left out ({batch.reason})"
         if store.state is None:  # else later ones build on its absence
-            note += f"; to try it again, remove it from 'skipped' in {store.folder / MANIFEST}"
+            note += f"; to try it again, remove {store.folder / batch.file}"
         context.log.note(note)
     return store
 
@@ -217,7 +217,8 @@ class Dreaming:
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
             mine_skipped = set(self.store.skipped)
-            self.store.merge(distributed.gathered(self.store))
+            distributed.together()
+            self.store.refresh(plan.index for plan in plans)
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")

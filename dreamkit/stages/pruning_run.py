@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import time
@@ -18,7 +17,7 @@ from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
-from dreamkit.model_state import load_state
+from dreamkit.model_state import load_state, seeded
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.knapsack import choose_knapsack
 from dreamkit.pruning.selection import choose, removable
@@ -29,7 +28,7 @@ from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
-from dreamkit.stages.teaching import train_student
+from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
@@ -57,7 +56,7 @@ class PruningRun:
         self.teacher = teacher
         self.context = context
         self.card = teacher.card
-        self.student = copy.deepcopy(teacher.model)
+        self.student = trainable_copy(teacher.model)
         self.cut = Surgery()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
@@ -65,8 +64,6 @@ class PruningRun:
         self.rounds = 0
         self.seconds = 0.0
         self.table = self._read_tables()
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(True)
         self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
         groups, skipped = self.graph.groups()
         with placed("limits"):
@@ -82,9 +79,10 @@ class PruningRun:
         found = self.checkpoint.found
         teacher_ms = None if found is None else found[1]["teacher_ms"]
         channels = sum(self.originals.values())
-        self.budget = Budget(
-            options.target, teacher, self.table, channels, context.latency, teacher_ms
-        )
+        with seeded(context.seed):  # what layers are timed on is drawn
+            self.budget = Budget(
+                options.target, teacher, self.table, channels, context.latency, teacher_ms
+            )
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
@@ -127,7 +125,7 @@ class PruningRun:
             NothingToPrune: the limits are reached before the target.
         """
         log, budget = self.context.log, self.budget
-        with log.progress("pruning", 1000) as advance:
+        with log.progress("pruning", 1000) as advance, seeded(self.context.seed):
             while not budget.met(self.shares):
                 start = time.perf_counter()
                 removed = self._round()

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamkit.pruning.reconstruction import reconstruct, weighted_layers
+from dreamkit.pruning.activations import weighted_layers
+from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate

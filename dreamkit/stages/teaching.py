@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Recovery(Distillation):
 
     temperature: Annotated[float, Field(gt=0)] = 5.0
     lr: Annotated[float, Field(gt=0)] = 0.01
+
+
+def trainable_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a network all of whose weights learn, whatever of it its owner froze."""
+    return copy.deepcopy(model).requires_grad_(True)
 
 
 def train_student(

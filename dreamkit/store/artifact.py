@@ -1,37 +1,30 @@
 """The student artifact: a model that reloads without pickle.
 
 ``artifact.json`` holds the builder (a recipe's teacher entry without weights), the channels kept
-of every parameter, and the card; ``model.safetensors`` the weights. A tensor that is mostly zeros
-is stored as the values that are not and a bit an element that tells where they are.
+of every parameter, and the card; ``model.safetensors`` the state dict, which ``load_state_dict``
+of a model built and cut that way takes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError
 from dreamkit.store.atomic import write_atomically, write_json
 
-FORMAT = 2
+FORMAT = 3
 SPECIFICATION = "artifact.json"
 WEIGHTS = "model.safetensors"
 MAX_BYTES = 100_000_000
 """Of the specification: positions kept of every axis, of the largest networks."""
-_VALUES, _PLACES = "values:", "places:"
-_DENSE = 0.9
-"""A tensor is stored sparse if that takes less than this share of its room."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,7 @@ def write_artifact(
         raise ArtifactError(f"{folder} cannot be made: {error.strerror}") from error
     # Cloned: tied weights share storage, which safetensors refuses.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    packed, sparse = _pack(state)
-    blob = safetensors.torch.save(packed)
+    blob = safetensors.torch.save(state)
     write_atomically(folder / WEIGHTS, blob)
     specification = {
         "format": FORMAT,
@@ -70,7 +62,6 @@ def write_artifact(
         "card": card.to_json(),
         "weights_sha256": hashlib.sha256(blob).hexdigest(),
         "surgery": surgery,
-        "sparse": sparse,
     }
     write_json(folder / SPECIFICATION, specification)
 
@@ -99,7 +90,7 @@ def read_artifact(folder: Path) -> Artifact:
             specification["builder"],
             Card.from_json(specification["card"]),
             specification["surgery"],
-            _unpack(safetensors.torch.load(blob), specification["sparse"]),
+            safetensors.torch.load(blob),
         )
     except FileNotFoundError as error:
         raise ArtifactError(
@@ -109,37 +100,3 @@ def read_artifact(folder: Path) -> Artifact:
         raise
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise ArtifactError(f"{folder} cannot be read as a student: {error}") from error
-
-
-def _pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Return tensors as they are stored, and the shapes of those that are stored sparse."""
-    packed: dict[str, Tensor] = {}
-    shapes = {}
-    for name, tensor in state.items():
-        flat = tensor.flatten()
-        there = flat != 0
-        values = flat[there]
-        places = torch.from_numpy(np.packbits(there.numpy()))
-        room = values.numel() * values.element_size() + places.numel()
-        if tensor.is_floating_point() and room < _DENSE * flat.numel() * flat.element_size():
-            packed |= {_VALUES + name: values, _PLACES + name: places}
-            shapes[name] = list(tensor.shape)
-        else:
-            packed[name] = tensor
-    return packed, shapes
-
-
-def _unpack(packed: dict[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Return tensors as they were before ``_pack``."""
-    state = dict(packed)
-    for name, shape in shapes.items():
-        values, places = state.pop(_VALUES + name), state.pop(_PLACES + name)
-        if not all(type(side) is int and side >= 0 for side in shape) or not (
-            math.prod(shape) <= 8 * places.numel()
-        ):
-            raise ValueError(f"'{name}' is not of the shape {shape}")
-        flat = torch.zeros(math.prod(shape), dtype=values.dtype)
-        there = np.unpackbits(places.numpy(), count=flat.numel()).astype(bool)
-        flat[torch.from_numpy(there)] = values
-        state[name] = flat.view(shape)
-    return state

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from dreamkit.card import Card
 from dreamkit.errors import MissingPath, StoreError
-from dreamkit.store.dreams import MANIFEST, DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.types import Images, ImageSource, RunContext
 
 
 def find_store(folder: Path) -> Path:
     """Return the store in a run directory, or the folder itself if it is one."""
     inside = folder / RunContext.DREAMS
-    return inside if (inside / MANIFEST).is_file() else folder
+    return inside if holds_dreams(inside) else folder
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Dreams(ImageSource):
     path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.path is not None and not (find_store(Path(self.path)) / MANIFEST).is_file():
-            raise MissingPath("path", f"no dreams in {self.path} (no {MANIFEST})")
+        if self.path is not None and not holds_dreams(find_store(Path(self.path))):
+            raise MissingPath("path", f"no dreams in {self.path}")
 
     def open(self, card: Card) -> Images:
         """Return the dreams of the earlier run.

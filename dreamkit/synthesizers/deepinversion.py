@@ -18,19 +18,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.card import Card
-from dreamkit.errors import TeacherMismatch, placed
+from dreamkit.errors import placed
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
-from dreamkit.synthesizers.inversion_loss import (
-    bound_loss,
-    check_terms,
-    competing,
-)
+from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
+from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
 from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
+from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.teachers.checking import check_fits, check_outputs
 from dreamkit.training.schedule import lr_factor
@@ -45,35 +42,10 @@ from dreamkit.types import (
     TeacherSource,
 )
 
-Size = Annotated[int, Field(ge=1)]
-
 SYNC_EVERY = 25
 """Steps between looks at whether the loss is finite and falls; each look waits for the device."""
-PROGRESS = 1e-3
-"""Relative fall of the best loss that counts as progress."""
 LARGEST_BATCH = 1024
 """What ``batch_size: auto`` does not go beyond: a batch is what an interruption loses."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One resolution of an inversion.
-
-    Args:
-        steps: optimizer steps.
-        size: side of a square, or [height, width]; null is the teacher's input size.
-        lr: learning rate of this stage; null is the synthesizer's.
-    """
-
-    steps: Annotated[int, Field(ge=1)]
-    size: Size | tuple[Size, Size] | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None
-
-    def resolution(self, card: Card) -> tuple[int, int]:
-        """Return (height, width)."""
-        if self.size is None:
-            return card.input_size[1:]
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 @dataclass(frozen=True)
@@ -126,9 +98,7 @@ class DeepInversion(Synthesizer):
         default_factory=Pixels
     )
     patience: Annotated[int, Field(ge=1)] | None = None
-    labels: Literal["balanced", "random"] | Annotated[tuple[int, ...], Field(min_length=1)] = (
-        "balanced"
-    )
+    labels: Labels = "balanced"
     student: Annotated[TeacherSource | None, EntryOf("teachers")] = None
     engine: Engine = field(default_factory=Engine)
 
@@ -145,16 +115,6 @@ class DeepInversion(Synthesizer):
     def known_batch_size(self) -> int | None:
         """Return the batch size; None for ``auto``."""
         return None if self.batch_size == "auto" else self.batch_size
-
-    def label_plan(self, plan: BatchPlan, num_classes: int, generator: torch.Generator) -> Tensor:
-        """Return a batch's labels (N,); those dealt in turn go on from the batch before."""
-        if self.labels == "random":
-            return torch.randint(num_classes, (plan.size,), generator=generator)
-        classes = (
-            torch.arange(num_classes) if self.labels == "balanced" else torch.tensor(self.labels)
-        )
-        turn = torch.arange(plan.first_image, plan.first_image + plan.size)
-        return classes[turn % len(classes)]
 
     @contextmanager
     def session(
@@ -190,15 +150,7 @@ class DeepInversion(Synthesizer):
         """Refuse a teacher that the terms, the labels or the student do not fit."""
         check_terms(self.regularizers, teacher)
         self._load_student(teacher)
-
-        if not isinstance(self.labels, str):
-            wrong = [label for label in self.labels if not 0 <= label < teacher.card.num_classes]
-            if wrong:
-                raise TeacherMismatch(
-                    f"label {wrong[0]} is none of the teacher's {teacher.card.num_classes} classes "
-                    f"(0 to {teacher.card.num_classes - 1})",
-                    ("labels",),
-                )
+        check_labels(self.labels, teacher.card)
 
 
 class Inversion(LossDreamer):
@@ -228,7 +180,7 @@ class Inversion(LossDreamer):
         """
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
-        labels = options.label_plan(plan, card.num_classes, generator).to(self.device)
+        labels = deal_labels(options.labels, plan, card.num_classes, generator).to(self.device)
         images: Tensor | None = None
         best: Best | None = None
         done = 0
@@ -271,7 +223,8 @@ class Inversion(LossDreamer):
             betas=options.betas,
             fused=self.device.type in {"cpu", "cuda"},
         )
-        draws = draw_views(stage.steps, self._jitter(stage), options.flip, generator)
+        jitter = stage.jitter(options.jitter, options.stages[-1], self.teacher.card)
+        draws = draw_views(stage.steps, jitter, options.flip, generator)
         draws = draws.to(self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
@@ -303,15 +256,6 @@ class Inversion(LossDreamer):
             images = self.options.parameterisation.render(parameters, size)
             return self.options.parameterisation.encode(images.clamp(*limits))
 
-    def _jitter(self, stage: Stage) -> tuple[int, int]:
-        card = self.teacher.card
-        height, width = stage.resolution(card)
-        if self.options.jitter is None:
-            return height // 16, width // 16
-        last_height, last_width = self.options.stages[-1].resolution(card)
-        jitter = self.options.jitter
-        return round(jitter * height / last_height), round(jitter * width / last_width)
-
     def phases(self) -> list[Phase]:
         """Return the stages of a full batch as what can be timed and compiled."""
         card, found = self.teacher.card, []
@@ -322,7 +266,9 @@ class Inversion(LossDreamer):
             shape = (size, card.input_size[0], *resolution)
             start = self.options.parameterisation.start(shape, generator).to(self.device)
             plan = BatchPlan(0, 0, size, 0)
-            labels = self.options.label_plan(plan, card.num_classes, generator).to(self.device)
+            labels = deal_labels(self.options.labels, plan, card.num_classes, generator).to(
+                self.device
+            )
 
             def run(
                 steps: int,
@@ -353,25 +299,3 @@ class Inversion(LossDreamer):
             found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
         self.note(f"batch_size: auto is {found} on this machine")
         return found
-
-
-class Plateau:
-    """Tells when the best loss of a stage has stopped falling.
-
-    Args:
-        patience: steps without progress that are too many; None for any number.
-    """
-
-    def __init__(self, patience: int | None) -> None:
-        self.patience = patience
-        self.lowest = math.inf
-        self.since = 0
-
-    def __call__(self, step: int, best_loss: Tensor) -> bool:
-        """Return whether to stop; reads the loss off the device only where there is a patience."""
-        if self.patience is None:
-            return False
-        loss = float(best_loss)
-        if self.lowest - loss > PROGRESS * abs(self.lowest) or not math.isfinite(self.lowest):
-            self.lowest, self.since = loss, step
-        return step - self.since >= self.patience

@@ -77,20 +77,6 @@ def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]
         yield images.batch(range(first, min(first + batch_size, len(images))))
 
 
-def epochs_of(
-    images: Images, batch_size: int, epochs: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled batches for some epochs; a last batch of one image is left out.
-
-    BatchNorm in training has no variance to learn from a single image of 1×1 features.
-    """
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for indices in order.split(batch_size):
-            if len(indices) > 1 or len(images) == 1:
-                yield images.batch(indices.tolist())
-
-
 class Draws:
     """Deals out the images of a set that may grow: each once before any comes again.
 

@@ -14,7 +14,8 @@ from dreamkit.training.losses.distillation import (
     KLDivergence,
     mixed_cross_entropy,
 )
-from dreamkit.training.trainer import Batch, Trainer, Training
+from dreamkit.training.options import Training
+from dreamkit.training.trainer import Batch, Trainer
 from dreamkit.types import NO_LABEL, DistillationLoss
 
 

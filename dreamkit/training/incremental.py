@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.registry import Term
-from dreamkit.training.trainer import Batch, Trainer, Training
+from dreamkit.training.options import Training
+from dreamkit.training.trainer import Batch, Trainer
 from dreamkit.types import IncrementalLoss, IncrementalStep
 
 

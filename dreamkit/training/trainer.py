@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,87 +18,13 @@ from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_ow
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import load_state
-from dreamkit.training.augmenter import Augmentation, Augmenter
+from dreamkit.training.augmenter import Augmenter
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.training.schedule import Schedule, lr_factor
+from dreamkit.training.options import Training
 from dreamkit.types import Images
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 Batch = tuple[Tensor, Tensor]
 """Stored images (N, C, H, W) uint8 and their labels (N,) int64."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Training: how a student is taught.
-
-    Args:
-        epochs: passes over the images; 0 leaves the student as it is.
-        steps: optimizer steps, in place of epochs.
-        lr: peak learning rate.
-        batch_size: images a step.
-        accumulate: parts in which a step's images go through the networks, to save memory;
-            BatchNorm sees one part at a time.
-        optimizer: ``sgd`` with Nesterov momentum, or ``adamw``.
-        momentum: of SGD.
-        weight_decay: of either.
-        schedule: of the learning rate after the warm-up; ``step`` divides it by ten at each of
-            the milestones.
-        milestones: shares of all steps.
-        warmup: share of the steps over which the learning rate rises.
-        clip_norm: limit on the gradient's norm; null for none.
-        augmentation: how images are varied.
-        ema: keep a moving average of the weights with this decay, and let it be the student;
-            null does not.
-        recalibrate: batches over which BatchNorm statistics are taken anew at the end; 0 keeps
-            those of training.
-        evaluate_every: steps between looks at the accuracy on evaluation images; null never does.
-        precision: of the networks' arithmetic; weights, statistics and losses stay float32.
-            ``auto`` is bfloat16 where the hardware multiplies it natively, except for students
-            with depthwise convolutions on a CPU.
-        compile: compile both networks with ``torch.compile``; a minute or so, which pays in runs
-            of a thousand steps and more.
-    """
-
-    epochs: Annotated[int, Field(ge=0)] = 30
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    schedule: Schedule = "cosine"
-    milestones: tuple[Share, ...] = (0.4, 0.8)
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    ema: Share | None = None
-    recalibrate: Annotated[int, Field(ge=0)] = 0
-    evaluate_every: Annotated[int, Field(ge=1)] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.accumulate > self.batch_size // 2:
-            raise ValueError(
-                f"accumulate: {self.accumulate} parts of {self.batch_size} images leave BatchNorm "
-                "less than two; choose fewer"
-            )
-
-    def total_steps(self, images: int) -> int:
-        """Return how many optimizer steps a run over this many images takes."""
-        if self.steps is not None:
-            return self.steps
-        if self.epochs == 0 or images == 0:
-            return 0
-        return max(1, round(self.epochs * images / min(self.batch_size, images)))
-
-    def lr_factor(self, step: int, total: int) -> float:
-        """Return the learning rate's factor at a step: up over the warm-up, then the schedule."""
-        warmup = round(self.warmup * total)
-        return lr_factor(step, total, warmup, self.schedule, self.milestones)
 
 
 Options = TypeVar("Options", bound=Training)

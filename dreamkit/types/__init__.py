@@ -4,6 +4,8 @@ Images are either *stored* (uint8, 0 to 255) or *normalised* (float, (pixel/255 
 channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 """
 
+from dreamkit.types.channels import ChannelCall, ChannelRule
+from dreamkit.types.deployment import Exporter
 from dreamkit.types.distillation import DistillationLoss
 from dreamkit.types.events import (
     BatchDreamed,
@@ -51,7 +53,9 @@ __all__ = [
     "Application",
     "BatchDreamed",
     "BatchPlan",
+    "ChannelCall",
     "ChannelGroup",
+    "ChannelRule",
     "Chunk",
     "Criterion",
     "DistillationLoss",
@@ -59,6 +63,7 @@ __all__ = [
     "Dreamer",
     "Estimate",
     "Event",
+    "Exporter",
     "ImageSource",
     "Images",
     "IncrementalLoss",

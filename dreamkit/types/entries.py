@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import get_args
 
+from dreamkit.types.channels import ChannelRule
+from dreamkit.types.deployment import Exporter
 from dreamkit.types.distillation import DistillationLoss
 from dreamkit.types.images import ImageSource
 from dreamkit.types.incremental import IncrementalLoss, IncrementalNeed
@@ -23,11 +25,13 @@ BASES: dict[str, type] = {
     "teachers": TeacherSource,
     "sources": ImageSource,
     "criteria": Criterion,
+    "channel_rules": ChannelRule,
     "losses": IncrementalLoss,
     "distillation_losses": DistillationLoss,
     "selections": Selection,
     "latency_backends": LatencyBackend,
     "applications": Application,
+    "exporters": Exporter,
     "trackers": Tracker,
 }
 """The base class of each kind of entry, whose defaults an entry has where it says nothing."""

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit.card import Card
-from dreamkit.types import StoredImages, Teacher
+from dreamkit.report.run_log import MemoryLog
+from dreamkit.types import RunContext, StoredImages, Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,25 @@ def make_images(count, size=(3, 8, 8), classes=3):
     return StoredImages(pixels, torch.arange(count) % classes)
 
 
+class Untimed:
+    """A latency target that fails the test if anything is timed on it."""
+
+    batch_size = 1
+    folds_norms = True
+
+    def describe(self):
+        return {"device": "untimed"}
+
+    def time(self, modules):
+        raise AssertionError("nothing here needs a latency")
+
+
+def make_context(folder, latency=None, evaluation=None, seed=3, log=None):
+    """Return where an application works; it tells a log in memory, and times nothing."""
+    log, latency = log or MemoryLog(), latency or Untimed()
+    return RunContext(seed, torch.device("cpu"), folder, log, latency, evaluation)
+
+
 def make_state(model):
     """Return everything about a model that a caller may rely on, to compare before and after."""
     return {
@@ -186,6 +206,14 @@ def make_state(model):
             for k, m in model.named_modules()
         },
     }
+
+
+def assert_same_tensors(model, other):
+    """Fail naming a tensor in which two models of one architecture differ."""
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(mine[name], tensor), name
 
 
 def assert_same_state(model, before):
@@ -214,36 +242,8 @@ def toys():
         card=make_card,
         teacher=make_teacher,
         images=make_images,
+        context=make_context,
         state=make_state,
         assert_same_state=assert_same_state,
+        assert_same_tensors=assert_same_tensors,
     )
-
-
-class SilentLog:
-    """A run log that keeps what it is told."""
-
-    def __init__(self):
-        self.records = []
-        self.notes = []
-
-    def record(self, stage, step, numbers):
-        self.records.append((stage, step, dict(numbers)))
-
-    def begin(self, stage):
-        self.records = [record for record in self.records if record[0] != stage]
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def check(self, together=False):
-        pass
-
-    def progress(self, stage, total):
-        import contextlib
-
-        return contextlib.nullcontext(lambda done: None)
-
-
-@pytest.fixture
-def silent_log():
-    return SilentLog()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
-from dreamkit.stages import teaching
-from dreamkit.stages.adaptive import Adaptive, Growth, growing
-from dreamkit.stages.dreaming import batch_plans
+from dreamkit.stages import training_run
+from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
+from dreamkit.stages.batches import batch_plans
 from dreamkit.stages.teaching import train_student
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
-from dreamkit.store.dreams import DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.pool import Pool
-from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion, Inversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.training.augmenter import Augmentation
-from dreamkit.training.distillation import Distillation
-from dreamkit.types import RunContext, StoredImages
+from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.types import StoredImages, Synthesis
 
-CPU = torch.device("cpu")
 TRAINING = Distillation(
     steps=12,
     batch_size=4,
@@ -35,29 +36,26 @@ TRAINING = Distillation(
 EVERY_THREE = Adaptive(every=3, batches=1)
 
 
+SYNTHESIS = Synthesis(
+    DeepInversion(
+        images=10,
+        batch_size=4,
+        regularizers=(Term("bn_feature", 1.0, BNFeature()), Term("js", 1.0, JSCompete())),
+        stages=(Stage(2),),
+        engine=Engine(precision="float32", compile=False),
+    ),
+    {"name": "deepinversion", "images": 10},
+)
+
+
 @pytest.fixture
-def context(toys, silent_log, tmp_path):
-    return make_context(toys, silent_log, tmp_path)
+def context(toys, tmp_path):
+    return toys.context(tmp_path)
 
 
-def make_context(toys, log, folder):
-    return RunContext(
-        recipe={"synthesis": {"name": "deepinversion", "images": 10}},
-        seed=3,
-        device=CPU,
-        folder=folder,
-        teacher=toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc")),
-        synthesizer=DeepInversion(
-            images=10,
-            batch_size=4,
-            regularizers=(Term("bn_feature", 1.0, BNFeature()), Term("js", 1.0, JSCompete())),
-            stages=(Stage(2),),
-            engine=Engine(precision="float32", compile=False),
-        ),
-        evaluation=None,
-        latency=None,
-        log=log,
-    )
+@pytest.fixture
+def teacher(toys):
+    return toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc"))
 
 
 def student_of(toys):
@@ -67,14 +65,18 @@ def student_of(toys):
     return student
 
 
-def teach(context, student, options=EVERY_THREE):
-    with growing(context, student, options) as growth:
-        return train_student(context, student, growth, TRAINING, "training")
+def teach(teacher, context, student, options=EVERY_THREE):
+    with adaptive_pool(teacher, SYNTHESIS, context, student, options) as pool:
+        return train_student(teacher, student, pool, TRAINING, context, "training")
 
 
 def stored(context):
-    folder = context.folder / "dreams"
-    return {p.name: p.read_bytes() for p in folder.glob("shard-*.safetensors")}
+    """Return what the store holds, but for the seconds that it took."""
+    if not holds_dreams(context.folder / "dreams"):
+        return {}
+    store = DreamStore(context.folder / "dreams")
+    assert store.damaged() == []
+    return {index: replace(header, seconds=0.0) for index, header in store.shards.items()}
 
 
 # --- the rhythm -------------------------------------------------------------------------------
@@ -95,21 +97,21 @@ class Planned:
     ],
 )
 def test_new_dreams_come_at_their_steps(options, expected):
-    growth = Growth(options, Planned())
-    assert growth.images == 10
+    pool = AdaptivePool(options, Planned())
+    assert pool.images == 10
     came = {}
     for step in range(12):
-        if growth.due(step):
-            growth.batches = min(growth.batches + options.batches, 3)
-            came[step] = growth.batches
+        if pool.due(step):
+            pool.batches = min(pool.batches + options.batches, 3)
+            came[step] = pool.batches
     assert came == expected
 
 
 def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
-    context, toys, monkeypatch
+    teacher, context, toys, monkeypatch
 ):
     student, seen, used = student_of(toys), [], []
-    dream, step = Inversion.dream, teaching.Distiller.step
+    dream, step = Inversion.dream, Distiller.step
 
     def watch(self, plan, on_step):
         seen.append((plan.index, student.fc.weight.detach().clone()))
@@ -120,8 +122,8 @@ def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
         return step(self, batch, share=share)
 
     monkeypatch.setattr(Inversion, "dream", watch)
-    monkeypatch.setattr(teaching.Distiller, "step", count)
-    pool = teach(context, student)
+    monkeypatch.setattr(Distiller, "step", count)
+    pool = teach(teacher, context, student)
     assert [index for index, _ in seen] == [0, 1, 2]
     weights = [w for _, w in seen]
     assert not torch.equal(weights[0], weights[1])
@@ -130,10 +132,10 @@ def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
     assert len(used) == 12
     newest, _ = pool.batch(range(4, 8))
     assert sorted(x.sum().item() for x in used[3]) == sorted(x.sum().item() for x in newest)
-    assert context.metrics["training.steps"] == 12
+    assert context.log.metrics["training.steps"] == 12
 
 
-def test_rounds_dream_several_batches_against_one_student(context, toys, monkeypatch):
+def test_rounds_dream_several_batches_against_one_student(teacher, context, toys, monkeypatch):
     student, seen, dream = student_of(toys), [], Inversion.dream
 
     def watch(self, plan, on_step):
@@ -141,7 +143,7 @@ def test_rounds_dream_several_batches_against_one_student(context, toys, monkeyp
         return dream(self, plan, on_step)
 
     monkeypatch.setattr(Inversion, "dream", watch)
-    teach(context, student, Adaptive(every=6, batches=2))
+    teach(teacher, context, student, Adaptive(every=6, batches=2))
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
 
@@ -151,10 +153,10 @@ def test_rounds_dream_several_batches_against_one_student(context, toys, monkeyp
     [(Adaptive(every=6, batches=1), 13), (Adaptive(every=12, batches=2), 13)],
 )
 def test_a_training_too_short_for_its_dreams_says_how_long_it_must_be(options, needed):
-    growth = Growth(options, Planned())
-    growth.check(needed)
+    pool = AdaptivePool(options, Planned())
+    pool.check(needed)
     with pytest.raises(DreamkitError, match=f"before step {needed}, and the training has 12") as e:
-        growth.check(12)
+        pool.check(12)
     assert e.value.path == ("training",)
 
 
@@ -163,15 +165,15 @@ def test_a_training_too_short_for_its_dreams_says_how_long_it_must_be(options, n
 
 @pytest.mark.parametrize("where", ["first dream", "later dream", "training", "after"])
 def test_a_killed_run_ends_with_the_same_pool_and_student(
-    toys, silent_log, tmp_path, monkeypatch, where
+    toys, teacher, tmp_path, monkeypatch, where
 ):
-    whole = make_context(toys, silent_log, tmp_path / "whole")
+    whole = toys.context(tmp_path / "whole")
     expected = student_of(toys)
-    pool = teach(whole, expected)
+    pool = teach(teacher, whole, expected)
 
-    parts = make_context(toys, silent_log, tmp_path / "parts")
-    dream, step = Inversion.dream, teaching.Distiller.step
-    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0 if where == "training" else 60.0)
+    parts = toys.context(tmp_path / "parts")
+    dream, step = Inversion.dream, Distiller.step
+    monkeypatch.setattr(training_run, "CHECKPOINT_SECONDS", 0.0 if where == "training" else 60.0)
 
     def kill_dream(self, plan, on_step):
         if plan.index == {"first dream": 0, "later dream": 2}.get(where):
@@ -185,12 +187,12 @@ def test_a_killed_run_ends_with_the_same_pool_and_student(
 
     with monkeypatch.context() as patched:
         patched.setattr(Inversion, "dream", kill_dream)
-        patched.setattr(teaching.Distiller, "step", kill_step)
+        patched.setattr(Distiller, "step", kill_step)
         with pytest.raises(KeyboardInterrupt):
-            teach(parts, student_of(toys))
+            teach(teacher, parts, student_of(toys))
     before = stored(parts)
     student = student_of(toys)
-    again = teach(parts, student)
+    again = teach(teacher, parts, student)
     assert before.items() <= stored(parts).items()
     assert stored(parts) == stored(whole)
     assert torch.equal(again.batch(range(10))[0], pool.batch(range(10))[0])
@@ -198,23 +200,23 @@ def test_a_killed_run_ends_with_the_same_pool_and_student(
         assert torch.equal(student.state_dict()[name], value), name
 
 
-def test_a_finished_training_is_not_repeated(context, toys, monkeypatch):
+def test_a_finished_training_is_not_repeated(teacher, context, toys, monkeypatch):
     first, second = student_of(toys), student_of(toys)
-    teach(context, first)
-    monkeypatch.setattr(teaching.Distiller, "step", None)
-    teach(context, second)
+    teach(teacher, context, first)
+    monkeypatch.setattr(Distiller, "step", None)
+    teach(teacher, context, second)
     assert torch.equal(first.fc.weight, second.fc.weight)
     assert any("going on from step 12 of 12" in note for note in context.log.notes)
 
 
-def test_a_batch_that_is_gone_from_under_a_checkpoint_is_named(context, toys):
-    teach(context, student_of(toys))
+def test_a_batch_that_is_gone_from_under_a_checkpoint_is_named(teacher, context, toys):
+    teach(teacher, context, student_of(toys))
     (context.folder / "dreams" / "shard-000001.safetensors").unlink()
     with pytest.raises(DreamkitError, match=r"batch 1 .* is gone.*checkpoints"):
-        teach(context, student_of(toys))
+        teach(teacher, context, student_of(toys))
 
 
-def test_a_batch_that_overflows_is_left_out_of_the_pool(context, toys, monkeypatch):
+def test_a_batch_that_overflows_is_left_out_of_the_pool(teacher, context, toys, monkeypatch):
     dream = Inversion.dream
 
     def overflow(self, plan, on_step):
@@ -223,24 +225,24 @@ def test_a_batch_that_overflows_is_left_out_of_the_pool(context, toys, monkeypat
         return dream(self, plan, on_step)
 
     monkeypatch.setattr(Inversion, "dream", overflow)
-    assert len(teach(context, student_of(toys))) == 6
+    assert len(teach(teacher, context, student_of(toys))) == 6
     assert sorted(DreamStore(context.folder / "dreams").shards) == [0, 2]
 
 
-def test_a_checkpoint_of_another_training_is_refused(context, toys, monkeypatch):
-    monkeypatch.setattr(teaching, "CHECKPOINT_SECONDS", 0.0)
-    teach(context, student_of(toys))
-    context.teacher.card = toys.card(weights_sha256="another")
+def test_a_checkpoint_of_another_training_is_refused(teacher, context, toys, monkeypatch):
+    monkeypatch.setattr(training_run, "CHECKPOINT_SECONDS", 0.0)
+    teach(teacher, context, student_of(toys))
+    teacher.card = toys.card(weights_sha256="another")
     images, student = toys.images(10), student_of(toys)
     with pytest.raises(StoreError, match=r"is of a training with.*delete it"):
-        train_student(context, student, images, TRAINING, "training")
+        train_student(teacher, student, images, TRAINING, context, "training")
 
 
-def test_weights_that_are_not_finite_are_not_kept(context, toys):
+def test_weights_that_are_not_finite_are_not_kept(teacher, context, toys):
     student = student_of(toys)
     wild = Distillation(steps=12, batch_size=4, lr=1e30, precision="float32")
     with pytest.raises(DreamkitError, match="not finite"):
-        train_student(context, student, toys.images(10), wild, "training")
+        train_student(teacher, student, toys.images(10), wild, context, "training")
     assert not (context.folder / "checkpoints").exists()
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.applications import prune as prune_module
-from dreamkit.applications.prune import Prune, Recovery
+from dreamkit.applications.prune import Prune
 from dreamkit.criteria.bn_scale import BNScale
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.random import Random
@@ -21,12 +20,15 @@ from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import LayerLimits, Limits, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import Term
-from dreamkit.stages import measuring
+from dreamkit.report.run_log import MemoryLog
+from dreamkit.stages import measuring, pruning_run
 from dreamkit.stages.budget import Budget, Target
-from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.store.artifact import read_artifact
+from dreamkit.stages.measuring import measure_costs
+from dreamkit.stages.pruning_run import PruningRun
+from dreamkit.stages.reconstructing import Reconstruction
+from dreamkit.stages.teaching import Recovery
 from dreamkit.training.losses.distillation import LogitDistance
-from dreamkit.types import LatencyBackend, RunContext, Timing
+from dreamkit.types import LatencyBackend, Timing
 
 SIZE = (3, 8, 8)
 
@@ -60,27 +62,37 @@ class Weights(LatencyBackend):
         return timings
 
 
-class Images:
-    """The images that a run is given in place of dreams."""
+class Acting(MemoryLog):
+    """A log that does something when a stage begins, or before it keeps one of its records."""
 
-    def __init__(self, stored):
-        self.stored = stored
-        self.path = "somewhere"
+    def __init__(self, act, stage, step=None):
+        super().__init__()
+        self.act, self.stage, self.step = act, stage, step
 
-    def open(self, card):
-        return self.stored
+    def progress(self, stage, total):
+        if (stage, None) == (self.stage, self.step):
+            self.act()
+        return super().progress(stage, total)
+
+    def record(self, stage, step, numbers):
+        if (stage, step) == (self.stage, self.step):
+            self.act()
+        super().record(stage, step, numbers)
 
 
 @pytest.fixture
-def context(toys, silent_log, tmp_path):
-    def make(backend, model=None, folder=""):
-        teacher = toys.teacher(model or toys.residual())
-        place = tmp_path / folder
-        return RunContext(
-            {}, 3, torch.device("cpu"), place, teacher, None, None, backend, silent_log
-        )
+def teacher(toys):
+    return toys.teacher(toys.two_bn())
 
-    return make
+
+@pytest.fixture
+def residual(toys):
+    return toys.teacher(toys.residual())
+
+
+@pytest.fixture
+def context(toys, tmp_path):
+    return toys.context(tmp_path)
 
 
 def weights_of(model):
@@ -96,55 +108,50 @@ def parameters_of(model):
 # --- budgets ----------------------------------------------------------------------------------
 
 
-def test_a_latency_goal_in_milliseconds_is_a_share_of_the_teachers(context):
+def test_a_latency_goal_in_milliseconds_is_a_share_of_the_teachers(residual):
     backend = Weights()
-    run = context(backend)
-    whole = 1e-3 * weights_of(run.teacher.model)
-    budget = Budget(Target(latency_ms=0.25 * whole), run, LookUpTable(backend), 9)
+    whole = 1e-3 * weights_of(residual.model)
+    budget = Budget(Target(latency_ms=0.25 * whole), residual, LookUpTable(backend), 9, backend)
     assert budget.goals == {"latency": pytest.approx(0.25)}
     assert budget.latency_ms(whole) == 0.25 * whole
-    assert budget.shares(run.teacher.model, 9)["latency"] == pytest.approx(1)
+    assert budget.shares(residual.model, 9)["latency"] == pytest.approx(1)
 
 
-def test_of_two_latency_goals_the_lower_counts(context):
+def test_of_two_latency_goals_the_lower_counts(residual):
     backend = Weights()
-    run = context(backend)
-    whole = 1e-3 * weights_of(run.teacher.model)
+    whole = 1e-3 * weights_of(residual.model)
     for share in (0.2, 0.6):
         target = Target(latency=share, latency_ms=0.4 * whole)
-        budget = Budget(target, run, LookUpTable(backend), 9)
+        budget = Budget(target, residual, LookUpTable(backend), 9, backend)
         assert budget.goals["latency"] == pytest.approx(min(share, 0.4))
         assert budget.latency_ms(whole) == pytest.approx(min(share, 0.4) * whole)
 
 
-def test_a_budget_that_the_teacher_meets_already(context):
+def test_a_budget_that_the_teacher_meets_already(residual):
     backend = Weights()
-    run = context(backend)
     with pytest.raises(NothingToPrune, match="meets the budget of 99 ms already"):
-        Budget(Target(latency_ms=99), run, LookUpTable(backend), 9)
+        Budget(Target(latency_ms=99), residual, LookUpTable(backend), 9, backend)
 
 
-def test_predictions_are_corrected_by_measurements(context, toys):
+def test_predictions_are_corrected_by_measurements(residual):
     # Half of what a whole model takes is in no layer: predictions are too low for small models.
-    run = context(Weights())
-    whole = 1e-3 * weights_of(run.teacher.model)
-    run.latency = Weights(extra=whole)
-    budget = Budget(Target(latency=0.7), run, LookUpTable(run.latency), 9)
-    small = copy.deepcopy(run.teacher.model)
+    backend = Weights(extra=1e-3 * weights_of(residual.model))
+    budget = Budget(Target(latency=0.7), residual, LookUpTable(backend), 9, backend)
+    small = copy.deepcopy(residual.model)
     graph = ChannelGraph(small, SIZE)
     graph.remove({group.name: [0, 1] for group in graph.groups()[0]})
     predicted = budget.shares(small, 5)
-    left = weights_of(small) / weights_of(run.teacher.model)
+    left = weights_of(small) / weights_of(residual.model)
     assert predicted["latency"] == pytest.approx(left)
     measured = budget.verified(small, predicted)
     assert measured["latency"] == pytest.approx((left + 1) / 2)
     assert budget.shares(small, 5)["latency"] == pytest.approx((left + 1) / 2)
 
 
-def test_watching_ends_at_the_chunk_that_reaches_the_goal(context):
-    run = context(Weights())
-    model = run.teacher.model
-    budget = Budget(Target(params=0.6), run, LookUpTable(run.latency), 9)
+def test_watching_ends_at_the_chunk_that_reaches_the_goal(residual):
+    backend = Weights()
+    model = residual.model
+    budget = Budget(Target(params=0.6), residual, LookUpTable(backend), 9, backend)
     groups = ChannelGraph(model, SIZE).groups()[0]
     scores = [torch.arange(group.channels).float() for group in groups]
     originals = {group.name: group.channels for group in groups}
@@ -162,26 +169,26 @@ def test_watching_ends_at_the_chunk_that_reaches_the_goal(context):
     assert reached[-1] is True
 
 
-def test_what_a_round_has_to_save(context):
-    run = context(Weights())
-    budget = Budget(Target(params=0.5, channels=0.9), run, LookUpTable(run.latency), 10)
+def test_what_a_round_has_to_save(residual):
+    backend = Weights()
+    budget = Budget(Target(params=0.5, channels=0.9), residual, LookUpTable(backend), 10, backend)
     shares = {"params": 0.8, "channels": 0.95, "flops": 0.7}
-    needs = budget.needs(run.teacher.model, shares, most=0.1, chunks=[])
+    needs = budget.needs(residual.model, shares, most=0.1, chunks=[])
     assert [need for _, need in needs] == pytest.approx(
-        [0.1 / 0.8 * parameters_of(run.teacher.model), 0.5]
+        [0.1 / 0.8 * parameters_of(residual.model), 0.5]
     )
-    assert budget.needs(run.teacher.model, {"params": 0.5, "channels": 0.9}, 0.1, []) == []
+    assert budget.needs(residual.model, {"params": 0.5, "channels": 0.9}, 0.1, []) == []
 
 
-def test_what_chunks_save_of_the_latency_is_measured_together(context):
-    run = context(Weights())
-    table = LookUpTable(run.latency)
-    budget = Budget(Target(latency=0.5), run, table, 10)
-    groups = ChannelGraph(run.teacher.model, SIZE).groups()[0]
+def test_what_chunks_save_of_the_latency_is_measured_together(residual):
+    backend = Weights()
+    table = LookUpTable(backend)
+    budget = Budget(Target(latency=0.5), residual, table, 10, backend)
+    groups = ChannelGraph(residual.model, SIZE).groups()[0]
     scores = [torch.arange(group.channels).float() for group in groups]
     originals = {group.name: group.channels for group in groups}
     chunks = removable(groups, scores, originals, Limits(min_channels=1))
-    ((saved, _),) = budget.needs(run.teacher.model, {"latency": 1.0}, 0.1, chunks)
+    ((saved, _),) = budget.needs(residual.model, {"latency": 1.0}, 0.1, chunks)
     known = dict(table.points)
     for group in chunks:
         for gone in range(1, len(group) + 1):
@@ -192,7 +199,7 @@ def test_what_chunks_save_of_the_latency_is_measured_together(context):
 # --- whole runs -------------------------------------------------------------------------------
 
 
-def pruning(toys, **changes):
+def pruning(**changes):
     known = {
         "criteria": (Term("magnitude", 1.0, Magnitude()),),
         "target": Target(params=0.7),
@@ -202,63 +209,70 @@ def pruning(toys, **changes):
         "ranking_batches": 1,
         "batch_size": 8,
         "recalibration_batches": 1,
-        "images": Images(toys.images(24)),
     }
     return Prune(**(known | changes))
 
 
+UNTRAINED = Recovery(epochs=0, batch_size=8)
+FIT = Reconstruction(images=24, batch_size=8)
+
+
 @pytest.mark.parametrize("selection", ["greedy", "knapsack"])
 @pytest.mark.parametrize("goal", ["params", "flops", "channels", "latency"])
-def test_goals_are_met_and_hardly_overshot(toys, context, selection, goal):
-    run = context(Weights(), toys.two_bn())
-    pruning(toys, target=Target(**{goal: 0.6}), selection=selection).run(run)
-    reached = run.metrics[f"pruned.{goal}_ratio"]
+def test_goals_are_met_and_hardly_overshot(toys, teacher, tmp_path, selection, goal):
+    timed = goal == "latency"
+    run = toys.context(tmp_path, latency=Weights() if timed else None)
+    options = pruning(target=Target(**{goal: 0.6}), selection=selection)
+    outcome = options.run(teacher, toys.images(24), run)
+    metrics = run.log.metrics
+    reached = metrics[f"pruned.{goal}_ratio"]
     assert reached <= 0.6
     assert reached > 0.3, "one channel of this toy is up to a fifth of it"
-    assert run.failures == []
-    assert run.metrics["student.params"] < run.metrics["teacher.params"]
-    rounds = [numbers for stage, _, numbers in run.log.records if stage == "pruning"]
-    assert len(rounds) == run.metrics["pruned.rounds"]
-    assert {"removed_channels", "flops", "params", "channels", "latency_ms"} <= rounds[-1].keys()
+    assert run.log.failures == []
+    measure_costs(outcome, teacher, run, latency=timed)
+    assert metrics["pruned.params"] == metrics["student.params"] < metrics["teacher.params"]
+    rounds = list(run.log.records["pruning"].values())
+    assert len(rounds) == metrics["pruned.rounds"]
+    assert {"removed_channels", "flops", "params", "channels"} <= rounds[-1].keys()
+    assert ("latency_ms" in rounds[-1]) == timed
 
 
-def test_what_pruning_left_is_fitted_to_the_teacher(toys, context):
+def test_what_pruning_left_is_fitted_to_the_teacher(toys, teacher, tmp_path):
     """Without a step of training, the reconstructed network is nearer to its teacher."""
     errors = []
     x = torch.randn(64, *SIZE, generator=torch.Generator().manual_seed(1))
-    for number, reconstruction in enumerate((None, Reconstruction(images=24, batch_size=8))):
-        run = context(Weights(), toys.two_bn(), f"run{number}")
-        recovery = Recovery(epochs=0, batch_size=8)
-        pruning(toys, recovery=recovery, reconstruction=reconstruction).run(run)
-        student = toys.two_bn()
-        saved = read_artifact(run.folder / "student")
-        Surgery.from_json(saved.surgery).rebuild(student)
-        student.load_state_dict(saved.state)
+    for number, reconstruction in enumerate((None, FIT)):
+        options = pruning(recovery=UNTRAINED, reconstruction=reconstruction)
+        run = toys.context(tmp_path / f"run{number}")
+        student = rebuilt(toys, options.run(teacher, toys.images(24), run).student)
         with torch.no_grad():
-            errors.append(float((student(x) - run.teacher.model(x)).square().mean()))
+            errors.append(float((student(x) - teacher.model(x)).square().mean()))
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
-    run = context(Weights(), toys.two_bn())
+def rebuilt(toys, student):
+    """Return a fresh network that is cut as a student's surgery says, with its weights."""
+    model = toys.two_bn()
+    Surgery.from_json(student.surgery).rebuild(model)
+    model.load_state_dict(student.model.state_dict())
+    return model.eval()
+
+
+def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, teacher, context):
     tuned = Recovery(steps=2, batch_size=8, precision="float32", lr=0.1)
-    options = pruning(
-        toys,
-        recovery=Recovery(epochs=0, batch_size=8),
-        reconstruction=Reconstruction(images=24, batch_size=8),
-        reconstruct_each=True,
-        finetune=tuned,
-    )
-    options.run(run)
-    kept = read_artifact(run.folder / "student")
-    whole = run.teacher.model.state_dict()
-    places = kept.surgery["kept"].get("bn1.weight", [None])[0]
+    options = pruning(recovery=UNTRAINED, reconstruction=FIT, reconstruct_each=True, finetune=tuned)
+    student = options.run(teacher, toys.images(24), context).student
+    whole = teacher.model.state_dict()
+    places = student.surgery["kept"].get("bn1.weight", [None])[0]
     scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
-    assert not torch.equal(kept.state["bn1.weight"], scales), "as finetuning left them"
-    assert "cut.agreement" not in run.metrics
+    left = student.model.state_dict()["bn1.weight"]
+    assert not torch.equal(left, scales), "as finetuning left them"
+    assert "cut.agreement" not in context.log.metrics
 
 
-def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(toys, context, monkeypatch):
+def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
+    toys, teacher, context, monkeypatch
+):
     monkeypatch.setattr(measuring, "COMPARED", 5)
     seen = []
 
@@ -267,29 +281,22 @@ def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(toys, conte
         return 0.5
 
     monkeypatch.setattr(measuring, "agreement", counted)
-    run = context(Weights(), toys.two_bn())
     for name in ("pruned", "student"):
-        measuring.measure_quality(run, name, toys.two_bn(), toys.images(12))
+        measuring.measure_quality(name, toys.two_bn(), teacher, toys.images(12), context)
     assert [len(images) for images in seen] == [5, 5]
     assert torch.equal(*seen), "the same for all"
-    assert run.metrics["student.agreement"] == 0.5
+    assert context.log.metrics["student.agreement"] == 0.5
 
 
-def test_a_fit_in_each_round_leaves_none_for_the_end(toys, context, monkeypatch):
+def test_a_fit_in_each_round_leaves_none_for_the_end(toys, teacher, tmp_path):
     fitted = []
-
-    def counted(*arguments):
-        fitted.append(len(fitted))
-        reconstruct_student(*arguments)
-
-    monkeypatch.setattr(prune_module, "reconstruct_student", counted)
-    run = context(Weights(), toys.two_bn())
-    fit = Reconstruction(images=24, batch_size=8)
-    untrained = Recovery(epochs=0, batch_size=8)
-    pruning(toys, recovery=untrained, reconstruction=fit, reconstruct_each=True, step=0.1).run(run)
-    assert len(fitted) == run.metrics["pruned.rounds"] > 1
-    assert "cut.agreement" not in run.metrics
-    assert run.metrics["student.agreement"] > 0.5
+    log = Acting(lambda: fitted.append(1), "reconstruction")
+    run = toys.context(tmp_path, log=log)
+    options = pruning(recovery=UNTRAINED, reconstruction=FIT, reconstruct_each=True, step=0.1)
+    options.run(teacher, toys.images(24), run)
+    assert len(fitted) == log.metrics["pruned.rounds"] > 1
+    assert "cut.agreement" not in log.metrics
+    assert log.metrics["student.agreement"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -302,44 +309,40 @@ def test_a_fit_in_each_round_leaves_none_for_the_end(toys, context, monkeypatch)
         ),
     ],
 )
-def test_fits_that_would_do_nothing_or_harm_are_refused(toys, given, message):
+def test_fits_that_would_do_nothing_or_harm_are_refused(given, message):
     with pytest.raises(OptionError, match=message):
-        pruning(toys, **given)
+        pruning(**given)
 
 
 def test_statistics_are_taken_anew_where_a_layer_that_lost_something_cannot_be_fitted(
-    toys, context
+    toys, teacher, context
 ):
-    network = toys.two_bn()
-    network.conv2.padding_mode = "circular"
-    run = context(Weights(), network)
-    fit = Reconstruction(images=24, batch_size=8)
-    options = pruning(toys, recovery=Recovery(epochs=0, batch_size=8), reconstruction=fit)
-    options.run(run)
-    assert run.details["reconstruction_left_alone"] == ["conv2"]
-    kept = read_artifact(run.folder / "student")
-    places = kept.surgery["kept"].get("bn2.running_mean", [None])[0]
-    before = network.state_dict()["bn2.running_mean"]
+    teacher.model.conv2.padding_mode = "circular"
+    options = pruning(recovery=UNTRAINED, reconstruction=FIT)
+    student = options.run(teacher, toys.images(24), context).student
+    assert context.log.details["reconstruction_left_alone"] == ["conv2"]
+    places = student.surgery["kept"].get("bn2.running_mean", [None])[0]
+    before = teacher.model.state_dict()["bn2.running_mean"]
     assert not torch.equal(
-        kept.state["bn2.running_mean"], before if places is None else before[places]
+        student.model.state_dict()["bn2.running_mean"],
+        before if places is None else before[places],
     )
 
 
 def test_what_cannot_be_scored_is_refused_before_any_image_is_wanted(toys, context):
     scales = (Term("magnitude", 1.0, Magnitude()), Term("bn_scale", 1.0, BNScale()))
-    options = pruning(toys, criteria=scales, images=Images(None))
     with pytest.raises(NothingToPrune, match="in the channel groups pointwise") as refused:
-        options.run(context(Weights(), toys.depthwise()))
+        pruning(criteria=scales).run(toys.teacher(toys.depthwise()), None, context)
     assert refused.value.path == ("criteria", 1)
 
 
 def test_groups_that_limits_leave_alone_need_not_be_scored(toys, context):
-    run = context(Weights(), toys.depthwise())
     limits = Limits(min_channels=1, exceptions=(LayerLimits("pointwise", max_ratio=0),))
     scales = (Term("bn_scale", 1.0, BNScale()),)
-    pruning(toys, criteria=scales, limits=limits, target=Target(channels=0.8)).run(run)
-    assert run.metrics["pruned.channels_ratio"] <= 0.8
-    student = read_artifact(run.folder / "student").state
+    options = pruning(criteria=scales, limits=limits, target=Target(channels=0.8))
+    outcome = options.run(toys.teacher(toys.depthwise()), toys.images(24), context)
+    assert context.log.metrics["pruned.channels_ratio"] <= 0.8
+    student = outcome.student.model.state_dict()
     assert student["pointwise.weight"].shape[0] == 6
     assert student["conv1.weight"].shape[0] < 4
 
@@ -359,71 +362,71 @@ class Spread(nn.Module):
 
 @pytest.mark.parametrize("name", ["parts", "fc"])
 def test_limits_may_name_what_is_left_alone_anyhow(toys, context, name):
-    run = context(Weights(), toys.fill(Spread()))
     limits = Limits(min_channels=1, exceptions=(LayerLimits(name, max_ratio=0),))
-    prune_module._Pruning(pruning(toys, limits=limits), run)
-    assert name in [skipped["group"] for skipped in run.details["pruning_skipped"]]
+    PruningRun(pruning(limits=limits), toys.teacher(toys.fill(Spread())), context)
+    assert name in [skipped["group"] for skipped in context.log.details["pruning_skipped"]]
 
 
-def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(toys, context, monkeypatch):
+def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(
+    toys, residual, context, monkeypatch
+):
     monkeypatch.setattr(
         knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
     )
     with pytest.raises(DreamkitError, match="not solved in 60 s") as refused:
-        pruning(toys, selection="knapsack").run(context(Weights()))
+        pruning(selection="knapsack").run(residual, toys.images(24), context)
     assert refused.value.path == ("selection",)
 
 
-def test_pruning_goes_on_until_the_measured_latency_is_met(toys, context):
+def test_pruning_goes_on_until_the_measured_latency_is_met(toys, teacher, tmp_path):
     # What is in no layer takes as long as all layers do: the table alone would stop too early.
-    run = context(Weights(), toys.two_bn())
-    whole = 1e-3 * weights_of(run.teacher.model)
-    run.latency = Weights(extra=whole)
-    pruning(toys, target=Target(latency=0.7)).run(run)
-    assert run.metrics["student.latency_ms"] <= 0.7 * run.metrics["teacher.latency_ms"]
-    assert run.metrics["student.latency_budget_ms"] == pytest.approx(1.4 * whole)
-    assert run.failures == []
+    whole = 1e-3 * weights_of(teacher.model)
+    run = toys.context(tmp_path, latency=Weights(extra=whole))
+    pruning(target=Target(latency=0.7)).run(teacher, toys.images(24), run)
+    metrics = run.log.metrics
+    assert metrics["student.latency_ms"] <= 0.7 * metrics["teacher.latency_ms"]
+    assert metrics["student.latency_budget_ms"] == pytest.approx(1.4 * whole)
+    assert run.log.failures == []
 
 
-def test_a_latency_budget_that_is_missed_in_the_end_is_a_failure(toys, context, monkeypatch):
-    run = context(Weights(), toys.two_bn())
+def test_a_latency_budget_that_is_missed_in_the_end_is_a_failure(toys, teacher, tmp_path):
+    backend = Weights()
 
-    def slower(*arguments, **named):
-        run.latency.factor = 1.2  # the machine became busy after pruning
-        return trained(*arguments, **named)
+    def become_busy():
+        backend.factor = 1.2
 
-    trained = prune_module.go_on_with
-    monkeypatch.setattr(prune_module, "go_on_with", slower)
-    whole = 1e-3 * weights_of(run.teacher.model)
-    pruning(toys, target=Target(latency_ms=0.6 * whole)).run(run)
-    student = run.metrics["student.latency_ms"]
+    run = toys.context(tmp_path, latency=backend, log=Acting(become_busy, "recovery"))
+    whole = 1e-3 * weights_of(teacher.model)
+    options = pruning(target=Target(latency_ms=0.6 * whole))
+    options.run(teacher, toys.images(24), run)
+    student = run.log.metrics["student.latency_ms"]
     if student > 1.05 * 0.6 * whole:
-        (failure,) = run.failures
+        (failure,) = run.log.failures
         assert f"takes {student:.3f} ms and was to take {0.6 * whole:.3f} ms" in failure
     else:
         pytest.fail("the toy is too coarse for this test")
 
 
-def test_finetuning_between_rounds_changes_what_goes_on_being_pruned(toys, context):
-    plain, tuned = context(Weights(), toys.two_bn()), context(Weights(), toys.two_bn())
-    pruning(toys).run(plain)
-    tuned.folder = plain.folder / "tuned"
+def test_finetuning_between_rounds_changes_what_goes_on_being_pruned(toys, teacher, tmp_path):
     between = Recovery(steps=2, batch_size=8, precision="float32")
-    pruning(toys, finetune=between).run(tuned)
-    assert tuned.metrics["training.steps"] > plain.metrics["training.steps"]
+    steps = {}
+    for name, finetune in (("plain", None), ("tuned", between)):
+        run = toys.context(tmp_path / name)
+        pruning(finetune=finetune).run(teacher, toys.images(24), run)
+        steps[name] = run.log.metrics["training.steps"]
+    assert steps["tuned"] > steps["plain"]
 
 
-def test_every_pause_draws_other_images(toys, context, monkeypatch):
+def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     seeds = []
 
-    def teach(context, student, images, options, stage, resumable):
+    def teach(teacher, student, images, options, context, stage, resumable):
         seeds.append((stage, context.seed, resumable))
 
-    work = context(Weights(), toys.two_bn())
-    work.seed = 7
-    monkeypatch.setattr(prune_module, "train_student", teach)
+    monkeypatch.setattr(pruning_run, "train_student", teach)
     between = Recovery(steps=2, batch_size=8, precision="float32")
-    pruning(toys, finetune=between, step=0.1).run(work)
+    options = pruning(finetune=between, step=0.1)
+    options.run(teacher, toys.images(24), toys.context(tmp_path, seed=7))
     assert len(seeds) > 1
     assert seeds == [(f"finetune {n}", 7 + 1000 * n, False) for n in range(1, len(seeds) + 1)]
 
@@ -432,11 +435,15 @@ class Interrupted(BaseException):
     """Stands for a kill."""
 
 
+def interrupt():
+    raise Interrupted
+
+
 @pytest.mark.parametrize(
     "between",
     [
         {},
-        {"reconstruction": Reconstruction(images=24, batch_size=8), "reconstruct_each": True},
+        {"reconstruction": FIT, "reconstruct_each": True},
         {
             "finetune": Recovery(
                 steps=2, batch_size=8, precision="float32", soft_loss=LogitDistance(), ema=0.9
@@ -445,70 +452,41 @@ class Interrupted(BaseException):
     ],
     ids=["plain", "fitted", "trained"],
 )
-@pytest.mark.parametrize("where", ["second round", "recovery"])
+@pytest.mark.parametrize(("stage", "step"), [("pruning", 2), ("recovery", None)])
 def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(
-    toys, context, monkeypatch, where, between
+    toys, teacher, tmp_path, stage, step, between
 ):
-    given = {"criteria": (Term("random", 1.0, Random()),), "step": 0.1} | between
-    options = pruning(toys, **given)
-    whole = context(Weights(), toys.two_bn())
-    whole.folder = whole.folder / "whole"
-    options.run(whole)
+    options = pruning(**({"criteria": (Term("random", 1.0, Random()),), "step": 0.1} | between))
+    images = toys.images(24)
+    whole = toys.context(tmp_path / "whole")
+    expected = options.run(teacher, images, whole).student
 
-    parts = context(Weights(), toys.two_bn())
-    parts.folder = parts.folder / "parts"
-    with monkeypatch.context() as patch:
-        if where == "recovery":
-            patch.setattr(prune_module, "go_on_with", raising)
-        else:
-            after = prune_module._Pruning._look
-
-            def look(self, removed):
-                if self.rounds == 2:
-                    raise Interrupted
-                return after(self, removed)
-
-            patch.setattr(prune_module._Pruning, "_look", look)
-        with pytest.raises(Interrupted):
-            options.run(parts)
-    again = context(Weights(), toys.two_bn())
-    again.folder = parts.folder
-    options.run(again)
+    parts = toys.context(tmp_path / "parts", log=Acting(interrupt, stage, step))
+    with pytest.raises(Interrupted):
+        options.run(teacher, images, parts)
+    again = toys.context(tmp_path / "parts")
+    student = options.run(teacher, images, again).student
     assert any("pruning: going on after round" in note for note in again.log.notes)
-    assert again.metrics["pruned.rounds"] == whole.metrics["pruned.rounds"] > 1
-    assert again.details == whole.details
-    assert again.metrics.keys() == whole.metrics.keys()
-    file = "student/model.safetensors"
-    assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes()
+    assert again.log.metrics["pruned.rounds"] == whole.log.metrics["pruned.rounds"] > 1
+    assert again.log.details == whole.log.details
+    assert again.log.metrics.keys() == whole.log.metrics.keys()
+    assert student.surgery == expected.surgery
+    toys.assert_same_tensors(student.model, expected.model)
 
 
-def raising(*arguments, **named):
-    raise Interrupted
-
-
-def test_a_checkpoint_of_another_teacher_is_refused(toys, context, monkeypatch):
-    run = context(Weights(), toys.two_bn())
-    with monkeypatch.context() as patch:
-        patch.setattr(prune_module, "go_on_with", raising)
-        with pytest.raises(Interrupted):
-            pruning(toys).run(run)
+def test_a_checkpoint_of_another_pruning_is_refused(toys, teacher, tmp_path):
+    run = toys.context(tmp_path, log=Acting(interrupt, "recovery"))
+    with pytest.raises(Interrupted):
+        pruning().run(teacher, toys.images(24), run)
     with pytest.raises(StoreError, match="delete it to prune from the start"):
-        pruning(toys, images=Images(toys.images(16))).run(run)
+        pruning().run(teacher, toys.images(16), toys.context(tmp_path))
+    teacher.card = toys.card(weights_sha256="another")
+    with pytest.raises(StoreError, match="delete it to prune from the start"):
+        pruning().run(teacher, toys.images(24), toys.context(tmp_path))
 
 
-def test_a_pruned_student_is_pruned_further(toys, context):
-    run = context(Weights(), toys.two_bn())
-    pruning(toys).run(run)
-    first = read_artifact(run.folder / "student")
-    model = toys.two_bn()
-    Surgery.from_json(first.surgery).rebuild(model)
-    model.load_state_dict(first.state)
-    again = context(Weights(), model.eval())
-    again.teacher.surgery = first.surgery
-    again.folder = run.folder / "again"
-    pruning(toys).run(again)
-    second = read_artifact(again.folder / "student")
-    fresh = toys.two_bn()
-    Surgery.from_json(second.surgery).rebuild(fresh)
-    fresh.load_state_dict(second.state)
-    assert weights_of(fresh) < weights_of(model)
+def test_a_pruned_student_is_pruned_further(toys, teacher, tmp_path):
+    first = pruning().run(teacher, toys.images(24), toys.context(tmp_path / "first")).student
+    again = toys.context(tmp_path / "again")
+    second = pruning().run(first, toys.images(24), again).student
+    assert weights_of(rebuilt(toys, second)) < weights_of(first.model)

@@ -12,9 +12,10 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.bn_statistics import channel_statistics
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan
 
 pytestmark = [

@@ -16,8 +16,10 @@ from dreamkit.regularizers.js_compete import JSCompete
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers import deepinversion
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.labels import deal_labels
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.synthesizers.views import View, draw_views, gathered
 from dreamkit.types import BatchPlan, Regularizer
 
@@ -513,24 +515,22 @@ def test_every_image_of_the_batch_is_shifted_alike():
 
 
 def test_balanced_labels_go_on_from_the_batch_before():
-    given, generator = options(labels="balanced"), torch.Generator()
-    first = given.label_plan(plan(size=4), 3, generator)
-    second = given.label_plan(plan(size=5, first=4, index=1), 3, generator)
+    given, generator = "balanced", torch.Generator()
+    first = deal_labels(given, plan(size=4), 3, generator)
+    second = deal_labels(given, plan(size=5, first=4, index=1), 3, generator)
     assert first.tolist() == [0, 1, 2, 0]
     assert second.tolist() == [1, 2, 0, 1, 2]
 
 
 def test_given_labels_are_dealt_out_in_turn():
-    given, generator = options(labels=(7, 2)), torch.Generator()
-    assert given.label_plan(plan(size=3), 10, generator).tolist() == [7, 2, 7]
-    assert given.label_plan(plan(size=3, first=3), 10, generator).tolist() == [2, 7, 2]
+    given, generator = (7, 2), torch.Generator()
+    assert deal_labels(given, plan(size=3), 10, generator).tolist() == [7, 2, 7]
+    assert deal_labels(given, plan(size=3, first=3), 10, generator).tolist() == [2, 7, 2]
 
 
 def test_random_labels_cover_the_classes_and_come_from_the_generator():
-    given = options(labels="random")
-
     def draw(seed):
-        return given.label_plan(plan(size=500), 5, torch.Generator().manual_seed(seed))
+        return deal_labels("random", plan(size=500), 5, torch.Generator().manual_seed(seed))
 
     counts = torch.bincount(draw(0), minlength=5)
     assert counts.min() > 60, "100 of each expected, standard deviation 9"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,24 +15,20 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
-    batch_plans,
-    batch_seed,
     dream_into_store,
     estimate_synthesis,
     format_duration,
-    images_for,
-    is_own_dreams,
-    judge,
+    images_of,
 )
 from dreamkit.store.dreams import DreamStore
-from dreamkit.store.source import Dreams
+from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.synthesizers import deepinversion
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.types import BatchPlan, Dream, Estimate, RunContext
-
-CPU = torch.device("cpu")
+from dreamkit.synthesizers.stage import Stage
+from dreamkit.types import BatchPlan, Dream, Estimate, RunContext, Synthesis, Teacher
 
 
 @dataclass
@@ -82,24 +77,46 @@ def synthesizer(images=7, batch_size=3, steps=2):
     )
 
 
+@dataclass
+class Run:
+    """What a run dreams of whom, and where."""
+
+    teacher: Teacher
+    synthesizer: object
+    context: RunContext
+    settings: dict = field(default_factory=lambda: {"name": "deepinversion", "images": 7})
+
+    @property
+    def synthesis(self):
+        return Synthesis(self.synthesizer, self.settings)
+
+    @property
+    def folder(self):
+        return self.context.folder
+
+    @property
+    def log(self):
+        return self.context.log
+
+    @property
+    def metrics(self):
+        return self.context.log.metrics
+
+    def dream(self):
+        return dream_into_store(self.teacher, self.synthesis, self.context)
+
+    def estimate(self, student=None):
+        return estimate_synthesis(self.teacher, self.synthesis, self.context, student)
+
+
 @pytest.fixture
-def context(toys, silent_log, tmp_path):
-    card = toys.card(weights_sha256="abc")
-    return RunContext(
-        recipe={"synthesis": {"name": "deepinversion", "images": 7}},
-        seed=3,
-        device=CPU,
-        folder=tmp_path,
-        teacher=toys.teacher(toys.two_bn(), card),
-        synthesizer=synthesizer(),
-        evaluation=None,
-        latency=None,
-        log=silent_log,
-    )
+def run(toys, tmp_path):
+    teacher = toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc"))
+    return Run(teacher, synthesizer(), toys.context(tmp_path))
 
 
-def shards(context):
-    return {p.name: p.read_bytes() for p in (context.folder / "dreams").glob("*.safetensors")}
+def shards(run):
+    return {p.name: p.read_bytes() for p in (run.folder / "dreams").glob("*.safetensors")}
 
 
 # --- plans and seeds --------------------------------------------------------------------------
@@ -150,7 +167,7 @@ def test_judge_measures_what_is_stored_by_hand(toys):
     teacher = toys.teacher(model)
     images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
     labels = torch.tensor([0, 1, 2, 0, 1])
-    content, per_layer = judge(Dream(images, labels, 1.0), teacher)
+    content, per_layer = as_stored(Dream(images, labels, 1.0), teacher)
 
     mean = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
     std = torch.tensor([0.25, 0.5, 0.125]).view(1, 3, 1, 1)
@@ -174,7 +191,7 @@ def test_judge_measures_what_is_stored_by_hand(toys):
 def test_judge_leaves_the_teacher_as_it_was(toys):
     model = toys.two_bn().train()
     before = toys.state(model)
-    judge(Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0), toys.teacher(model))
+    as_stored(Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0), toys.teacher(model))
     toys.assert_same_state(model, before)
 
 
@@ -185,7 +202,7 @@ def test_judging_a_batch_leaves_nothing_in_the_next(toys):
     teacher, device = toys.teacher(toys.two_bn()), torch.device("cpu")
     first, second = batch_plans(6, 3, 0)
     with options.session(teacher, device) as dreamer:
-        judge(dreamer.dream(first, lambda *_: None), teacher)
+        as_stored(dreamer.dream(first, lambda *_: None), teacher)
         after = dreamer.dream(second, lambda *_: None)
     with options.session(teacher, device) as dreamer:
         alone = dreamer.dream(second, lambda *_: None)
@@ -194,7 +211,7 @@ def test_judging_a_batch_leaves_nothing_in_the_next(toys):
 
 def test_judge_without_batch_norm_has_no_r_feature(toys):
     dreamed = Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0)
-    content, per_layer = judge(dreamed, toys.teacher(toys.plain()))
+    content, per_layer = as_stored(dreamed, toys.teacher(toys.plain()))
     assert per_layer == {}
     assert content.teacher_logits.shape == (2, 3)
 
@@ -202,12 +219,12 @@ def test_judge_without_batch_norm_has_no_r_feature(toys):
 # --- the store fills --------------------------------------------------------------------------
 
 
-def test_a_run_fills_the_store_and_reports(context):
-    content = dream_into_store(context)
-    store = stored_by(context)
-    assert context.synthesizer.dreamed == [0, 1, 2]
+def test_a_run_fills_the_store_and_reports(run):
+    content = run.dream()
+    store = stored_by(run)
+    assert run.synthesizer.dreamed == [0, 1, 2]
     assert len(store) == len(content) == 7
-    metrics = context.metrics
+    metrics = run.metrics
     assert metrics["synthesis.images"] == 7
     assert metrics["synthesis.seconds"] == pytest.approx(sum(s.seconds for s in _all(store)))
     rate = 7 / metrics["synthesis.seconds"]
@@ -221,107 +238,90 @@ def test_a_run_fills_the_store_and_reports(context):
     assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
 
 
-def stored_by(context):
-    return DreamStore(context.folder / "dreams")
+def stored_by(run):
+    return DreamStore(run.folder / "dreams")
 
 
 def _all(store):
     return [store.shards[index] for index in sorted(store.shards)]
 
 
-def test_records_of_a_run(context):
-    dream_into_store(context)
-    by_stage = {}
-    for stage, step, numbers in context.log.records:
-        by_stage.setdefault(stage, []).append((step, numbers))
+def test_records_of_a_run(run):
+    run.dream()
+    records = run.log.records
     # Three batches of two steps, numbered on through the run.
-    assert [step for step, _ in by_stage["synthesis"]] == [1, 2, 3, 4, 5, 6]
-    assert set(by_stage["synthesis"][0][1]) == {"loss", "cross_entropy", "bn_feature"}
-    assert [step for step, _ in by_stage["batches"]] == [0, 1, 2]
-    layers = by_stage["r_feature by layer"][0][1]
+    assert list(records["synthesis"]) == [1, 2, 3, 4, 5, 6]
+    assert set(records["synthesis"][1]) == {"loss", "cross_entropy", "bn_feature"}
+    assert list(records["batches"]) == [0, 1, 2]
+    layers = records["r_feature by layer"][0]
     assert set(layers) == {"bn1", "bn2"}
-    assert by_stage["batches"][0][1]["r_feature"] == pytest.approx(sum(layers.values()))
+    assert records["batches"][0]["r_feature"] == pytest.approx(sum(layers.values()))
 
 
-def test_a_finished_batch_is_never_dreamed_again(context):
-    dream_into_store(context)
-    before = shards(context)
-    dream_into_store(context)
-    assert context.synthesizer.dreamed == [0, 1, 2], "the second run dreamed nothing"
-    assert shards(context) == before
+def test_a_finished_batch_is_never_dreamed_again(run):
+    run.dream()
+    before = shards(run)
+    run.dream()
+    assert run.synthesizer.dreamed == [0, 1, 2], "the second run dreamed nothing"
+    assert shards(run) == before
 
 
-def test_a_batch_missing_from_the_manifest_is_found_by_what_it_tells(context):
-    dream_into_store(context)
-    before = shards(context)
-    manifest = context.folder / "dreams" / "manifest.json"
-    data = json.loads(manifest.read_text())
-    digests = {entry["index"]: entry["sha256"] for entry in data["shards"]}
-    data["shards"] = [entry for entry in data["shards"] if entry["index"] != 1]
-    manifest.write_text(json.dumps(data))
-    context.synthesizer.dreamed.clear()
-    dream_into_store(context)
-    assert context.synthesizer.dreamed == []
-    assert shards(context) == before
-    assert {i: s.sha256 for i, s in stored_by(context).shards.items()} == digests
-
-
-def test_an_interrupted_run_keeps_its_finished_batches(context):
-    context.synthesizer.stop_before = 2
+def test_an_interrupted_run_keeps_its_finished_batches(run):
+    run.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
-        dream_into_store(context)
-    kept = shards(context)
+        run.dream()
+    kept = shards(run)
     assert len(kept) == 2
-    context.synthesizer.stop_before = None
-    context.synthesizer.dreamed.clear()
-    assert len(dream_into_store(context)) == 7
-    assert context.synthesizer.dreamed == [2]
-    assert kept.items() <= shards(context).items()
+    run.synthesizer.stop_before = None
+    run.synthesizer.dreamed.clear()
+    assert len(run.dream()) == 7
+    assert run.synthesizer.dreamed == [2]
+    assert kept.items() <= shards(run).items()
 
 
-def test_a_batch_that_overflows_is_left_out_and_reported(context):
-    context.synthesizer.overflow = (1,)
-    content = dream_into_store(context)
-    assert context.synthesizer.dreamed == [0, 2]
+def test_a_batch_that_overflows_is_left_out_and_reported(run):
+    run.synthesizer.overflow = (1,)
+    content = run.dream()
+    assert run.synthesizer.dreamed == [0, 2]
     assert content.labels.tolist() == [0, 1, 2, 0]
-    assert context.metrics["synthesis.images"] == 4
-    assert context.metrics["synthesis.skipped_batches"] == 1
-    assert any("batch 1 is left out" in note for note in context.log.notes)
-    store = stored_by(context)
+    assert run.metrics["synthesis.images"] == 4
+    assert run.metrics["synthesis.skipped_batches"] == 1
+    assert any("batch 1 is left out" in note for note in run.log.notes)
+    store = stored_by(run)
     assert sorted(store.shards) == [0, 2]
     assert list(store.skipped) == [1]
 
 
-def test_a_batch_that_was_left_out_is_not_tried_again(context):
-    context.synthesizer.overflow = (1,)
-    dream_into_store(context)
-    context.synthesizer.overflow = ()
-    context.synthesizer.dreamed.clear()
-    context.log.notes.clear()
-    assert len(dream_into_store(context)) == 4
-    assert context.synthesizer.dreamed == []
-    assert context.metrics["synthesis.skipped_batches"] == 1
-    (note,) = context.log.notes
-    assert "to try it again, remove it from 'skipped' in" in note
+def test_a_batch_that_was_left_out_is_not_tried_again(run):
+    run.synthesizer.overflow = (1,)
+    run.dream()
+    run.synthesizer.overflow = ()
+    run.synthesizer.dreamed.clear()
+    run.log.notes.clear()
+    assert len(run.dream()) == 4
+    assert run.synthesizer.dreamed == []
+    assert run.metrics["synthesis.skipped_batches"] == 1
+    (note,) = run.log.notes
+    assert note.endswith("skipped-000001.safetensors")
 
 
-def test_a_run_of_which_every_batch_overflows_is_an_error(context):
-    context.synthesizer.overflow = (0, 1, 2)
+def test_a_run_of_which_every_batch_overflows_is_an_error(run):
+    run.synthesizer.overflow = (0, 1, 2)
     with pytest.raises(DreamkitError, match="no batch"):
-        dream_into_store(context)
-    assert not (context.folder / "dreams").exists()
+        run.dream()
+    assert not (run.folder / "dreams").exists()
 
 
 # --- what it costs, and what was settled --------------------------------------------------------
 
 
-def test_the_cost_is_told_before_and_reported(context):
-    dream_into_store(context)
-    (told,) = [note for note in context.log.notes if note.startswith("dreaming")]
+def test_the_cost_is_told_before_and_reported(run):
+    run.dream()
+    (told,) = [note for note in run.log.notes if note.startswith("dreaming")]
     assert re.fullmatch(r"dreaming 7 images in 3 batches: about \d+ s, \d\.\d GB on this CPU", told)
-    assert 0 < context.metrics["synthesis.estimated_seconds"] < 60
-    assert context.metrics["synthesis.estimated_memory_bytes"] > 2**20
-    assert context.metrics["synthesis.preparation_seconds"] > 0
+    assert 0 < run.metrics["synthesis.estimated_seconds"] < 60
+    assert run.metrics["synthesis.estimated_memory_bytes"] > 2**20
+    assert run.metrics["synthesis.preparation_seconds"] > 0
 
 
 class Recorder:
@@ -357,21 +357,21 @@ class Recorder:
         ({}, torch.nn.Identity(), 5),  # how many come at once is the student's training's to say
     ],
 )
-def test_ranks_share_what_is_to_be_dreamed(context, monkeypatch, carried, student, images):
+def test_ranks_share_what_is_to_be_dreamed(run, monkeypatch, carried, student, images):
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    context.synthesizer = Recorder(carried)
-    estimate_synthesis(context, student)
-    assert context.synthesizer.asked == [images]
-    (told,) = context.log.notes
+    run.synthesizer = Recorder(carried)
+    run.estimate(student)
+    assert run.synthesizer.asked == [images]
+    (told,) = run.log.notes
     assert ("3 batches on 2 ranks: about 1 s" in told) == (images == 4)
 
 
-def test_an_estimate_dreams_nothing(context):
-    assert estimate_synthesis(context).seconds > 0
-    assert context.synthesizer.dreamed == []
-    assert list(context.folder.iterdir()) == []
-    context.synthesizer = None
-    assert estimate_synthesis(context) is None
+def test_an_estimate_dreams_nothing(run):
+    assert run.estimate().seconds > 0
+    assert run.synthesizer.dreamed == []
+    assert list(run.folder.iterdir()) == []
+    run.dream()
+    assert run.estimate() is None, "nothing is left to dream"
 
 
 @pytest.mark.parametrize(
@@ -389,28 +389,26 @@ def test_durations_as_people_say_them(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(context, monkeypatch):
-    context.synthesizer = Counting(
-        dataclasses.replace(context.synthesizer.inner, batch_size="auto")
-    )
+def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatch):
+    run.synthesizer = Counting(dataclasses.replace(run.synthesizer.inner, batch_size="auto"))
     monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 3)
-    context.synthesizer.stop_before = 2
+    run.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
-        dream_into_store(context)
-    settled = stored_by(context).choices
+        run.dream()
+    settled = stored_by(run).choices
     assert settled["batch_size"] == 3
     assert settled["compile"] is False
     assert settled["precision"] in {"float32", "bfloat16"}
     # The rest of the run has more memory and a processor that knows less, and does not care.
     monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    context.synthesizer.stop_before = None
-    assert len(dream_into_store(context)) == 7
-    assert context.synthesizer.dreamed == [0, 1, 2]
-    assert stored_by(context).choices == settled
+    run.synthesizer.stop_before = None
+    assert len(run.dream()) == 7
+    assert run.synthesizer.dreamed == [0, 1, 2]
+    assert stored_by(run).choices == settled
 
 
-def test_what_was_settled_and_cannot_be_had_any_more_is_said(context, monkeypatch):
+def test_what_was_settled_and_cannot_be_had_any_more_is_said(run, monkeypatch):
     def compiles(function, **settings):
         return function
 
@@ -418,62 +416,60 @@ def test_what_was_settled_and_cannot_be_had_any_more_is_said(context, monkeypatc
         raise RuntimeError("no compiler")
 
     compiled = Engine(precision="float32", compile=True)
-    context.synthesizer = Counting(
-        dataclasses.replace(context.synthesizer.inner, engine=compiled), stop_before=2
+    run.synthesizer = Counting(
+        dataclasses.replace(run.synthesizer.inner, engine=compiled), stop_before=2
     )
     monkeypatch.setattr(torch, "compile", compiles)
     with pytest.raises(KeyboardInterrupt):
-        dream_into_store(context)
-    settled = stored_by(context).choices
+        run.dream()
+    settled = stored_by(run).choices
     assert settled["compile"] is True
     monkeypatch.setattr(torch, "compile", fails)
-    context.synthesizer.stop_before = None
-    dream_into_store(context)
-    assert stored_by(context).choices == settled, "it still says how the first were made"
-    assert any("an undisturbed run's would differ" in note for note in context.log.notes)
+    run.synthesizer.stop_before = None
+    run.dream()
+    assert stored_by(run).choices == settled, "it still says how the first were made"
+    assert any("an undisturbed run's would differ" in note for note in run.log.notes)
 
 
 @pytest.mark.parametrize("change", ["seed", "teacher", "synthesis"])
-def test_a_store_of_another_run_is_refused(context, toys, change):
-    dream_into_store(context)
+def test_a_store_of_another_run_is_refused(run, toys, change):
+    run.dream()
     if change == "seed":
-        context.seed = 4
+        run.context = dataclasses.replace(run.context, seed=4)
     elif change == "teacher":
-        context.teacher.card = toys.card(weights_sha256="other")
+        run.teacher.card = toys.card(weights_sha256="other")
     else:
-        context.recipe = {"synthesis": {"name": "deepinversion", "images": 8}}
+        run.settings = {"name": "deepinversion", "images": 8}
     with pytest.raises(StoreError, match=change):
-        dream_into_store(context)
+        run.dream()
 
 
 # --- sources of training images ---------------------------------------------------------------
 
 
-def test_own_dreams_or_those_of_another_run(context, tmp_path):
+def test_own_dreams_or_those_of_another_run(run, tmp_path):
     assert is_own_dreams(None)
     assert is_own_dreams(Dreams())
-    own = images_for(context, None)
+    own = images_of(run.teacher, run.synthesis, run.context)
     other = Dreams(path=str(tmp_path))
     assert not is_own_dreams(other)
-    context.synthesizer.dreamed.clear()
-    theirs = images_for(context, other)
-    assert context.synthesizer.dreamed == []
+    run.synthesizer.dreamed.clear()
+    theirs = images_of(run.teacher, other.open(run.teacher.card), run.context)
+    assert run.synthesizer.dreamed == []
     assert torch.equal(own.batch(range(7))[0], theirs.batch(range(7))[0])
 
 
-def test_an_empty_source_is_refused(context, toys):
-    class Nothing:
-        def open(self, card):
-            return toys.images(0)
-
-    with pytest.raises(DreamkitError, match="empty"):
-        images_for(context, Nothing())
+@pytest.mark.parametrize(("count", "message"), [(0, "empty"), (None, "needs 'synthesis'")])
+def test_no_images_are_refused(run, toys, count, message):
+    images = None if count is None else toys.images(count)
+    with pytest.raises(DreamkitError, match=message):
+        images_of(run.teacher, images, run.context)
 
 
-def test_plans_reach_the_dreamer(context):
-    context.synthesizer = Recorder()
-    dream_into_store(context)
-    store = stored_by(context)
-    plans = context.synthesizer.plans
+def test_plans_reach_the_dreamer(run):
+    run.synthesizer = Recorder()
+    run.dream()
+    store = stored_by(run)
+    plans = run.synthesizer.plans
     assert plans == [BatchPlan(i, 2 * i, s, batch_seed(3, i)) for i, s in enumerate((2, 2, 1))]
     assert [shard.loss for shard in _all(store)] == [0.5, 0.5, 0.5]

@@ -18,17 +18,14 @@ from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.stages.dreaming import judge
+from dreamkit.stages.batches import as_stored
 from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
-from dreamkit.synthesizers.deepinversion import (
-    DeepInversion,
-    Plateau,
-    Stage,
-)
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
+from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate, Regularizer
 
 CPU = torch.device("cpu")
@@ -515,7 +512,7 @@ def test_compiled_dreams_do_not_depend_on_what_was_judged_in_between(toys):
             for plan in plans:
                 found.append(session.dream(plan, lambda *_: None))
                 if judged:
-                    judge(found[-1], teacher)
+                    as_stored(found[-1], teacher)
         return found
 
     for alone, after in zip(dreams(False), dreams(True), strict=True):

@@ -23,7 +23,7 @@ from dreamkit.evaluation.judgement import judge_by
 from dreamkit.sources.joined import Joined
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
-from dreamkit.types import NO_LABEL, RunContext, StoredImages, Teacher
+from dreamkit.types import NO_LABEL, StoredImages, Synthesis, Teacher
 
 CPU = torch.device("cpu")
 
@@ -353,55 +353,57 @@ class Given:
 
 @dataclass
 class Held:
-    """A source of images that are there already; counts how often it is opened."""
+    """A source of images that are there already."""
 
     images: StoredImages
-    opened: int = 0
 
     def open(self, card):
-        self.opened += 1
         return self.images
 
 
+class Unwanted:
+    """Images that nothing is to look at."""
+
+    def __len__(self):
+        raise AssertionError("it was to be refused before")
+
+    def batch(self, indices):
+        raise AssertionError("it was to be refused before")
+
+
 @pytest.fixture
-def context(toys, silent_log, tmp_path):
-    return RunContext(
-        recipe={},
-        seed=3,
-        device=CPU,
-        folder=tmp_path,
-        teacher=toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc")),
-        synthesizer=None,
-        evaluation=None,
-        latency=None,
-        log=silent_log,
-    )
+def context(toys, tmp_path):
+    return toys.context(tmp_path)
+
+
+@pytest.fixture
+def teacher(toys):
+    return toys.teacher(toys.two_bn(), toys.card(weights_sha256="abc"))
 
 
 def other(toys, **changes):
     return Given(toys.teacher(toys.residual(), toys.card(weights_sha256="def", **changes)))
 
 
-def test_judging(toys, context):
-    images, real = Held(toys.images(9)), Held(toys.images(4))
+def test_judging(toys, teacher, context):
+    images, real = toys.images(9), Held(toys.images(4))
     judge = Judge(
-        images=images,
         verifiers=(other(toys, name="timm/a.b"), other(toys, name="timm/a.b", trained=False)),
         reference=real,
         splits=3,
     )
-    judge.run(context)
+    assert judge.run(teacher, images, context).images is images
     verifier = toys.residual()
-    seen = verifier(toys.card().normalise(images.images.images)).argmax(1)
-    accuracy = float((seen == images.images.labels).float().mean())
-    assert context.metrics["judge.images"] == 9
+    seen = verifier(toys.card().normalise(images.images)).argmax(1)
+    accuracy = float((seen == images.labels).float().mean())
+    assert context.log.metrics["judge.images"] == 9
     for name in ("timm/a_b", "timm/a_b_2"):
-        assert context.metrics[f"judge.{name}.accuracy"] == pytest.approx(accuracy)
-        assert 1 <= context.metrics[f"judge.{name}.classifier_score"] <= 3
-        assert context.metrics[f"judge.{name}.classifier_score_std"] >= 0
-        assert context.metrics[f"judge.{name}.frechet_distance"] > 0
-    assert len(context.metrics) == 9
-    details = context.details["judge"]
+        assert context.log.metrics[f"judge.{name}.accuracy"] == pytest.approx(accuracy)
+        assert 1 <= context.log.metrics[f"judge.{name}.classifier_score"] <= 3
+        assert context.log.metrics[f"judge.{name}.classifier_score_std"] >= 0
+        assert context.log.metrics[f"judge.{name}.frechet_distance"] > 0
+    assert len(context.log.metrics) == 9
+    details = context.log.details["judge"]
     assert (details["images"], details["splits"], details["reference_images"]) == (9, 3, 4)
     assert [row["card"] for row in details["verifiers"]] == ["timm/a.b", "timm/a.b"]
     assert {(row["layer"], row["features"]) for row in details["verifiers"]} == {("fc", 5)}
@@ -411,15 +413,15 @@ def test_judging(toys, context):
     assert "9 images and 4 real ones are few" in notes
 
 
-def test_judging_images_without_labels_or_reference(toys, context):
+def test_judging_images_without_labels_or_reference(toys, teacher, context):
     images = toys.images(6)
     bare = StoredImages(images.images, torch.full((6,), NO_LABEL))
     network = toys.teacher(toys.conv_head(), toys.card(weights_sha256="def"))
-    Judge(images=Held(bare), verifiers=(Given(network),), splits=2).run(context)
-    assert set(context.metrics) == {
+    Judge(verifiers=(Given(network),), splits=2).run(teacher, bare, context)
+    assert set(context.log.metrics) == {
         *("judge.images", "judge.toy.classifier_score", "judge.toy.classifier_score_std")
     }
-    assert context.details["judge"]["reference_images"] is None
+    assert context.log.details["judge"]["reference_images"] is None
 
 
 @pytest.mark.parametrize(
@@ -452,7 +454,7 @@ def test_networks_without_a_hash_are_told_apart_by_their_weights(toys):
 
 
 def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
-    toys, context, tmp_path
+    toys, teacher, context, tmp_path
 ):
     # The run's teacher is another network, yet the verifier would judge its own dreams.
     images = toys.images(6)
@@ -460,13 +462,15 @@ def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
     DreamStore(tmp_path, {"teacher_sha256": "def"}).write(0, stored, 1.0, 0.0, None)
     judge = Judge(images=Dreams(str(tmp_path)), verifiers=(other(toys),), splits=2)
     with pytest.raises(DreamkitError, match="the inverted teacher itself"):
-        judge.run(context)
+        judge.run(teacher, Unwanted(), context)
     among = Joined((Held(images), Dreams(str(tmp_path))))
     with pytest.raises(DreamkitError, match="the inverted teacher itself"):
-        Judge(images=among, verifiers=(other(toys),), splits=2).run(context)
+        Judge(images=among, verifiers=(other(toys),), splits=2).run(teacher, Unwanted(), context)
     third = Given(toys.teacher(toys.residual(), toys.card(weights_sha256="ghi")))
-    Judge(images=Dreams(str(tmp_path)), verifiers=(third,), splits=2).run(context)
-    assert context.metrics["judge.images"] == 6
+    source = Dreams(str(tmp_path))
+    judge = Judge(images=source, verifiers=(third,), splits=2)
+    judge.run(teacher, source.open(teacher.card), context)
+    assert context.log.metrics["judge.images"] == 6
 
 
 @pytest.mark.parametrize(
@@ -477,28 +481,24 @@ def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
         ({"reference": 1}, ("reference",), "at least two reference images"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_before_images_are_opened(
-    toys, context, options, path, message
+def test_what_cannot_be_judged_is_refused_before_images_are_looked_at(
+    toys, teacher, context, options, path, message
 ):
     options = dict(options)
-    images = Held(toys.images(9))
     verifiers = [other(toys)]
     if options.pop("verifiers", None):
-        verifiers.append(
-            Given(toys.teacher(toys.copy(context.teacher.model), context.teacher.card))
-        )
+        verifiers.append(Given(toys.teacher(toys.copy(teacher.model), teacher.card)))
     real = Held(toys.images(options.pop("reference", 4)))
-    judge = Judge(images=images, verifiers=tuple(verifiers), reference=real, **options)
+    judge = Judge(verifiers=tuple(verifiers), reference=real, **options)
     with pytest.raises(DreamkitError, match=message) as caught:
-        judge.run(context)
+        judge.run(teacher, Unwanted(), context)
     assert caught.value.path == path
-    assert images.opened == 0
 
 
-def test_too_few_dreams_for_the_splits_are_refused_before_dreaming(toys, context):
-    context.synthesizer = SimpleNamespace(images=9)
+def test_too_few_dreams_for_the_splits_are_refused_before_dreaming(toys, teacher, context):
+    dreams = Synthesis(SimpleNamespace(images=9), {})
     with pytest.raises(DreamkitError, match="9 images cannot make 10 splits") as caught:
-        Judge(verifiers=(other(toys),)).run(context)
+        Judge(verifiers=(other(toys),)).run(teacher, dreams, context)
     assert caught.value.path == ("splits",)
 
 
@@ -543,12 +543,13 @@ def stand_in(monkeypatch):
     return asked
 
 
-def test_fidelity_in_a_run(toys, context, stand_in):
+def test_fidelity_in_a_run(toys, teacher, context, stand_in):
     reference = Held(toys.images(4))
-    Judge(images=Held(toys.images(9)), fidelity=True, reference=reference, splits=3).run(context)
-    assert context.metrics["judge.inception_score"] == 2.5
-    assert context.metrics["judge.inception_score_std"] == 0.5
-    assert context.metrics["judge.fid"] == 7.0
+    judge = Judge(fidelity=True, reference=reference, splits=3)
+    judge.run(teacher, toys.images(9), context)
+    assert context.log.metrics["judge.inception_score"] == 2.5
+    assert context.log.metrics["judge.inception_score_std"] == 0.5
+    assert context.log.metrics["judge.fid"] == 7.0
     assert (stand_in["isc_splits"], stand_in["rng_seed"], stand_in["cuda"]) == (3, 3, False)
     assert (len(stand_in["input1"]), len(stand_in["input2"])) == (9, 4)
     assert torch.equal(stand_in["input1"][2], toys.images(9).images[2])
@@ -576,13 +577,11 @@ def test_grey_images_become_rgb(toys, stand_in):
         check_fidelity(4)
 
 
-def test_fidelity_without_its_library(toys, context, monkeypatch):
+def test_fidelity_without_its_library(teacher, context, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    images = Held(toys.images(9))
     with pytest.raises(DreamkitError, match=r'pip install "dreamkit\[fidelity\]"') as caught:
-        Judge(images=images, fidelity=True).run(context)
+        Judge(fidelity=True).run(teacher, Unwanted(), context)
     assert caught.value.path == ("fidelity",)
-    assert images.opened == 0
 
 
 def test_weights_that_cannot_be_had(stand_in, monkeypatch, tmp_path):

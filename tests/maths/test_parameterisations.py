@@ -11,8 +11,9 @@ from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan
 
 

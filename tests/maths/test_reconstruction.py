@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from dreamkit.pruning import reconstruction
+from dreamkit.pruning import activations
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.surgery import Surgery
@@ -281,7 +281,7 @@ def test_what_the_teacher_puts_out_is_kept_as_far_as_memory_allows(monkeypatch):
     teacher[0].register_forward_hook(lambda *_: passes.append(1))
     # Each layer puts out 3·8·8 numbers an image.
     for held, expected in ((1, 5 * 3), (2 * 64 * 3 * 64, 3 * 3), (2**28, 1 * 3)):
-        monkeypatch.setattr(reconstruction, "_HELD", held)
+        monkeypatch.setattr(activations, "HELD", held)
         student = copy.deepcopy(teacher)
         student[0]._forward_hooks.clear()
         masks = prune_weights(student, 0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,10 +15,13 @@ from torchvision.datasets import ImageFolder
 
 from dreamkit.card import Card
 from dreamkit.errors import OptionError, RunDirectoryError, StoreError
+from dreamkit.flat_state import hash_state
+from dreamkit.store import shard
 from dreamkit.store.atomic import write_atomically, write_json
-from dreamkit.store.dreams import DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.picture_files import export_dreams
 from dreamkit.store.run_directory import RunDirectory, read_report
+from dreamkit.store.shard import Header, read_header
 from dreamkit.store.source import Dreams
 from dreamkit.types import StoredImages
 
@@ -49,7 +51,7 @@ def leftovers(folder):
     return [p.name for p in folder.rglob("*") if ".tmp" in p.name]
 
 
-# --- shards and manifest ----------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------
 
 
 def test_shard_content_and_dtypes(tmp_path):
@@ -66,22 +68,23 @@ def test_shard_content_and_dtypes(tmp_path):
     assert torch.equal(shard["teacher_logits"], expected.teacher_logits.half())
 
 
-def test_manifest_vouches_for_the_shards(tmp_path):
+def test_a_shard_tells_what_it_is_and_vouches_for_its_tensors(tmp_path):
     filled(tmp_path)
-    data = json.loads((tmp_path / "manifest.json").read_text())
-    assert data["format"] == 4
-    assert data["settings"] == SETTINGS
-    for index, entry in enumerate(data["shards"]):
-        blob = (tmp_path / entry["file"]).read_bytes()
-        assert entry == {
-            "index": index,
-            "file": f"shard-{index:06d}.safetensors",
-            "images": 2,
-            "sha256": hashlib.sha256(blob).hexdigest(),
-            "seconds": 1.5,
-            "loss": 0.25,
-            "r_feature": 2.0 + index,
-        }
+    assert sorted(os.listdir(tmp_path)) == ["shard-000000.safetensors", "shard-000001.safetensors"]
+    path = tmp_path / "shard-000001.safetensors"
+    assert read_header(path) == Header(
+        kind="shard",
+        index=1,
+        settings=SETTINGS,
+        choices={},
+        images=2,
+        seconds=1.5,
+        loss=0.25,
+        r_feature=3.0,
+        carried=False,
+        reason=None,
+        sha256=hash_state(safetensors.torch.load_file(path)),
+    )
 
 
 def test_read_again(tmp_path):
@@ -136,28 +139,74 @@ def test_a_damaged_shard_is_named(tmp_path):
         DreamStore(tmp_path).open()
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    filled(tmp_path)
+def test_a_shard_that_vanishes_is_named(tmp_path):
+    store = filled(tmp_path)
     (tmp_path / "shard-000000.safetensors").unlink()
     with pytest.raises(StoreError, match=r"shard-000000.safetensors cannot be read"):
-        DreamStore(tmp_path).open()
+        store.open()
+    assert sorted(DreamStore(tmp_path).shards) == [1]
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"settings": {}, "shards": [{"index": 0}]}'], ids=repr
+    "metadata",
+    [None, {"dreamkit": "{}"}, {"dreamkit": "5 0 {}"}, {"other": "5"}],
+    ids=repr,
 )
-def test_a_damaged_manifest_is_refused(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match=r"manifest.json is damaged"):
-        DreamStore(tmp_path, SETTINGS)
+def test_a_foreign_file_is_no_shard(tmp_path, metadata):
+    path = tmp_path / "shard-000000.safetensors"
+    safetensors.torch.save_file({"images": torch.zeros(1)}, path, metadata)
+    assert DreamStore(tmp_path, SETTINGS).damaged() == [path.name]
+    with pytest.raises(StoreError, match=r"shard-000000.safetensors is damaged"):
+        DreamStore(tmp_path).open()
 
 
-def test_a_manifest_of_another_format_is_refused(tmp_path):
-    filled(tmp_path)
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    with pytest.raises(StoreError, match="format"):
+def test_a_shard_of_another_format_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shard, "FORMAT", 4)
+        filled(tmp_path)
+    with pytest.raises(StoreError, match="is of format 4, and this version of dreamkit reads 5"):
         DreamStore(tmp_path)
+
+
+def test_a_renamed_shard_does_not_stand_for_another_batch(tmp_path):
+    filled(tmp_path, 1)
+    (tmp_path / "shard-000000.safetensors").rename(tmp_path / "shard-000003.safetensors")
+    store = DreamStore(tmp_path, SETTINGS)
+    assert len(store) == 0
+    assert store.damaged() == ["shard-000003.safetensors"]
+
+
+def test_a_changed_byte_is_found_wherever_it_is(tmp_path):
+    filled(tmp_path, 1)
+    path = tmp_path / "shard-000000.safetensors"
+    blob = path.read_bytes()
+    for place in range(len(blob)):
+        path.write_bytes(blob[:place] + bytes([blob[place] ^ 4]) + blob[place + 1 :])
+        assert DreamStore(tmp_path, SETTINGS).damaged() == [path.name], place
+
+
+def test_thousands_of_shards_open_without_being_read(tmp_path, monkeypatch):
+    filled(tmp_path, 3)
+    monkeypatch.setattr(safetensors.torch, "load_file", fail)
+    assert len(DreamStore(tmp_path)) == 6
+
+
+def test_a_shard_is_verified_once(tmp_path, monkeypatch):
+    filled(tmp_path, 3)
+    hashed = []
+
+    def counted(state):
+        hashed.append(1)
+        return hash_state(state)
+
+    monkeypatch.setattr(shard, "hash_state", counted)
+    store = DreamStore(tmp_path, SETTINGS)
+    store.mend()
+    store.open()
+    store.read(1)
+    store.write(3, content(3), 1.0, 0.0, None)
+    store.open()
+    assert len(hashed) == 4  # the last for the header of the new one
 
 
 def test_no_dreams(tmp_path):
@@ -218,9 +267,10 @@ def test_write_json(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-@pytest.mark.parametrize("at", [0, 1], ids=["the shard", "the manifest"])
+@pytest.mark.parametrize("at", [0, 1], ids=["the shard", "the state"])
 def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatch, at):
-    store = filled(tmp_path, 1)
+    store = DreamStore(tmp_path, SETTINGS)
+    store.write(0, content(0), 1.0, 0.0, None, {"w": torch.zeros(1)})
     calls = []
     replace = Path.replace
 
@@ -232,12 +282,13 @@ def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", fail_once)
     with pytest.raises(RunDirectoryError, match="No space left"):
-        store.write(1, content(1), 1.0, 0.0, None)
+        store.write(1, content(1), 1.0, 0.0, None, {"w": torch.ones(1)})
     assert 1 not in store
     assert leftovers(tmp_path) == []
     again = DreamStore(tmp_path, SETTINGS)
     assert len(again) == 2
     assert torch.equal(all_images(again), content(0).images)
+    assert again.read_state()["w"].item() == 0
 
 
 # --- export -----------------------------------------------------------------------------------
@@ -289,52 +340,67 @@ def flip_a_bit(path):
     path.write_bytes(blob)
 
 
-def manifest_of(folder):
-    data = json.loads((folder / "manifest.json").read_text())
-    for shard in data["shards"]:
-        shard["seconds"] = None
-    return data
-
-
-@pytest.mark.parametrize("damage", ["cut short", "gone", "of zeros"])
-def test_a_manifest_is_made_anew_from_the_shards(tmp_path, damage):
-    store = DreamStore(tmp_path, SETTINGS)
-    store.choices = {"precision": "float32"}
-    for index in range(3):
-        store.write(index, content(index), 1.5, 0.25, 2.0 + index)
-    before, expected = manifest_of(tmp_path), all_images(store)
-    path = tmp_path / "manifest.json"
-    text = path.read_bytes()
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(text[: len(text) // 2] if damage == "cut short" else bytes(len(text)))
-    assert torch.equal(all_images(DreamStore(tmp_path)), expected)  # for readers too
-    again = DreamStore(tmp_path, SETTINGS)
-    assert "3 shards tell what it did" in again.notes[0]
-    assert again.choices == {"precision": "float32"}
-    again.write(3, content(3), 1.5, 0.25, None)
-    after = manifest_of(tmp_path)
-    assert after["shards"][:3] == before["shards"]
-    assert after["settings"] == before["settings"]
-
-
-def test_a_damaged_shard_does_not_come_into_a_new_manifest(tmp_path):
-    filled(tmp_path, 3)
-    (tmp_path / "manifest.json").write_text("{")
-    flip_a_bit(tmp_path / "shard-000001.safetensors")
-    assert sorted(DreamStore(tmp_path, SETTINGS).shards) == [0, 2]
-
-
-def test_shards_of_several_runs_make_no_manifest(tmp_path):
+def test_shards_of_several_runs_are_refused(tmp_path):
     filled(tmp_path / "a")
     DreamStore(tmp_path / "b", SETTINGS | {"seed": 9}).write(2, content(2), 1.0, 0.0, None)
     name = "shard-000002.safetensors"
     (tmp_path / "b" / name).replace(tmp_path / "a" / name)
-    assert len(DreamStore(tmp_path / "a", SETTINGS)) == 4  # the manifest does not name it
-    (tmp_path / "a" / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="do not tell what it did"):
+    with pytest.raises(StoreError, match=r"made with other settings \(seed\)"):
         DreamStore(tmp_path / "a", SETTINGS)
+    with pytest.raises(StoreError, match=rf"several runs: {name} .* \(seed\)"):
+        DreamStore(tmp_path / "a")
+
+
+def test_what_the_machine_chose_is_read_again(tmp_path):
+    store = DreamStore(tmp_path, SETTINGS)
+    store.choices = {"precision": "float32"}
+    store.write(0, content(0), 1.5, 0.25, None)
+    assert DreamStore(tmp_path, SETTINGS).choices == {"precision": "float32"}
+
+
+def test_what_another_rank_wrote_is_taken_in(tmp_path):
+    mine, others = DreamStore(tmp_path, SETTINGS), DreamStore(tmp_path, SETTINGS)
+    mine.write(0, content(0), 1.0, 0.0, None)
+    others.write(1, content(1), 1.0, 0.0, None)
+    others.skip(2, 2, "it overflowed")
+    mine.refresh(range(4))
+    assert sorted(mine.shards) == [0, 1]
+    assert mine.skipped[2].reason == "it overflowed"
+    assert torch.equal(all_images(mine), torch.cat([content(i).images for i in range(2)]))
+
+
+def test_a_skipped_batch_is_tried_again_without_its_file(tmp_path):
+    store = filled(tmp_path, 1)
+    store.skip(1, 2, "it overflowed")
+    again = DreamStore(tmp_path, SETTINGS)
+    assert not again.lacks(4)
+    assert (again.skipped[1].reason, again.skipped[1].images) == ("it overflowed", 2)
+    (tmp_path / again.skipped[1].file).unlink()
+    assert DreamStore(tmp_path, SETTINGS).lacks(4)
+
+
+def test_a_store_without_dreams_is_withdrawn(tmp_path):
+    store = DreamStore(tmp_path / "dreams", SETTINGS)
+    store.skip(0, 2, "it overflowed")
+    assert not holds_dreams(tmp_path / "dreams")
+    store.withdraw()
+    assert os.listdir(tmp_path) == []
+    store = filled(tmp_path / "dreams", 1)
+    store.skip(1, 2, "it overflowed")
+    store.withdraw()
+    assert len(os.listdir(tmp_path / "dreams")) == 2
+
+
+@pytest.mark.parametrize("part", [slice(100), slice(0), slice(-1)], ids=["begun", "empty", "cut"])
+def test_a_shard_cut_short_is_set_aside(tmp_path, part):
+    filled(tmp_path, 2)
+    path = tmp_path / "shard-000001.safetensors"
+    path.write_bytes(path.read_bytes()[part])
+    store = DreamStore(tmp_path, SETTINGS)
+    store.mend()
+    assert sorted(store.shards) == [0]
+    assert "shard-000001.safetensors is damaged: it is set aside" in store.notes[0]
+    assert (tmp_path / "shard-000001.safetensors.damaged").is_file()
 
 
 def test_a_damaged_shard_is_set_aside(tmp_path):
@@ -361,23 +427,18 @@ def test_what_later_batches_build_on_is_not_set_aside(tmp_path):
     assert (tmp_path / "shard-000000.safetensors").is_file()
 
 
-def test_a_state_is_found_without_the_manifest(tmp_path):
+def test_a_batch_without_what_it_carries_on_is_dreamed_again(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     for index in range(2):
         store.write(index, content(index), 1.0, 0.0, None, {"w": torch.full((1,), 5.0 + index)})
-    (tmp_path / "manifest.json").unlink()
+        if index == 0:
+            first = (tmp_path / "state-000001.safetensors").read_bytes()
+    (tmp_path / "state-000001.safetensors").write_bytes(first)  # killed before it was removed
     assert DreamStore(tmp_path, SETTINGS).read_state()["w"].item() == 6
-
-
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd"])
-def test_a_manifest_that_points_elsewhere_vouches_for_nothing(tmp_path, file):
-    filled(tmp_path / "dreams", 1)
-    path = tmp_path / "dreams" / "manifest.json"
-    data = json.loads(path.read_text())
-    data["shards"][0]["file"] = file
-    path.write_text(json.dumps(data))
-    store = DreamStore(tmp_path / "dreams", SETTINGS)
-    assert [shard.file for shard in store.shards.values()] == ["shard-000000.safetensors"]
+    (tmp_path / "state-000002.safetensors").unlink()  # killed before it was written
+    again = DreamStore(tmp_path, SETTINGS)
+    assert sorted(again.shards) == [0]
+    assert again.read_state()["w"].item() == 5
 
 
 # --- as a source ------------------------------------------------------------------------------
@@ -478,6 +539,8 @@ def test_a_damaged_state_is_refused(tmp_path):
     path.write_bytes(blob)
     with pytest.raises(StoreError, match="SHA-256"):
         DreamStore(tmp_path, SETTINGS).read_state()
+    with pytest.raises(StoreError, match="remove the folder"):
+        DreamStore(tmp_path, SETTINGS).mend()
 
 
 def test_a_skipped_batch_does_not_break_the_chain(tmp_path):

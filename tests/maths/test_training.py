@@ -13,7 +13,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
-from dreamkit.training.batches import Draws, epochs_of, in_order
+from dreamkit.training.batches import Draws, in_order
 from dreamkit.training.bn_recalibration import recalibrate, restate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
@@ -471,24 +471,6 @@ def test_dealing_goes_on_from_a_state():
 
 def numbered(count):
     return StoredImages(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.arange(count))
-
-
-def test_epochs_see_every_image_once_each_in_other_orders():
-    generator = torch.Generator().manual_seed(0)
-    labels = [y for _, y in epochs_of(numbered(10), 4, 2, generator)]
-    assert [len(y) for y in labels] == [4, 4, 2, 4, 4, 2]
-    first, second = torch.cat(labels[:3]).tolist(), torch.cat(labels[3:]).tolist()
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert first != sorted(first)
-
-
-@pytest.mark.parametrize(
-    ("count", "sizes"), [(9, [4, 4]), (5, [4]), (1, [1]), (0, [])], ids=lambda v: str(v)
-)
-def test_a_last_batch_of_one_is_left_out(count, sizes):
-    batches = epochs_of(numbered(count), 4, 1, torch.Generator())
-    assert [len(labels) for _, labels in batches] == sizes
 
 
 # --- recalibration ----------------------------------------------------------------------------

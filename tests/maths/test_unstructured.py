@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from dreamkit.applications import recover
-from dreamkit.applications.prune import Recovery
 from dreamkit.applications.recover import Recover
 from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import (
@@ -20,12 +17,12 @@ from dreamkit.pruning.unstructured import (
     remove_weights,
     sparsity_of,
 )
-from dreamkit.stages import teaching
+from dreamkit.stages import training_run
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.stages.teaching import Recovery
 from dreamkit.store.artifact import read_artifact, write_artifact
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.trainer import Trainer
-from dreamkit.types import RunContext, Timing
 
 
 def weights(model):
@@ -81,20 +78,14 @@ def test_what_is_gone_stays_gone(toys, optimizer):
 # --- files ------------------------------------------------------------------------------------
 
 
-def test_mostly_zero_tensors_take_less_room_and_come_back_exactly(toys, tmp_path):
-    model = nn.Linear(1000, 100)
-    write_artifact(tmp_path / "dense", model, toys.card(), {}, {})
+def test_a_sparse_student_is_a_plain_state_dict(toys, tmp_path):
+    model = nn.Linear(100, 10)
     prune_weights(model, 0.75)
-    write_artifact(tmp_path / "sparse", model, toys.card(), {}, {})
-    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("dense", "sparse")]
-    # A quarter of the values, and a bit for each place.
-    assert sizes[1] == pytest.approx(sizes[0] * (0.25 + 1 / 32), rel=0.02)
-    state = read_artifact(tmp_path / "sparse").state
-    assert state.keys() == model.state_dict().keys()
-    for name, value in model.state_dict().items():
-        assert torch.equal(state[name], value)
-        assert state[name].shape == value.shape
-    assert json.loads((tmp_path / "dense" / "artifact.json").read_text())["sparse"] == {}
+    write_artifact(tmp_path, model, toys.card(), {}, {})
+    other = nn.Linear(100, 10)
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other.weight, model.weight)
+    assert int((other.weight == 0).sum()) == 750
 
 
 @pytest.mark.parametrize("shape", [(3,), (7, 11), (2, 3, 5, 1), (0,), ()])
@@ -113,81 +104,56 @@ def test_every_shape_and_type_is_stored(toys, tmp_path, shape, dtype):
 # --- the application --------------------------------------------------------------------------
 
 
-class Source:
-    path = "somewhere"
-
-    def __init__(self, stored):
-        self.stored = stored
-
-    def open(self, card):
-        return self.stored
-
-
-class Still:
-    batch_size = 1
-
-    def describe(self):
-        return {"device": "still"}
-
-    def time(self, modules):
-        return [Timing(1.0, 0.0) for _ in modules]
-
-
 @pytest.mark.parametrize("ema", [None, 0.5])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_recover(toys, silent_log, tmp_path, ema, precision):
+def test_recover(toys, tmp_path, ema, precision):
     teacher = toys.teacher(toys.two_bn())
     before = toys.state(teacher.model)
-    cpu = torch.device("cpu")
-    run = RunContext({}, 3, cpu, tmp_path, teacher, None, toys.images(9), Still(), silent_log)
+    run = toys.context(tmp_path, evaluation=toys.images(9))
     training = Recovery(
         steps=6, batch_size=8, precision=precision, ema=ema, augmentation=Augmentation(mixup=1)
     )
-    Recover(sparsity=0.75, training=training, images=Source(toys.images(24))).run(run)
+    student = Recover(sparsity=0.75, training=training).run(teacher, toys.images(24), run).student
     toys.assert_same_state(teacher.model, before)
-    metrics = run.metrics
+    metrics = run.log.metrics
     assert metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
     assert {"pruned.accuracy", "student.accuracy", "student.accuracy_ratio"} <= metrics.keys()
-    saved = read_artifact(tmp_path / "student")
+    folder = tmp_path / "student"
+    write_artifact(folder, student.model, student.card, student.builder, student.surgery)
     again = toys.two_bn()
-    again.load_state_dict(saved.state)
+    again.load_state_dict(read_artifact(folder).state)
     assert sparsity_of(again) == metrics["student.sparsity"]
     pruned = toys.two_bn()
     prune_weights(pruned, 0.75)
     assert not torch.equal(again.fc.weight, pruned.fc.weight), "it was trained"
 
 
-def test_what_is_left_is_fitted_before_it_is_trained(toys, silent_log, tmp_path):
+def test_what_is_left_is_fitted_before_it_is_trained(toys, tmp_path):
     """Dreams alone tell how near the pruned network is to its teacher."""
     teacher = toys.teacher(toys.two_bn())
     agreement = {}
     for name, reconstruction in (("as it is", None), ("fitted", Reconstruction(images=24))):
-        log, folder = silent_log, tmp_path / name
-        run = RunContext({}, 3, torch.device("cpu"), folder, teacher, None, None, Still(), log)
-        Recover(
+        run = toys.context(tmp_path / name)
+        options = Recover(
             sparsity=0.75,
             training=Recovery(epochs=0, batch_size=8),
-            images=Source(toys.images(48)),
             reconstruction=reconstruction,
-        ).run(run)
-        agreement[name] = run.metrics["student.agreement"]
-        assert run.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
+        )
+        options.run(teacher, toys.images(48), run)
+        agreement[name] = run.log.metrics["student.agreement"]
+        assert run.log.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
     assert agreement["fitted"] > agreement["as it is"]
-    assert run.metrics["reconstruction.seconds"] > 0
-    assert run.details["reconstruction_left_alone"] == []
+    assert run.log.metrics["reconstruction.seconds"] > 0
+    assert run.log.details["reconstruction_left_alone"] == []
 
 
-def recovered(toys, silent_log, folder, **options):
-    """Prune on 48 images, fitted and by default not trained; return the run."""
-    teacher = toys.teacher(toys.two_bn())
-    cpu = torch.device("cpu")
-    evaluation = toys.images(9)
-    run = RunContext({}, 3, cpu, folder, teacher, None, evaluation, Still(), silent_log)
+def recovered(toys, folder, **options):
+    """Prune on 48 images, fitted and by default not trained; return the student and the log."""
+    run = toys.context(folder, evaluation=toys.images(9))
     options = {"training": Recovery(epochs=0, batch_size=8), **options}
-    fit = Reconstruction(images=24)
-    images = Source(toys.images(48))
-    Recover(sparsity=0.75, images=images, reconstruction=fit, **options).run(run)
-    return run
+    recover = Recover(sparsity=0.75, reconstruction=Reconstruction(images=24), **options)
+    outcome = recover.run(toys.teacher(toys.two_bn()), toys.images(48), run)
+    return outcome.student.model, run.log
 
 
 def test_rounds_come_nearer_to_the_share_by_a_cube():
@@ -196,32 +162,28 @@ def test_rounds_come_nearer_to_the_share_by_a_cube():
     assert Recover(sparsity=0.9).schedule == [0.9]
 
 
-def test_rounds_end_at_the_same_share_with_other_zeros_and_nearer(toys, silent_log, tmp_path):
-    found = {}
+def test_rounds_end_at_the_same_share_with_other_zeros_and_nearer(toys, tmp_path):
+    found, teacher = {}, toys.two_bn()
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for rounds in (1, 4):
-        run = recovered(toys, silent_log, tmp_path / str(rounds), rounds=rounds)
-        state = read_artifact(run.folder / "student").state
-        student = toys.two_bn().eval()
-        student.load_state_dict(state)
-        x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        student, log = recovered(toys, tmp_path / str(rounds), rounds=rounds)
         with torch.no_grad():
-            error = (student(x) - run.teacher.model(x)).square().mean()
-        found[rounds] = (state, float(error))
-        assert run.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
-    assert not torch.equal(found[1][0]["conv2.weight"] == 0, found[4][0]["conv2.weight"] == 0)
+            error = (student(x) - teacher(x)).square().mean()
+        found[rounds] = (student.conv2.weight == 0, float(error))
+        assert log.metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert not torch.equal(found[1][0], found[4][0])
     assert found[4][1] < found[1][1]
-    steps = [(step, n["sparsity"]) for stage, step, n in silent_log.records if stage == "pruning"]
-    assert [step for step, _ in steps] == [1, 2, 3, 4]
-    assert [share for _, share in steps] == pytest.approx([0.434, 0.656, 0.738, 0.75], abs=0.01)
+    steps = log.records["pruning"]
+    assert list(steps) == [1, 2, 3, 4]
+    shares = [numbers["sparsity"] for numbers in steps.values()]
+    assert shares == pytest.approx([0.434, 0.656, 0.738, 0.75], abs=0.01)
 
 
 @pytest.mark.parametrize("where", ["fit", "training"])
-def test_a_recovery_that_is_killed_ends_like_an_undisturbed_one(
-    toys, silent_log, tmp_path, monkeypatch, where
-):
+def test_a_recovery_that_is_killed_ends_like_an_undisturbed_one(toys, tmp_path, monkeypatch, where):
     """Momenta go to the parameters that they are of, and the masks hold on."""
     training = Recovery(steps=6, batch_size=8, precision="float32", lr=0.05)
-    whole = recovered(toys, silent_log, tmp_path / "whole", rounds=3, training=training)
+    expected, whole = recovered(toys, tmp_path / "whole", rounds=3, training=training)
     calls = []
 
     def stopping(function, number):
@@ -238,17 +200,16 @@ def test_a_recovery_that_is_killed_ends_like_an_undisturbed_one(
             patch.setattr(recover, "reconstruct_student", stopping(reconstruct_student, 3))
         else:
             patch.setattr(Trainer, "step", stopping(Trainer.step, 4))
-            patch.setattr(teaching, "CHECKPOINT_SECONDS", 0)
+            patch.setattr(training_run, "CHECKPOINT_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
-            recovered(toys, silent_log, tmp_path / "parts", rounds=3, training=training)
-    again = recovered(toys, silent_log, tmp_path / "parts", rounds=3, training=training)
+            recovered(toys, tmp_path / "parts", rounds=3, training=training)
+    student, log = recovered(toys, tmp_path / "parts", rounds=3, training=training)
     rounds = 2 if where == "fit" else 3
-    assert f"pruning: going on after round {rounds}" in silent_log.notes
-    assert ("recovery: going on from step 3 of 6" in silent_log.notes) == (where == "training")
-    file = "student/model.safetensors"
-    assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes()
-    assert again.metrics["student.sparsity"] == whole.metrics["student.sparsity"]
-    assert again.details == whole.details
+    assert f"pruning: going on after round {rounds}" in log.notes
+    assert ("recovery: going on from step 3 of 6" in log.notes) == (where == "training")
+    toys.assert_same_tensors(student, expected)
+    assert log.metrics["student.sparsity"] == whole.metrics["student.sparsity"]
+    assert log.details == whole.details
 
 
 def test_choosing_changes_nothing_and_does_not_mind_the_memory_format(toys):

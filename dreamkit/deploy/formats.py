@@ -1,0 +1,57 @@
+"""The formats that a model can be exported to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
+from dreamkit.types import Exporter
+
+
+class Onnx(Exporter):
+    """ONNX, run by ONNX Runtime. Needs the extra ``onnx``."""
+
+    suffix = ".onnx"
+
+    def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
+        """Write a model to a file."""
+        path.write_bytes(as_onnx(model, example, any_batch=any_batch))
+
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Return what runs a file."""
+        return OnnxSession(path, None, torch.zeros(())).run
+
+
+class TorchExport(Exporter):
+    """A program of ``torch.export``."""
+
+    suffix = ".pt2"
+
+    def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
+        """Write a model to a file."""
+        shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), path)
+
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Return what runs a file."""
+        return torch.export.load(path).module()
+
+
+class TorchScript(Exporter):
+    """TorchScript, by tracing."""
+
+    suffix = ".pt"
+
+    def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
+        """Write a model to a file, which takes any number of images in any case."""
+        torch.jit.trace(model, example, check_trace=False).save(str(path))
+
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Return what runs a file."""
+        program: Any = torch.jit.load(str(path))
+        return program  # type: ignore[no-any-return]

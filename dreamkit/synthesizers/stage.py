@@ -1,0 +1,74 @@
+"""One resolution of an inversion: what it is, and when it has come far enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from dreamkit.card import Card
+
+Size = Annotated[int, Field(ge=1)]
+
+PROGRESS = 1e-3
+"""Relative fall of the best loss that counts as progress."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution of an inversion.
+
+    Args:
+        steps: optimizer steps.
+        size: side of a square, or [height, width]; null is the teacher's input size.
+        lr: learning rate of this stage; null is the synthesizer's.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    size: Size | tuple[Size, Size] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+    def resolution(self, card: Card) -> tuple[int, int]:
+        """Return (height, width)."""
+        if self.size is None:
+            return card.input_size[1:]
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def jitter(self, pixels: int | None, last: Stage, card: Card) -> tuple[int, int]:
+        """Return the largest shift along height and width.
+
+        Args:
+            pixels: at the last stage's size; None is a sixteenth of the side.
+            last: of the stages.
+            card: of the teacher.
+        """
+        height, width = self.resolution(card)
+        if pixels is None:
+            return height // 16, width // 16
+        last_height, last_width = last.resolution(card)
+        return round(pixels * height / last_height), round(pixels * width / last_width)
+
+
+class Plateau:
+    """Tells when the best loss of a stage has stopped falling.
+
+    Args:
+        patience: steps without progress that are too many; None for any number.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.lowest = math.inf
+        self.since = 0
+
+    def __call__(self, step: int, best_loss: Tensor) -> bool:
+        """Return whether to stop; reads the loss off the device only where there is a patience."""
+        if self.patience is None:
+            return False
+        loss = float(best_loss)
+        if self.lowest - loss > PROGRESS * abs(self.lowest) or not math.isfinite(self.lowest):
+            self.lowest, self.since = loss, step
+        return step - self.since >= self.patience

@@ -1,0 +1,548 @@
+"""The library: networks in memory in, results out, and the caller's things as they were."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import dreamkit
+from dreamkit.api.given_images import as_images
+from dreamkit.api.networks import builder_of
+from dreamkit.report.run_log import read_records
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+VIEW = {"size": (3, 12, 12), "mean": MEAN, "std": STD}
+QUICK = {"stages": [{"steps": 2}], "batch_size": 4, "progress": False, "device": "cpu"}
+
+
+class Net(nn.Module):
+    """A network of the caller's own, which no registry builds."""
+
+    def __init__(self, classes=3, width=8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for _ in range(3):  # statistics of something
+            model(torch.randn(16, 3, 12, 12))
+    model.train()
+    model.conv1.weight.requires_grad_(False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return dreamkit.load_teacher("bundled:digits_resnet8")
+
+
+@pytest.fixture
+def pixels():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (24, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(24) % 3
+
+
+def fingerprint(model):
+    """Return all of a model that a caller could miss."""
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        [module.training for module in model.modules()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        sorted(vars(model)),
+        torch.get_rng_state(),
+    )
+
+
+def assert_same(before, after):
+    for name, tensor in before[0].items():
+        assert torch.equal(tensor, after[0][name]), name
+    assert before[1:5] == after[1:5]
+    assert torch.equal(before[5], after[5])
+
+
+def calls(net, pixels):
+    images, labels = pixels
+    other = Net()
+    short = {"steps": 2, "batch_size": 8}
+    quiet = {"progress": False, "device": "cpu", **VIEW}
+    return {
+        "invert": lambda: dreamkit.invert(net, 4, **QUICK, **VIEW),
+        "prune": lambda: dreamkit.prune(
+            net, pixels, channels=0.8, limits={"chunk": 1}, recovery=short, batch_size=8, **quiet
+        ),
+        "distill": lambda: dreamkit.distill(net, other, pixels, **short, **quiet),
+        "recover": lambda: dreamkit.recover(net, pixels, sparsity=0.5, **short, **quiet),
+        "extend": lambda: dreamkit.extend(
+            net, (images, labels % 2), replay=pixels, images_per_class=4, steps=2, **quiet
+        ),
+        "judge": lambda: dreamkit.judge(net, pixels, {"other": other}, splits=2, **quiet),
+    }
+
+
+@pytest.mark.parametrize("verb", ["invert", "prune", "distill", "recover", "extend", "judge"])
+def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
+    call = calls(net, pixels)[verb]
+    before = fingerprint(net)
+    made = call()
+    assert_same(before, fingerprint(net))
+    assert made.metrics
+    assert made.seconds > 0
+    assert torch.__version__.startswith(made.versions["torch"])
+    assert repr(made).startswith(type(made).__name__)
+    assert "<" in made._repr_html_()
+    recipe = yaml.safe_load(made.to_recipe())
+    assert recipe["teacher"]["source"] == "checkpoint", "a network in memory is to be filled in"
+    assert recipe["application"]["name"]
+
+
+# --- dreams -----------------------------------------------------------------------------------
+
+
+def test_the_recipe_and_the_call_make_the_same_dreams(digits, invoke, recipe_file, tmp_path):
+    options = {
+        "images": 8,
+        "batch_size": 4,
+        "stages": [{"steps": 3}],
+        "lr": 0.1,
+        "regularizers": [{"name": "bn_feature", "weight": 0.3}],
+    }
+    recipe = {
+        "name": "same",
+        "seed": 5,
+        "device": "cpu",
+        "teacher": {"source": "bundled", "model": "digits_resnet8"},
+        "synthesis": {"name": "deepinversion", **options},
+        "application": {"name": "synthesize"},
+    }
+    assert invoke("run", recipe_file(recipe), "--out", tmp_path / "run").code == 0
+    called = dreamkit.invert(
+        digits, preset="paper", seed=5, device="cpu", progress=False, clip=False, **options
+    )
+    run = dreamkit.load_dreams(tmp_path / "run")
+    assert torch.equal(called.images, run.images)
+    assert torch.equal(called.labels, run.labels)
+    assert run.card == digits.card
+    shared = {"synthesis.images", "synthesis.teacher_accuracy", "synthesis.r_feature"}
+    for name in shared:
+        assert called.metrics[name] == run.metrics[name]
+
+
+def test_dreams_are_saved_and_read_again(digits, tmp_path):
+    dreams = dreamkit.invert(digits, 6, **QUICK)
+    assert len(dreams) == 6
+    assert dreams.images.dtype == torch.uint8
+    assert dreams.images.shape == (6, 1, 8, 8)
+    assert dreams.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    layers = digits.model.named_modules()
+    assert {*dreams.quality.by_layer} == {n for n, m in layers if isinstance(m, nn.BatchNorm2d)}
+    assert dreams.quality.r_feature == pytest.approx(sum(dreams.quality.by_layer.values()))
+    folder = dreams.save(tmp_path / "dreams")
+    again = dreamkit.load_dreams(folder)
+    assert torch.equal(again.images, dreams.images)
+    assert again.card == dreams.card
+    with pytest.raises(dreamkit.DreamkitError, match="is not empty"):
+        dreams.save(folder)
+    with pytest.raises(dreamkit.DreamkitError, match="holds no dreams"):
+        dreamkit.load_dreams(tmp_path / "nothing")
+
+
+def test_dreams_in_other_shapes(digits, tmp_path):
+    dreams = dreamkit.invert(digits, 6, **QUICK)
+    assert isinstance(dreams.show(), Figure)
+    assert torch.equal(digits.card.to_stored(dreams.normalised()), dreams.images)
+    image, label = dreams.dataset()[2]
+    assert image.shape == (1, 8, 8)
+    assert int(label) == 2
+    assert torch.equal(dreams[2:4].images, dreams.images[2:4])
+    files = sorted(dreams.to_folder(tmp_path / "png").rglob("*.png"))
+    assert [file.parent.name[0] for file in files] == list("012345")
+    with pytest.raises(TypeError, match="take a slice"):
+        dreams[0]
+
+
+def test_an_interrupted_call_keeps_what_is_finished_and_goes_on(digits, tmp_path, monkeypatch):
+    from dreamkit.report.run_log import MemoryLog
+
+    options = {**QUICK, "images": 12, "out": tmp_path / "kept"}
+    whole = dreamkit.invert(digits, **{**options, "out": None})
+    asked = []
+
+    def check(self, together=False):
+        asked.append(0)
+        if len(asked) == 4:  # in the second batch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryLog, "check", check)
+        part = dreamkit.invert(digits, **options)
+    assert part.interrupted
+    assert len(part) == 4
+    assert any("interrupted: 4 of 12" in note for note in part.notes)
+    rest = dreamkit.invert(digits, **options)
+    assert not rest.interrupted
+    assert any("1 of 3 batches kept" in note for note in rest.notes)
+    assert torch.equal(rest.images, whole.images)
+
+
+def test_one_regularizer_of_the_callers_own(digits):
+    seen = []
+
+    class Brightness:
+        def __call__(self, step):
+            seen.append(step.images.shape)
+            return step.images.mean()
+
+    dreams = dreamkit.invert(
+        digits, 4, regularizers={"bn_feature": 0.1, "bright": (0.5, Brightness())}, **QUICK
+    )
+    assert len(dreams) == 4
+    assert seen[0] == (4, 1, 8, 8)
+
+
+# --- students ---------------------------------------------------------------------------------
+
+
+def test_a_network_of_the_callers_own_is_pruned_saved_and_loaded(net, pixels, tmp_path):
+    small = dreamkit.prune(
+        net,
+        pixels,
+        flops=0.6,
+        evaluation=pixels,
+        limits={"chunk": 1},
+        recovery={"steps": 2, "batch_size": 8},
+        batch_size=8,
+        progress=False,
+        device="cpu",
+        **VIEW,
+    )
+    assert small.metrics["student.flops"] <= 0.6 * small.metrics["teacher.flops"]
+    assert small.metrics["student.params"] == sum(p.numel() for p in small.model.parameters())
+    assert {"student.accuracy", "student.agreement"} <= small.metrics.keys()
+    assert "student.latency_ms" not in small.metrics, "nobody asked"
+    assert [row for row in small.history if row["stage"] == "pruning"]
+    folder = small.save(tmp_path / "student")
+    with pytest.raises(dreamkit.DreamkitError, match="builder="):
+        dreamkit.load_student(folder)
+    again = dreamkit.load_student(folder, builder=Net)
+    images = again.card.normalise(pixels[0])
+    torch.testing.assert_close(again(images), small.model(images), rtol=0, atol=0)
+    small.model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def test_latency_is_reported_where_it_is_asked_for(net, pixels):
+    small = dreamkit.prune(
+        net,
+        pixels,
+        channels=0.8,
+        latency_backend={"name": "torch-cpu", "threads": 1, "repeats": 3},
+        limits={"chunk": 1},
+        recovery={"steps": 1, "batch_size": 8},
+        batch_size=8,
+        progress=False,
+        device="cpu",
+        **VIEW,
+    )
+    assert small.metrics["student.latency_ms"] > 0
+    assert small.metrics["pruned.latency_ms"] == small.metrics["student.latency_ms"]
+
+
+def test_a_student_that_was_made_is_pruned_again_and_saved(digits, tmp_path):
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8)
+    options = {
+        "limits": {"chunk": 2},
+        "recovery": {"steps": 1, "batch_size": 8},
+        "batch_size": 8,
+        "progress": False,
+        "device": "cpu",
+    }
+    once = dreamkit.prune(digits, images, channels=0.8, **options)
+    twice = dreamkit.prune(once.model, images, channels=0.8, **options)
+    assert twice.metrics["student.params"] < once.metrics["student.params"]
+    loaded = dreamkit.load_student(twice.save(tmp_path / "twice"))
+    x = digits.card.normalise(images)
+    torch.testing.assert_close(loaded(x), twice.model(x), rtol=0, atol=0)
+
+
+def test_an_extended_network_knows_more_classes(net, pixels):
+    images, labels = pixels
+    more = dreamkit.extend(
+        net,
+        (images, labels % 2),
+        test=(images, labels % 2),
+        class_names=("a", "b", "c"),
+        new_names=("d", "e"),
+        replay=pixels,
+        evaluation=pixels,
+        images_per_class=4,
+        steps=2,
+        progress=False,
+        device="cpu",
+        **VIEW,
+    )
+    assert more.card.class_names == ("a", "b", "c", "d", "e")
+    assert more.model(torch.zeros(1, 3, 12, 12)).shape == (1, 5)
+    assert {"step1.new.accuracy", "step1.base.accuracy"} <= more.metrics.keys()
+
+
+def test_classes_that_are_not_named_go_on_from_the_old_ones(net, pixels):
+    images, labels = pixels
+    more = dreamkit.extend(
+        net,
+        (images, labels % 2),
+        replay=pixels,
+        images_per_class=4,
+        steps=1,
+        progress=False,
+        **VIEW,
+    )
+    assert more.card.num_classes == 5
+    with pytest.raises(dreamkit.DreamkitError, match="no image has the label 1"):
+        dreamkit.extend(net, (images, 2 * (labels % 2)), progress=False, **VIEW)
+
+
+def test_others_say_what_they_see(net, pixels):
+    said = dreamkit.judge(
+        net, pixels, {"other": Net()}, splits=2, reference=pixels, progress=False, **VIEW
+    )
+    assert said.verifiers[0]["name"] == "other"
+    assert 0 <= said.metrics["judge.other.accuracy"] <= 1
+    with pytest.raises(dreamkit.DreamkitError, match="the inverted teacher itself"):
+        dreamkit.judge(net, pixels, {"same": net}, splits=2, progress=False, **VIEW)
+
+
+# --- images as people hold them ---------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """Pictures with labels, larger than the network takes them."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (20, 16), (50 * index, 0, 0)), index % 3
+
+
+@pytest.mark.parametrize("kind", ["uint8", "floats", "pair", "dataset", "loader", "pictures"])
+def test_images_in_any_shape(net, pixels, kind):
+    card = dreamkit.invert(net, 2, **QUICK, **VIEW).card
+    images, labels = pixels
+    floats = card.normalise(images)
+    given = {
+        "uint8": images,
+        "floats": floats,
+        "pair": (floats, labels),
+        "dataset": TensorDataset(floats, labels),
+        "loader": DataLoader(TensorDataset(floats, labels), batch_size=5),
+        "pictures": Pictures(),
+    }[kind]
+    taken = as_images(given, card, "images")
+    found, classes = taken.batch([0, 1, 4])
+    assert found.shape == (3, 3, 12, 12)
+    assert found.dtype == torch.uint8
+    if kind == "pictures":
+        assert found[2, 0, 6, 6] == 200
+    else:
+        assert torch.equal(found, images[[0, 1, 4]])
+    assert classes.tolist() == ([-1, -1, -1] if kind in {"uint8", "floats"} else [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.rand(4, 3, 12, 12), r"lie in \[0, 1\]: normalise them"),
+        (torch.rand(4, 3, 12, 12) * 255, "which no pixel gives"),
+        (torch.full((4, 3, 12, 12), float("nan")), "not finite"),
+        (torch.zeros(4, 1, 12, 12, dtype=torch.uint8), "have 1 channels"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), r"the images are \(3, 8, 8\)"),
+        (torch.zeros(0, 3, 12, 12, dtype=torch.uint8), "no images"),
+        (torch.zeros(3, 12, 12, dtype=torch.uint8), r"tensor \(N, C, H, W\)"),
+        ((torch.zeros(4, 3, 12, 12, dtype=torch.uint8), [0, 1, 2, 9]), "label 9 is none"),
+        ((torch.zeros(4, 3, 12, 12, dtype=torch.uint8), [0, 1]), r"shape \(4,\)"),
+        (DataLoader(TensorDataset(torch.zeros(0, 3, 12, 12))), "yields no batch"),
+        (3, "should be dreams, a tensor"),
+        ("no/such/folder", "no/such/folder"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(net, given, message):
+    with pytest.raises(dreamkit.DreamkitError, match=message) as refused:
+        dreamkit.prune(net, given, flops=0.5, progress=False, **VIEW)
+    assert str(refused.value).startswith("images") or refused.value.path == ("images",)
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": None}, "size is not known of Net"),
+        ({"size": None, "mean": None, "std": None}, "size and mean and std are not known"),
+        ({"mean": (0.5,)}, "mean and std need one value for each"),
+        ({"size": (1, 12, 12), "mean": (0.5,), "std": (0.5,)}, "does not take an image of size"),
+        ({"size": (12, 12)}, r"should be \(channels, height, width\)"),
+        ({"std": (0.0, 0.1, 0.1)}, "std should be greater than 0"),
+        ({"class_names": ("a", "b")}, "2 names for 3 outputs"),
+        ({"seed": -1}, "seed: should be 0 or more"),
+        ({"device": "cuda:99"}, "torch sees no device"),
+        ({"lr": -1}, r"lr: should be greater than 0 \(got -1\)"),
+        ({"steps": 0}, "steps: should be a whole number above 0"),
+        ({"stepps": 3}, "stepps: unknown option"),
+        ({"preset": "fats"}, "preset: should be fast or paper"),
+        ({"regularizers": {"tvv": 1}}, "did you mean 'tv'"),
+        ({"labels": [7]}, "label 7 is none"),
+    ],
+)
+def test_what_cannot_be_inverted_is_refused(net, change, message):
+    with pytest.raises(dreamkit.DreamkitError, match=message):
+        dreamkit.invert(net, 2, **{"progress": False, **VIEW, **change})
+
+
+def test_networks_that_cannot_be_inverted(net):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 3))
+    with pytest.raises(dreamkit.DreamkitError, match="BatchNorm"):
+        dreamkit.invert(plain, 2, progress=False, **VIEW)
+    with torch.no_grad():
+        net.fc.bias[0] = float("nan")
+    with pytest.raises(dreamkit.DreamkitError, match=r"'fc\.bias' holds values"):
+        dreamkit.invert(net, 2, progress=False, **VIEW)
+    with pytest.raises(dreamkit.DreamkitError, match=r"should be a torch\.nn\.Module, not str"):
+        dreamkit.invert("resnet18", 2)
+
+
+def test_a_student_of_other_classes_is_refused(net, pixels):
+    with pytest.raises(dreamkit.DreamkitError, match="4 outputs"):
+        dreamkit.distill(net, Net(4), pixels, steps=1, progress=False, **VIEW)
+
+
+def test_options_of_students_are_checked_by_name(net, pixels):
+    with pytest.raises(dreamkit.DreamkitError, match="flops: should be less than 1"):
+        dreamkit.prune(net, pixels, flops=63, progress=False, **VIEW)
+    with pytest.raises(dreamkit.DreamkitError, match="give at least one of flops"):
+        dreamkit.prune(net, pixels, progress=False, **VIEW)
+    with pytest.raises(dreamkit.DreamkitError, match=r"training\.lrr: unknown option"):
+        dreamkit.distill(net, Net(), pixels, lrr=3, progress=False, **VIEW)
+    with pytest.raises(dreamkit.DreamkitError, match="evaluation: needs images with labels"):
+        dreamkit.recover(net, pixels, sparsity=0.5, evaluation=pixels[0], progress=False, **VIEW)
+
+
+def test_timm_and_torchvision_tell_how_they_see_images():
+    import timm
+    import torchvision
+
+    from dreamkit.api.networks import View, take_in
+
+    network = timm.create_model("resnet10t", pretrained=False, num_classes=7).eval()
+    taken = take_in(network, View())
+    assert taken.card.input_size == (3, 176, 176)
+    assert taken.card.num_classes == 7
+    assert taken.builder == {
+        "source": "timm",
+        "model": "resnet10t",
+        "weights": None,
+        "num_classes": 7,
+    }
+    network = torchvision.models.resnet18(weights=None)
+    taken = take_in(network, View())
+    assert taken.card.input_size == (3, 224, 224)
+    assert taken.card.mean == (0.485, 0.456, 0.406)
+    assert taken.builder == {"source": "torchvision", "model": "resnet18", "weights": None}
+    changed = torchvision.models.resnet18(weights=None)
+    changed.layer4 = nn.Identity()
+    changed.fc = nn.Linear(256, 10)
+    assert builder_of(changed)["source"] == "memory"
+
+
+# --- the package ------------------------------------------------------------------------------
+
+
+def test_importing_the_package_takes_no_torch():
+    code = "import sys, dreamkit; assert 'torch' not in sys.modules; print(dir(dreamkit))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in dreamkit.__all__:
+        assert name in done.stdout
+        assert getattr(dreamkit, name) is not None
+
+
+def test_nothing_is_left_behind(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    dreamkit.invert(net, 2, **QUICK, **VIEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_a_folder_like_a_runs(net, pixels, tmp_path):
+    short = {"steps": 1, "batch_size": 8}
+    dreamkit.distill(
+        net, Net(), synthesis={"images": 4, "batch_size": 4, "stages": [{"steps": 1}]},
+        out=tmp_path, progress=False, device="cpu", **short, **VIEW,
+    )  # fmt: skip
+    assert len(dreamkit.load_student(tmp_path / "student", builder=Net).state_dict()) > 0
+    assert len(list((tmp_path / "dreams").glob("shard-*"))) == 1
+    assert not (tmp_path / "log.jsonl").exists()
+    with pytest.raises(FileNotFoundError):
+        read_records(tmp_path)
+
+
+CONSUMER = """
+import torch
+from torch import nn
+import dreamkit
+
+def use(model: nn.Module, student: nn.Module) -> nn.Module:
+    dreams: dreamkit.Dreams = dreamkit.invert(
+        model, size=(3, 224, 224), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), images=64
+    )
+    pixels: torch.Tensor = dreams.images
+    good: float = dreams.quality.teacher_accuracy
+    small = dreamkit.prune(model, dreams, flops=0.63, criteria={"taylor": 1, "latency_lut": 0.1})
+    share: float = small.metrics["pruned.flops_ratio"]
+    small.save("student/")
+    small.export("m.onnx")
+    tiny = dreamkit.distill(model, student, dreams, steps=2000)
+    print(pixels.shape, good, share, dreamkit.load_dreams("dreams/").card.input_size)
+    reveal_type(tiny.model)
+    return tiny.model
+"""
+
+
+@pytest.mark.slow
+def test_a_consumers_script_has_types(tmp_path: Path) -> None:
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "consumer.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Revealed type is "torch.nn.modules.module.Module"' in done.stdout, done.stdout
+    assert "Success" in done.stdout, done.stdout
