@@ -1,21 +1,29 @@
-"""The hooks a plugin may implement: one for each kind of registry entry.
+"""The hooks a plugin may implement: one for each kind of entry, commands, and events.
 
-Each hook receives ``register(name, target)``. ``target`` is a class whose typed constructor
-parameters become its options in YAML, or ``"package.module:Class"`` to import it on first use.
+A ``register_<kind>`` hook receives ``register(name, target)``. ``target`` is a class whose typed
+constructor parameters become its options in YAML, or ``"package.module:Class"`` to import it on
+first use. A hook may leave out arguments that it has no use for.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pluggy
 
 from dreamkit.registry import Register
+
+if TYPE_CHECKING:  # they come with what listing plugins does without
+    import typer
+
+    from dreamkit.types import Event
 
 hookspec = pluggy.HookspecMarker("dreamkit")
 
 
 @hookspec
 def register_regularizers(register: Register) -> None:
-    """Add regularizers: callables ``InversionStep -> scalar Tensor`` (``dreamkit.types``)."""
+    """Add regularizers: terms of the loss that images are dreamed by."""
 
 
 @hookspec
@@ -40,7 +48,7 @@ def register_sources(register: Register) -> None:
 
 @hookspec
 def register_criteria(register: Register) -> None:
-    """Add importance criteria: callables ``PruningStep -> one score per channel of each group``."""
+    """Add importance criteria: scores of the channels that pruning may remove."""
 
 
 @hookspec
@@ -50,7 +58,17 @@ def register_channel_rules(register: Register) -> None:
 
 @hookspec
 def register_losses(register: Register) -> None:
-    """Add losses of learning new classes: callables ``IncrementalStep -> scalar Tensor``."""
+    """Add losses of learning new classes."""
+
+
+@hookspec
+def register_distillation_losses(register: Register) -> None:
+    """Add distillation losses: what a student's outputs are held against the teacher's by."""
+
+
+@hookspec
+def register_selections(register: Register) -> None:
+    """Add selections: which of the ranked channels go in a round of pruning."""
 
 
 @hookspec
@@ -71,3 +89,13 @@ def register_exporters(register: Register) -> None:
 @hookspec
 def register_trackers(register: Register) -> None:
     """Add trackers: where the records of a run are sent besides ``log.jsonl``."""
+
+
+@hookspec
+def register_commands(app: typer.Typer) -> None:
+    """Add commands to ``dreamkit``: ``@app.command()``, or ``app.add_typer`` for a group."""
+
+
+@hookspec
+def on_event(event: Event) -> None:
+    """Hear of what happens in a run: ``isinstance(event, BatchDreamed)`` and so on."""

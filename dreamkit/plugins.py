@@ -6,24 +6,32 @@ recipe itself names must load.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from dreamkit import hookspecs
-from dreamkit.errors import PluginError
+from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
 from dreamkit.importing import import_file
+from dreamkit.isolation import reason
+from dreamkit.plugin import API
 from dreamkit.registry import KINDS, PluginFailure, Registries
-from dreamkit.wording import one_line
+
+if TYPE_CHECKING:
+    import typer
 
 ENTRY_POINT_GROUP = "dreamkit"
 BUILTIN_PROVIDER = "dreamkit"
+VARIABLE = "DREAMKIT_PLUGINS"
+"""Of the environment: the installed plugins to load, with commas between; all if it is not set."""
 _BUILTIN_ROOMS = (
     "dreamkit.regularizers",
     "dreamkit.synthesizers",
@@ -50,58 +58,165 @@ def build_registries(plugins: Iterable[str] = ()) -> Registries:
         The registries. Installed plugins that failed stand in ``failures``.
 
     Raises:
-        PluginError: one of ``plugins`` cannot be loaded or registers a name that is taken.
+        PluginError: one of ``plugins`` cannot be loaded or registers a name that is taken, or
+            ``DREAMKIT_PLUGINS`` names one that is not installed.
     """
-    registries = Registries()
-    for room in _BUILTIN_ROOMS:
-        _register(registries, importlib.import_module(room), BUILTIN_PROVIDER)
-    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    installed: list[tuple[str, Any]] = []
-    for point in sorted(points, key=lambda point: (_provider_of(point), point.name)):
-        provider = _provider_of(point)
+    return _loaded(plugins).registries
+
+
+def with_commands(app: typer.Typer) -> tuple[typer.Typer, list[PluginFailure]]:
+    """Return the program with the commands of installed plugins, and the plugins that failed.
+
+    Args:
+        app: the program; it is left as it is. A plugin that adds a command which is there already
+            is left out with all of its commands.
+    """
+    import typer
+
+    host, whole = _loaded(()), copy.copy(app)
+    whole.registered_commands = list(app.registered_commands)
+    whole.registered_groups = list(app.registered_groups)
+    failures = []
+    for provider, plugin in host.plugins:
+        added = typer.Typer()
         try:
-            plugin = point.load()
-            _register(registries, plugin, provider)
-            installed.append((provider, plugin))
+            host.hook(plugin, "register_commands")(app=added)
+            taken = sorted(_names(added) & _names(whole))
+            if taken:
+                raise DuplicateEntry(f"there is a command '{taken[0]}' already")
+        except (Exception, SystemExit) as error:
+            failures.append(PluginFailure(provider, reason(error)))
+            continue
+        whole.registered_commands += added.registered_commands
+        whole.registered_groups += added.registered_groups
+    return whole, failures
+
+
+def _names(app: typer.Typer) -> set[str]:
+    from typer.main import get_group
+
+    return set(get_group(app).commands)
+
+
+class PluginHost:
+    """All plugins of a run in one manager, and what they registered."""
+
+    def __init__(self) -> None:
+        self.registries = Registries()
+        self.plugins: list[tuple[str, Any]] = []
+        """Each with its provider."""
+        self._manager = pluggy.PluginManager("dreamkit")
+        self._manager.add_hookspecs(hookspecs)
+
+    def add(self, plugin: Any, provider: str) -> None:
+        """Register a plugin and let it register its entries.
+
+        Raises:
+            Exception: whatever it raises; then its provider is to be withdrawn.
+        """
+        if self._manager.is_registered(plugin):  # a recipe may state that it needs an installed one
+            return
+        _check_api(plugin)
+        self.plugins.append((provider, plugin))
+        self._manager.register(plugin)
+        self._manager.check_pending()  # a misspelt hook name is an error, not silence
+        if not self._manager.get_hookcallers(plugin):
+            raise PluginError("it implements none of dreamkit's hooks (is '@hookimpl' missing?)")
+        for kind in KINDS:
+            register = partial(self.registries[kind].register, provider=provider)
+            self.hook(plugin, f"register_{kind}")(register=register)
+        if provider not in self.registries.providers:
+            self.registries.providers.append(provider)
+
+    def hook(self, plugin: Any, name: str) -> pluggy.HookCaller:
+        """Return one hook of one plugin, so that provenance and failures are its own."""
+        others = [other for _, other in self.plugins if other is not plugin]
+        return self._manager.subset_hook_caller(name, others)
+
+    def withdraw(self, provider: str) -> None:
+        """Remove a provider, its plugins and every entry of theirs."""
+        for owner, plugin in self.plugins:
+            if owner == provider and self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+        self.plugins = [pair for pair in self.plugins if pair[0] != provider]
+        self.registries.withdraw(provider)
+
+    def listen(self) -> None:
+        """Tell the registries who listens to events, once every plugin is there."""
+        self.registries.listeners = [
+            (provider, partial(_tell, self.hook(plugin, "on_event")))
+            for provider, plugin in self.plugins
+            if self.hook(plugin, "on_event").get_hookimpls()
+        ]
+
+
+def _tell(hook: pluggy.HookCaller, event: Any) -> None:
+    hook(event=event)
+
+
+def _loaded(plugins: Iterable[str]) -> PluginHost:
+    host = PluginHost()
+    for room in _BUILTIN_ROOMS:
+        host.add(importlib.import_module(room), BUILTIN_PROVIDER)
+    for provider, points in itertools.groupby(_installed(), key=_provider_of):
+        try:
+            for point in points:
+                host.add(point.load(), provider)
         except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-            registries.failures.append(PluginFailure(provider, _reason(error)))
-    failed = {failure.plugin for failure in registries.failures}
-    for provider in failed:  # a distribution is there as a whole or not at all
-        registries.withdraw(provider)
-    loaded = [plugin for provider, plugin in installed if provider not in failed]
+            host.withdraw(provider)  # a distribution is there as a whole or not at all
+            host.registries.failures.append(PluginFailure(provider, reason(error)))
     for reference in dict.fromkeys(_canonical(name) for name in plugins):
         try:
-            plugin = _load(reference)
-            if plugin not in loaded:  # a recipe may state that it needs an installed plugin
-                _register(registries, plugin, reference)
+            host.add(_load(reference), reference)
         except (Exception, SystemExit) as error:
-            raise PluginError(f"plugin '{reference}' cannot be loaded: {_reason(error)}") from error
-    return registries
+            raise PluginError(f"plugin '{reference}' cannot be loaded: {reason(error)}") from error
+    host.listen()
+    return host
 
 
-def _reason(error: BaseException) -> str:
-    reason = one_line(error)
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+def _installed() -> list[importlib.metadata.EntryPoint]:
+    """Return the entry points to load, those of a distribution one after the other.
+
+    Raises:
+        PluginError: ``DREAMKIT_PLUGINS`` names one that is not there.
+    """
+    points = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    points.sort(key=lambda point: (_provider_of(point), point.name))
+    chosen = os.environ.get(VARIABLE)
+    if chosen is None:
+        return points
+    wanted = {name.strip() for name in chosen.split(",")} - {""}
+    known = {name for point in points for name in _called(point)}
+    for name in sorted(wanted - known):
+        raise PluginError(
+            f"{VARIABLE}: no plugin '{name}' is installed{did_you_mean(name, known)} "
+            f"(installed: {', '.join(sorted(known)) or 'none'})"
+        )
+    return [point for point in points if wanted & _called(point)]
+
+
+def _called(point: importlib.metadata.EntryPoint) -> set[str]:
+    """Return what a plugin goes by: its entry point, and the distribution that it came with."""
+    return {point.name, *([] if point.dist is None else [str(point.dist.metadata["Name"])])}
+
+
+def _check_api(plugin: Any) -> None:
+    """Refuse a plugin that was written for another version of the contract.
+
+    Raises:
+        PluginError: its ``dreamkit_api`` is not this version.
+    """
+    wanted = str(getattr(plugin, "dreamkit_api", API))
+    if wanted != API:
+        raise PluginError(
+            f"it is written for version {wanted} of dreamkit's plugin API, and this dreamkit has "
+            f"version {API}: install a dreamkit that has it, or another version of the plugin"
+        )
 
 
 def _canonical(reference: str) -> str:
     """Return a file's path in one spelling, so that ``x.py`` and ``./x.py`` are one plugin."""
     return os.path.normpath(reference) if reference.endswith(".py") else reference
-
-
-def _register(registries: Registries, plugin: Any, provider: str) -> None:
-    """Call one plugin's hooks, alone in a manager, so that provenance and failures are its own."""
-    manager = pluggy.PluginManager("dreamkit")
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin)
-    manager.check_pending()  # a misspelt hook name is an error, not silence
-    hooks = [(kind, getattr(manager.hook, f"register_{kind}")) for kind in KINDS]
-    if not any(hook.get_hookimpls() for _, hook in hooks):
-        raise PluginError("it implements none of dreamkit's hooks (is '@hookimpl' missing?)")
-    for kind, hook in hooks:
-        hook(register=partial(registries[kind].register, provider=provider))
-    if provider not in registries.providers:
-        registries.providers.append(provider)
 
 
 def _provider_of(point: importlib.metadata.EntryPoint) -> str:

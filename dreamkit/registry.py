@@ -10,13 +10,14 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
 
 from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
+from dreamkit.events import EventEmitter, Listener
 
 hookimpl = pluggy.HookimplMarker("dreamkit")
 """Marks a function as an implementation of one of the hooks in ``dreamkit.hookspecs``."""
@@ -32,6 +33,8 @@ KINDS: tuple[str, ...] = (
     "criteria",
     "channel_rules",
     "losses",
+    "distillation_losses",
+    "selections",
     "latency_backends",
     "applications",
     "exporters",
@@ -58,11 +61,11 @@ class EntryOf:
     def __get_pydantic_core_schema__(self, source: Any, _handler: Any) -> Any:
         """Have the builder, which validators are given as their context, make the entry.
 
-        The declared type says whether null is a value, and what an object needs to be one.
+        The declared type says whether null is a value.
         """
         from pydantic_core import core_schema
 
-        schema = self._schema(core_schema, sorted(_methods(source)))
+        schema = self._schema(core_schema)
         optional = type(None) in typing.get_args(source)
         return core_schema.nullable_schema(schema) if optional else schema
 
@@ -71,9 +74,9 @@ class EntryOf:
         made = self._json_schema()
         return {"anyOf": [made, {"type": "null"}]} if schema["type"] == "nullable" else made
 
-    def _schema(self, core: Any, methods: list[str]) -> Any:
+    def _schema(self, core: Any) -> Any:
         return core.with_info_plain_validator_function(
-            lambda value, info: info.context.entry(self.kind, value, methods)
+            lambda value, info: info.context.entry(self.kind, value)
         )
 
     def _json_schema(self) -> dict[str, Any]:
@@ -84,8 +87,8 @@ class EntryOf:
 class EntriesOf(EntryOf):
     """Annotation marker: the option is a list of registry entries of this kind."""
 
-    def _schema(self, core: Any, methods: list[str]) -> Any:
-        return core.tuple_schema([super()._schema(core, methods)], variadic_item_index=0)
+    def _schema(self, core: Any) -> Any:
+        return core.tuple_schema([super()._schema(core)], variadic_item_index=0)
 
     def _json_schema(self) -> dict[str, Any]:
         return {"type": "array", "items": super()._json_schema()}
@@ -98,9 +101,9 @@ class TermsOf(EntryOf):
     A mapping of names to weights stands for such a list.
     """
 
-    def _schema(self, core: Any, methods: list[str]) -> Any:
+    def _schema(self, core: Any) -> Any:
         term = core.with_info_plain_validator_function(
-            lambda value, info: info.context.term(self.kind, value, methods)
+            lambda value, info: info.context.term(self.kind, value)
         )
         return core.with_info_before_validator_function(
             lambda value, info: info.context.listed(self.kind, value),
@@ -111,16 +114,6 @@ class TermsOf(EntryOf):
         terms = {"type": "array", "items": {"$entry": f"#/$defs/weighted_{self.kind}"}}
         weights = {"type": "object", "additionalProperties": WEIGHT_SCHEMA}
         return {"anyOf": [terms, weights]}
-
-
-def _methods(source: Any) -> set[str]:
-    """Return what a protocol or an abstract class, the innermost of a type, asks for."""
-    inside = [_methods(argument) for argument in typing.get_args(source)]
-    found: set[str] = set(getattr(source, "__abstractmethods__", ())).union(*inside)
-    if getattr(source, "_is_protocol", False):
-        members = ((name, member) for name, member in vars(source).items() if callable(member))
-        found |= {name for name, _ in members if name == "__call__" or not name.startswith("_")}
-    return found
 
 
 @dataclass(frozen=True)
@@ -204,9 +197,23 @@ class Registry:
 
         Raises:
             UnknownEntry: nobody registered the name.
-            PluginError: the class its provider registered by reference cannot be imported.
+            PluginError: the class its provider registered by reference cannot be imported, or it
+                lacks what entries of the kind have.
         """
         found = self._registered(name)
+        cls = self._imported(name, found)
+        try:
+            # It comes with torch, which listing does without.
+            from dreamkit.types.entries import check_entry
+
+            check_entry(self.kind, cls)
+        except TypeError as error:
+            raise PluginError(
+                f"{self.kind} '{name}' of {found.provider} is unusable: {error}"
+            ) from error
+        return cls
+
+    def _imported(self, name: str, found: Registered) -> type[Any]:
         if not isinstance(found.target, str):
             return found.target
         module, _, attribute = found.target.partition(":")
@@ -219,7 +226,8 @@ class Registry:
             ) from error
         if not inspect.isclass(cls):
             raise PluginError(f"{self.kind} '{name}' of {found.provider} is no class")
-        return cls
+        imported: type[Any] = cls
+        return imported
 
     def summary(self, name: str) -> str:
         """Return the first line of the entry's docstring.
@@ -227,7 +235,8 @@ class Registry:
         A reference that leads nowhere has none; the error comes when the entry is used.
         """
         try:
-            return (inspect.getdoc(self.resolve(name)) or "").partition("\n")[0]
+            cls = self._imported(name, self._registered(name))
+            return (inspect.getdoc(cls) or "").partition("\n")[0]
         except PluginError:
             return ""
 
@@ -249,6 +258,16 @@ class Registries:
     )
     providers: list[str] = field(default_factory=list)
     failures: list[PluginFailure] = field(default_factory=list)
+    listeners: list[tuple[str, Listener]] = field(default_factory=list)
+    """Who is told of a run's events, by its provider."""
+
+    def events(self, note: Callable[[str], None]) -> EventEmitter:
+        """Return what tells the plugins of one run's events.
+
+        Args:
+            note: told of a plugin that fails, once; it is left out for the rest of the run.
+        """
+        return EventEmitter([(f"the plugin {who}", heard) for who, heard in self.listeners], note)
 
     def __getitem__(self, kind: str) -> Registry:
         return self.by_kind[kind]

@@ -157,12 +157,13 @@ def _run(
     distributed.together()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
     distributed.together()
+    resumed = directory.started
     try:
         log.open()
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
         for tracker in trackers:
-            tracker.start(directory.folder, loaded.root.plain())
+            tracker.start(directory.folder, loaded.root.plain(), resumed)
         _say_what(loaded, teacher, context, console)
         with placed("application", always=False):
             outcome: Outcome = recipe.application.run(teacher, images, context)

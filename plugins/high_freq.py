@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreamkit import hookimpl
-from dreamkit.registry import Register
-from dreamkit.types import InversionStep
+from dreamkit.plugin import InversionStep, Register, Regularizer, hookimpl
 
 
 @dataclass(frozen=True)
-class HighFreq:
+class HighFreq(Regularizer):
     """Mean squared vertical second difference of the images."""
 
     def __call__(self, step: InversionStep) -> Tensor:

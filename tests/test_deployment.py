@@ -23,7 +23,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
-from dreamkit.types import Timing
+from dreamkit.types import LatencyBackend, Timing
 
 DIGITS = "bundled:digits_resnet8"
 CIFAR = "cifar:resnet20"
@@ -85,7 +85,7 @@ def test_a_table_is_built_once_shown_and_held_against_networks(tmp_path, invoke)
     assert len(re.findall(r"pruned \d", out)) == 3
 
 
-class Counted:
+class Counted(LatencyBackend):
     """A target of someone else's: a model takes a microsecond a parameter."""
 
     def __init__(self, batch_size: int = 1) -> None:
@@ -112,9 +112,9 @@ def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, caps
 PLUGIN = """
 from dreamkit.registry import hookimpl
 from dreamkit.teachers.bundled import BundledTeacher
-from dreamkit.types import Timing
+from dreamkit.types import LatencyBackend, Timing
 
-class Board:
+class Board(LatencyBackend):
     def __init__(self, batch_size: int = 1):
         self.batch_size = batch_size
 

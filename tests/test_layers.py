@@ -14,6 +14,9 @@ LAYERS = (
     {
         "recipe",
         "registry",
+        "plugin",
+        "events",
+        "isolation",
         "model_state",
         "importing",
         "arithmetic",

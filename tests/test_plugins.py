@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,23 +16,34 @@ from types import ModuleType
 
 import pytest
 import torch
+from typer.main import get_group
+from typer.testing import CliRunner
 
-from dreamkit import cli, hookimpl, hookspecs, types
+from dreamkit import cli, hookimpl, hookspecs, plugin
 from dreamkit.errors import DuplicateEntry, PluginError, RecipeError
-from dreamkit.plugins import BUILTIN_PROVIDER, ENTRY_POINT_GROUP, build_registries
+from dreamkit.plugins import (
+    BUILTIN_PROVIDER,
+    ENTRY_POINT_GROUP,
+    VARIABLE,
+    build_registries,
+    with_commands,
+)
 from dreamkit.recipe import read_recipe
 from dreamkit.recipe.signature import documentation, options_of
 from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
-from dreamkit.types import InversionStep
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.types import Event, InversionStep, Noted
+from dreamkit.types.entries import BASES
 
 ROOT = Path(__file__).resolve().parents[1]
 HIGH_FREQ = ROOT / "plugins" / "high_freq.py"
 EXAMPLE = ROOT / "plugins" / "dreamkit-example"
-HOOKS = sorted(
-    name
+HOOKS = {
+    name: ", ".join(inspect.signature(member).parameters)
     for name, member in vars(hookspecs).items()
     if inspect.isfunction(member) and hasattr(member, "dreamkit_spec")
-)
+}
+ENTRY_HOOKS = sorted(name for name, arguments in HOOKS.items() if arguments == "register")
 
 GOOD = """
 from dreamkit import hookimpl
@@ -73,6 +85,17 @@ def register_criteria(register):
     "no_hook": (
         "def register_regularizers(register): ...",
         "PluginError: it implements none of dreamkit's hooks (is '@hookimpl' missing?)",
+    ),
+    "other_version": (
+        'dreamkit_api = "2"\n' + GOOD,
+        "PluginError: it is written for version 2 of dreamkit's plugin API, and this dreamkit has "
+        "version 1: install a dreamkit that has it",
+    ),
+    "misspelt_need": (
+        GOOD.replace("class Fine:", "class Fine(Regularizer):")
+        .replace('"Works."', 'needs = frozenset({"bn_statistic"})')
+        .replace("import hookimpl", "import hookimpl\nfrom dreamkit.plugin import Regularizer"),
+        "TypeError: Fine.needs: nothing is called 'bn_statistic'; did you mean 'bn_statistics'?",
     ),
     "bad_name": (
         GOOD.replace('"fine"', '"Not Fine"'),
@@ -125,6 +148,7 @@ def site(tmp_path, monkeypatch):
         return everything(**wanted)
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.delenv(VARIABLE, raising=False)
     yield made
     for module in made.modules:
         sys.modules.pop(module, None)
@@ -177,51 +201,77 @@ def step_of(images: torch.Tensor) -> InversionStep:
 
 
 def test_there_is_one_hook_for_each_kind():
-    assert sorted(f"register_{kind}" for kind in KINDS) == HOOKS
+    assert sorted(f"register_{kind}" for kind in KINDS) == ENTRY_HOOKS
+    assert HOOKS.keys() - ENTRY_HOOKS == {"register_commands", "on_event"}
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", ENTRY_HOOKS)
 def test_hook_registers_its_entry_with_its_provenance(hook, monkeypatch):
-    class Entry:
+    kind = hook.removeprefix("register_")
+
+    class Entry(BASES.get(kind, object)):
         """An entry of a plugin."""
 
     @hookimpl
     def implementation(register):
         register("mine", Entry)
 
-    plugin = ModuleType("dreamkit_test_plugin")
-    setattr(plugin, hook, implementation)
-    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    Entry.__abstractmethods__ = frozenset()  # what it does is not the matter here
+    module = ModuleType("dreamkit_test_plugin")
+    setattr(module, hook, implementation)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    registries = build_registries([plugin.__name__])
+    registries = build_registries([module.__name__])
 
-    kind = hook.removeprefix("register_")
     new = entries(registries) - entries(build_registries())
-    assert new == {(kind, "mine", plugin.__name__)}
+    assert new == {(kind, "mine", module.__name__)}
     assert registries[kind].resolve("mine") is Entry
     assert registries[kind].summary("mine") == "An entry of a plugin."
-    assert registries.providers == [BUILTIN_PROVIDER, plugin.__name__]
+    assert registries.providers == [BUILTIN_PROVIDER, module.__name__]
     assert registries.failures == []
 
 
-def documented_hooks() -> dict[str, tuple[str, str, str, str]]:
-    row = re.compile(r"^\| `(register_\w+)` \| (.+) \| `(\w+)` \| \[`(\S+)`\]\((\S+)\) \|$", re.M)
-    text = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
-    return {hook: tuple(rest) for hook, *rest in row.findall(text)}
+README = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = re.compile(r"^\| `(\w+)\(([\w, ]*)\)` \| (.+) \|$", re.M)
 
 
-def test_readme_describes_every_hook_and_no_other():
-    assert sorted(documented_hooks()) == HOOKS
+def test_readme_has_a_row_for_every_hook_with_its_arguments_and_for_no_other():
+    rows = {name: arguments for name, arguments, _ in DOCUMENTED.findall(README)}
+    assert {name: rows[name] for name in rows if name[0].islower()} == HOOKS
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_readme_names_the_protocol_and_an_example_of_a_hook(hook):
-    what, protocol, example, link = documented_hooks()[hook]
+def test_readme_has_a_row_for_every_event_with_its_fields_and_for_no_other():
+    rows = {name: arguments for name, arguments, _ in DOCUMENTED.findall(README)}
+    events = {
+        event.__name__: ", ".join(field.name for field in dataclasses.fields(event))
+        for event in Event.__subclasses__()
+    }
+    assert {name: rows[name] for name in rows if name[0].isupper()} == events
+
+
+@pytest.mark.parametrize("hook", ENTRY_HOOKS)
+def test_readme_names_the_base_and_an_example_of_a_hook(hook):
+    (rest,) = (rest for name, _, rest in DOCUMENTED.findall(README) if name == hook)
+    what, base, example, link = re.fullmatch(
+        r"(.+) \| `(\w+)` \| \[`(\S+)`\]\((\S+)\)", rest
+    ).groups()
     kind = hook.removeprefix("register_")
     assert what.strip()
-    assert f"An entry of ``{kind}``" in getattr(types, protocol).__doc__
+    assert f"An entry of ``{kind}``" in getattr(plugin, base).__doc__
     cls = build_registries()[kind].resolve(example)
     assert Path(inspect.getfile(cls)).resolve() == (ROOT / "plugins" / link).resolve()
+
+
+def test_readme_has_a_row_for_every_optional_member_of_a_base_and_for_no_other():
+    rows = re.findall(r"^\| `(\w+)` \| ((?:`[\w(), ]+`(?:, )?)+) \| .+ \|$", README, re.M)
+    told = {(base, name) for base, names in rows for name in re.findall(r"`(\w+)", names)}
+    optional = {
+        (base.__name__, name)
+        for base in BASES.values()
+        for name in vars(base).keys() - base.__abstractmethods__
+        if not name.startswith("_")
+    }
+    assert told == optional
 
 
 # Built-ins come through the same hooks.
@@ -235,7 +285,7 @@ def test_every_builtin_has_a_summary_a_docstring_and_readable_options(kind):
         assert registry.provider(name) == BUILTIN_PROVIDER
         summary = registry.summary(name)
         cls = registry.resolve(name)
-        doc = inspect.cleandoc(cls.__doc__ or "")
+        doc = documentation(cls)
         assert summary, f"{kind} {name} has no docstring"
         assert doc.startswith(summary)
         options, told = options_of(cls), documentation(cls)
@@ -423,12 +473,12 @@ def test_recipe_that_asks_for_an_entry_of_a_broken_plugin_hears_of_it(site, tmp_
 
 def test_duplicate_name_raises_and_names_both_providers():
     registry = Registry("regularizers")
-    registry.register("tv", int, "the first 1.0")
+    registry.register("tv", TotalVariation, "the first 1.0")
     with pytest.raises(DuplicateEntry) as caught:
         registry.register("tv", float, "the second 2.0")
     message = "regularizers 'tv' is registered twice: by the first 1.0 and by the second 2.0"
     assert caught.value.message == message
-    assert registry.resolve("tv") is int
+    assert registry.resolve("tv") is TotalVariation
     assert registry.provider("tv") == "the first 1.0"
 
 
@@ -445,6 +495,133 @@ def test_second_installed_plugin_with_a_taken_name_is_a_failure(site):
 def test_names_are_lower_case_words(name):
     with pytest.raises(ValueError, match="use lower-case letters"):
         Registry("regularizers").register(name, int, "me")
+
+
+# Which installed plugins are loaded.
+
+
+def test_the_environment_says_which_installed_plugins_are_loaded(site, monkeypatch):
+    one = site.install("dk-one", GOOD.replace('"fine"', '"one"'))
+    two = site.install("dk-two", GOOD.replace('"fine"', '"two"'))
+    assert build_registries().providers == [BUILTIN_PROVIDER, one, two]
+    for chosen, loaded in (
+        ("", []),
+        (" ", []),
+        ("dk-two", [two]),
+        ("dk-two, dk-one", [one, two]),
+        ("plugin", [one, two]),  # what the entry points are called
+    ):
+        monkeypatch.setenv(VARIABLE, chosen)
+        assert build_registries().providers == [BUILTIN_PROVIDER, *loaded]
+    monkeypatch.setenv(VARIABLE, "")
+    named = build_registries(["dk_two"])  # what a recipe names is loaded all the same
+    assert named.providers == [BUILTIN_PROVIDER, "dk_two"]
+
+
+def test_a_plugin_that_the_environment_names_must_be_installed(site, monkeypatch, command):
+    site.install("dk-one", GOOD)
+    monkeypatch.setenv(VARIABLE, "dk-oen")
+    status, out, err = command("plugins")
+    assert (status, out) == (2, "")
+    assert err == (
+        f"error: {VARIABLE}: no plugin 'dk-oen' is installed; did you mean 'dk-one'? "
+        "(installed: dk-one, plugin)\n"
+    )
+
+
+def test_a_broken_plugin_that_is_not_chosen_is_not_touched(site, monkeypatch):
+    site.install("dk-broken", BROKEN["import"][0])
+    monkeypatch.setenv(VARIABLE, "")
+    assert build_registries().failures == []
+
+
+# Events.
+
+LISTENING = """
+from dreamkit import hookimpl
+
+@hookimpl
+def on_event(event):
+    HEARD.append(event)
+    if event.text == FAILS:
+        raise RuntimeError(event.text)
+"""
+
+
+def test_every_plugin_hears_of_events_and_one_that_fails_is_left_out(site, monkeypatch):
+    heard: list[Event] = []
+    for name, fails in (("dk-a", "one"), ("dk-b", "none")):
+        site.install(name, f"FAILS = {fails!r}\nHEARD = []\n{LISTENING}")
+    registries = build_registries()
+    for name in ("dk_a", "dk_b"):
+        monkeypatch.setattr(sys.modules[name], "HEARD", heard)
+    assert [provider for provider, _ in registries.listeners] == ["dk-a 1.0", "dk-b 1.0"]
+    notes: list[str] = []
+    events = registries.events(notes.append)
+    for text in ("one", "two"):
+        events.emit(Noted(text=text))
+    assert [event.text for event in heard] == ["one", "one", "two"]
+    assert notes == ["the plugin dk-a 1.0 failed and is left out from here on: RuntimeError: one"]
+    registries.events(notes.append).emit(Noted(text="two"))  # another run begins with all of them
+    assert len(heard) == 5
+
+
+def test_a_hook_may_leave_out_arguments(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text("from dreamkit import hookimpl\n@hookimpl\ndef on_event(): raise ValueError")
+    notes: list[str] = []
+    build_registries([str(file)]).events(notes.append).emit(Noted(text="x"))
+    assert notes == [f"the plugin {file} failed and is left out from here on: ValueError"]
+
+
+def test_a_broken_plugin_hears_of_nothing(site):
+    site.install("dk-broken", "HEARD = []\n" + LISTENING + BROKEN["hook_raises"][0])
+    registries = build_registries()
+    assert len(registries.failures) == 1
+    assert registries.listeners == []
+
+
+# Commands.
+
+COMMAND = """
+from dreamkit import hookimpl
+
+@hookimpl
+def register_commands(app):
+    @app.command()
+    def hello_there():
+        "Greet."
+        print("hello")
+
+    OTHER
+"""
+
+
+def test_commands_of_plugins_are_added_to_those_of_the_program(site):
+    good = COMMAND.replace("OTHER", "app.add_typer(__import__('typer').Typer(), name='group')")
+    site.install("dk-good", good)
+    taken = site.install("dk-taken", COMMAND.replace("OTHER", 'app.command("validate")(print)'))
+    broken = site.install("dk-wrong", COMMAND.replace("OTHER", "raise RuntimeError('no')"))
+    before = set(get_group(cli.app).commands)
+
+    app, failures = with_commands(cli.app)
+
+    assert set(get_group(app).commands) - before == {"hello-there", "group"}
+    assert set(get_group(cli.app).commands) == before  # the program's own is left as it is
+    assert failures == [
+        PluginFailure(taken, "DuplicateEntry: there is a command 'hello-there' already"),
+        PluginFailure(broken, "RuntimeError: no"),
+    ]
+    done = CliRunner().invoke(app, ["hello-there"])
+    assert (done.exit_code, done.output) == (0, "hello\n")
+
+
+def test_a_plugin_cannot_replace_a_command(site):
+    provider = site.install("dk-taken", COMMAND.replace("OTHER", 'app.command("validate")(print)'))
+    app, failures = with_commands(cli.app)
+    assert set(get_group(app).commands) == set(get_group(cli.app).commands)
+    reason = "DuplicateEntry: there is a command 'validate' already"
+    assert failures == [PluginFailure(provider, reason)]
 
 
 # The example, as a user installs it.
@@ -477,7 +654,7 @@ def test_example_distribution_installs_and_serves_a_recipe(tmp_path):
         return done.stdout
 
     rows = {(row["kind"], row["name"]): row for row in json.loads(dreamkit("list", "--json"))}
-    for entry in (("regularizers", "color_balance"), ("criteria", "weight_std")):
+    for entry in (("regularizers", "color_balance"), ("losses", "logit_anchor")):
         assert rows[entry]["provider"] == "dreamkit-example 0.1.0"
         assert rows[entry]["summary"]
 

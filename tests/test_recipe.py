@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dreamkit.applications.synthesize import Synthesize
 from dreamkit.criteria.taylor import Taylor
@@ -29,6 +30,7 @@ from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.budget import Target
 from dreamkit.synthesizers.deepinversion import Stage
+from dreamkit.types import InversionStep, Regularizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Write = Callable[..., Path]
@@ -583,10 +585,10 @@ def test_build_entry_refuses_what_a_recipe_would(
     assert message in caught.value.message
 
 
-class Smooth:
+class Smooth(Regularizer):
     """A regularizer that nobody registered."""
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: InversionStep) -> Tensor:
         return step.images.mean()
 
 
@@ -671,14 +673,14 @@ def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
             {"regularizers": [Smooth, Target(flops=0.5)]},
             [
                 "regularizers[0]: should be an object, not its class: write Smooth(...)",
-                "regularizers[1]: an instance of Target will not do here: it has no '__call__'",
+                "regularizers[1]: an instance of Target will not do here: Target has no '__call__'",
             ],
         ),
         ({"student": 3}, ["student: should be a mapping, not a number (got 3)"]),
         ({"student": "timm"}, ["student: the option 'model' is missing"]),
         (
             {"student": Smooth()},
-            ["student: an instance of Smooth will not do here: it has no 'build'"],
+            ["student: an instance of Smooth will not do here: Smooth has no 'build'"],
         ),
     ],
 )
@@ -727,7 +729,7 @@ def test_entries_inside_options_of_other_classes(registries: Registries) -> None
 
 
 def test_a_plugin_whose_options_pydantic_does_not_know_is_named() -> None:
-    class Odd:
+    class Odd(Smooth):
         def __init__(self, thing: Smooth) -> None:
             self.thing = thing
 
@@ -795,7 +797,9 @@ def test_what_is_written_short_and_wrong(recipe_file: Write, line: str, message:
 @pytest.mark.parametrize("name", ["copy", "json", "schema", "validate", "dict", "model_fields"])
 def test_an_option_of_a_plugin_may_have_any_name(name: str) -> None:
     made = build_registries()
-    made["regularizers"].register("mine", make_dataclass("Mine", [(name, int, 3)]), "me")
+    made["regularizers"].register(
+        "mine", make_dataclass("Mine", [(name, int, 3)], bases=(Smooth,)), "me"
+    )
     assert getattr(build_entry(made, "regularizers", {"name": "mine", name: 5}), name) == 5
 
 

@@ -32,6 +32,7 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
+from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.named import load_teacher
 from dreamkit.types import Teacher
 
@@ -42,7 +43,7 @@ NULL = dataclasses.replace(SETTINGS, weights="null")
 LATER = 4e9
 
 
-class Listed:
+class Listed(BundledTeacher):
     """A source of teachers with tags, as timm's."""
 
     @classmethod

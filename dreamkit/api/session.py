@@ -139,11 +139,10 @@ def _console(progress: bool | None) -> Console | None:
 
 
 def _backend(given: Any, registries: Registries) -> LatencyBackend | None:
-    if given is None or hasattr(given, "time"):
-        backend: LatencyBackend | None = given
-        return backend
-    data = {"name": given} if isinstance(given, str) else dict(given)
-    built: LatencyBackend = build_entry(registries, "latency_backends", data, ("latency_backend",))
+    if given is None:
+        return None
+    path = ("latency_backend",)
+    built: LatencyBackend = build_entry(registries, "latency_backends", given, path)
     return built
 
 

@@ -51,7 +51,6 @@ from dreamkit.types import (
     RunContext,
     Synthesis,
     Teacher,
-    needs,
 )
 
 STEPS = "steps"
@@ -112,7 +111,7 @@ class Continual(Application):
             )
         if not self.losses:
             raise OptionError("losses", "give at least one loss")
-        looking = [term.name for term in self.losses if "replay" in needs(term.entry)]
+        looking = [term.name for term in self.losses if "replay" in term.entry.needs]
         if looking and self.replay is None:
             raise OptionError(
                 "replay",
@@ -203,8 +202,8 @@ class _Learning:
         """Refuse a set whose training ends before all of its dreams are there."""
         if not isinstance(self.images, Synthesis):
             raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
-        batch_size = getattr(self.images.synthesizer, "batch_size", None)
-        if not isinstance(batch_size, int):  # left to the machine: looked at when it is known
+        batch_size = self.images.synthesizer.known_batch_size()
+        if batch_size is None:  # left to the machine: looked at when it is known
             return
         for task, classes in zip(self.course.tasks, self.course.old_classes, strict=True):
             batches = math.ceil(self.options.images_per_class * classes / batch_size)

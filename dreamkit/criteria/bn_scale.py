@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.criteria.coupled import Reduction, check_makers, coupled_scores
-from dreamkit.types import ChannelGroup, PruningStep
+from dreamkit.types import ChannelGroup, Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class BNScale:
+class BNScale(Criterion):
     """Absolute scale |γ| of the BatchNorm layers behind a channel.
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017,

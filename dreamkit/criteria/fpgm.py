@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.criteria.coupled import Reduction, check_makers, coupled_scores, filters
-from dreamkit.types import ChannelGroup, PruningStep
+from dreamkit.types import ChannelGroup, Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class FPGM:
+class FPGM(Criterion):
     """Sum of a filter's distances to all filters of its layer: near the median others replace it.
 
     He et al., "Filter Pruning via Geometric Median", CVPR 2019, eq. 7. Layers differ in size, so

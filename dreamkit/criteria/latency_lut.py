@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamkit.types import LayerShape, PruningStep
+from dreamkit.types import Criterion, LayerShape, PruningStep
 
 
 @dataclass(frozen=True)
-class LatencyLUT:
+class LatencyLUT(Criterion):
     """Change of latency by removing channels, from a look-up table measured on the target.
 
     Hardware-aware importance of DeepInversion, eq. 10: I = I_err + η·I_lat with

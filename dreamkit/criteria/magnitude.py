@@ -9,11 +9,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dreamkit.criteria.coupled import Reduction, check_makers, coupled_scores, filters
-from dreamkit.types import ChannelGroup, PruningStep
+from dreamkit.types import ChannelGroup, Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Criterion):
     """Norm of a channel's filters: what is small is taken to matter little.
 
     Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017. Filters of different layers

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamkit.types import PruningStep
+from dreamkit.types import Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Criterion):
     """Uniform random importance, the baseline of every comparison; the recipe's seed fixes it."""
 
     def __call__(self, step: PruningStep) -> list[Tensor]:

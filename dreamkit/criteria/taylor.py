@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from dreamkit.criteria.coupled import check_makers
 from dreamkit.errors import DreamkitError, NothingToPrune
 from dreamkit.model_state import frozen
-from dreamkit.types import NO_LABEL, ChannelGroup, PruningStep
+from dreamkit.types import NO_LABEL, ChannelGroup, Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Criterion):
     """First-order Taylor importance of gates after BatchNorm: (Σ gate·∂L/∂gate)².
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. A gate of 1

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
+from dreamkit.types import Exporter
 
 
-class Onnx:
+class Onnx(Exporter):
     """ONNX, run by ONNX Runtime. Needs the extra ``onnx``."""
 
-    suffix: ClassVar[str] = ".onnx"
+    suffix = ".onnx"
 
     def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
         """Write a model to a file."""
@@ -26,10 +27,10 @@ class Onnx:
         return OnnxSession(path, None, torch.zeros(())).run
 
 
-class TorchExport:
+class TorchExport(Exporter):
     """A program of ``torch.export``."""
 
-    suffix: ClassVar[str] = ".pt2"
+    suffix = ".pt2"
 
     def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
         """Write a model to a file."""
@@ -41,10 +42,10 @@ class TorchExport:
         return torch.export.load(path).module()
 
 
-class TorchScript:
+class TorchScript(Exporter):
     """TorchScript, by tracing."""
 
-    suffix: ClassVar[str] = ".pt"
+    suffix = ".pt"
 
     def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
         """Write a model to a file, which takes any number of images in any case."""

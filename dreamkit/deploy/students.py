@@ -18,7 +18,7 @@ from dreamkit.pruning.surgery import Surgery
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.weights import hash_weights, load_into
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 from dreamkit.wording import one_line
 
 
@@ -73,7 +73,7 @@ def load_unpruned(path: str | Path, allow_builder: bool = False) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class SavedStudent:
+class SavedStudent(TeacherSource):
     """A student that an earlier run saved: to teach, to go on teaching, or to prune further.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from dreamkit import distributed
 from dreamkit.types import LatencyBackend, Timing
 
 
-class FirstRank:
+class FirstRank(LatencyBackend):
     """A latency backend that the first rank alone uses, and tells the others what it measured.
 
     What is decided by latencies must be the same everywhere, and two ranks that time models at
@@ -23,9 +22,21 @@ class FirstRank:
 
     def __init__(self, backend: LatencyBackend) -> None:
         self.backend = backend
+        self.batch_size = backend.batch_size
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backend, name)
+    @property
+    def folds_norms(self) -> bool:
+        """The backend's."""
+        return self.backend.folds_norms
+
+    @property
+    def channel_block(self) -> int:
+        """The backend's."""
+        return self.backend.channel_block
+
+    def describe(self) -> dict[str, str]:
+        """Return what the backend's figures hold for."""
+        return self.backend.describe()
 
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules, each on its input, in turn within one run."""

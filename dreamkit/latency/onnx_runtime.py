@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import eval_mode
-from dreamkit.types import Timing
+from dreamkit.types import LatencyBackend, Timing
 from dreamkit.wording import one_line
 
 OPSET = 18
@@ -26,7 +26,7 @@ _INPUT, _OUTPUT = "images", "logits"
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(LatencyBackend):
     """ONNX Runtime on this machine's processor, float32. Needs the extra ``onnx``.
 
     Args:
@@ -41,9 +41,9 @@ class OnnxRuntime:
     warmup: Annotated[int, Field(ge=0)] = 3
     repeats: Annotated[int, Field(ge=3)] = 15
 
-    folds_norms: ClassVar[bool] = True
+    folds_norms = True
     # What its convolutions on channels in blocks ask for; others are slower.
-    channel_block: ClassVar[int] = 4
+    channel_block = 4
 
     def describe(self) -> dict[str, str]:
         """Return processor, runtime, dtype, threads and batch size."""

@@ -42,7 +42,7 @@ class LookUpTable:
     ) -> None:
         self.backend = backend
         self.points = dict(points or {})
-        self.block = getattr(backend, "channel_block", 1)
+        self.block = backend.channel_block
         if type(self.block) is not int or self.block < 1:
             raise DreamkitError(
                 f"the latency backend's channel_block should be an integer above 0 (got "
@@ -87,7 +87,7 @@ class LookUpTable:
     def shapes(self, model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, LayerShape]:
         """Return the shape of every layer that counts on the target, by name, in forward order."""
         shapes = layer_shapes(model, input_size)
-        if not getattr(self.backend, "folds_norms", False):
+        if not self.backend.folds_norms:
             return shapes
         return {name: shape for name, shape in shapes.items() if shape.kind != "norm"}
 

@@ -16,11 +16,11 @@ from dreamkit.errors import DreamkitError
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate, nothing
 from dreamkit.model_state import device_of, eval_mode
-from dreamkit.types import Timing
+from dreamkit.types import LatencyBackend, Timing
 
 
 @dataclass(frozen=True)
-class TorchCPU:
+class TorchCPU(LatencyBackend):
     """PyTorch eager mode on this machine's processor, float32.
 
     Args:
@@ -62,7 +62,7 @@ class TorchCPU:
 
 
 @dataclass(frozen=True)
-class TorchCUDA:
+class TorchCUDA(LatencyBackend):
     """PyTorch eager mode on the CUDA device of the run, float32 as torch is set (TF32 or not).
 
     Args:

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit.types import Parameterisation
+
 
 @dataclass(frozen=True)
-class Fourier:
+class Fourier(Parameterisation):
     """Fourier coefficients scaled by 1/f^decay, of decorrelated colours.
 
     After Olah, Mordvintsev and Schubert, "Feature Visualization", Distill 2017. The gradient of

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamkit.types import Parameterisation
+
 
 @dataclass(frozen=True)
-class Pixels:
+class Pixels(Parameterisation):
     """The normalised pixels themselves, from N(0, 1).
 
     DeepInversion (Yin et al., CVPR 2020), section 3.1.

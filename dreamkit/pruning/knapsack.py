@@ -9,6 +9,7 @@ mixed-integer program (SciPy's HiGHS), where a minute is enough.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,7 @@ from scipy.sparse import csr_array
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError
-from dreamkit.pruning.selection import Chunk
-from dreamkit.types import ChannelGroup
-
-Saved = Callable[[ChannelGroup, int], float]
-"""What taking some channels of a group, and no others, saves."""
+from dreamkit.types import Chunk, Saved, Selection, SelectionStep
 
 _SECONDS = 60.0
 """Time for one problem; what counts is its best solution by then."""
@@ -29,6 +26,22 @@ _GAP = 1e-4
 """Shares of the optimum that are not worth a search."""
 _OUT_OF_TIME, _INFEASIBLE = 1, 2
 """What SciPy calls these ends of a search."""
+
+
+@dataclass(frozen=True)
+class Knapsack(Selection):
+    """The least importance that saves what a round has to, as a knapsack, solved exactly.
+
+    HALP: Shen et al., "Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022.
+    """
+
+    def __call__(self, step: SelectionStep) -> dict[str, list[int]]:
+        """Return the channels to remove of each group, by name.
+
+        Raises:
+            DreamkitError: time ran out before there was any choice.
+        """
+        return choose_knapsack(step.chunks, step.shortfall(), step.note) or {}
 
 
 def choose_knapsack(

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from dreamkit.types import ChannelCall, ChannelRule
 
 
-class Convolution:
+class Convolution(ChannelRule):
     """Convolutions: grouped ones keep the same places of each group, depthwise ones their inputs.
 
     Transposed ones are left alone.
@@ -33,7 +33,7 @@ class Convolution:
         return call.makes(module.out_channels, 1, made, ("out_channels",), module.groups)
 
 
-class Linear:
+class Linear(ChannelRule):
     """Fully connected layers."""
 
     targets = (nn.Linear,)
@@ -46,7 +46,7 @@ class Linear:
         return call.makes(module.out_features, -1, made, ("out_features",))
 
 
-class Normalisation:
+class Normalisation(ChannelRule):
     """Layers that scale, shift or normalise each channel, BatchNorm of other libraries included."""
 
     targets = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)

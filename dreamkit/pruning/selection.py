@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import TeacherMismatch, did_you_mean
-from dreamkit.types import ChannelGroup
+from dreamkit.types import ChannelGroup, Chunk, Selection, SelectionStep
 from dreamkit.wording import and_more
 
 
@@ -100,21 +100,6 @@ class Limits:
         return sizes
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Channels of a group that go together, after those chunks of it that score lower.
-
-    Args:
-        group: whose they are.
-        channels: which.
-        score: the sum of their importances.
-    """
-
-    group: ChannelGroup
-    channels: list[int]
-    score: float
-
-
 def removable(
     groups: Sequence[ChannelGroup],
     scores: Sequence[Tensor],
@@ -171,3 +156,15 @@ def choose(
         if enough(chunk):
             break
     return chosen
+
+
+@dataclass(frozen=True)
+class Greedy(Selection):
+    """The lowest mean importance of a chunk first, until as many channels are chosen as may go.
+
+    DeepInversion (Yin et al., CVPR 2020), section 4.3.
+    """
+
+    def __call__(self, step: SelectionStep) -> dict[str, list[int]]:
+        """Return the channels to remove of each group, by name."""
+        return choose(step.chunks, step.channels, step.enough)

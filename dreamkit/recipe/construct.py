@@ -8,7 +8,7 @@ which are cheap by contract.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from dreamkit.recipe.problems import Problem, problems_of
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import type_name
 from dreamkit.registry import Registries, Term, UnknownEntry, name_key
+from dreamkit.types.entries import check_entry
 
 _PLAIN = (dict, list, tuple, str, bytes, int, float, type, type(None))
 """What is data, or a mistake; anything else that stands for an entry is one."""
@@ -58,34 +59,32 @@ class Builder:
         """
         return self._validator(cls, ()).validate_python(data, context=self)[1]
 
-    def entry(self, kind: str, value: Any, methods: Iterable[str] = ()) -> Any:
+    def entry(self, kind: str, value: Any) -> Any:
         """Return the registry entry that a mapping describes or a name stands for.
 
         Args:
             kind: of which kind it is.
             value: the mapping, the name, or the entry itself.
-            methods: what the entry itself should have.
 
         Raises:
             ValueError: a problem, or as a ``ValidationError`` several.
         """
-        return self._named(kind, value, methods).entry
+        return self._named(kind, value).entry
 
-    def term(self, kind: str, value: Any, methods: Iterable[str] = ()) -> Term[Any]:
+    def term(self, kind: str, value: Any) -> Term[Any]:
         """Return a weighted entry; the weight defaults to 1 and cannot be negative.
 
         Args:
             kind: of which kind the entry is.
             value: a mapping, a name, an entry or a term.
-            methods: what an entry itself should have.
 
         Raises:
             ValueError: a problem, or as a ``ValidationError`` several.
         """
         if isinstance(value, Term):
-            entry = self.entry(kind, value.entry, methods)
+            entry = self.entry(kind, value.entry)
             return Term(value.name, _check_weight(value.weight), entry)
-        return self._named(kind, value, methods, "weight")
+        return self._named(kind, value, "weight")
 
     def listed(self, kind: str, value: Any) -> Any:
         """Return a mapping of names to weights as the list of terms that it stands for.
@@ -104,12 +103,12 @@ class Builder:
                 terms.append(Term(name, weight, entry))
         return terms
 
-    def _named(self, kind: str, value: Any, methods: Iterable[str], *extra: str) -> Term[Any]:
+    def _named(self, kind: str, value: Any, *extra: str) -> Term[Any]:
         key = name_key(kind)
         if isinstance(value, str):
             value = {key: value}
         if not isinstance(value, _PLAIN):
-            _check_methods(value, methods)
+            _check_entry(kind, value)
             return Term(self._name_of(kind, value), 1.0, value)
         if isinstance(value, type):
             raise ValueError(f"should be an object, not its class: write {value.__name__}(...)")
@@ -194,10 +193,11 @@ class _OptionsOf:
         return reserved.get("weight", 1.0), self.cls(**values)
 
 
-def _check_methods(entry: Any, methods: Iterable[str]) -> None:
-    lacking = [name for name in methods if not callable(getattr(entry, name, None))]
-    if lacking:
-        raise ValueError(f"{type_name(entry)} will not do here: it has no '{lacking[0]}'")
+def _check_entry(kind: str, entry: Any) -> None:
+    try:
+        check_entry(kind, type(entry))
+    except TypeError as error:
+        raise ValueError(f"{type_name(entry)} will not do here: {error}") from error
 
 
 def _check_weight(value: Any) -> float:

@@ -75,10 +75,10 @@ class Recipe:
     plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.synthesis is None and getattr(self.application, "needs_synthesis", False):
+        if self.synthesis is None and self.application.needs_synthesis:
             raise OptionError("application", "it uses dreams, so the recipe needs 'synthesis'")
-        term = getattr(self.synthesis, "needs_student", None)
-        if term is not None and not getattr(self.application, "trains_student", False):
+        term = None if self.synthesis is None else self.synthesis.needs_student
+        if term is not None and not self.application.trains_student:
             named = ", or the option 'student'" if hasattr(self.synthesis, "student") else ""
             raise OptionError(
                 "synthesis",

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Regularizer):
     """Minus the mean absolute feature before the last layer: real images excite more filters.
 
     Data-Free Learning of student networks (DAFL, Chen et al., ICCV 2019), L_a.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"features"})
+    needs = frozenset({"features"})
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class Adversarial(Regularizer):
     """Minus the divergence of a student from the teacher: makes images that it has yet to learn.
 
     The loss of boundary-supporting adversaries in Contrastive Model Inversion (Fang et al., IJCAI
@@ -21,7 +20,7 @@ class Adversarial:
     there is no call for more.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"student_logits"})
+    needs = frozenset({"student_logits"})
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamkit.types import InversionStep, LayerStatistics
+from dreamkit.types import InversionStep, LayerStatistics, Regularizer
 
 _FLOOR = 1e-3
 """Least variance of a channel that ``relative`` divides by, as a share of its layer's mean."""
 
 
 @dataclass(frozen=True)
-class BNFeature:
+class BNFeature(Regularizer):
     """Distance of the batch's feature statistics from those in the teacher's BatchNorm layers.
 
     DeepInversion (Yin et al., CVPR 2020), R_feature of eq. 4: the sum over layers of
@@ -32,7 +32,7 @@ class BNFeature:
     form: Literal["paper", "relative"] = "paper"
     first_layer_scale: Annotated[float, Field(ge=0)] = 1.0
 
-    needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})
+    needs = frozenset({"bn_statistics"})
 
     def per_layer(self, step: InversionStep) -> dict[str, Tensor]:
         """Return each layer's unscaled part, of shape (), by the layer's name."""
@@ -47,8 +47,8 @@ class BNFeature:
 
 
 def _absolute(layer: LayerStatistics) -> Tensor:
-    differences = (layer.mean - layer.running_mean, layer.var - layer.running_var)
-    return torch.stack([difference.norm() for difference in differences]).sum()
+    off: Tensor = (layer.mean - layer.running_mean).norm()
+    return off.add((layer.var - layer.running_var).norm())
 
 
 def _relative(layer: LayerStatistics) -> Tensor:

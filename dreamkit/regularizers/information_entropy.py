@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class InformationEntropy:
+class InformationEntropy(Regularizer):
     """Minus the entropy of the batch's mean prediction: asks for every class equally often.
 
     Data-Free Learning of student networks (DAFL, Chen et al., ICCV 2019), L_ie, in nats; it lies

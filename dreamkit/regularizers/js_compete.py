@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 _REFERENCE_TEMPERATURE = 3.0
 _REFERENCE_CLAMP = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
-class JSCompete:
+class JSCompete(Regularizer):
     """One minus the Jensen-Shannon divergence between teacher and student: seeks disagreement.
 
     Adaptive DeepInversion (Yin et al., CVPR 2020), R_compete of eq. 8, in nats, averaged over
@@ -31,7 +31,7 @@ class JSCompete:
 
     form: Literal["paper", "reference"] = "paper"
 
-    needs: ClassVar[frozenset[str]] = frozenset({"student_logits"})
+    needs = frozenset({"student_logits"})
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class L2Norm:
+class L2Norm(Regularizer):
     """ℓ2 norm of the normalised images over the whole batch.
 
     DeepInversion (Yin et al., CVPR 2020), R_l2 of eq. 3.

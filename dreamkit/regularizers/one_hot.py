@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class OneHot:
+class OneHot(Regularizer):
     """Cross-entropy to the teacher's own choice: asks for images that it is sure of.
 
     Data-Free Learning of student networks (DAFL, Chen et al., ICCV 2019), L_oh.

@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from dreamkit.types import InversionStep
+from dreamkit.types import InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(Regularizer):
     """Total variation: differences of neighbouring pixels, horizontal, vertical, both diagonals.
 
     DeepInversion (Yin et al., CVPR 2020), R_TV of eq. 3.

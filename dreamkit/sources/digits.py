@@ -11,7 +11,7 @@ from pydantic import Field
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.sources.classes import outputs_of, taken
-from dreamkit.types import NO_LABEL, Images, StoredImages
+from dreamkit.types import NO_LABEL, Images, ImageSource, StoredImages
 
 SIZE = (1, 8, 8)
 NAMES = tuple("0123456789")
@@ -20,7 +20,7 @@ _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(ImageSource):
     """Real handwritten digits, 8×8, bundled with scikit-learn: 70 % train, 30 % held out.
 
     The split is stratified and fixed (E. Alpaydin, C. Kaynak, UCI 1998, via scikit-learn).

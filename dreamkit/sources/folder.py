@@ -17,13 +17,13 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
 from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
-from dreamkit.types import NO_LABEL, Images
+from dreamkit.types import NO_LABEL, Images, ImageSource
 
 _THREADS = 4
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(ImageSource):
     """Images in ``path/<class>/*``: real ones to evaluate on, or any to stand in for dreams.
 
     Class folders in alphabetical order are the teacher's outputs in order, one for each, unless

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
-from dreamkit.types import NO_LABEL, Images, StoredImages
+from dreamkit.types import NO_LABEL, Images, ImageSource, StoredImages
 from dreamkit.wording import first_line, one_line
 
 
 @dataclass(frozen=True)
-class GeneratorImages:
+class GeneratorImages(ImageSource):
     """Images that a generator draws: proxy data where real ones are missing.
 
     The generator is a program and is run: use files that you trust.

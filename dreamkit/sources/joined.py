@@ -13,7 +13,7 @@ from dreamkit.types import Images, ImageSource
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(ImageSource):
     """Several sources as one, such as the dreams of two synthesizers.
 
     What a few good images teach and what many cheap ones do adds up.

@@ -15,12 +15,12 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
 from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
-from dreamkit.types import Images
+from dreamkit.types import Images, ImageSource
 from dreamkit.wording import first_line
 
 
 @dataclass(frozen=True)
-class TorchvisionDataset:
+class TorchvisionDataset(ImageSource):
     """A torchvision data set of labelled images, downloaded on first use where it can be.
 
     Args:

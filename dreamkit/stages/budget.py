@@ -17,9 +17,8 @@ from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.prospect import Prospect
-from dreamkit.pruning.selection import Chunk
 from dreamkit.stages.measuring import time_models
-from dreamkit.types import ChannelGroup, LatencyBackend, LayerShape, Teacher
+from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 TOLERANCE = 0.05

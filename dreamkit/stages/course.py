@@ -161,7 +161,7 @@ def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: st
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
     """Open a set whose first class is the output ``first``."""
     with placed("train"):
-        names = _names_of(added.train)
+        names = added.train.class_names()
         if names is None:
             raise DreamkitError(
                 "its images have no classes of their own, which new classes need; use an image "
@@ -175,7 +175,7 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
     test: Images | None = None
     if added.test is not None:
         with placed("test"):
-            tested = _names_of(added.test)
+            tested = added.test.class_names()
             strange = [] if tested is None else sorted({*tested} - {*names})
             if strange:
                 learnt = ", ".join(names[:20])
@@ -184,11 +184,6 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
             check_size(test, card)
     called = tuple(added.prefix + class_name for class_name in names)
     return Task(name, called, Shifted(train, first), test)
-
-
-def _names_of(source: ImageSource) -> tuple[str, ...] | None:
-    tell: Callable[[], tuple[str, ...] | None] | None = getattr(source, "class_names", None)
-    return None if tell is None else tell()
 
 
 def check_size(images: Images, card: Card) -> None:

@@ -43,9 +43,8 @@ class Ranking:
             DreamkitError: one refuses, placed at its term.
         """
         for number, term in enumerate(self.criteria):
-            if hasattr(term.entry, "check"):
-                with placed("criteria", number):
-                    term.entry.check(model, groups)
+            with placed("criteria", number):
+                term.entry.check(model, groups)
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return the importance of each group's channels, (channels,) each."""

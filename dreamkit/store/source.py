@@ -18,7 +18,7 @@ def find_store(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Dreams:
+class Dreams(ImageSource):
     """Dreamed images: this run's own, or those of an earlier run.
 
     Args:

@@ -37,6 +37,7 @@ from dreamkit.types import (
     OnStep,
     Parameterisation,
     Regularizer,
+    Synthesizer,
     Teacher,
     TeacherSource,
 )
@@ -48,7 +49,7 @@ LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
-class DeepInversion:
+class DeepInversion(Synthesizer):
     """DeepInversion and its ladder: cross-entropy to a label plus weighted regularizers.
 
     Yin et al., CVPR 2020, eq. 2 to 9. Images are optimised by Adam in normalised space from
@@ -110,6 +111,10 @@ class DeepInversion:
     def steps_per_batch(self) -> int:
         """Optimizer steps over all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def known_batch_size(self) -> int | None:
+        """Return the batch size; None for ``auto``."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     @contextmanager
     def session(

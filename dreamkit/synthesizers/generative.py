@@ -6,7 +6,7 @@ the gradient in the images, and autograd carries it on to the generator and its 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ from dreamkit.synthesizers.generator_network import Generator
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.types import BatchPlan, Dream, OnStep, Regularizer, Teacher
+from dreamkit.types import BatchPlan, Dream, OnStep, Regularizer, Synthesizer, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generative(ABC):
+class Generative(Synthesizer):
     """The options that generator methods have in common.
 
     Args:
@@ -73,6 +73,10 @@ class Generative(ABC):
     def needs_student(self) -> str | None:
         """The term that competes with a student, if one does."""
         return competing(self.regularizers)
+
+    def known_batch_size(self) -> int:
+        """Return the batch size."""
+        return self.batch_size
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms do not fit."""

@@ -24,7 +24,7 @@ from dreamkit.synthesizers.bn_statistics import (
     tapped,
 )
 from dreamkit.synthesizers.engine import borrowed
-from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher, needs
+from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher
 
 Terms = Sequence[Term[Regularizer]]
 
@@ -91,7 +91,7 @@ class InversionLoss:
         classified = F.cross_entropy(step.teacher_logits, labels)
         terms = {"cross_entropy": self.cross_entropy * classified}
         for term in self.regularizers:
-            if student_logits is None and "student_logits" in needs(term.entry):
+            if student_logits is None and "student_logits" in term.entry.needs:
                 continue
             value = term.weight * term.entry(step)
             # A name may stand in the recipe more than once; its values add up.
@@ -101,12 +101,12 @@ class InversionLoss:
 
 def needed(regularizers: Terms) -> frozenset[str]:
     """Return what some terms declare that they need."""
-    return frozenset().union(*(needs(term.entry) for term in regularizers))
+    return frozenset().union(*(term.entry.needs for term in regularizers))
 
 
 def competing(regularizers: Terms) -> str | None:
     """Return the name of the first term that lets the teacher compete with a student."""
-    return next((t.name for t in regularizers if "student_logits" in needs(t.entry)), None)
+    return next((t.name for t in regularizers if "student_logits" in t.entry.needs), None)
 
 
 def check_terms(regularizers: Terms, teacher: Teacher) -> None:
@@ -116,7 +116,7 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
         TeacherMismatch: naming the term, and what else could be done.
     """
     for index, term in enumerate(regularizers):
-        if "bn_statistics" in needs(term.entry) and not batch_norm_layers(teacher.model):
+        if "bn_statistics" in term.entry.needs and not batch_norm_layers(teacher.model):
             raise TeacherMismatch(
                 f"{term.name} matches BatchNorm statistics, and {teacher.card.name} has no "
                 "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
@@ -124,7 +124,7 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 "({source: folder, path: ...})",
                 ("regularizers", index),
             )
-        if "features" in needs(term.entry):
+        if "features" in term.entry.needs:
             try:
                 penultimate_layer(teacher.model, teacher.card)
             except DreamkitError as error:

@@ -14,11 +14,11 @@ from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.weights import hash_weights, load_into
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 
 
 @dataclass(frozen=True)
-class BundledTeacher:
+class BundledTeacher(TeacherSource):
     """A small trained model that ships with dreamkit: nothing is downloaded.
 
     Args:

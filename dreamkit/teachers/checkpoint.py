@@ -21,11 +21,11 @@ from dreamkit.teachers.weights import (
     load_into,
     read_state_dict,
 )
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 
 
 @dataclass(frozen=True)
-class CheckpointTeacher:
+class CheckpointTeacher(TeacherSource):
     """A model built by a function of yours, with weights from a checkpoint.
 
     The builder is your code and runs as such. The checkpoint is read with ``weights_only=True``.

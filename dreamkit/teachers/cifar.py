@@ -23,7 +23,7 @@ from dreamkit.teachers.weights import (
     load_into,
     read_state_dict,
 )
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 
 SIZE = (3, 32, 32)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -31,7 +31,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
-class CifarTeacher:
+class CifarTeacher(TeacherSource):
     """A network for 32×32 images, random or with weights from a file.
 
     ResNet-20, -32 and -56 are those of He et al. 2016, section 4.2, with shortcuts padded by zeros

@@ -21,7 +21,7 @@ def listing_source(registries: Registries, name: str) -> type[Any]:
         cls = teachers.resolve(name)
     except UnknownEntry as error:
         raise DreamkitError(str(error)) from error
-    if not hasattr(cls, "known_models"):
+    if cls.known_models(pretrained=False) is None:
         raise DreamkitError(f"the source '{name}' has no list of models; use timm or torchvision")
     return cls
 

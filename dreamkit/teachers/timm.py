@@ -21,11 +21,11 @@ from dreamkit.teachers.weights import (
     load_into,
     read_state_dict,
 )
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 
 
 @dataclass(frozen=True)
-class TimmTeacher:
+class TimmTeacher(TeacherSource):
     """Any timm classifier; size, mean, std and classes are read off timm's own metadata.
 
     Args:

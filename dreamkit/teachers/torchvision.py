@@ -21,7 +21,7 @@ from dreamkit.teachers.weights import (
     load_into,
     read_state_dict,
 )
-from dreamkit.types import Teacher
+from dreamkit.types import Teacher, TeacherSource
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,7 +30,7 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 @dataclass(frozen=True)
-class TorchvisionTeacher:
+class TorchvisionTeacher(TeacherSource):
     """Any torchvision classifier; size, mean, std and classes come with its weights' metadata.
 
     Args:

@@ -6,13 +6,14 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dreamkit.errors import OptionError
+from dreamkit.types import Tracker
 
 
 @dataclass
-class CSVTracker:
+class CSVTracker(Tracker):
     """Write every number of a run to ``log.csv``: stage, step, name, value.
 
     Args:
@@ -27,11 +28,11 @@ class CSVTracker:
             raise OptionError("file", "should be a name ending in .csv, without folders")
         self._path: Path | None = None
 
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+    def start(self, folder: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
         """Begin the file; a resumed run adds to it."""
         self._path = folder / self.file
-        if not self._path.is_file():
-            self._write([("stage", "step", "name", "value")])
+        if not (resumed and self._path.is_file()):
+            self._write([("stage", "step", "name", "value")], "w")
 
     def record(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
         """Write one record's numbers."""
@@ -41,7 +42,7 @@ class CSVTracker:
         """Write the final metrics under the stage ``final``."""
         self._write([("final", 0, name, value) for name, value in metrics.items()])
 
-    def _write(self, rows: list[tuple[Any, ...]]) -> None:
+    def _write(self, rows: list[tuple[Any, ...]], mode: Literal["a", "w"] = "a") -> None:
         assert self._path is not None, "start comes first"
-        with self._path.open("a", newline="", encoding="utf-8") as file:
+        with self._path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamkit.types import Images
+from dreamkit.types import Images, Labelled
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ class Shifted:
 
 def labels_of(images: Images) -> Tensor:
     """Return the label of every image (N,); sets that do not tell are read through."""
-    told = getattr(images, "labels", None)
-    if isinstance(told, Tensor):
-        return told
+    if isinstance(images, Labelled):
+        return images.labels
     return torch.cat([labels for _, labels in in_order(images, 256)])
 
 

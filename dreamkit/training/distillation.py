@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import DreamkitError
+from dreamkit.registry import EntryOf
 from dreamkit.training.losses.distillation import (
-    distillation_loss,
-    logit_distance,
+    KLDivergence,
     mixed_cross_entropy,
 )
 from dreamkit.training.options import Training
 from dreamkit.training.trainer import Batch, Trainer
-from dreamkit.types import NO_LABEL
+from dreamkit.types import NO_LABEL, DistillationLoss
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Distillation(Training):
             has the rest.
     """
 
-    soft_loss: Literal["kl", "l1"] = "kl"
+    soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
+        default_factory=KLDivergence
+    )
     temperature: Annotated[float, Field(gt=0)] = 3.0
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -58,10 +60,8 @@ class Distiller(Trainer[Distillation]):
             raise DreamkitError("these images have no labels; set it to 0", ("hard_labels",))
         mixed = self.augmenter(self.card.normalise(stored), labels)
         student_logits, teacher_logits = self.forward(mixed.images)
-        if self.options.soft_loss == "l1":
-            soft = logit_distance(student_logits, teacher_logits)
-        else:
-            soft = distillation_loss(student_logits, teacher_logits, self.options.temperature)
+        options = self.options
+        soft = options.soft_loss(student_logits, teacher_logits, options.temperature)
         if self.options.hard_labels == 0:
             return soft
         hard = mixed_cross_entropy(student_logits, mixed)

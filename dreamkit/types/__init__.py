@@ -1,4 +1,4 @@
-"""What the rooms pass to one another: small dataclasses and the protocols of each kind of entry.
+"""What the rooms pass to one another: small dataclasses and the base of each kind of entry.
 
 Images are either *stored* (uint8, 0 to 255) or *normalised* (float, (pixel/255 - mean) / std per
 channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
@@ -6,8 +6,19 @@ channel, as the teacher was trained on). Shapes are (N, C, H, W) throughout.
 
 from dreamkit.types.channels import ChannelCall, ChannelRule
 from dreamkit.types.deployment import Exporter
-from dreamkit.types.images import NO_LABEL, Images, ImageSource, StoredImages
-from dreamkit.types.incremental import IncrementalLoss, IncrementalStep
+from dreamkit.types.distillation import DistillationLoss
+from dreamkit.types.events import (
+    BatchDreamed,
+    Event,
+    Noted,
+    Recorded,
+    RoundPruned,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+)
+from dreamkit.types.images import NO_LABEL, Images, ImageSource, Labelled, StoredImages
+from dreamkit.types.incremental import IncrementalLoss, IncrementalNeed, IncrementalStep
 from dreamkit.types.inversion import (
     BatchPlan,
     Dream,
@@ -15,47 +26,73 @@ from dreamkit.types.inversion import (
     Estimate,
     InversionStep,
     LayerStatistics,
+    Need,
     OnStep,
     Parameterisation,
     Regularizer,
     Synthesis,
     Synthesizer,
-    needs,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
 from dreamkit.types.models import Teacher, TeacherSource
-from dreamkit.types.pruning import ChannelGroup, Criterion, Member, PruningStep
-from dreamkit.types.runs import Application, Outcome, RunContext, RunLog, Tracker
+from dreamkit.types.pruning import (
+    ChannelGroup,
+    Chunk,
+    Criterion,
+    Member,
+    PruningStep,
+    Saved,
+    Selection,
+    SelectionStep,
+)
+from dreamkit.types.runs import Application, Outcome, RunContext, RunLog
+from dreamkit.types.tracking import Tracker
 
 __all__ = [
     "NO_LABEL",
     "Application",
+    "BatchDreamed",
     "BatchPlan",
     "ChannelCall",
     "ChannelGroup",
     "ChannelRule",
+    "Chunk",
     "Criterion",
+    "DistillationLoss",
     "Dream",
     "Dreamer",
     "Estimate",
+    "Event",
     "Exporter",
     "ImageSource",
     "Images",
     "IncrementalLoss",
+    "IncrementalNeed",
     "IncrementalStep",
     "InversionStep",
+    "Labelled",
     "LatencyBackend",
     "LatencyTable",
     "LayerShape",
     "LayerStatistics",
     "Member",
+    "Need",
+    "Noted",
     "OnStep",
     "Outcome",
     "Parameterisation",
     "PruningStep",
+    "Recorded",
     "Regularizer",
+    "RoundPruned",
     "RunContext",
+    "RunFailed",
+    "RunFinished",
     "RunLog",
+    "RunStarted",
+    "Saved",
+    "Selection",
+    "SelectionStep",
     "StoredImages",
     "Synthesis",
     "Synthesizer",
@@ -63,5 +100,4 @@ __all__ = [
     "TeacherSource",
     "Timing",
     "Tracker",
-    "needs",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 
-class ChannelRule(Protocol):
+class ChannelRule(ABC):
     """An entry of ``channel_rules``: how one kind of layer, or one operation, treats channels.
 
     Beside every activation goes a tensor of integers of its shape: for each element the channel
@@ -20,19 +21,22 @@ class ChannelRule(Protocol):
     Example:
         A layer of one's own with a factor for each channel, ``factor`` (1, C, 1, 1)::
 
-            class ScaleRule:
+            class ScaleRule(ChannelRule):
                 targets = (Scale,)
 
-                def follow(self, call: ChannelCall) -> Tensor:
+                @abstractmethod
+    def follow(self, call: ChannelCall) -> Tensor:
                     (channels,) = call.channels
                     call.holds(channels, 1, {"factor": 1}, sizes=("num_channels",))
                     return channels
     """
 
     @property
+    @abstractmethod
     def targets(self) -> Sequence[Any]:
         """Return the classes of layers, or the operations, that the rule is for."""
 
+    @abstractmethod
     def follow(self, call: ChannelCall) -> Tensor | Sequence[Tensor | None] | None:
         """Tell what becomes of the channels in one call.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ class Images(Protocol):
         """Return stored images (N, C, H, W) and labels (N,) int64."""
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """What a set of images has that tells its labels (N,) without reading the images."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of every image (N,) int64, or ``NO_LABEL``."""
+
+
 @dataclass(frozen=True)
 class StoredImages:
     """Images held in memory: stored images (N, C, H, W) uint8, labels and teacher logits."""
@@ -42,12 +52,21 @@ class StoredImages:
         return self.images[chosen], self.labels[chosen]
 
 
-class ImageSource(Protocol):
-    """An entry of ``sources``. Its constructor checks paths; ``open`` reads.
+class ImageSource(ABC):
+    """An entry of ``sources``. Its constructor checks paths; ``open`` reads."""
 
-    One whose images have classes of their own tells their names in order, with a method
-    ``class_names() -> tuple[str, ...] | None``.
-    """
-
+    @abstractmethod
     def open(self, card: Card) -> Images:
-        """Return the images at the card's input size and channels."""
+        """Return the images at the card's input size and channels.
+
+        Raises:
+            DreamkitError: they cannot be read, or are not what the card asks for.
+        """
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of its classes in order; None where its images have none of their own.
+
+        Raises:
+            DreamkitError: its classes cannot be told.
+        """
+        return None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
+
+from dreamkit.types.needs import check_needs
+
+IncrementalNeed = Literal["replay"]
+"""What a loss of learning new classes may ask for: images of old classes."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,16 @@ class IncrementalStep:
     replay_labels: Tensor | None = None
 
 
-class IncrementalLoss(Protocol):
-    """An entry of ``losses``.
+class IncrementalLoss(ABC):
+    """An entry of ``losses``: a term of learning new classes."""
 
-    One that looks at images of old classes declares it:
-    ``needs: ClassVar[frozenset[str]] = frozenset({"replay"})``.
-    """
+    needs: ClassVar[frozenset[IncrementalNeed]] = frozenset()
+    """What of a step it looks at beyond images of new classes."""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        check_needs(cls, get_args(IncrementalNeed))
+
+    @abstractmethod
     def __call__(self, step: IncrementalStep) -> Tensor:
         """Return the unweighted loss, a scalar of shape ()."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dreamkit.types.models import Teacher
+from dreamkit.types.needs import check_needs
+
+Need = Literal["bn_statistics", "student_logits", "features"]
+"""What a regularizer may ask for; it is computed for those alone that do."""
 
 
 @dataclass(frozen=True)
@@ -45,36 +50,36 @@ class InversionStep:
     features: Tensor | None = None
 
 
-class Regularizer(Protocol):
-    """An entry of ``regularizers``.
+class Regularizer(ABC):
+    """An entry of ``regularizers``: a term of the loss that images are dreamed by."""
 
-    A class that needs more than images, labels and teacher logits declares it:
-    ``needs: ClassVar[frozenset[str]] = frozenset({"bn_statistics"})`` (or ``"student_logits"``,
-    ``"features"``).
-    """
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What of a step it looks at beyond images, labels and teacher logits."""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        check_needs(cls, get_args(Need))
+
+    @abstractmethod
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the unweighted term, a scalar of shape ()."""
 
 
-def needs(entry: object) -> frozenset[str]:
-    """Return what an entry declares that it needs."""
-    declared: frozenset[str] = getattr(entry, "needs", frozenset())
-    return declared
-
-
-class Parameterisation(Protocol):
+class Parameterisation(ABC):
     """An entry of ``parameterisations``: the tensor that an optimizer moves, and its images.
 
     ``render`` undoes ``encode`` and is differentiable. Images are normalised, (N, C, H, W).
     """
 
+    @abstractmethod
     def start(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
         """Return the parameters of random images of a shape, drawn on the CPU."""
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Return parameters, a tensor of its own memory, whose images are these."""
 
+    @abstractmethod
     def render(self, parameters: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the images of parameters; ``size`` is their height and width."""
 
@@ -142,19 +147,30 @@ class Dreamer(Protocol):
         """Go on from a state that ``state`` returned."""
 
 
-class Synthesizer(Protocol):
-    """An entry of ``synthesizers``.
+class Synthesizer(ABC):
+    """An entry of ``synthesizers``: a way to dream images from a teacher.
 
-    One whose terms compete with a student that the recipe does not name says so:
-    ``needs_student: str | None`` is the name of that term. Only an application that declares
-    ``trains_student`` can use it.
+    It has the option ``images``: how many to dream.
     """
 
     images: int
 
     @property
+    @abstractmethod
     def steps_per_batch(self) -> int:
         """How often ``on_step`` is called for a batch."""
+
+    @property
+    def needs_student(self) -> str | None:
+        """The name of a term that competes with a student which the recipe does not name.
+
+        Only an application that trains a student can use a synthesizer with one.
+        """
+        return None
+
+    def known_batch_size(self) -> int | None:
+        """Return how many images are dreamed together; None if a session settles it."""
+        return None
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that an option does not fit, before anything is written.
@@ -163,6 +179,7 @@ class Synthesizer(Protocol):
             TeacherMismatch: an option asks of the teacher what it does not have.
         """
 
+    @abstractmethod
     def session(
         self,
         teacher: Teacher,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -95,18 +96,28 @@ class Timing:
     spread_ms: float
 
 
-class LatencyBackend(Protocol):
-    """An entry of ``latency_backends``.
+class LatencyBackend(ABC):
+    """An entry of ``latency_backends``: a way to time modules on a device and runtime.
 
-    A runtime that folds BatchNorm into convolutions says so:
-    ``folds_norms: ClassVar[bool] = True``; one that computes channels in blocks, and is slower
-    where they are not filled, says how many there are in one: ``channel_block: int``.
+    It has the option ``batch_size``: images in a forward pass.
     """
 
     batch_size: int
 
+    @property
+    def folds_norms(self) -> bool:
+        """Whether the runtime folds BatchNorm into convolutions, so that it costs nothing."""
+        return False
+
+    @property
+    def channel_block(self) -> int:
+        """Channels that are computed together (>= 1); a layer that does not fill them is slower."""
+        return 1
+
+    @abstractmethod
     def describe(self) -> dict[str, str]:
         """Return what the figures hold for: processor, runtime, dtype, threads, batch."""
 
+    @abstractmethod
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules, each on its input, in turn within one run."""

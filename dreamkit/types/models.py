@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -27,11 +28,22 @@ class Teacher:
     surgery: dict[str, Any] = field(default_factory=dict)
 
 
-class TeacherSource(Protocol):
+class TeacherSource(ABC):
     """An entry of ``teachers``. Its constructor checks names and paths, and loads nothing."""
 
+    @classmethod
+    def known_models(cls, pretrained: bool) -> list[str] | None:
+        """Return what its option ``model`` may be; None if it cannot tell.
+
+        Args:
+            pretrained: only those that come with weights.
+        """
+        return None
+
+    @abstractmethod
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""
 
+    @abstractmethod
     def load(self, seed: int) -> Teacher:
         """Return the trained model on the CPU; ``seed`` is for weights that are random."""

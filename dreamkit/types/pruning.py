@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +82,66 @@ class PruningStep:
     earlier: Sequence[Tensor] | None = None
 
 
-class Criterion(Protocol):
-    """An entry of ``criteria``.
+class Criterion(ABC):
+    """An entry of ``criteria``: how important channels are."""
 
-    One that cannot score every group says so before anything is dreamed:
-    ``check(model: nn.Module, groups: Sequence[ChannelGroup]) -> None`` raises ``NothingToPrune``.
-    """
+    def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+        """Refuse channel groups that it cannot score, before anything is dreamed.
 
+        Raises:
+            NothingToPrune: there are such groups; the message names them.
+        """
+
+    @abstractmethod
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return for each group its channels' importance (channels,); the lowest go first."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Channels of a group that go together, after those chunks of it that score lower.
+
+    Args:
+        group: whose they are.
+        channels: which.
+        score: the sum of their importances.
+    """
+
+    group: ChannelGroup
+    channels: list[int]
+    score: float
+
+
+Saved = Callable[[ChannelGroup, int], float]
+"""What taking some channels of a group, and no others, saves."""
+
+
+@dataclass(frozen=True)
+class SelectionStep:
+    """What may go in one round of pruning, and how much of it has to.
+
+    Args:
+        chunks: of each group, in the order in which they may go: the least important first.
+        channels: how many may go in this round, at the most.
+        enough: told of every chunk that is taken, in turn; whether the target is met by that.
+        shortfall: returns, for each goal, what channels save of it, and how much of it, above 0,
+            this round has to save. It may take measurements, so call it only where it is used.
+        note: told what the user must know.
+    """
+
+    chunks: Sequence[Sequence[Chunk]]
+    channels: int
+    enough: Callable[[Chunk], bool]
+    shortfall: Callable[[], Sequence[tuple[Saved, float]]]
+    note: Callable[[str], None]
+
+
+class Selection(ABC):
+    """An entry of ``selections``: which channels go in a round of pruning."""
+
+    @abstractmethod
+    def __call__(self, step: SelectionStep) -> dict[str, list[int]]:
+        """Return the channels to remove of each group, by name; empty if the target is too far.
+
+        Of a group, no chunk goes before an earlier one.
+        """

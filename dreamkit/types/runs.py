@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,19 +15,6 @@ from dreamkit.types.images import Images
 from dreamkit.types.inversion import Synthesis
 from dreamkit.types.latency import LatencyBackend
 from dreamkit.types.models import Teacher
-
-
-class Tracker(Protocol):
-    """An entry of ``trackers``."""
-
-    def start(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        """Begin a run."""
-
-    def record(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
-        """Take one record; a number that is not finite comes as None."""
-
-    def finish(self, metrics: Mapping[str, float]) -> None:
-        """Take the final metrics and close."""
 
 
 class RunLog(Protocol):
@@ -102,11 +90,8 @@ class Outcome:
     same_layers: tuple[str, ...] = ()
 
 
-class Application(Protocol):
-    """An entry of ``applications``: a function of a teacher and images, whose options are fields.
-
-    What it needs otherwise than these defaults it says by attributes of the same names.
-    """
+class Application(ABC):
+    """An entry of ``applications``: what is done with a teacher and images."""
 
     images_option: ClassVar[str] = "images"
     """The option that names where images come from: a source, or None for the run's own dreams."""
@@ -131,6 +116,7 @@ class Application(Protocol):
         """Return what dreaming will come to, to be estimated, where it differs from these."""
         return synthesis, context
 
+    @abstractmethod
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:

@@ -27,12 +27,13 @@ from dreamkit.stages.measuring import measure_costs
 from dreamkit.stages.pruning_run import PruningRun
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.teaching import Recovery
-from dreamkit.types import Timing
+from dreamkit.training.losses.distillation import LogitDistance
+from dreamkit.types import LatencyBackend, Timing
 
 SIZE = (3, 8, 8)
 
 
-class Weights:
+class Weights(LatencyBackend):
     """A target on which a model takes a microsecond a weight of its layers, and ``extra`` more.
 
     ``factor`` is how much longer whole models take than their layers say.
@@ -443,7 +444,11 @@ def interrupt():
     [
         {},
         {"reconstruction": FIT, "reconstruct_each": True},
-        {"finetune": Recovery(steps=2, batch_size=8, precision="float32", soft_loss="l1", ema=0.9)},
+        {
+            "finetune": Recovery(
+                steps=2, batch_size=8, precision="float32", soft_loss=LogitDistance(), ema=0.9
+            )
+        },
     ],
     ids=["plain", "fitted", "trained"],
 )

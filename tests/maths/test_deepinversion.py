@@ -21,7 +21,7 @@ from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.labels import deal_labels
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.synthesizers.views import View, draw_views, gathered
-from dreamkit.types import BatchPlan
+from dreamkit.types import BatchPlan, Regularizer
 
 CPU = torch.device("cpu")
 A_TV, A_L2, A_F = 2.5e-2, 3e-3, 0.7
@@ -57,7 +57,7 @@ def dream(teacher, given, at=None, on_step=nothing):
 
 
 @dataclass
-class Watcher:
+class Watcher(Regularizer):
     """A regularizer that keeps the images it is shown and adds nothing."""
 
     seen: list = field(default_factory=list)

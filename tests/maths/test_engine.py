@@ -26,7 +26,7 @@ from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.synthesizers.stage import Plateau, Stage
-from dreamkit.types import BatchPlan, Estimate
+from dreamkit.types import BatchPlan, Estimate, Regularizer
 
 CPU = torch.device("cpu")
 NO_VIEW = torch.zeros(3, dtype=torch.int64)
@@ -300,7 +300,7 @@ def test_a_borrowed_model_is_given_back_as_it_was(toys):
 
 
 @dataclass
-class Overflowing:
+class Overflowing(Regularizer):
     """A regularizer whose value is infinite at some calls."""
 
     at: frozenset

@@ -21,7 +21,7 @@ from dreamkit.training.losses.lwf_mc import LwFMC
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_cross_entropy import ReplayCrossEntropy
 from dreamkit.training.losses.replay_distillation import ReplayDistillation
-from dreamkit.types import NO_LABEL, IncrementalStep, StoredImages, needs
+from dreamkit.types import NO_LABEL, IncrementalStep, StoredImages
 
 LN2, LN3 = math.log(2), math.log(3)
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_lwf_mc_by_hand():
 def test_which_losses_look_at_old_classes():
     looking = [ReplayDistillation, ReplayCrossEntropy]
     for entry in (*looking, CrossEntropy, OldDistillation, LwFMC):
-        assert ("replay" in needs(entry())) == (entry in looking)
+        assert ("replay" in entry.needs) == (entry in looking)
 
 
 # --- the trainer ------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from dreamkit.latency.table import LookUpTable, _slowdown
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.latency.torch_eager import TorchCPU
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.types import LayerShape, Timing
+from dreamkit.types import LatencyBackend, LayerShape, Timing
 
 MAP = (6, 6)
 
 
-class Bilinear:
+class Bilinear(LatencyBackend):
     """A target on which a layer takes 2 + 3·c_in + 5·c_out + 7·c_in·c_out ms."""
 
     batch_size = 2
@@ -205,10 +205,11 @@ def test_small_blocks_have_a_middle(block):
 
 @pytest.mark.parametrize("block", [0, -8, 1.5, None, "16"])
 def test_a_backend_with_an_odd_block_is_refused(block):
-    backend = Bilinear()
-    backend.channel_block = block
+    class Odd(Bilinear):
+        channel_block = block
+
     with pytest.raises(DreamkitError, match="channel_block should be"):
-        LookUpTable(backend)
+        LookUpTable(Odd())
 
 
 def test_what_is_measured_on_a_slower_machine_is_put_on_the_first_scale():

@@ -476,7 +476,7 @@ def rows(folder, name="log.csv"):
 
 def test_csv_tracker(tmp_path):
     tracker = CSVTracker()
-    tracker.start(tmp_path, {})
+    tracker.start(tmp_path, {}, resumed=False)
     tracker.record("a", 3, {"loss": 1.5, "tv": None})
     tracker.finish({"student.accuracy": 0.5})
     assert rows(tmp_path) == [
@@ -490,7 +490,7 @@ def test_csv_tracker(tmp_path):
 def test_csv_tracker_goes_on_after_a_resume(tmp_path):
     for step in (1, 2):
         tracker = CSVTracker(file="x.csv")
-        tracker.start(tmp_path, {})
+        tracker.start(tmp_path, {}, resumed=step > 1)
         tracker.record("a", step, {"loss": 0.0})
     assert [row[1] for row in rows(tmp_path, "x.csv")] == ["step", "1", "2"]
 

@@ -17,8 +17,8 @@ from dreamkit.training.batches import Draws, in_order
 from dreamkit.training.bn_recalibration import recalibrate, restate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
+    LogitDistance,
     distillation_loss,
-    logit_distance,
     mixed_cross_entropy,
 )
 from dreamkit.training.schedule import lr_factor
@@ -243,7 +243,7 @@ def test_hard_labels_by_hand(toys):
 def test_distance_of_the_logits_by_hand():
     # |1 - 3|, |0 + 1|, |2 - 2|, |5 - 4|: four classes in all, so the mean is 1.
     student = torch.tensor([[1.0, 0], [2, 5]], requires_grad=True)
-    loss = logit_distance(student, torch.tensor([[3.0, -1], [2, 4]]))
+    loss = LogitDistance()(student, torch.tensor([[3.0, -1], [2, 4]]), 1.0)
     assert loss.item() == 1
     loss.backward()
     assert student.grad.tolist() == [[-0.25, 0.25], [0, 0.25]]
@@ -253,11 +253,11 @@ def test_l1_teaches_by_the_logits_and_has_no_temperature(toys):
     losses = []
     for temperature in (1.0, 5.0):
         student, twin = toys.plain(), toys.plain()
-        options = taught(1, temperature, lr=0.1, batch_size=4, warmup=0, soft_loss="l1")
+        options = taught(1, temperature, lr=0.1, batch_size=4, warmup=0, soft_loss=LogitDistance())
         images = toys.images(4)
         losses += train(toys, student, toys.two_bn(), images, options)
         x = toys.card().normalise(images.images)
-        expected = logit_distance(twin(x), toys.two_bn()(x)).item()
+        expected = LogitDistance()(twin(x), toys.two_bn()(x), temperature).item()
         assert losses[-1] == pytest.approx(expected, rel=1e-4)
     assert losses[0] == losses[1]
 

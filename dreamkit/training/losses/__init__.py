@@ -12,3 +12,11 @@ def register_losses(register: Register) -> None:
     register("cross_entropy", f"{room}.cross_entropy:CrossEntropy")
     register("old_distillation", f"{room}.old_distillation:OldDistillation")
     register("lwf_mc", f"{room}.lwf_mc:LwFMC")
+
+
+@hookimpl
+def register_distillation_losses(register: Register) -> None:
+    """Register the built-in losses between a student and its teacher."""
+    room = "dreamkit.training.losses"
+    register("kl", f"{room}.distillation:KLDivergence")
+    register("l1", f"{room}.distillation:LogitDistance")

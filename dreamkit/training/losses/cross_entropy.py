@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import IncrementalStep
+from dreamkit.types import IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(IncrementalLoss):
     """Cross-entropy to the labels of images of new classes, over all classes.
 
     DeepInversion (Yin et al., CVPR 2020), eq. 11, second term.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.training.augmenter import Mixed
+from dreamkit.types import DistillationLoss
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -24,17 +27,34 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
-def logit_distance(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the mean absolute difference of the logits, over classes and batch.
+@dataclass(frozen=True)
+class KLDivergence(DistillationLoss):
+    """KL divergence of the student's softmax from the teacher's, at a temperature.
+
+    Hinton et al. 2015; DeepInversion (Yin et al., CVPR 2020), eq. 1.
+    """
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float
+    ) -> Tensor:
+        """Return the loss, >= 0, of shape ()."""
+        return distillation_loss(student_logits, teacher_logits, temperature)
+
+
+@dataclass(frozen=True)
+class LogitDistance(DistillationLoss):
+    """Mean absolute difference of the logits, over classes and batch.
 
     Fang et al. 2019 (Data-Free Adversarial Distillation). Its gradient stays as large for
-    images that both networks are sure of, where that of the softmax vanishes.
-
-    Args:
-        student_logits: (N, K).
-        teacher_logits: (N, K).
+    images that both networks are sure of, where that of the softmax vanishes. There is no softmax,
+    and no temperature.
     """
-    return F.l1_loss(student_logits, teacher_logits)
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float
+    ) -> Tensor:
+        """Return the loss, >= 0, of shape ()."""
+        return F.l1_loss(student_logits, teacher_logits)
 
 
 def mixed_cross_entropy(logits: Tensor, mixed: Mixed) -> Tensor:

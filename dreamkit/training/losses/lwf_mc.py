@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import IncrementalStep
+from dreamkit.types import IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
-class LwFMC:
+class LwFMC(IncrementalLoss):
     """Each class on its own: what the network as it was says of old ones, the truth of new ones.
 
     LwF.MC: Rebuffi et al., iCaRL, CVPR 2017, section 3.3 and its baseline without exemplars (after

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.training.losses.distillation import distillation_loss
-from dreamkit.types import IncrementalStep
+from dreamkit.types import IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
-class OldDistillation:
+class OldDistillation(IncrementalLoss):
     """KL(p_o(x_k) ‖ p_k(x_k | y ∈ C_o)): among old classes, new images look as they did.
 
     DeepInversion (Yin et al., CVPR 2020), eq. 11, third term; averaged over the images.

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.errors import DreamkitError
-from dreamkit.types import NO_LABEL, IncrementalStep
+from dreamkit.types import NO_LABEL, IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
-class ReplayCrossEntropy:
+class ReplayCrossEntropy(IncrementalLoss):
     """Cross-entropy to the labels of images of old classes, over all classes.
 
     The oracle that classifies of DeepInversion's Table 7.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"replay"})
+    needs = frozenset({"replay"})
 
     def __call__(self, step: IncrementalStep) -> Tensor:
         """Return the term, >= 0, of shape ().

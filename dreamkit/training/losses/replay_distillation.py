@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamkit.types import IncrementalStep
+from dreamkit.types import IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
-class ReplayDistillation:
+class ReplayDistillation(IncrementalLoss):
     """KL(p_o(x̂) ⊕ 0 ‖ p_k(x̂)): on images of old classes nothing is of a new one.
 
     DeepInversion (Yin et al., CVPR 2020), eq. 11, first term; averaged over the images.
@@ -22,7 +22,7 @@ class ReplayDistillation:
         temperature: of both softmaxes; the term is multiplied by its square. The paper's is 1.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"replay"})
+    needs = frozenset({"replay"})
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
-from dreamkit.types import InversionStep
+from dreamkit.plugin import Field, InversionStep, Regularizer
 
 
 @dataclass(frozen=True)
-class ColorBalance:
+class ColorBalance(Regularizer):
     """Distance of the batch's mean colour from the training data's: the grey-world prior.
 
     Normalised images of the training data average to 0 in every channel; the term is the mean

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dreamkit.types import PruningStep
+from dreamkit.plugin import Criterion, PruningStep
 
 
 @dataclass(frozen=True)
-class WeightStd:
+class WeightStd(Criterion):
     """Standard deviation of the weights of each channel's filter, which needs no data and no label.
 
     A filter of nearly equal weights only averages its input. The (population) deviations of
