@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import dreamkit
 from dreamkit.api.given_images import as_images
 from dreamkit.api.networks import builder_of
+from dreamkit.plugin import Regularizer
 from dreamkit.report.run_log import read_records
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -212,7 +213,7 @@ def test_an_interrupted_call_keeps_what_is_finished_and_goes_on(digits, tmp_path
 def test_one_regularizer_of_the_callers_own(digits):
     seen = []
 
-    class Brightness:
+    class Brightness(Regularizer):
         def __call__(self, step):
             seen.append(step.images.shape)
             return step.images.mean()

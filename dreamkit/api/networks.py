@@ -42,7 +42,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class GivenNetwork:
+class GivenNetwork(TeacherSource):
     """A network in memory where an entry of ``teachers`` is expected.
 
     Args:

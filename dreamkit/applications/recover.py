@@ -35,7 +35,15 @@ from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import Images, ImageSource, Outcome, RunContext, Synthesis, Teacher
+from dreamkit.types import (
+    Images,
+    ImageSource,
+    Outcome,
+    RoundPruned,
+    RunContext,
+    Synthesis,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class Recover(TrainsOnImages):
             context.log.record("pruning", number, look)
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
             checkpoint.save(images, number, tensors, {})
+            context.log.emit(RoundPruned(round=number, numbers=look))
             context.log.check(together=True)
         return masks
 

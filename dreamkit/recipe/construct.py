@@ -22,7 +22,6 @@ from dreamkit.recipe.problems import Problem, problems_of
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import type_name
 from dreamkit.registry import Registries, Term, UnknownEntry, name_key
-from dreamkit.types.entries import check_entry
 
 _PLAIN = (dict, list, tuple, str, bytes, int, float, type, type(None))
 """What is data, or a mistake; anything else that stands for an entry is one."""
@@ -194,6 +193,8 @@ class _OptionsOf:
 
 
 def _check_entry(kind: str, entry: Any) -> None:
+    from dreamkit.types.entries import check_entry  # torch, which listing recipes does without
+
     try:
         check_entry(kind, type(entry))
     except TypeError as error:

@@ -20,7 +20,7 @@ from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import NO_LABEL, Event, Images, ImageSource, RunLog, Teacher
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,10 @@ class StepLog:
     def note(self, text: str) -> None:
         """Say something the user must know, and of which step."""
         self.log.note(self.prefix + text)
+
+    def emit(self, event: Event) -> None:
+        """Tell those who listen what happened."""
+        self.log.emit(event)
 
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop."""

@@ -16,6 +16,7 @@ from dreamkit.stages.batches import as_stored, batch_plans
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
+    BatchDreamed,
     BatchPlan,
     Dreamer,
     Estimate,
@@ -255,6 +256,9 @@ class Dreaming:
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
         self.store.write(index, content, seconds, dream.loss, r_feature, state)
+        log.emit(
+            BatchDreamed(index=index, images=content.images, labels=content.labels, loss=dream.loss)
+        )
         if r_feature is not None:
             self._record("batches", index, {"r_feature": r_feature})
             self._record("r_feature by layer", index, per_layer)

@@ -17,7 +17,8 @@ from dreamkit.errors import DreamkitError, NothingToPrune, OptionError, StoreErr
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.selection import LayerLimits, Limits, removable
+from dreamkit.pruning.knapsack import Knapsack
+from dreamkit.pruning.selection import Greedy, LayerLimits, Limits, removable
 from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
@@ -31,6 +32,7 @@ from dreamkit.training.losses.distillation import LogitDistance
 from dreamkit.types import LatencyBackend, Timing
 
 SIZE = (3, 8, 8)
+SELECTIONS = {"greedy": Greedy(), "knapsack": Knapsack()}
 
 
 class Weights(LatencyBackend):
@@ -222,7 +224,7 @@ FIT = Reconstruction(images=24, batch_size=8)
 def test_goals_are_met_and_hardly_overshot(toys, teacher, tmp_path, selection, goal):
     timed = goal == "latency"
     run = toys.context(tmp_path, latency=Weights() if timed else None)
-    options = pruning(target=Target(**{goal: 0.6}), selection=selection)
+    options = pruning(target=Target(**{goal: 0.6}), selection=SELECTIONS[selection])
     outcome = options.run(teacher, toys.images(24), run)
     metrics = run.log.metrics
     reached = metrics[f"pruned.{goal}_ratio"]
@@ -374,7 +376,7 @@ def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(
         knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
     )
     with pytest.raises(DreamkitError, match="not solved in 60 s") as refused:
-        pruning(selection="knapsack").run(residual, toys.images(24), context)
+        pruning(selection=Knapsack()).run(residual, toys.images(24), context)
     assert refused.value.path == ("selection",)
 
 
