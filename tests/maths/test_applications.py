@@ -32,7 +32,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.training.distillation import Distillation
 from dreamkit.training.incremental import IncrementalTraining
-from dreamkit.types import Outcome, StoredImages, Synthesis, Teacher, Timing
+from dreamkit.types import LatencyBackend, Outcome, StoredImages, Synthesis, Teacher, Timing
 
 SHORT = {"steps": 4, "batch_size": 4, "precision": "float32"}
 ADAPTIVE = Adaptive(every=1)
@@ -61,7 +61,7 @@ class Held:
         return self.images
 
 
-class Counting:
+class Counting(LatencyBackend):
     """A latency target on which everything takes a microsecond a weight; counts what it times."""
 
     batch_size = 1
