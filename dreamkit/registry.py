@@ -49,6 +49,9 @@ def name_key(kind: str) -> str:
     return "source" if kind in {"teachers", "sources"} else "name"
 
 
+WEIGHT_SCHEMA = {"type": "number", "minimum": 0}
+
+
 @dataclass(frozen=True)
 class EntryOf:
     """Annotation marker: the option is one registry entry of this kind, a mapping or its name."""
@@ -66,10 +69,18 @@ class EntryOf:
         optional = type(None) in typing.get_args(source)
         return core_schema.nullable_schema(schema) if optional else schema
 
+    def __get_pydantic_json_schema__(self, schema: Any, _handler: Any) -> Any:
+        """Refer to the definition of the kind, which whoever asks for the schema adds."""
+        made = self._json_schema()
+        return {"anyOf": [made, {"type": "null"}]} if schema["type"] == "nullable" else made
+
     def _schema(self, core: Any) -> Any:
         return core.with_info_plain_validator_function(
             lambda value, info: info.context.entry(self.kind, value)
         )
+
+    def _json_schema(self) -> dict[str, Any]:
+        return {"$entry": f"#/$defs/{self.kind}"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,9 @@ class EntriesOf(EntryOf):
 
     def _schema(self, core: Any) -> Any:
         return core.tuple_schema([super()._schema(core)], variadic_item_index=0)
+
+    def _json_schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": super()._json_schema()}
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,11 @@ class TermsOf(EntryOf):
             lambda value, info: info.context.listed(self.kind, value),
             core.tuple_schema([term], variadic_item_index=0),
         )
+
+    def _json_schema(self) -> dict[str, Any]:
+        terms = {"type": "array", "items": {"$entry": f"#/$defs/weighted_{self.kind}"}}
+        weights = {"type": "object", "additionalProperties": WEIGHT_SCHEMA}
+        return {"anyOf": [terms, weights]}
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,9 @@ def new(invoke: Invoke, application: str, teacher: str) -> str:
 
 
 def test_there_is_one_for_every_application() -> None:
-    # Quantizing has no training of its own yet to be explained: a recipe of one line does.
     registry = build_registries()["applications"]
     built_in = {name for name in registry if registry.provider(name) == "dreamkit"}
-    assert set(starters()) == built_in - {"quantize"}
+    assert set(starters()) == built_in
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Distilled
 from dreamkit.api.session import Conditions, session
@@ -19,7 +20,7 @@ from dreamkit.types import LatencyBackend, Teacher
 def distill(
     model: nn.Module | Teacher,
     student: nn.Module | Teacher,
-    images: Any = None,
+    images: ImagesLike | None = None,
     *,
     synthesis: Mapping[str, Any] | None = None,
     latency_backend: str | Mapping[str, Any] | LatencyBackend | None = None,
@@ -31,7 +32,7 @@ def distill(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Distilled:
     """Teach a student a network's outputs on dreams, or on other images.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dreamkit.api.given_images import GivenImages, as_images
+from dreamkit.api.given_images import GivenImages, ImagesLike, as_images
 from dreamkit.api.networks import View
 from dreamkit.api.results import Extended
 from dreamkit.api.session import Conditions, session
@@ -22,11 +22,11 @@ from dreamkit.types import NO_LABEL, Teacher
 
 def extend(
     model: nn.Module | Teacher,
-    new: Any,
+    new: ImagesLike,
     *,
-    test: Any = None,
+    test: ImagesLike | None = None,
     new_names: Sequence[str] | None = None,
-    replay: Any = None,
+    replay: ImagesLike | None = None,
     synthesis: Mapping[str, Any] | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -36,7 +36,7 @@ def extend(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Extended:
     """Teach a network new classes while it keeps the old ones, without their data.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from PIL import Image
@@ -18,14 +18,27 @@ from dreamkit.sources.fitting import fitted
 from dreamkit.sources.folder import Folder
 from dreamkit.types import NO_LABEL, Images, StoredImages
 
-if TYPE_CHECKING:
-    from dreamkit.api.dreams import Dreams
-
 _LOOKED_AT = 16
 """Images whose range tells whether they are normalised."""
 
+
+class HoldsImages(Protocol):
+    """What ``dreamkit.invert`` returns, and anything else that has stored images."""
+
+    @property
+    def stored(self) -> StoredImages:
+        """Return them."""
+
+
 ImagesLike: TypeAlias = (
-    "Dreams | Tensor | tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any] | str | Path | Images"
+    HoldsImages
+    | Tensor
+    | tuple[Tensor, Tensor]
+    | Dataset[Any]
+    | DataLoader[Any]
+    | str
+    | Path
+    | Images
 )
 """uint8 pixels, or floats normalised as the network takes them, (N, C, H, W), with or without
 labels (N,); the path of an image folder; or what ``invert`` returned."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dreamkit.api.dreams import Dreams, Quality
+from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import described
 from dreamkit.api.session import Conditions, Session, session
@@ -56,7 +57,7 @@ def invert(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Dreams:
     """Dream images that a network classifies as asked and knows the feature statistics of.

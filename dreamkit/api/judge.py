@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dreamkit.api.given_images import GivenImages
+from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Judgement, described
 from dreamkit.api.session import Conditions, session
@@ -19,10 +19,10 @@ from dreamkit.types import Teacher
 
 def judge(
     model: nn.Module | Teacher,
-    images: Any = None,
+    images: ImagesLike | None = None,
     verifiers: Mapping[str, nn.Module | Teacher] | None = None,
     *,
-    reference: Any = None,
+    reference: ImagesLike | None = None,
     synthesis: Mapping[str, Any] | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -32,7 +32,7 @@ def judge(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Judgement:
     """Ask networks that took no part in dreams what they see in them.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Pruned
 from dreamkit.api.session import Conditions, session
@@ -18,7 +19,7 @@ from dreamkit.types import LatencyBackend, Teacher
 
 def prune(
     model: nn.Module | Teacher,
-    images: Any = None,
+    images: ImagesLike | None = None,
     *,
     flops: float | None = None,
     params: float | None = None,
@@ -36,7 +37,7 @@ def prune(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Pruned:
     """Remove a network's least important channels, and let it recover by distillation.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Recovered
 from dreamkit.api.session import Conditions, session
@@ -18,7 +19,7 @@ from dreamkit.types import Teacher
 
 def recover(
     model: nn.Module | Teacher,
-    images: Any = None,
+    images: ImagesLike | None = None,
     *,
     sparsity: float,
     synthesis: Mapping[str, Any] | None = None,
@@ -30,7 +31,7 @@ def recover(
     device: str = "auto",
     progress: bool | None = None,
     out: str | Path | None = None,
-    evaluation: Any = None,
+    evaluation: ImagesLike | None = None,
     **options: Any,
 ) -> Recovered:
     """Set a share of a network's weights to zero, and let it recover with the zeros kept.

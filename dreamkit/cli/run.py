@@ -106,14 +106,14 @@ def _load(
 ) -> tuple[LoadedRecipe, Path]:
     """Return the recipe and its run directory; a run directory has its recipe in it."""
     from dreamkit.recipe import read_recipe
-    from dreamkit.recipe.bundled import find_recipe
+    from dreamkit.recipe.bundled import bundled_recipes, find_recipe
     from dreamkit.runner import default_folder
     from dreamkit.store.run_directory import RECIPE
 
     folder = Path(named)
     stored = folder / RECIPE
     if not stored.is_file():
-        if resume and folder.is_dir():
+        if resume and folder.is_dir() and named not in bundled_recipes():
             raise DreamkitError(f"{folder} holds no run to resume (no {RECIPE})")
         loaded = read_recipe(find_recipe(named), build_registries, preset, overrides)
         return loaded, out or default_folder(loaded)

@@ -117,8 +117,8 @@ class Builder:
         name = value.get(key)
         if not isinstance(name, str):
             choices = ", ".join(self.registries[kind])
-            message = f"'{key}' should name one of the {kind}: {choices}"
-            raise OptionError(key, message) if key in value else ValueError(message)
+            message = f"should name one of the {kind}: {choices}"
+            raise OptionError(key, message) if key in value else ValueError(f"'{key}' {message}")
         try:
             cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
@@ -152,9 +152,19 @@ class Builder:
     def _validator(self, cls: type[Any], reserved: tuple[str, ...]) -> SchemaValidator:
         """Return what makes a mapping into the weight and the object; ``reserved`` are its keys."""
         if (cls, *reserved) not in self._validators:
-            adapter = TypeAdapter(Annotated[Any, _OptionsOf(cls, reserved)])
-            self._validators[cls, *reserved] = SchemaValidator(_strict(adapter.core_schema))
+            schema = options_adapter(cls, reserved).core_schema
+            self._validators[cls, *reserved] = SchemaValidator(_strict(schema))
         return self._validators[cls, *reserved]
+
+
+def options_adapter(cls: type[Any], reserved: tuple[str, ...] = ()) -> TypeAdapter[Any]:
+    """Return pydantic's adapter of the mapping of a class's options.
+
+    Args:
+        cls: the class; its constructor's parameters are the options.
+        reserved: keys of the mapping that are no options: what names an entry, and ``weight``.
+    """
+    return TypeAdapter(Annotated[Any, _OptionsOf(cls, reserved)])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -229,24 +228,24 @@ def _read_nodes(file: Path) -> Node:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not a UTF-8 text file") from error
     root = parse_yaml(text, str(file))
-    if not isinstance(root.value, dict):
-        raise RecipeError(f"{root.where} recipe: should be a mapping, not {type_name(root.value)}")
+    _mapping(root, ())
     return root
 
 
+def _mapping(node: Node, path: RecipePath) -> dict[str, Node]:
+    if isinstance(node.value, dict):
+        return node.value
+    message = f"should be a mapping, not {type_name(node.value)}"
+    raise RecipeError(f"{located(node.where, path)}: {message}")
+
+
 def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
-    root = copy.copy(root)
-    root.value = dict(root.value)
-    node = root.value.pop("presets", None)
-    if node is None or node.value is None:
-        return root, {}
-    if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where} presets: should be a mapping, not {type_name(node.value)}")
-    for name, overlay in node.value.items():
-        if not isinstance(overlay.value, dict):
-            message = f"should be a mapping, not {type_name(overlay.value)}"
-            raise RecipeError(f"{overlay.where} presets.{name}: {message}")
-    return root, node.value
+    rest = {key: node for key, node in root.value.items() if key != "presets"}
+    node = root.child("presets")
+    presets = {} if node is None or node.value is None else _mapping(node, ("presets",))
+    for name, overlay in presets.items():
+        _mapping(overlay, ("presets", name))
+    return Node(rest, root.where, root.keys), presets
 
 
 def _plugin_names(root: Node) -> list[str]:

@@ -46,22 +46,18 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
     if cls.__init__ is object.__init__:
         return {}
     parameters = list(inspect.signature(cls.__init__).parameters.items())[1:]
-    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
     # Annotations are resolved where they were written; inherited fields, in another module.
-    written = cls if fields.issuperset(name for name, _ in parameters) else cls.__init__
+    written = cls if all(name in fields for name, _ in parameters) else cls.__init__
     hints = typing.get_type_hints(written, include_extras=True)
-    factories = {
-        f.name: f.default_factory
-        for f in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
-        if f.default_factory is not dataclasses.MISSING
-    }
     options = {}
     for name, parameter in parameters:
         if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
             raise TypeError(f"{cls.__qualname__}: options cannot come from *{name}")
         if name not in hints:
             raise TypeError(f"{cls.__qualname__}: the parameter '{name}' has no type annotation")
-        default = factories[name]() if name in factories else parameter.default
+        factory = fields[name].default_factory if name in fields else dataclasses.MISSING
+        default = parameter.default if factory is dataclasses.MISSING else factory()
         options[name] = Option(name, hints[name], default, _marker(hints[name]))
     return options
 
