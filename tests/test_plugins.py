@@ -654,7 +654,7 @@ def test_example_distribution_installs_and_serves_a_recipe(tmp_path):
         return done.stdout
 
     rows = {(row["kind"], row["name"]): row for row in json.loads(dreamkit("list", "--json"))}
-    for entry in (("regularizers", "color_balance"), ("losses", "logit_anchor")):
+    for entry in (("regularizers", "color_balance"), ("criteria", "weight_std")):
         assert rows[entry]["provider"] == "dreamkit-example 0.1.0"
         assert rows[entry]["summary"]
 
