@@ -164,6 +164,21 @@ def test_a_class_that_lacks_something_is_refused(kind, bases, message):
         registry.resolve("mine")
 
 
+def test_an_option_that_hides_a_property_of_the_base_needs_a_default():
+    @dataclasses.dataclass
+    class Board(LatencyBackend):
+        batch_size: int
+        channel_block: int  # a dataclass takes the property for its default
+
+        def describe(self): ...
+        def time(self, modules): ...
+
+    registry = Registry("latency_backends")
+    registry.register("board", Board, "me")
+    with pytest.raises(PluginError, match=r"Board\.channel_block is a property of LatencyBackend"):
+        registry.resolve("board")
+
+
 # Checks for plugin authors, on what is built in.
 
 
