@@ -17,7 +17,7 @@ from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaValidator, core_schema
 
-from dreamkit.errors import OptionError
+from dreamkit.errors import OptionError, PluginError
 from dreamkit.recipe.problems import Problem, problems_of
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import type_name
@@ -122,6 +122,8 @@ class Builder:
             cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
             raise OptionError(key, f"{error}{self._failed_plugins()}") from error
+        except PluginError as error:
+            raise OptionError(key, str(error)) from error
         try:
             taken = sorted({key, *extra} & options_of(cls).keys())
             if taken:
