@@ -121,6 +121,48 @@ def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
     assert recipe["application"]["name"]
 
 
+@pytest.mark.parametrize("verb", ["invert", "prune", "distill", "recover", "extend", "judge"])
+def test_the_recipe_of_a_call_is_valid_and_says_what_to_fill_in(
+    net, pixels, verb, invoke, tmp_path
+):
+    file = tmp_path / "made.yaml"
+    file.write_text(calls(net, pixels)[verb]().to_recipe())
+    said = invoke("validate", file)
+    assert said.code == 0, said.err
+    assert "no such file" in said.err, "the builder is the caller's"
+
+
+def test_a_recipe_dreams_what_the_call_was_given(digits):
+    dreams = dreamkit.invert(digits, 8, **QUICK)
+    small = dreamkit.prune(
+        digits,
+        dreams,
+        channels=0.9,
+        limits={"chunk": 4},
+        recovery={"steps": 1, "batch_size": 8},
+        batch_size=8,
+        evaluation=(dreams.images, dreams.labels),
+        progress=False,
+        device="cpu",
+    )
+    recipe = yaml.safe_load(small.to_recipe())
+    assert recipe["synthesis"] == {**dreams.settings["synthesis"], "images": 8}
+    assert recipe["evaluation"] == {"source": "folder", "path": "path/to/evaluation"}
+
+
+def test_dreams_that_are_made_first_take_the_keywords_of_invert(digits):
+    made = dreamkit.recover(
+        digits,
+        sparsity=0.5,
+        synthesis={"images": 4, "batch_size": 4, "steps": 2, "preset": "paper"},
+        progress=False,
+        device="cpu",
+        training={"steps": 1, "batch_size": 4},
+    )
+    assert made.settings["synthesis"]["stages"] == [{"steps": 2}]
+    assert "parameterisation" not in made.settings["synthesis"], "the paper's has pixels"
+
+
 # --- dreams -----------------------------------------------------------------------------------
 
 

@@ -66,6 +66,11 @@ class GivenImages(ImageSource):
         """Return the names of their classes, in order."""
         return self.names
 
+    def entry(self) -> dict[str, Any]:
+        """Return the entry that a recipe has of them; the path is to be filled in."""
+        told = str(self.images) if isinstance(self.images, str | Path) else f"path/to/{self.role}"
+        return {"source": "folder", "path": told}
+
 
 def as_images(given: Any, card: Card, role: str) -> Images:
     """Return a caller's images as the rooms below take them.
