@@ -68,7 +68,7 @@ def run(
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
     directory = RunDirectory(folder, loaded.resolved_yaml())
-    distributed.together()  # before the first rank writes what another might take for foreign
+    distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
@@ -161,9 +161,9 @@ def _run(
     trackers = IsolatedTrackers(loaded.recipe.trackers if first else (), log.note)
     with distributed.first_before_others():
         teacher, images, context = _prepare(loaded, directory.folder, log)
-    distributed.together()  # nothing is claimed unless every rank has loaded what it needs
+    distributed.barrier()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
-    distributed.together()
+    distributed.barrier()
     try:
         log.open()
         if abandoned is not None and directory.started:
@@ -194,7 +194,7 @@ def _run(
         trackers.close()
         log.close()
         directory.release()
-    distributed.together()
+    distributed.barrier()
 
 
 def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
@@ -204,7 +204,7 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
         return
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
-    write_artifact(folder, student.model, student.card, student.builder, student.surgery)
+    write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:

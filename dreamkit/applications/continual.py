@@ -36,7 +36,7 @@ from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import drawn_by_class
-from dreamkit.training.bn_recalibration import restate
+from dreamkit.training.bn_recalibration import refresh
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
@@ -85,7 +85,7 @@ class Continual(Application):
             synthesizer's ``images`` says.
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
-        restate_bn: after each set, let BatchNorm's statistics be those of what the network was
+        refresh_bn: after each set, let BatchNorm's statistics be those of what the network was
             taught on, old classes included, without changing what it computes: the next dreams are
             held to them.
     """
@@ -98,7 +98,7 @@ class Continual(Application):
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
     images_per_class: Annotated[int, Field(ge=1)] = 250
     adaptive: Adaptive | None = None
-    restate_bn: bool = True
+    refresh_bn: bool = True
 
     def __post_init__(self) -> None:
         if not self.sets:
@@ -229,7 +229,7 @@ class _Learning:
         else:
             self._train(step, old, new, number)
             write_json(step.folder / METRICS, metrics)
-            write_artifact(folder, new.model, new.card, new.builder, new.surgery)
+            write_artifact(folder, new.model, new.card, new.builder, new.pruning_record)
             if distributed.is_first():
                 shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
         total = self.context.log.metrics
@@ -268,12 +268,12 @@ class _Learning:
             sets = [task.train] if replay is None else [task.train, replay]
             with placed("training", always=False):
                 taught_on = teach(trainer, sets, step, "training")
-        if self.options.restate_bn and len(taught_on) > 1:
+        if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
             generator = torch.Generator().manual_seed(step.seed)
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
-            restate(new.model, images, new.card, step.device, options.batch_size)
+            refresh(new.model, images, new.card, step.device, options.batch_size)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store)
 

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
 from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.channel_pruning import ChannelPruning
@@ -74,8 +74,8 @@ class Prune(ChannelPruning, TrainsOnImages):
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        surgery = work.cut.after(Surgery.from_json(teacher.surgery)).to_json()
-        made = Teacher(student, card, teacher.builder, surgery)
+        pruning_record = work.cut.after(PruningRecord.from_json(teacher.pruning_record)).to_json()
+        made = Teacher(student, card, teacher.builder, pruning_record)
         return Outcome(made, taught_on, same_layers=("pruned",))
 
     def _judge_latency(self, work: PruningRun, context: RunContext) -> None:

@@ -23,8 +23,8 @@ from dreamkit.latency.sampling import mean_times
 from dreamkit.latency.table import AT_ONCE, LookUpTable
 from dreamkit.latency.table_file import read_file, read_table, table_text
 from dreamkit.plugins import added_rules
+from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.named import load_named
@@ -93,7 +93,7 @@ def check_table(
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
         shapes = table.shapes(model, size)
         table.prepare(shapes.values())
-        layers.append(Prospect(shapes).total(table.predict))
+        layers.append(CostModel(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
     with console.status("timing"):
         measured = mean_times(table.backend, [(model, example) for model in models], seconds)

@@ -19,8 +19,8 @@ from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state, seeded
 from dreamkit.pruning.graph import ChannelGraph, Skipped
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.measuring import glance, time_models
@@ -64,7 +64,7 @@ class PruningRun:
         self.context = context
         self.card = teacher.card
         self.student = trainable_copy(teacher.model)
-        self.cut = Surgery()
+        self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
         self.removed: list[dict[str, list[int]]] = []
@@ -173,7 +173,7 @@ class PruningRun:
         options, budget = self.options, self.budget
         # What is timed for them must be the same on every rank.
         ranked = [group for group in groups if group.name in self.open]
-        scores = distributed.agreed(self.importance(ranked))
+        scores = distributed.broadcast(self.importance(ranked))
         chunks = removable(ranked, scores, self.originals, options.limits)
         step = SelectionStep(
             chunks=chunks,
