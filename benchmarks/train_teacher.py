@@ -29,7 +29,7 @@ from rich.console import Console
 from supervised_training import Settings, Training
 from torch import Tensor
 
-from dreamkit.arithmetic import settled
+from dreamkit.arithmetic import resolve_precision
 from dreamkit.card import Card
 from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError, OptionError
@@ -233,7 +233,7 @@ def run(options: argparse.Namespace) -> None:
             options.data += f" ({', '.join(options.classes)})"
     console.print("reading images")
     images, tested, card = read_data(options)
-    precision = settled(options.precision, device, build_network(options.model, 2, 3))
+    precision = resolve_precision(options.precision, device, build_network(options.model, 2, 3))
     own = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
     settings = Settings(**own | {"images": len(images), "precision": precision})
     training = Training(settings, card, device, options.compile)

@@ -501,11 +501,11 @@ def bench_teachers(
 
         dreamkit bench teachers --source torchvision --verifier torchvision:mobilenet_v2
     """
-    from dreamkit.teacher_bench import draw, select, settle, show, sweep
+    from dreamkit.teacher_bench import draw, resolve_settings, select, show, sweep
 
     registries, console = _registries(plugin), Console()
     chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
-    settings = settle(registries, weights, batch_size, steps, verifier, device)
+    settings = resolve_settings(registries, weights, batch_size, steps, verifier, device)
     try:
         rows = sweep(registries, chosen, settings, json_, seconds_per_model, console, plugin or [])
     except KeyboardInterrupt:

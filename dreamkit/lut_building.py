@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.lut import AT_ONCE, LookUpTable, grid_below, read_file, read_table
+from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teacher_bench import load_named
@@ -185,7 +185,7 @@ def check_table(
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
         shapes = table.shapes(model, size)
         table.prepare(shapes.values())
-        layers.append(Prospect(shapes).total(table.predict))
+        layers.append(CostModel(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
     measured = _time_often(table.backend, [(model, example) for model in models], seconds, console)
     # The line is told from networks among the others: their place in turn and in memory may tell.
@@ -300,7 +300,7 @@ def show_table(path: Path, console: Console) -> None:
     ordered = sorted(points.items(), key=lambda pair: -math.prod(pair[0].feature_map or (0,)))
     for shape, timing in ordered:
         kinds.setdefault(_kind(shape), []).append((shape, timing))
-    table = Table("layer", "points", "channels: fastest … slowest", "ms", "middle half, ms")
+    table = Table("layer", "points", "channels: fastest … slowest", "ms", "interquartile range, ms")
     for kind, measured in kinds.items():
         low, high = (f(measured, key=lambda pair: pair[1].median_ms) for f in (min, max))
         table.add_row(

@@ -51,7 +51,7 @@ def run(
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
     directory = RunDirectory(folder, loaded.resolved_yaml())
-    distributed.together()  # before the first rank writes what another might take for foreign
+    distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
@@ -133,9 +133,9 @@ def _run(
     log = FileLog(directory.folder, console, trackers, stopping)
     with distributed.first_before_others():
         context = _context(loaded, directory.folder, log)
-    distributed.together()  # nothing is claimed unless every rank has loaded what it needs
+    distributed.barrier()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
-    distributed.together()
+    distributed.barrier()
     try:
         log.open()
         if abandoned is not None and directory.started:
@@ -160,7 +160,7 @@ def _run(
     finally:
         log.close()
         directory.release()
-    distributed.together()
+    distributed.barrier()
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:

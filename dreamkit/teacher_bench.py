@@ -189,7 +189,7 @@ class Task:
 # --- what is to be measured -----------------------------------------------------------------
 
 
-def settle(
+def resolve_settings(
     registries: Registries,
     weights: Weights,
     batch_size: int,

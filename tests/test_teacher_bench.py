@@ -35,8 +35,8 @@ from dreamkit.teacher_bench import (
     measure,
     measure_in_child,
     read_results,
+    resolve_settings,
     select,
-    settle,
     show,
     sweep,
 )
@@ -138,11 +138,11 @@ def test_a_choice_of_nothing(
 
 
 def test_settings_name_the_machine(registries: Registries) -> None:
-    settings = settle(registries, "default", 8, 200, None, "cpu")
+    settings = resolve_settings(registries, "default", 8, 200, None, "cpu")
     assert (settings.device, settings.machine["batch_size"]) == ("cpu", "1")
     assert settings.machine["threads"] == str(torch.get_num_threads())
     with pytest.raises(DreamkitError, match="--verifier"):
-        settle(registries, "null", 8, 200, "bundled:digits_resnet8", "cpu")
+        resolve_settings(registries, "null", 8, 200, "bundled:digits_resnet8", "cpu")
 
 
 # --- what is measured

@@ -29,7 +29,7 @@ from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head, grow_head
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf, RecordsOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, Growth, check_rhythm, growing
 from dreamkit.stages.dreaming import (
@@ -47,7 +47,7 @@ from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.training.bn_recalibration import restate
+from dreamkit.training.bn_recalibration import refresh
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
@@ -118,7 +118,7 @@ class Continual:
             synthesizer's ``images`` says.
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
-        restate_bn: after each set, let BatchNorm's statistics be those of what the network was
+        refresh_bn: after each set, let BatchNorm's statistics be those of what the network was
             taught on, old classes included, without changing what it computes: the next dreams are
             held to them.
     """
@@ -129,7 +129,7 @@ class Continual:
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
     images_per_class: Annotated[int, Field(ge=1)] = 250
     adaptive: Adaptive | None = None
-    restate_bn: bool = True
+    refresh_bn: bool = True
 
     def __post_init__(self) -> None:
         if not self.sets:
@@ -283,9 +283,9 @@ class _Course:
         task = self.tasks[number - 1]
         classes = old.card.num_classes + len(task.class_names)
         step = self._step(old, number)
-        surgery = Surgery.from_json(old.surgery)
+        pruning_record = PruningRecord.from_json(old.pruning_record)
         model = copy.deepcopy(old.model)
-        grow_head(model, old.card.input_size, classes, step.seed, surgery)
+        grow_head(model, old.card.input_size, classes, step.seed, pruning_record)
         names = old.card.class_names
         card = dataclasses.replace(
             old.card,
@@ -295,7 +295,7 @@ class _Course:
             weights_sha256=None,
             notes={},
         )
-        new = Teacher(model, card, old.builder, surgery.to_json())
+        new = Teacher(model, card, old.builder, pruning_record.to_json())
         folder = student_folder(step)
         if (folder / SPECIFICATION).is_file():
             load_state(model, read_artifact(folder).state)
@@ -358,12 +358,12 @@ class _Course:
             sets = [task.train] if old is None else [task.train, old]
             with placed("training", always=False):
                 taught_on = teach(step, trainer, sets, "training")
-        if self.options.restate_bn and len(taught_on) > 1:
+        if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
             generator = torch.Generator().manual_seed(step.seed)
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
-            restate(new.model, images, new.card, step.device, options.batch_size)
+            refresh(new.model, images, new.card, step.device, options.batch_size)
         if isinstance(old, Growth):
             report_synthesis(step, old.dreams.store)
 
@@ -402,7 +402,7 @@ class _Course:
 
 
 def _save(taught: Teacher, folder: Path) -> None:
-    write_artifact(folder, taught.model, taught.card, taught.builder, taught.surgery)
+    write_artifact(folder, taught.model, taught.card, taught.builder, taught.pruning_record)
 
 
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> _Task:

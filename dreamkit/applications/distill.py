@@ -78,7 +78,7 @@ class Distill(Taught):
             origin=f"distilled from {teacher.card.name}",
             weights_sha256=None,
         )
-        write_artifact(student_folder(context), student, kept, made.builder, made.surgery)
+        write_artifact(student_folder(context), student, kept, made.builder, made.pruning_record)
 
     def _teach(self, context: RunContext, student: nn.Module) -> Images:
         if self.adaptive is None:

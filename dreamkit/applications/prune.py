@@ -33,8 +33,8 @@ from dreamkit.latency.lut import LookUpTable, read_table
 from dreamkit.model_state import load_state
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.knapsack import choose_knapsack
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Limits, choose, removable
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, Taught
 from dreamkit.stages.budget import TOLERANCE, Budget, Target
@@ -175,8 +175,8 @@ class Prune(Taught):
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        surgery = work.cut.after(Surgery.from_json(teacher.surgery)).to_json()
-        write_artifact(student_folder(context), student, card, teacher.builder, surgery)
+        pruning_record = work.cut.after(PruningRecord.from_json(teacher.pruning_record)).to_json()
+        write_artifact(student_folder(context), student, card, teacher.builder, pruning_record)
 
 
 class _Pruning:
@@ -187,7 +187,7 @@ class _Pruning:
         self.context = context
         self.card = context.teacher.card
         self.student = copy.deepcopy(context.teacher.model)
-        self.cut = Surgery()
+        self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
         self.removed: list[dict[str, list[int]]] = []
@@ -304,7 +304,7 @@ class _Pruning:
         options, budget = self.options, self.budget
         # What is timed for them must be the same on every rank.
         ranked = [group for group in groups if group.name in self.open]
-        scores = distributed.agreed(self.importance(ranked))
+        scores = distributed.broadcast(self.importance(ranked))
         chunks = removable(ranked, scores, self.originals, options.limits)
         if options.selection == "knapsack":
             needs = budget.needs(self.student, self.shares, options.step, chunks)

@@ -21,7 +21,7 @@ from dreamkit.errors import OptionError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
     kept_at_zero,
@@ -116,19 +116,23 @@ class Recover(Taught):
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        write_artifact(student_folder(context), student, card, teacher.builder, teacher.surgery)
+        write_artifact(
+            student_folder(context), student, card, teacher.builder, teacher.pruning_record
+        )
 
     def _prune(self, context: RunContext, student: nn.Module, images: Images) -> dict[str, Tensor]:
         """Prune in all rounds, from where an interrupted try was; return the masks."""
         checkpoint = PruningCheckpoint(context)
         masks, done = self._go_on(context, student, checkpoint.go_on(images))
         for number, sparsity in enumerate(self.schedule[done:], done + 1):
-            masks = distributed.agreed(choose_weights(student, sparsity))
+            masks = distributed.broadcast(choose_weights(student, sparsity))
             remove_weights(student, masks)
             if self.reconstruction is None:
                 self._recalibrate(context, student, images)
                 continue
-            reconstruct_student(context, student, Surgery(), images, self.reconstruction, masks)
+            reconstruct_student(
+                context, student, PruningRecord(), images, self.reconstruction, masks
+            )
             context.log.record("pruning", number, self._look(context, student))
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
             checkpoint.save(images, number, tensors, {})

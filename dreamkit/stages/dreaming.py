@@ -112,7 +112,7 @@ def open_store(context: RunContext) -> DreamStore:
         store = _store(context)
         if distributed.is_first():
             store.mend()
-    distributed.together()  # before the first rank adds what the rest might find there
+    distributed.barrier()  # before the first rank adds what the rest might find there
     for note in store.notes:
         context.log.note(note)
     for batch in store.skipped.values():
@@ -226,12 +226,12 @@ class Dreaming:
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
             mine_skipped = set(self.store.skipped)
-            distributed.together()
+            distributed.barrier()
             self.store.refresh(plan.index for plan in plans)
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
-            for records in distributed.gathered(self.records):
+            for records in distributed.gather(self.records):
                 for stage, step, numbers in records:
                     self.context.log.record(stage, step, numbers)
             self.records = []
@@ -289,21 +289,21 @@ def dreaming(
     """
     log, synthesizer = context.log, context.synthesizer
     assert synthesizer is not None
-    # What is left to the machine is settled by the first rank, for the rest to do likewise.
-    settled = store.choices if distributed.is_first() else distributed.agreed(store.choices)
+    # What is left to the machine is resolved by the first rank, for the rest to do likewise.
+    resolved = store.choices if distributed.is_first() else distributed.broadcast(store.choices)
     with synthesizer.session(
-        context.teacher, context.device, settled, log.note, student
+        context.teacher, context.device, resolved, log.note, student
     ) as dreamer:
         work = Dreaming(context, store, dreamer, shared=student is None)
         if work.missing():
             work.estimate()
         if distributed.is_first():
-            distributed.agreed(dict(dreamer.choices))
+            distributed.broadcast(dict(dreamer.choices))
         state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
         if not store.choices:
-            store.choices = dict(settled or dreamer.choices)
+            store.choices = dict(resolved or dreamer.choices)
         elif store.choices != dreamer.choices:
             log.note(
                 f"the dreams that are kept were made with {store.choices}, and the rest are made "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext
@@ -44,7 +44,7 @@ class Reconstruction:
 def reconstruct_student(
     context: RunContext,
     student: nn.Module,
-    surgery: Surgery,
+    pruning_record: PruningRecord,
     images: Images,
     options: Reconstruction,
     masks: Mapping[str, Tensor] | None = None,
@@ -58,7 +58,7 @@ def reconstruct_student(
     Args:
         context: the run's.
         student: what pruning left; changed in place.
-        surgery: what it lacks of the teacher.
+        pruning_record: what it lacks of the teacher.
         images: stored.
         options: how.
         masks: by parameter name, 0 where a weight is to stay zero.
@@ -75,9 +75,9 @@ def reconstruct_student(
             context.log.check(together=True)
 
         teacher = context.teacher.model
-        done = reconstruct(student, teacher, surgery, batches, masks, options.ridge, fitted)
+        done = reconstruct(student, teacher, pruning_record, batches, masks, options.ridge, fitted)
     left = [name for name, _ in weighted_layers(student) if name not in done]
-    lost = [name for name in left if f"{name}.weight" in {*surgery.kept, *(masks or {})}]
+    lost = [name for name in left if f"{name}.weight" in {*pruning_record.kept, *(masks or {})}]
     if lost:
         count = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         context.log.note(

@@ -111,7 +111,7 @@ class Estimate:
 
 
 class Dreamer(Protocol):
-    """A synthesizer bound to a teacher on a device, with every option settled.
+    """A synthesizer bound to a teacher on a device, with every option resolved.
 
     ``choices`` are those options that the recipe left to the machine and that dreams depend on,
     as plain data: given to the next session, they make the same dreams of the same plan.
@@ -123,10 +123,10 @@ class Dreamer(Protocol):
 
     @property
     def choices(self) -> Mapping[str, Any]:
-        """What was settled."""
+        """What was resolved."""
 
     def prepare(self, images: int) -> Estimate:
-        """Time a few steps, settle what depends on the time, and estimate the cost of images."""
+        """Time a few steps, resolve what depends on the time, and estimate the cost of images."""
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
         """Synthesise one batch.
@@ -176,7 +176,7 @@ class Synthesizer(Protocol):
         Args:
             teacher: on ``device``.
             device: where to work.
-            choices: what an earlier session of the same work settled.
+            choices: what an earlier session of the same work resolved.
             note: told what the user must know.
             student: on ``device``, trained between dreams; each batch is dreamed against it as
                 it then is, if the recipe names no other.

@@ -18,8 +18,8 @@ from dreamkit.errors import DreamkitError, NothingToPrune, OptionError, StoreErr
 from dreamkit.latency.lut import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import LayerLimits, Limits, removable
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.registry import Term
 from dreamkit.stages import measuring
 from dreamkit.stages.budget import Budget, Target
@@ -231,7 +231,7 @@ def test_what_pruning_left_is_fitted_to_the_teacher(toys, context):
         pruning(toys, recovery=recovery, reconstruction=reconstruction).run(run)
         student = toys.two_bn()
         saved = read_artifact(run.folder / "student")
-        Surgery.from_json(saved.surgery).rebuild(student)
+        PruningRecord.from_json(saved.pruning_record).rebuild(student)
         student.load_state_dict(saved.state)
         with torch.no_grad():
             errors.append(float((student(x) - run.teacher.model(x)).square().mean()))
@@ -251,7 +251,7 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, context):
     options.run(run)
     kept = read_artifact(run.folder / "student")
     whole = run.teacher.model.state_dict()
-    places = kept.surgery["kept"].get("bn1.weight", [None])[0]
+    places = kept.pruning_record["kept"].get("bn1.weight", [None])[0]
     scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
     assert not torch.equal(kept.state["bn1.weight"], scales), "as finetuning left them"
     assert "cut.agreement" not in run.metrics
@@ -317,7 +317,7 @@ def test_statistics_are_taken_anew_where_a_layer_that_lost_something_cannot_be_f
     options.run(run)
     assert run.details["reconstruction_left_alone"] == ["conv2"]
     kept = read_artifact(run.folder / "student")
-    places = kept.surgery["kept"].get("bn2.running_mean", [None])[0]
+    places = kept.pruning_record["kept"].get("bn2.running_mean", [None])[0]
     before = network.state_dict()["bn2.running_mean"]
     assert not torch.equal(
         kept.state["bn2.running_mean"], before if places is None else before[places]
@@ -496,14 +496,14 @@ def test_a_pruned_student_is_pruned_further(toys, context):
     pruning(toys).run(run)
     first = read_artifact(run.folder / "student")
     model = toys.two_bn()
-    Surgery.from_json(first.surgery).rebuild(model)
+    PruningRecord.from_json(first.pruning_record).rebuild(model)
     model.load_state_dict(first.state)
     again = context(Weights(), model.eval())
-    again.teacher.surgery = first.surgery
+    again.teacher.pruning_record = first.pruning_record
     again.folder = run.folder / "again"
     pruning(toys).run(again)
     second = read_artifact(again.folder / "student")
     fresh = toys.two_bn()
-    Surgery.from_json(second.surgery).rebuild(fresh)
+    PruningRecord.from_json(second.pruning_record).rebuild(fresh)
     fresh.load_state_dict(second.state)
     assert weights_of(fresh) < weights_of(model)

@@ -297,7 +297,7 @@ def test_a_run_of_which_every_batch_overflows_is_an_error(context):
     assert not (context.folder / "dreams").exists()
 
 
-# --- what it costs, and what was settled --------------------------------------------------------
+# --- what it costs, and what was resolved --------------------------------------------------------
 
 
 def test_the_cost_is_told_before_and_reported(context):
@@ -382,17 +382,17 @@ def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(context, monkey
     context.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
         dream_into_store(context)
-    settled = stored_by(context).choices
-    assert settled["batch_size"] == 3
-    assert settled["compile"] is False
-    assert settled["precision"] in {"float32", "bfloat16"}
+    resolved = stored_by(context).choices
+    assert resolved["batch_size"] == 3
+    assert resolved["compile"] is False
+    assert resolved["precision"] in {"float32", "bfloat16"}
     # The rest of the run has more memory and a processor that knows less, and does not care.
     monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     context.synthesizer.stop_before = None
     assert len(dream_into_store(context)) == 7
     assert context.synthesizer.dreamed == [0, 1, 2]
-    assert stored_by(context).choices == settled
+    assert stored_by(context).choices == resolved
 
 
 def test_what_was_settled_and_cannot_be_had_any_more_is_said(context, monkeypatch):
@@ -409,12 +409,12 @@ def test_what_was_settled_and_cannot_be_had_any_more_is_said(context, monkeypatc
     monkeypatch.setattr(torch, "compile", compiles)
     with pytest.raises(KeyboardInterrupt):
         dream_into_store(context)
-    settled = stored_by(context).choices
-    assert settled["compile"] is True
+    resolved = stored_by(context).choices
+    assert resolved["compile"] is True
     monkeypatch.setattr(torch, "compile", fails)
     context.synthesizer.stop_before = None
     dream_into_store(context)
-    assert stored_by(context).choices == settled, "it still says how the first were made"
+    assert stored_by(context).choices == resolved, "it still says how the first were made"
     assert any("an undisturbed run's would differ" in note for note in context.log.notes)
 
 
