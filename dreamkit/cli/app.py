@@ -29,6 +29,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "list": look.list_entries,
         "show": look.show,
         "plugins": look.plugins,
+        "schema": look.schema,
     },
     "Use results": {
         "export": results.export,
