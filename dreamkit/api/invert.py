@@ -16,7 +16,8 @@ from dreamkit.api.session import Conditions, Session, session
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.batches import feature_distances
-from dreamkit.stages.dreaming import dream_into_store, open_store
+from dreamkit.stages.dreaming import dream_into_store
+from dreamkit.stages.run_store import open_store
 from dreamkit.types import Images, Synthesis, Teacher
 
 FAST: Mapping[str, Any] = {

@@ -7,14 +7,13 @@ is, and it is trained on these dreams and on images of the new classes (eq. 11).
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,8 +27,9 @@ from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
-from dreamkit.stages.dreaming import images_of, report_synthesis
+from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.retention import Retention
+from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.teaching import teach
 from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
@@ -137,10 +137,6 @@ class Continual(Application):
         """Whether dreams are made against the network in training."""
         return self.adaptive is not None
 
-    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return a copy of the teacher: what competes at first."""
-        return dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
-
     def planned(
         self, teacher: Teacher, synthesis: Synthesis, context: RunContext
     ) -> tuple[Synthesis, RunContext]:
@@ -148,7 +144,7 @@ class Continual(Application):
         course = Course(self.sets, self.names, teacher.card, context.log)
         images = self.images_per_class * sum(course.old_classes)
         folder = context.folder / STEPS / "1"
-        return _with_images(synthesis, images), dataclasses.replace(context, folder=folder)
+        return synthesis.of(images), dataclasses.replace(context, folder=folder)
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
@@ -290,7 +286,7 @@ class _Learning:
             yield self.course.real_images(self.images, number, count, step.seed)
             return
         count = self.options.images_per_class * old.card.num_classes
-        synthesis = _with_images(self.images, count)
+        synthesis = self.images.of(count)
         if self.options.adaptive is None:
             yield images_of(old, synthesis, step)
             return
@@ -301,11 +297,3 @@ class _Learning:
             pool.check(steps)
             pool.dream()
             yield pool
-
-
-def _with_images(synthesis: Synthesis, images: int) -> Synthesis:
-    """Return the same dreaming of another number of images."""
-    synthesizer: Any = synthesis.synthesizer
-    return dataclasses.replace(
-        synthesis, synthesizer=dataclasses.replace(synthesizer, images=images)
-    )

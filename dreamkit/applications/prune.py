@@ -6,7 +6,6 @@ I = I_err + η·I_lat (eq. 10), removed step by step, and the network recovers b
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -44,10 +43,6 @@ class Prune(ChannelPruning, TrainsOnImages):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_adaptive()
-
-    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return a copy of the teacher: what is to be pruned, and what competes at first."""
-        return dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext

@@ -17,12 +17,11 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.tables import quantity
-from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import ChannelGroup, ChannelRule, Estimate, Teacher
-from dreamkit.wording import say
+from dreamkit.wording import duration, say
 
 _STEPS = 2000
 
@@ -112,7 +111,7 @@ def show_diagnosis(card: Card, found: Diagnosis, console: Console) -> None:
         say(
             console,
             f"inversion: yes, {found.bn_layers} BatchNorm layers; {_STEPS} steps of a batch take "
-            f"about {format_duration(found.inversion.seconds)} and "
+            f"about {duration(found.inversion.seconds)} and "
             f"{found.inversion.memory_bytes / 2**30:.1f} GB here",
         )
     if found.unprunable is not None:

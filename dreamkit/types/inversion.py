@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -211,3 +212,9 @@ class Synthesis:
 
     synthesizer: Synthesizer
     settings: Mapping[str, Any]
+
+    def of(self, images: int) -> Synthesis:
+        """Return the same dreaming of another number of images."""
+        other = copy.copy(self.synthesizer)
+        object.__setattr__(other, "images", images)  # entries are frozen, and some no dataclasses
+        return replace(self, synthesizer=other)

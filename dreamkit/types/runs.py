@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -114,8 +115,11 @@ class Application(ABC):
         return False
 
     def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return the student as it is before its training, on the context's device."""
-        raise NotImplementedError
+        """Return the student as it is before its training, on the context's device.
+
+        By default a copy of the teacher, as what is pruned or extended starts from.
+        """
+        return replace(teacher, model=copy.deepcopy(teacher.model))
 
     def planned(
         self, teacher: Teacher, synthesis: Synthesis, context: RunContext

@@ -19,7 +19,6 @@ from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
     dream_into_store,
     estimate_synthesis,
-    format_duration,
     images_of,
 )
 from dreamkit.store.dreams import DreamStore
@@ -29,6 +28,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan, Dream, Estimate, RunContext, Synthesis, Teacher
+from dreamkit.wording import duration
 
 
 @dataclass
@@ -386,7 +386,7 @@ def test_an_estimate_dreams_nothing(run):
     ],
 )
 def test_durations_as_people_say_them(seconds, text):
-    assert format_duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatch):
