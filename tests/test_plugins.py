@@ -474,7 +474,7 @@ def test_recipe_that_asks_for_an_entry_of_a_broken_plugin_hears_of_it(site, tmp_
         ('"no_such:Fine"', "cannot be loaded from no_such:Fine: ModuleNotFoundError: No module"),
         (
             "Fine",
-            "is unusable: Fine has no '__call__', 'needs': derive it from dreamkit.plugin.Reg",
+            "is unusable: Fine has no '__call__', 'needs': derive it from dreamkit",
         ),
     ],
 )

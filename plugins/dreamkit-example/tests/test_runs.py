@@ -41,14 +41,19 @@ def report(installed: str, tmp_path: Path):
     return finished
 
 
-def test_the_synthesizer_dreams_and_the_tracker_keeps_track(report, tmp_path):
-    found = report(
-        synthesis=DREAMS, application={"name": "synthesize"}, trackers=[{"name": "extremes"}]
-    )
+def test_the_synthesizer_dreams_the_tracker_keeps_track_and_events_are_heard(
+    report, tmp_path, caplog
+):
+    recipe = {"synthesis": DREAMS, "application": {"name": "synthesize"}}
+    with caplog.at_level(logging.INFO, "dreamkit_example"):
+        found = report(**recipe, trackers=[{"name": "extremes"}])
     assert found["metrics"]["synthesis.images"] == 8
     ranges = json.loads((tmp_path / "run" / "extremes.json").read_text())
     low, high = ranges["synthesis.cross_entropy"]
     assert 0 < low <= high
+    first, second, last = caplog.messages
+    assert (first[:14], second[:14]) == ("batch 0: loss ", "batch 1: loss ")
+    assert last == "example is finished"
 
 
 def test_the_application_looks_at_the_source(report):
