@@ -450,12 +450,14 @@ def test_list_warns_of_a_broken_plugin_and_goes_on(site, command):
 
 def test_plugins_command_lists_providers_and_failures(site, command):
     good = site.install("dk-good", GOOD)
+    hears = site.install("dk-hears", "HEARD = []\n" + LISTENING)
     broken = site.install("dk-broken", "import no_such_module")
     status, out, _ = command("plugins", "--json")
     assert status == 0
     rows = {row["provider"]: (row["status"], row["entries"]) for row in json.loads(out)}
-    assert set(rows) == {BUILTIN_PROVIDER, good, broken}
+    assert set(rows) == {BUILTIN_PROVIDER, good, hears, broken}
     assert rows[good] == ("loaded", "regularizers: fine")
+    assert rows[hears] == ("loaded", "hears of events")
     assert rows[broken][0] == "failed"
     assert "no_such_module" in rows[broken][1]
 

@@ -129,19 +129,17 @@ def plugins(as_json: AsJson = False, plugin: Plugins = None) -> None:
         dreamkit plugins --plugin plugins/high_freq.py
     """
     registries = registries_with(plugin)
-    rows: list[dict[str, Any]] = [
-        {
-            "provider": provider,
-            "status": "loaded",
-            "entries": ", ".join(
-                f"{kind}: {name}"
-                for kind in KINDS
-                for name in registries[kind]
-                if registries[kind].provider(name) == provider
-            ),
-        }
-        for provider in registries.providers
-    ]
+    rows: list[dict[str, Any]] = []
+    for provider in registries.providers:
+        own = [
+            f"{kind}: {name}"
+            for kind in KINDS
+            for name in registries[kind]
+            if registries[kind].provider(name) == provider
+        ]
+        if any(listening == provider for listening, _ in registries.listeners):
+            own.append("hears of events")
+        rows.append({"provider": provider, "status": "loaded", "entries": ", ".join(own)})
     rows += [
         {"provider": f.plugin, "status": "failed", "entries": f.reason} for f in registries.failures
     ]
