@@ -14,7 +14,6 @@ LAYERS = (
     {
         "recipe",
         "registry",
-        "plugin",
         "events",
         "isolation",
         "model_state",
@@ -44,6 +43,7 @@ LAYERS = (
     {
         "runner",
         "run_report",
+        "plugin",
         "plugins",
         "hookspecs",
         "deploy",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from dreamkit.card import Card
+    from dreamkit.stages.dreaming import images_of
     from dreamkit.types import (
         NO_LABEL,
         Application,
@@ -111,6 +112,8 @@ __all__ = [  # noqa: RUF022
     "Estimate", "Images", "IncrementalStep", "InversionStep", "Labelled", "LatencyTable",
     "LayerShape", "LayerStatistics", "Member", "OnStep", "Outcome", "PruningStep", "RunContext",
     "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis", "Teacher", "Timing",
+    # What applications are made with.
+    "images_of",
     # Events.
     "BatchDreamed", "Event", "Noted", "Recorded", "RoundPruned", "RunFailed", "RunFinished",
     "RunStarted",
@@ -122,7 +125,11 @@ __all__ = [  # noqa: RUF022
 ]
 # fmt: on
 
-_ELSEWHERE = {"Field": "pydantic", "Card": "dreamkit.card"}
+_ELSEWHERE = {
+    "Field": "pydantic",
+    "Card": "dreamkit.card",
+    "images_of": "dreamkit.stages.dreaming",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from dreamkit.types import (
     Estimate,
     Images,
     RunContext,
+    StoredImages,
     Synthesis,
     Teacher,
 )
@@ -168,17 +169,19 @@ class Dreaming:
         if not plans:
             return
         if self.dreamer.state():  # each batch builds on the one before
-            mine: Iterable[BatchPlan] = plans if distributed.is_first() else ()
+            drawn: Iterable[BatchPlan] = plans if distributed.is_first() else ()
         else:
             name = f"{self.store.folder} {plans[0].index} {len(plans)}"
-            mine = distributed.drawn_from(plans, name)
-        for plan in mine:
+            drawn = distributed.drawn_from(plans, name)
+        for plan in drawn:
             self._batch(plan, partial(on_step, plan))
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
-            mine_skipped = set(self.store.skipped)
+            mine, mine_skipped = set(self.store.shards), set(self.store.skipped)
             distributed.barrier()
             self.store.refresh(plan.index for plan in plans)
+            for index in sorted(self.store.shards.keys() - mine if distributed.is_first() else ()):
+                self._tell(index, self.store.read(index))  # listeners are on the first rank alone
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
@@ -215,12 +218,16 @@ class Dreaming:
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
         self.store.write(index, content, seconds, dream.loss, r_feature, state)
-        log.emit(
-            BatchDreamed(index=index, images=content.images, labels=content.labels, loss=dream.loss)
-        )
+        self._tell(index, content)
         if r_feature is not None:
             self._record("batches", index, {"r_feature": r_feature})
             self._record("r_feature by layer", index, per_layer)
+
+    def _tell(self, index: int, content: StoredImages) -> None:
+        loss = self.store.shards[index].loss
+        assert loss is not None  # every shard has one
+        event = BatchDreamed(index=index, images=content.images, labels=content.labels, loss=loss)
+        self.context.log.emit(event)
 
     def _record(self, stage: str, step: int, numbers: dict[str, float]) -> None:
         if distributed.is_first():

@@ -17,6 +17,7 @@ from dreamkit.plugin import (
     RunContext,
     Synthesis,
     Teacher,
+    images_of,
 )
 
 
@@ -25,25 +26,29 @@ class Confidence(Application):
     """Say how sure the teacher is of images: the mean of its largest probability.
 
     Args:
-        images: what it looks at.
+        images: what it looks at; this run's own dreams by default.
         batch_size: images looked at together.
     """
 
-    images: Annotated[ImageSource, EntryOf("sources")]
+    images: Annotated[ImageSource | None, EntryOf("sources")] = None
     batch_size: Annotated[int, Field(ge=1)] = 256
+
+    @property
+    def needs_synthesis(self) -> bool:
+        """Whether it dreams what it looks at."""
+        return self.images is None
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
         """Measure; the number is called ``teacher.confidence`` and lies in [0, 1]."""
-        assert images is not None, "the option 'images' is required"
-        assert not isinstance(images, Synthesis), "it dreams nothing itself"
-        total, count = 0.0, len(images)
+        seen = images_of(teacher, images, context)  # dreamed first, where they are still to come
+        total, count = 0.0, len(seen)
         with context.log.progress("confidence", count) as advance, torch.no_grad():
             for first in range(0, count, self.batch_size):
-                stored, _ = images.batch(range(first, min(first + self.batch_size, count)))
+                stored, _ = seen.batch(range(first, min(first + self.batch_size, count)))
                 logits = teacher.model(teacher.card.normalise(stored.to(context.device)))
                 total += float(logits.softmax(dim=1).amax(dim=1).sum())
                 advance(first + len(stored))
         context.log.metrics["teacher.confidence"] = total / count
-        return Outcome(images=images)
+        return Outcome(images=seen)

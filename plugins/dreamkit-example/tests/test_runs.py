@@ -63,6 +63,21 @@ def test_the_application_looks_at_the_source(report):
     assert 0.1 < found["metrics"]["teacher.confidence"] <= 1
 
 
+def test_the_application_dreams_what_it_looks_at(report):
+    found = report(
+        synthesis={
+            "name": "deepinversion",
+            "images": 4,
+            "batch_size": 4,
+            "stages": [{"steps": 1}],
+            "regularizers": ["tv"],
+        },
+        application="confidence",
+    )
+    assert 0.1 < found["metrics"]["teacher.confidence"] <= 1
+    assert found["metrics"]["synthesis.images"] == 4
+
+
 def test_the_distillation_loss_teaches_a_student_on_the_source(report, tmp_path):
     found = report(
         application={
