@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import dreamkit
 from dreamkit.api.given_images import as_images
 from dreamkit.api.networks import builder_of
+from dreamkit.plugin import Regularizer
 from dreamkit.report.run_log import read_records
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -120,6 +121,48 @@ def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
     assert recipe["application"]["name"]
 
 
+@pytest.mark.parametrize("verb", ["invert", "prune", "distill", "recover", "extend", "judge"])
+def test_the_recipe_of_a_call_is_valid_and_says_what_to_fill_in(
+    net, pixels, verb, invoke, tmp_path
+):
+    file = tmp_path / "made.yaml"
+    file.write_text(calls(net, pixels)[verb]().to_recipe())
+    said = invoke("validate", file)
+    assert said.code == 0, said.err
+    assert "no such file" in said.err, "the builder is the caller's"
+
+
+def test_a_recipe_dreams_what_the_call_was_given(digits):
+    dreams = dreamkit.invert(digits, 8, **QUICK)
+    small = dreamkit.prune(
+        digits,
+        dreams,
+        channels=0.9,
+        limits={"chunk": 4},
+        recovery={"steps": 1, "batch_size": 8},
+        batch_size=8,
+        evaluation=(dreams.images, dreams.labels),
+        progress=False,
+        device="cpu",
+    )
+    recipe = yaml.safe_load(small.to_recipe())
+    assert recipe["synthesis"] == {**dreams.settings["synthesis"], "images": 8}
+    assert recipe["evaluation"] == {"source": "folder", "path": "path/to/evaluation"}
+
+
+def test_dreams_that_are_made_first_take_the_keywords_of_invert(digits):
+    made = dreamkit.recover(
+        digits,
+        sparsity=0.5,
+        synthesis={"images": 4, "batch_size": 4, "steps": 2, "preset": "paper"},
+        progress=False,
+        device="cpu",
+        training={"steps": 1, "batch_size": 4},
+    )
+    assert made.settings["synthesis"]["stages"] == [{"steps": 2}]
+    assert "parameterisation" not in made.settings["synthesis"], "the paper's has pixels"
+
+
 # --- dreams -----------------------------------------------------------------------------------
 
 
@@ -212,7 +255,7 @@ def test_an_interrupted_call_keeps_what_is_finished_and_goes_on(digits, tmp_path
 def test_one_regularizer_of_the_callers_own(digits):
     seen = []
 
-    class Brightness:
+    class Brightness(Regularizer):
         def __call__(self, step):
             seen.append(step.images.shape)
             return step.images.mean()
@@ -546,3 +589,16 @@ def test_a_consumers_script_has_types(tmp_path: Path) -> None:
     )
     assert 'Revealed type is "torch.nn.modules.module.Module"' in done.stdout, done.stdout
     assert "Success" in done.stdout, done.stdout
+
+
+def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
+    import dataclasses
+
+    from dreamkit.api.invert import synthesizer_options
+
+    large = dataclasses.replace(
+        digits.card, input_size=(3, 224, 192), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    made = synthesizer_options({}, large, steps=12)
+    assert made["stages"] == [{"steps": 10, "size": [112, 96]}, {"steps": 2}]
+    assert synthesizer_options({}, digits.card)["stages"] == [{"steps": 200}]

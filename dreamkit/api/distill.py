@@ -9,10 +9,16 @@ from typing import Any
 from torch import nn
 
 from dreamkit.api.given_images import ImagesLike
-from dreamkit.api.networks import GivenNetwork, View, take_in
+from dreamkit.api.networks import GivenNetwork, View, recipe_entry, take_in
 from dreamkit.api.results import Distilled
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, result_fields, run_application, training_options
+from dreamkit.api.students import (
+    keep_student,
+    recipe_settings,
+    result_fields,
+    run_application,
+    training_options,
+)
 from dreamkit.applications.distill import Distill
 from dreamkit.types import LatencyBackend, Teacher
 
@@ -72,9 +78,9 @@ def distill(
         application = work.entry(
             "applications", "distill", {"student": GivenNetwork(taught), **given}
         )
-        outcome, dreamed = run_application(work, application, images, synthesis)
-        builder = {**taught.builder, "weights": None}
-        settings = {**dreamed, "application": {"name": "distill", "student": builder, **given}}
+        outcome, origin = run_application(work, application, images, synthesis)
+        start = {"student": recipe_entry(taught, weights=False)}
+        settings = recipe_settings("distill", {**start, **given}, origin)
         made = Distilled(**result_fields(work, outcome, settings, latency_backend is not None))
         if out is not None:
             keep_student(work.context, made)

@@ -13,7 +13,13 @@ from dreamkit.api.given_images import GivenImages, ImagesLike, as_images
 from dreamkit.api.networks import View
 from dreamkit.api.results import Extended
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, result_fields, run_application, training_options
+from dreamkit.api.students import (
+    keep_student,
+    recipe_settings,
+    result_fields,
+    run_application,
+    training_options,
+)
 from dreamkit.applications.continual import Continual
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
@@ -84,8 +90,9 @@ def extend(
         if replay is not None:
             given["replay"] = GivenImages(replay, "replay")
         application = work.entry("applications", "continual", {"sets": [added], **given})
-        outcome, dreamed = run_application(work, application, replay, synthesis)
-        settings = {**dreamed, "application": {"name": "continual", "sets": [added], **given}}
+        outcome, origin = run_application(work, application, replay, synthesis)
+        origin = {} if replay is not None else origin  # 'replay' says it
+        settings = recipe_settings("continual", {"sets": [added], **given}, origin)
         made = Extended(**result_fields(work, outcome, settings, timed=False))
         if out is not None:
             keep_student(work.context, made)

@@ -16,7 +16,7 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.sources.fitting import fitted
 from dreamkit.sources.folder import Folder
-from dreamkit.types import NO_LABEL, Images, StoredImages
+from dreamkit.types import NO_LABEL, Images, ImageSource, StoredImages
 
 _LOOKED_AT = 16
 """Images whose range tells whether they are normalised."""
@@ -45,7 +45,7 @@ labels (N,); the path of an image folder; or what ``invert`` returned."""
 
 
 @dataclass(frozen=True)
-class GivenImages:
+class GivenImages(ImageSource):
     """Images in memory where an entry of ``sources`` is expected.
 
     Args:
@@ -65,6 +65,11 @@ class GivenImages:
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of their classes, in order."""
         return self.names
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry that a recipe has of them; the path is to be filled in."""
+        told = str(self.images) if isinstance(self.images, str | Path) else f"path/to/{self.role}"
+        return {"source": "folder", "path": told}
 
 
 def as_images(given: Any, card: Card, role: str) -> Images:

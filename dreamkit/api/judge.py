@@ -13,7 +13,7 @@ from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Judgement, described
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import run_application
+from dreamkit.api.students import recipe_settings, run_application
 from dreamkit.types import Teacher
 
 
@@ -85,7 +85,8 @@ def judge(
         if reference is not None:
             given["reference"] = GivenImages(reference, "reference")
         application = work.entry("applications", "judge", given)
-        _, dreamed = run_application(work, application, images, synthesis)
+        _, origin = run_application(work, application, images, synthesis)
         told = work.log.details["judge"]["verifiers"]
-        settings = {**dreamed, "application": {"name": "judge", **given}}
+        given.pop("images", None)  # 'origin' says it
+        settings = recipe_settings("judge", given, origin)
         return Judgement(verifiers=told, **described(work, settings))

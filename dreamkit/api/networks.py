@@ -42,7 +42,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class GivenNetwork:
+class GivenNetwork(TeacherSource):
     """A network in memory where an entry of ``teachers`` is expected.
 
     Args:
@@ -58,6 +58,34 @@ class GivenNetwork:
     def load(self, seed: int) -> Teacher:
         """Return a copy of the network."""
         return dataclasses.replace(self.teacher, model=self.build())
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry that a recipe has of it."""
+        return recipe_entry(self.teacher)
+
+
+def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
+    """Return a recipe's entry of a network; of one in memory, with what is to be filled in.
+
+    Args:
+        teacher: the network.
+        weights: false for its architecture alone, with random ones.
+    """
+    builder, card = teacher.builder, teacher.card
+    unweighted: dict[str, Any] = {} if weights else {"weights": None}
+    if teacher.pruning_record:
+        return {"source": "student", "path": "path/to/saved_student", **unweighted}
+    if builder.get("source") != MEMORY:
+        return {key: value for key, value in builder.items() if key != "weights"} | unweighted
+    return {
+        "source": "checkpoint",
+        "builder": "path/to/your_file.py:function_that_returns_the_network",
+        "path": "path/to/weights.pth" if weights else None,
+        "input_size": list(card.input_size),
+        "mean": list(card.mean),
+        "std": list(card.std),
+        "num_classes": card.num_classes,
+    }
 
 
 def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Teacher:
@@ -88,8 +116,12 @@ def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Te
     if isinstance(network, Teacher):
         return dataclasses.replace(network, model=own, card=card)
     provenance = getattr(model, "provenance", None)
-    if not known and isinstance(provenance, Mapping) and {"builder", "surgery"} <= set(provenance):
-        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["surgery"]))
+    if (
+        not known
+        and isinstance(provenance, Mapping)
+        and {"builder", "pruning_record"} <= set(provenance)
+    ):
+        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["pruning_record"]))
     return Teacher(own, card, builder_of(model))
 
 

@@ -12,7 +12,7 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Pruned
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, result_fields, run_application
+from dreamkit.api.students import keep_student, recipe_settings, result_fields, run_application
 from dreamkit.errors import DreamkitError
 from dreamkit.types import LatencyBackend, Teacher
 
@@ -91,10 +91,10 @@ def prune(
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
         application = work.entry("applications", "prune", given)
-        outcome, dreamed = run_application(work, application, images, synthesis)
+        outcome, origin = run_application(work, application, images, synthesis)
         rounds = work.log.records.get("pruning", {}).values()
         timed = latency_backend is not None or any("latency_ms" in look for look in rounds)
-        settings = {**dreamed, "application": {"name": "prune", **given}}
+        settings = recipe_settings("prune", given, origin)
         made = Pruned(
             skipped=work.log.details["pruning_skipped"],
             **result_fields(work, outcome, settings, timed),

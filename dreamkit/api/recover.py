@@ -12,7 +12,13 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Recovered
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, result_fields, run_application, training_options
+from dreamkit.api.students import (
+    keep_student,
+    recipe_settings,
+    result_fields,
+    run_application,
+    training_options,
+)
 from dreamkit.applications.recover import Recover
 from dreamkit.types import Teacher
 
@@ -67,8 +73,8 @@ def recover(
     )
     with session(model, conditions) as work:
         application = work.entry("applications", "recover", given)
-        outcome, dreamed = run_application(work, application, images, synthesis)
-        settings = {**dreamed, "application": {"name": "recover", **given}}
+        outcome, origin = run_application(work, application, images, synthesis)
+        settings = recipe_settings("recover", given, origin)
         made = Recovered(**result_fields(work, outcome, settings, timed=False))
         if out is not None:
             keep_student(work.context, made)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from dreamkit.api.networks import MEMORY
+from dreamkit.api.networks import recipe_entry
 from dreamkit.api.session import Session, plain
 from dreamkit.card import Card
 from dreamkit.errors import import_extra
@@ -106,7 +106,7 @@ class StudentResult(Result):
             The folder.
         """
         made = self.teacher
-        write_artifact(Path(folder), self.model, self.card, made.builder, made.surgery)
+        write_artifact(Path(folder), self.model, self.card, made.builder, made.pruning_record)
         return Path(folder)
 
     def export(self, path: str | Path, format: str = "onnx", batch_size: int | None = None) -> Path:
@@ -182,7 +182,7 @@ def described(work: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
         "notes": list(log.notes),
         "failures": list(log.failures),
         "details": dict(log.details),
-        "settings": {"teacher": _teacher_entry(work.teacher), **plain(settings)},
+        "settings": plain({"teacher": recipe_entry(work.teacher), **settings, **work.reported}),
         "seed": work.context.seed,
         "device": str(work.context.device),
         "seconds": time.perf_counter() - work.started,
@@ -196,21 +196,5 @@ def student_fields(student: Teacher) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = None
     model.card = student.card  # type: ignore[assignment]
-    model.provenance = {"builder": student.builder, "surgery": student.surgery}  # type: ignore[assignment]
+    model.provenance = {"builder": student.builder, "pruning_record": student.pruning_record}  # type: ignore[assignment]
     return {"model": model, "card": student.card, "teacher": student}
-
-
-def _teacher_entry(teacher: Teacher) -> dict[str, Any]:
-    """Return a recipe's entry of a teacher; of one in memory, with what is to be filled in."""
-    builder, card = teacher.builder, teacher.card
-    if builder.get("source") != MEMORY:
-        return {key: value for key, value in builder.items() if key != "weights"}
-    return {
-        "source": "checkpoint",
-        "builder": "path/to/your_file.py:function_that_returns_the_network",
-        "path": "path/to/weights.pth",
-        "input_size": list(card.input_size),
-        "mean": list(card.mean),
-        "std": list(card.std),
-        "num_classes": card.num_classes,
-    }

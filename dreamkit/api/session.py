@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from dreamkit.api.given_images import as_images
-from dreamkit.api.networks import View, take_in
+from dreamkit.api.given_images import GivenImages, as_images
+from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
-from dreamkit.plugins import build_registries
+from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
@@ -67,6 +67,7 @@ class Session:
         log: of the context.
         registries: of everything installed.
         started: by ``time.perf_counter``.
+        reported: what a recipe says of how the call reports: ``evaluation`` and ``latency``.
     """
 
     teacher: Teacher
@@ -74,6 +75,7 @@ class Session:
     log: MemoryLog
     registries: Registries
     started: float
+    reported: Mapping[str, Any]
 
     def entry(self, kind: str, name: str, options: Mapping[str, Any]) -> Any:
         """Build a registry entry from keywords, checked as a recipe's options are.
@@ -124,10 +126,12 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
             if int(evaluation.batch([0])[1][0]) == NO_LABEL:
                 raise DreamkitError("evaluation: needs images with labels")
         log = MemoryLog(_console(conditions.progress))
+        log.listen(registries.events(log.note).emit)
         backend = _backend(conditions.latency_backend, registries)
         latency = backend or default_backend(registries, device)
-        context = RunContext(conditions.seed, device, folder, log, latency, evaluation)
-        yield Session(teacher, context, log, registries, started)
+        rules = added_rules(registries)
+        context = RunContext(conditions.seed, device, folder, log, latency, evaluation, rules)
+        yield Session(teacher, context, log, registries, started, _reported(conditions))
 
 
 def _console(progress: bool | None) -> Console | None:
@@ -146,8 +150,19 @@ def _backend(given: Any, registries: Registries) -> LatencyBackend | None:
     return built
 
 
+def _reported(conditions: Conditions) -> dict[str, Any]:
+    given, found = conditions.latency_backend, dict[str, Any]()
+    if given is not None:
+        found["latency"] = {"name": given} if isinstance(given, str) else given
+    if conditions.evaluation is not None:
+        found["evaluation"] = GivenImages(conditions.evaluation, "evaluation")
+    return found
+
+
 def plain(value: Any) -> Any:
     """Return options as plain data; of an object that is none, how it shows itself."""
+    if isinstance(value, GivenImages | GivenNetwork):
+        return value.entry()
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

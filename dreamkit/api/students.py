@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from dreamkit.api.given_images import GivenImages
 from dreamkit.api.invert import synthesizer_options
 from dreamkit.api.results import StudentResult, described, student_fields
 from dreamkit.api.session import Session
@@ -29,7 +30,7 @@ def run_application(
         synthesis: options of the synthesizer that dreams, laid over ``invert``'s.
 
     Returns:
-        What it came to, and the settings of the dreaming.
+        What it came to, and where the images come from: ``synthesis`` or ``images``.
     """
     source: Images | Synthesis | None
     settings: dict[str, Any] = {}
@@ -37,14 +38,37 @@ def run_application(
         if synthesis is not None:
             raise DreamkitError("synthesis: leave it out where images are given")
         source = work.images(images)
+        settings = _origin(images)
     elif application.needs_synthesis:
         options = {"images": DREAMED, **(synthesis or {})}
-        method = options.pop("name", "deepinversion")
-        source = work.synthesis(synthesizer_options(options, method=method))
+        method = options.pop("method", options.pop("name", "deepinversion"))
+        preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
+        source = work.synthesis(
+            synthesizer_options(options, work.teacher.card, preset, method, steps)
+        )
         settings = {"synthesis": source.settings}
     else:
         source = None
     return application.run(work.teacher, source, work.context), settings
+
+
+def _origin(images: Any) -> dict[str, Any]:
+    """Return how a caller's images were dreamed, if they tell; else a source to be filled in."""
+    told = getattr(images, "settings", None)
+    synthesis = told.get("synthesis") if isinstance(told, Mapping) else None
+    if synthesis is None:
+        return {"images": GivenImages(images, "images")}
+    return {"synthesis": {**synthesis, "images": len(images)}}
+
+
+def recipe_settings(
+    name: str, options: Mapping[str, Any], origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return an application and where its images come from, as a recipe has them."""
+    application = {"name": name, **options}
+    if "synthesis" in origin:
+        return {"synthesis": origin["synthesis"], "application": application}
+    return {"application": {**application, **origin}}
 
 
 def result_fields(
