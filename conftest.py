@@ -54,7 +54,7 @@ def _leave(names: dict[str, Any]) -> None:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yield the commands of a block; in ``console`` blocks they stand after ``$``."""
+    """Yield the commands of a block; in ``console`` blocks they stand after ``$ ``."""
     lines = text.replace("\\\n", " ").splitlines()
     typed = [line[2:] for line in lines if line.startswith("$ ")] or lines
     yield from filter(None, (shlex.split(line, comments=True) for line in typed))
@@ -65,7 +65,12 @@ def _run_commands(example: Example) -> None:
 
     for words in _commands(example.parsed):
         assert words[0] == "dreamkit", f"'{words[0]}' is not run: say why with 'skip: next'"
-        with pytest.MonkeyPatch.context() as patch:
+        with contextlib.ExitStack() as stack:
+            if ">" in words:
+                file = stack.enter_context(open(words.pop(), "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(file))
+                words.remove(">")
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as stop:
                 cli.main()
