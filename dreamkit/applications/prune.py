@@ -65,7 +65,7 @@ class Prune(ChannelPruning, TrainsOnImages):
         taught_on = training.run(student, first)
         measure_quality("student", student, teacher, taught_on, context)
         if self.target.timed:
-            self._judge_latency(work, context)
+            self._check_latency(work, context)
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
@@ -73,7 +73,7 @@ class Prune(ChannelPruning, TrainsOnImages):
         made = Teacher(student, card, teacher.builder, pruning_record)
         return Outcome(made, taught_on, same_layers=("pruned",))
 
-    def _judge_latency(self, work: PruningRun, context: RunContext) -> None:
+    def _check_latency(self, work: PruningRun, context: RunContext) -> None:
         """Measure the finished student, and say so if it misses its latency budget."""
         models = {"teacher": work.teacher.model, "student": work.student}
         measure_latency(models, work.card.input_size, context)

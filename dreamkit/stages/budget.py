@@ -117,7 +117,7 @@ class Budget:
         """Return the latency that is asked for, in milliseconds.
 
         Args:
-            teacher_ms: the teacher's, measured beside what is to be judged.
+            teacher_ms: the teacher's, measured beside it.
         """
         share, limit = self.target.latency, self.target.latency_ms
         return min(math.inf if limit is None else limit, (share or math.inf) * teacher_ms)
