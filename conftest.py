@@ -5,7 +5,7 @@ The snippets of a page share their names and an empty working directory that has
 
     <!-- skip: next "it downloads weights" -->
 
-``<!-- slow -->`` leaves what follows on a page to ``-m slow``. A recipe whose first line is
+``<!-- slow -->`` leaves the whole page to ``-m slow``. A recipe whose first line is
 ``# my.yaml`` is saved under that name, for the commands after it.
 """
 
@@ -113,9 +113,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the snippets after ``<!-- slow -->``."""
+    """Mark the snippets of slow pages: all of them, as they build on one another."""
     for item in items:
-        if isinstance(item, SybilItem):
-            before = item.example.document.text[: item.example.start]
-            if SLOW in before:
-                item.add_marker(pytest.mark.slow)
+        if isinstance(item, SybilItem) and SLOW in item.example.document.text:
+            item.add_marker(pytest.mark.slow)
