@@ -5,7 +5,7 @@ The snippets of a page share their names and an empty working directory that has
 
     <!-- skip: next "it downloads weights" -->
 
-``<!-- slow -->`` leaves what follows on a page to ``-m slow``. A recipe whose first line is
+``<!-- slow -->`` leaves the whole page to ``-m slow``. A recipe whose first line is
 ``# my.yaml`` is saved under that name, for the commands after it.
 """
 
@@ -54,7 +54,7 @@ def _leave(names: dict[str, Any]) -> None:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yield the commands of a block; in ``console`` blocks they stand after ``$``."""
+    """Yield the commands of a block; in ``console`` blocks they stand after ``$ ``."""
     lines = text.replace("\\\n", " ").splitlines()
     typed = [line[2:] for line in lines if line.startswith("$ ")] or lines
     yield from filter(None, (shlex.split(line, comments=True) for line in typed))
@@ -65,7 +65,12 @@ def _run_commands(example: Example) -> None:
 
     for words in _commands(example.parsed):
         assert words[0] == "dreamkit", f"'{words[0]}' is not run: say why with 'skip: next'"
-        with pytest.MonkeyPatch.context() as patch:
+        with contextlib.ExitStack() as stack:
+            if ">" in words:
+                file = stack.enter_context(open(words.pop(), "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(file))
+                words.remove(">")
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as stop:
                 cli.main()
@@ -108,9 +113,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the snippets after ``<!-- slow -->``."""
+    """Mark the snippets of slow pages: all of them, as they build on one another."""
     for item in items:
-        if isinstance(item, SybilItem):
-            before = item.example.document.text[: item.example.start]
-            if SLOW in before:
-                item.add_marker(pytest.mark.slow)
+        if isinstance(item, SybilItem) and SLOW in item.example.document.text:
+            item.add_marker(pytest.mark.slow)

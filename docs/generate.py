@@ -58,7 +58,7 @@ def kinds() -> str:
 
 
 def _entry(title: str, cls: type[Any], folder: str, level: int = 2) -> str:
-    text = _prose(documentation(cls) if option_rows(cls) else inspect.getdoc(cls) or "")
+    text = _prose(inspect.getdoc(cls) or "")
     return f"{'#' * level} {title}\n\n{text}\n\n{_options(cls, folder)}".rstrip()
 
 
@@ -79,7 +79,9 @@ def _option(row: OptionRow, help: str, folder: str) -> tuple[str, ...]:
     if row.nested is not None:
         name = row.nested.__name__
         takes = takes.replace(name, f"[{name}](#{name.lower()})")
-    takes = _OF_A_KIND.sub(lambda found: f"[{found[0]}]({folder}{found[1]}.md)", takes)
+    takes = _OF_A_KIND.sub(
+        lambda found: f"[{found[0].replace('_', ' ')}]({folder}{found[1]}.md)", takes
+    )
     default = row.default if row.default in {"required", "its own defaults"} else f"`{row.default}`"
     return f"`{row.name}`", takes + (f", {row.range}" if row.range else ""), default, help
 
@@ -167,10 +169,9 @@ def _hook(name: str, spec: Any) -> str:
     kind = name.removeprefix("register_")
     if kind in BASES:
         base = BASES[kind].__name__
-        key = f"{name_key(kind)}:"
         parts.append(
-            f"Derive from [`{base}`][dreamkit.plugin.{base}]. A recipe says `{key}` and the name "
-            f"that you register; [those that come with dreamkit](../reference/entries/{kind}.md)."
+            f"Derive the class from [`{base}`][dreamkit.plugin.{base}]. "
+            f"[What comes with dreamkit](../reference/entries/{kind}.md) is derived from it too."
         )
     return "\n\n".join(map(str, parts))
 

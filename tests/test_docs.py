@@ -5,6 +5,7 @@ The snippets in its pages are tests of their own: see ``conftest.py`` at the roo
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import re
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import dreamkit
 from dreamkit import hookspecs, plugin
@@ -127,7 +129,7 @@ def test_every_command_has_its_heading() -> None:
 
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_examples_of_help_parse(line: str) -> None:
-    words = shlex.split(line)
+    words = shlex.split(line.partition(" > ")[0])
     path = max((path for path in COMMANDS if words[: len(path.split())] == path.split()), key=len)
     COMMANDS[path].make_context(path, words[len(path.split()) :])
 
@@ -144,3 +146,31 @@ def test_every_name_of_the_plugin_module_has_its_heading() -> None:
     small = {"API", "Event", "Field", "hookimpl"}
     left = {name for name in plugin.__all__ if f"dreamkit.plugin.{name}" not in told}
     assert left == events | small
+
+
+def test_every_metric_of_a_run_has_its_row() -> None:
+    digits = dreamkit.load_teacher("bundled:digits_resnet8")
+    quick = {"progress": False, "device": "cpu"}
+    dreams = dreamkit.invert(digits, 8, steps=1, batch_size=8, **quick)
+    held_out = (dreams.images, dreams.labels)
+    small = dreamkit.prune(
+        digits, dreams, flops=0.8, recovery={"steps": 1}, evaluation=held_out, **quick
+    )
+    other = copy.deepcopy(digits.model)
+    torch.nn.init.zeros_(next(other.parameters()))
+    judged = dreamkit.judge(digits, dreams, {"other": other}, reference=held_out, splits=2, **quick)
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    metrics = {*dreams.metrics, *small.metrics, *judged.metrics}
+    assert {"synthesis.images", "pruned.params", "student.agreement"} <= metrics
+    assert {
+        name for name in metrics if not _rows(name) & set(re.findall(r"`(.+?)`", page))
+    } == set()
+
+
+def _rows(metric: str) -> set[str]:
+    """Return what the row of a metric may be called."""
+    return {
+        metric,
+        re.sub(r"^(?:teacher|pruned|student)\.", "MODEL.", metric),
+        re.sub(r"^judge\.\w+\.", "judge.VERIFIER.", metric),
+    }
