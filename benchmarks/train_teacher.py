@@ -29,7 +29,7 @@ from rich.console import Console
 from supervised_training import Settings, Training
 from torch import Tensor
 
-from dreamkit.arithmetic import settled
+from dreamkit.arithmetic import resolve_precision
 from dreamkit.card import Card
 from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError, OptionError
@@ -37,11 +37,11 @@ from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
 from dreamkit.sources.folder import Folder
 from dreamkit.sources.torchvision import TorchvisionDataset
-from dreamkit.stages.dreaming import format_duration
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.teachers.cifar_networks import NETWORKS, build_network
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.types import Images, ImageSource, StoredImages
+from dreamkit.wording import duration
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
 QUICK_EPOCHS, QUICK_IMAGES = 2, 2048
@@ -134,9 +134,9 @@ def train(
         training.seconds += spent
         training.history.append(record)
         training.save(checkpoint)
-        left = format_duration(spent * (epochs - training.epoch))
+        left = duration(spent * (epochs - training.epoch))
         said = "".join(f", {key.replace('_', ' ')} {value:.4f}" for key, value in record.items())
-        line = f"epoch {training.epoch}/{epochs}{said}, {format_duration(spent)}, {left} left"
+        line = f"epoch {training.epoch}/{epochs}{said}, {duration(spent)}, {left} left"
         console.print(line, highlight=False)
     training.model.eval()
     return training.history[-1]["test_accuracy"]
@@ -233,7 +233,7 @@ def run(options: argparse.Namespace) -> None:
             options.data += f" ({', '.join(options.classes)})"
     console.print("reading images")
     images, tested, card = read_data(options)
-    precision = settled(options.precision, device, build_network(options.model, 2, 3))
+    precision = resolve_precision(options.precision, device, build_network(options.model, 2, 3))
     own = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
     settings = Settings(**own | {"images": len(images), "precision": precision})
     training = Training(settings, card, device, options.compile)

@@ -23,7 +23,7 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def settled(
+def resolve_precision(
     precision: Literal["auto"] | Precision, device: torch.device, model: nn.Module | None = None
 ) -> Precision:
     """Return the precision for a model, if given; ``auto`` is bfloat16 where that is faster.

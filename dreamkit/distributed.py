@@ -64,13 +64,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if _joined() else 0
 
 
-def together() -> None:
+def barrier() -> None:
     """Wait until every rank has come here."""
     if size() > 1:
-        gathered(None)
+        gather(None)
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """Return the first rank's value on every rank."""
     if size() == 1:
         return value
@@ -80,7 +80,7 @@ def agreed(value: T) -> T:
     return found
 
 
-def gathered(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Return every rank's value, in the order of ranks."""
     if size() == 1:
         return [value]
@@ -102,12 +102,12 @@ def anywhere(here: bool) -> bool:
 def first_before_others() -> Iterator[None]:
     """Let the first rank do a block before the rest, e.g. download what they then find there."""
     if not is_first():
-        together()
+        barrier()
     try:
         yield
     finally:
         if is_first():
-            together()
+            barrier()
 
 
 def drawn_from(items: Sequence[T], name: str) -> Iterator[T]:

@@ -28,6 +28,8 @@ from dreamkit.registry import KINDS, PluginFailure, Registries
 if TYPE_CHECKING:
     import typer
 
+    from dreamkit.types import ChannelRule
+
 ENTRY_POINT_GROUP = "dreamkit"
 BUILTIN_PROVIDER = "dreamkit"
 VARIABLE = "DREAMKIT_PLUGINS"
@@ -96,6 +98,13 @@ def _names(app: typer.Typer) -> set[str]:
     from typer.main import get_group
 
     return set(get_group(app).commands)
+
+
+def added_rules(registries: Registries) -> tuple[ChannelRule, ...]:
+    """Return the channel rules of plugins, ready for use; pruning knows the built-in ones."""
+    rules = registries["channel_rules"]
+    added = [name for name in rules if rules.provider(name) != BUILTIN_PROVIDER]
+    return tuple(rules.resolve(name)() for name in added)
 
 
 class PluginHost:

@@ -13,6 +13,7 @@ from dreamkit import distributed
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
+from dreamkit.plugins import added_rules
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
@@ -21,13 +22,17 @@ from dreamkit.stages.measuring import measure_costs
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.checking import check_outputs
+from dreamkit.trackers.isolated import IsolatedTrackers
 from dreamkit.types import (
     NO_LABEL,
     Application,
     Images,
     Outcome,
     RunContext,
+    RunFailed,
+    RunFinished,
     RunLog,
+    RunStarted,
     Synthesis,
     Teacher,
 )
@@ -63,7 +68,7 @@ def run(
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
     directory = RunDirectory(folder, loaded.resolved_yaml())
-    distributed.together()  # before the first rank writes what another might take for foreign
+    distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
     if directory.finished:
@@ -128,7 +133,9 @@ def _prepare(
     teacher.model.to(device)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
-    return teacher, images, RunContext(recipe.seed, device, folder, log, latency, evaluation)
+    rules = added_rules(loaded.registries)
+    context = RunContext(recipe.seed, device, folder, log, latency, evaluation, rules)
+    return teacher, images, context
 
 
 def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None:
@@ -149,41 +156,45 @@ def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None
 def _run(
     loaded: LoadedRecipe, directory: RunDirectory, console: Console, stopping: Callable[[], bool]
 ) -> None:
-    recipe, first = loaded.recipe, distributed.is_first()
-    trackers = recipe.trackers if first else ()
-    log = FileLog(directory.folder, console, trackers, stopping)
+    first = distributed.is_first()
+    log = FileLog(directory.folder, console, stopping)
+    trackers = IsolatedTrackers(loaded.recipe.trackers if first else (), log.note)
     with distributed.first_before_others():
         teacher, images, context = _prepare(loaded, directory.folder, log)
-    distributed.together()  # nothing is claimed unless every rank has loaded what it needs
+    distributed.barrier()  # nothing is claimed unless every rank has loaded what it needs
     abandoned = directory.claim() if first else None
-    distributed.together()
-    resumed = directory.started
+    distributed.barrier()
     try:
         log.open()
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
-        for tracker in trackers:
-            tracker.start(directory.folder, loaded.root.plain(), resumed)
+        if first:
+            log.listen(trackers.hear)
+            log.listen(loaded.registries.events(log.note).emit)
+        plain, resumed = loaded.root.plain(), directory.started
+        log.emit(RunStarted(folder=directory.folder, recipe=plain, resumed=resumed))
         _say_what(loaded, teacher, context, console)
         with placed("application", always=False):
-            outcome: Outcome = recipe.application.run(teacher, images, context)
+            outcome: Outcome = loaded.recipe.application.run(teacher, images, context)
         _keep(outcome, teacher, context)
-        for tracker in trackers:
-            tracker.finish(log.metrics)
         if first:
             report = build_report(loaded, teacher, context, log)
             write_pages(report, directory)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
+            log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
-    except DreamkitError:
+    except BaseException as error:
+        log.emit(RunFailed(error=error))
+        trackers.close()
         log.close()
-        if first:
+        if first and isinstance(error, DreamkitError):
             directory.withdraw()
         raise
     finally:
+        trackers.close()
         log.close()
         directory.release()
-    distributed.together()
+    distributed.barrier()
 
 
 def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
@@ -193,7 +204,7 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
         return
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
-    write_artifact(folder, student.model, student.card, student.builder, student.surgery)
+    write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:

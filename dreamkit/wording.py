@@ -28,3 +28,16 @@ def and_more(names: Sequence[str], shown: int = 8) -> str:
     """Return the first of some names, and how many there are beside: ``a, b and 3 more``."""
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def duration(seconds: float) -> str:
+    """Write a time the way people say it: ``40 s``, ``12 min``, ``3 h 10 min``, ``2 d 4 h``."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -589,3 +589,16 @@ def test_a_consumers_script_has_types(tmp_path: Path) -> None:
     )
     assert 'Revealed type is "torch.nn.modules.module.Module"' in done.stdout, done.stdout
     assert "Success" in done.stdout, done.stdout
+
+
+def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
+    import dataclasses
+
+    from dreamkit.api.invert import synthesizer_options
+
+    large = dataclasses.replace(
+        digits.card, input_size=(3, 224, 192), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    made = synthesizer_options({}, large, steps=12)
+    assert made["stages"] == [{"steps": 10, "size": [112, 96]}, {"steps": 2}]
+    assert synthesizer_options({}, digits.card)["stages"] == [{"steps": 200}]

@@ -361,3 +361,11 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(recipe_file, tiny, invoke, 
     assert "on this CPU" in done.out
     assert "nothing was written" in done.out
     assert not out.exists()
+
+
+def test_the_schema_names_every_entry(invoke):
+    done = invoke("schema")
+    schema = json.loads(done.out)
+    assert done.code == 0
+    assert {"teacher", "synthesis", "application"} <= schema["properties"].keys()
+    assert "bn_feature" in done.out

@@ -211,8 +211,8 @@ def student(tmp_path: Path) -> Path:
     teacher = BundledTeacher("digits_resnet8").load(0)
     graph = ChannelGraph(teacher.model, (1, 8, 8))
     graph.remove({group.name: range(group.channels // 2) for group in graph.groups()[0]})
-    surgery, folder = graph.surgery.to_json(), tmp_path / "run" / "student"
-    write_artifact(folder, teacher.model, teacher.card, teacher.builder, surgery)
+    pruning_record, folder = graph.pruning_record.to_json(), tmp_path / "run" / "student"
+    write_artifact(folder, teacher.model, teacher.card, teacher.builder, pruning_record)
     return tmp_path / "run"
 
 

@@ -177,11 +177,11 @@ def test_without_torchrun_there_is_one_rank():
     with distributed.ranks():
         assert (distributed.rank(), distributed.size()) == (0, 1)
         assert distributed.is_first()
-        assert distributed.agreed("a") == "a"
-        assert distributed.gathered("a") == ["a"]
+        assert distributed.broadcast("a") == "a"
+        assert distributed.gather("a") == ["a"]
         assert distributed.anywhere(True)
         assert not distributed.anywhere(False)
         assert list(distributed.drawn_from([3, 1], "q")) == [3, 1]
-        distributed.together()
+        distributed.barrier()
         with distributed.first_before_others():
             pass

@@ -189,9 +189,9 @@ def student(tmp_path_factory) -> Path:
     model = build_entry(build_registries(), "teachers", builder).build()
     graph = ChannelGraph(model, (3, 32, 32))
     graph.remove({"layer1.0.conv1": range(8, 16)})
-    surgery = graph.surgery
+    pruning_record = graph.pruning_record
     folder = tmp_path_factory.mktemp("student")
-    write_artifact(folder, model, CARD, builder, surgery.to_json())
+    write_artifact(folder, model, CARD, builder, pruning_record.to_json())
     return folder
 
 

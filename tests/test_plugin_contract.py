@@ -20,7 +20,9 @@ from dreamkit.plugin.testing import ContractError
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
+from dreamkit.stages.teaching import Recovery
+from dreamkit.synthesizers.deepinversion import DeepInversion
+from dreamkit.synthesizers.stage import Stage
 from dreamkit.trackers.isolated import IsolatedTrackers
 from dreamkit.types import (
     ChannelGroup,
@@ -162,6 +164,21 @@ def test_a_class_that_lacks_something_is_refused(kind, bases, message):
         registry.resolve("mine")
 
 
+def test_an_option_that_hides_a_property_of_the_base_needs_a_default():
+    @dataclasses.dataclass
+    class Board(LatencyBackend):
+        batch_size: int
+        channel_block: int  # a dataclass takes the property for its default
+
+        def describe(self): ...
+        def time(self, modules): ...
+
+    registry = Registry("latency_backends")
+    registry.register("board", Board, "me")
+    with pytest.raises(PluginError, match=r"Board\.channel_block is a property of LatencyBackend"):
+        registry.resolve("board")
+
+
 # Checks for plugin authors, on what is built in.
 
 
@@ -204,6 +221,23 @@ def test_synthesizers_keep_the_contract(name):
     else:
         options |= {"steps": 2, "latent": 4, "width": 4}
     testing.check_synthesizer(cls(**options))
+
+
+@pytest.mark.parametrize("name", entries("exporters"))
+def test_exporters_keep_the_contract(name, tmp_path):
+    if name == "onnx":
+        for needed in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(needed)
+    testing.check_exporter(resolved("exporters", name), tmp_path)
+
+
+def test_applications_keep_the_contract(tmp_path):
+    dreamer = DeepInversion((), images=2, batch_size=2, stages=(Stage(1),))
+    synthesis = types.Synthesis(dreamer, {"name": "deepinversion"})
+    testing.check_application(resolved("applications", "synthesize"), tmp_path, synthesis)
+    brief = Recovery(steps=1, batch_size=4, precision="float32")
+    recover = resolved("applications", "recover")(sparsity=0.5, training=brief)
+    testing.check_application(recover, tmp_path)
 
 
 def test_teachers_sources_backends_and_trackers_keep_the_contract(tmp_path):
@@ -316,6 +350,44 @@ def test_a_source_of_floats_is_found():
 
     with pytest.raises(ContractError, match=r"torch\.float32; stored images are uint8"):
         testing.check_source(Floats)
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (lambda teacher, log: None, "Does returned NoneType, not an Outcome"),
+        (lambda teacher, log: types.Outcome(teacher), "Does returned the teacher: make a copy"),
+        (
+            lambda teacher, log: log.metrics.update(x=float("nan")) or types.Outcome(),
+            "the metric 'x' should be a finite number",
+        ),
+        (
+            lambda teacher, log: teacher.model.train() and types.Outcome(),
+            "other modes",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_application_is_said(work, message, tmp_path):
+    class Does(types.Application):
+        def run(self, teacher, images, context):
+            return work(teacher, context.log)
+
+    with pytest.raises(ContractError, match=message):
+        testing.check_application(Does(), tmp_path)
+
+
+def test_an_exporter_whose_file_does_something_else_is_found(tmp_path):
+    class Zero(types.Exporter):
+        suffix = ".zero"
+
+        def write(self, model, example, path, any_batch):
+            path.write_text("0")
+
+        def load(self, path):
+            return lambda images: torch.zeros(len(images), 4)
+
+    with pytest.raises(ContractError, match="its file returns other outputs than the network"):
+        testing.check_exporter(Zero, tmp_path)
 
 
 # Events and trackers that fail.

@@ -468,6 +468,25 @@ def test_recipe_that_asks_for_an_entry_of_a_broken_plugin_hears_of_it(site, tmp_
         read_recipe(file, build_registries)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ('"no_such:Fine"', "cannot be loaded from no_such:Fine: ModuleNotFoundError: No module"),
+        (
+            "Fine",
+            "is unusable: Fine has no '__call__', 'needs': derive it from dreamkit",
+        ),
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_named_with_its_place(site, tmp_path, target, message):
+    provider = site.install("dk-odd", GOOD.replace('"fine", Fine', f'"fine", {target}'))
+    file = recipe_with(tmp_path, [], "{name: fine}")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(file, build_registries)
+    place = f"{file}:8:14 synthesis.regularizers[0].name: "
+    assert caught.value.message.startswith(f"{place}regularizers 'fine' of {provider} {message}")
+
+
 # Names are never overwritten.
 
 
@@ -654,7 +673,7 @@ def test_example_distribution_installs_and_serves_a_recipe(tmp_path):
         return done.stdout
 
     rows = {(row["kind"], row["name"]): row for row in json.loads(dreamkit("list", "--json"))}
-    for entry in (("regularizers", "color_balance"), ("losses", "logit_anchor")):
+    for entry in (("regularizers", "color_balance"), ("criteria", "weight_std")):
         assert rows[entry]["provider"] == "dreamkit-example 0.1.0"
         assert rows[entry]["summary"]
 

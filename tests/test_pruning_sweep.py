@@ -77,7 +77,7 @@ def pruned_and_saved(source, model, folder):
     )
     card = Card(model, (3, size, size), (0.5,) * 3, (0.5,) * 3, 1000, "random")
     builder = {"source": source, "model": model, "weights": None}
-    write_artifact(folder / "student", network, card, builder, graph.surgery.to_json())
+    write_artifact(folder / "student", network, card, builder, graph.pruning_record.to_json())
     x = torch.randn(2, 3, size, size, generator=draws)
     safetensors.torch.save_file({"x": x}, folder / "x.safetensors")
     with torch.no_grad():

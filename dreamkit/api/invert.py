@@ -13,9 +13,11 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import described
 from dreamkit.api.session import Conditions, Session, session
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.batches import feature_distances
-from dreamkit.stages.dreaming import dream_into_store, open_store
+from dreamkit.stages.dreaming import dream_into_store
+from dreamkit.stages.run_store import open_store
 from dreamkit.types import Images, Synthesis, Teacher
 
 FAST: Mapping[str, Any] = {
@@ -29,6 +31,8 @@ FAST: Mapping[str, Any] = {
     "regularizers": [{"name": "bn_feature", "form": "relative", "weight": 10}],
 }
 """Fourier coefficients and statistics relative to each channel's spread: good in few steps."""
+LARGE = 128
+"""Side from which an input is dreamed at half its size first, where a step costs a quarter."""
 PAPER: Mapping[str, Any] = {
     "stages": [{"steps": 2000}],
     "lr": 0.05,
@@ -75,7 +79,7 @@ def invert(
         class_names: of its outputs, in order.
         preset: what ``options`` are laid over: ``fast``, or ``paper``, the paper's for CIFAR-10.
         method: a registered synthesizer; presets are of ``deepinversion`` alone.
-        steps: optimizer steps, in place of those of the preset's last stage.
+        steps: optimizer steps, in place of the preset's; of several stages each has its share.
         seed: of everything random; the same seed makes the same dreams on the same machine.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         progress: show notes and a bar; by default on a terminal and in a notebook.
@@ -100,9 +104,9 @@ def invert(
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation)
     with session(model, conditions) as work:
-        synthesis = work.synthesis(
-            synthesizer_options({"images": images, **options}, preset, method, steps)
-        )
+        given = {"images": images, **options}
+        card = work.teacher.card
+        synthesis = work.synthesis(synthesizer_options(given, card, preset, method, steps))
         try:
             content: Images = dream_into_store(work.teacher, synthesis, work.context)
             interrupted = False
@@ -113,16 +117,24 @@ def invert(
 
 def synthesizer_options(
     options: Mapping[str, Any],
+    card: Card,
     preset: str = "fast",
     method: str = "deepinversion",
     steps: int | None = None,
 ) -> dict[str, Any]:
     """Return a synthesizer's entry, as a recipe has it, from a preset and what is laid over it.
 
+    Args:
+        options: laid over the preset.
+        card: of the network to be inverted.
+        preset: ``fast`` or ``paper``.
+        method: a registered synthesizer.
+        steps: in place of the preset's.
+
     Raises:
         DreamkitError: there is no such preset, or it is of another method.
     """
-    presets = {"fast": FAST, "paper": PAPER}
+    presets = {"fast": fast_options(card), "paper": PAPER}
     if preset not in presets:
         raise DreamkitError(f"preset: should be fast or paper (got {preset!r})")
     made = {"name": method, **(presets[preset] if method == "deepinversion" else {}), **options}
@@ -133,8 +145,21 @@ def synthesizer_options(
             raise DreamkitError("steps: leave it out where 'stages' is given: it has steps")
         if "stages" not in made:
             raise DreamkitError(f"steps: '{method}' has no stages; see its own options")
-        made["stages"] = [*made["stages"][:-1], {**made["stages"][-1], "steps": steps}]
+        total = sum(stage["steps"] for stage in made["stages"])
+        made["stages"] = [
+            {**stage, "steps": max(1, round(steps * stage["steps"] / total))}
+            for stage in made["stages"]
+        ]
     return made
+
+
+def fast_options(card: Card) -> dict[str, Any]:
+    """Return the preset ``fast`` for the size of image that a network takes."""
+    _, height, width = card.input_size
+    if min(height, width) < LARGE:
+        return dict(FAST)
+    stages = [{"steps": 200, "size": [height // 2, width // 2]}, {"steps": 40}]
+    return {**FAST, "stages": stages, "batch_size": 32}
 
 
 def _finished(work: Session, synthesis: Synthesis) -> Images:

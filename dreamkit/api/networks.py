@@ -73,7 +73,7 @@ def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
     """
     builder, card = teacher.builder, teacher.card
     unweighted: dict[str, Any] = {} if weights else {"weights": None}
-    if teacher.surgery:
+    if teacher.pruning_record:
         return {"source": "student", "path": "path/to/saved_student", **unweighted}
     if builder.get("source") != MEMORY:
         return {key: value for key, value in builder.items() if key != "weights"} | unweighted
@@ -116,8 +116,12 @@ def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Te
     if isinstance(network, Teacher):
         return dataclasses.replace(network, model=own, card=card)
     provenance = getattr(model, "provenance", None)
-    if not known and isinstance(provenance, Mapping) and {"builder", "surgery"} <= set(provenance):
-        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["surgery"]))
+    if (
+        not known
+        and isinstance(provenance, Mapping)
+        and {"builder", "pruning_record"} <= set(provenance)
+    ):
+        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["pruning_record"]))
     return Teacher(own, card, builder_of(model))
 
 

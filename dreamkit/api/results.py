@@ -106,7 +106,7 @@ class StudentResult(Result):
             The folder.
         """
         made = self.teacher
-        write_artifact(Path(folder), self.model, self.card, made.builder, made.surgery)
+        write_artifact(Path(folder), self.model, self.card, made.builder, made.pruning_record)
         return Path(folder)
 
     def export(self, path: str | Path, format: str = "onnx", batch_size: int | None = None) -> Path:
@@ -196,5 +196,5 @@ def student_fields(student: Teacher) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = None
     model.card = student.card  # type: ignore[assignment]
-    model.provenance = {"builder": student.builder, "surgery": student.surgery}  # type: ignore[assignment]
+    model.provenance = {"builder": student.builder, "pruning_record": student.pruning_record}  # type: ignore[assignment]
     return {"model": model, "card": student.card, "teacher": student}

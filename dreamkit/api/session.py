@@ -19,7 +19,7 @@ from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
-from dreamkit.plugins import build_registries
+from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
@@ -126,9 +126,11 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
             if int(evaluation.batch([0])[1][0]) == NO_LABEL:
                 raise DreamkitError("evaluation: needs images with labels")
         log = MemoryLog(_console(conditions.progress))
+        log.listen(registries.events(log.note).emit)
         backend = _backend(conditions.latency_backend, registries)
         latency = backend or default_backend(registries, device)
-        context = RunContext(conditions.seed, device, folder, log, latency, evaluation)
+        rules = added_rules(registries)
+        context = RunContext(conditions.seed, device, folder, log, latency, evaluation, rules)
         yield Session(teacher, context, log, registries, started, _reported(conditions))
 
 

@@ -43,7 +43,9 @@ def run_application(
         options = {"images": DREAMED, **(synthesis or {})}
         method = options.pop("method", options.pop("name", "deepinversion"))
         preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
-        source = work.synthesis(synthesizer_options(options, preset, method, steps))
+        source = work.synthesis(
+            synthesizer_options(options, work.teacher.card, preset, method, steps)
+        )
         settings = {"synthesis": source.settings}
     else:
         source = None

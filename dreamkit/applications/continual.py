@@ -7,14 +7,13 @@ is, and it is trained on these dreams and on images of the new classes (eq. 11).
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,15 +27,16 @@ from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
-from dreamkit.stages.dreaming import images_of, report_synthesis
+from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.retention import Retention
+from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.teaching import teach
 from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import drawn_by_class
-from dreamkit.training.bn_recalibration import restate
+from dreamkit.training.bn_recalibration import refresh
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
@@ -85,7 +85,7 @@ class Continual(Application):
             synthesizer's ``images`` says.
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
-        restate_bn: after each set, let BatchNorm's statistics be those of what the network was
+        refresh_bn: after each set, let BatchNorm's statistics be those of what the network was
             taught on, old classes included, without changing what it computes: the next dreams are
             held to them.
     """
@@ -98,7 +98,7 @@ class Continual(Application):
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
     images_per_class: Annotated[int, Field(ge=1)] = 250
     adaptive: Adaptive | None = None
-    restate_bn: bool = True
+    refresh_bn: bool = True
 
     def __post_init__(self) -> None:
         if not self.sets:
@@ -137,10 +137,6 @@ class Continual(Application):
         """Whether dreams are made against the network in training."""
         return self.adaptive is not None
 
-    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return a copy of the teacher: what competes at first."""
-        return dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
-
     def planned(
         self, teacher: Teacher, synthesis: Synthesis, context: RunContext
     ) -> tuple[Synthesis, RunContext]:
@@ -148,7 +144,7 @@ class Continual(Application):
         course = Course(self.sets, self.names, teacher.card, context.log)
         images = self.images_per_class * sum(course.old_classes)
         folder = context.folder / STEPS / "1"
-        return _with_images(synthesis, images), dataclasses.replace(context, folder=folder)
+        return synthesis.of(images), dataclasses.replace(context, folder=folder)
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
@@ -229,7 +225,7 @@ class _Learning:
         else:
             self._train(step, old, new, number)
             write_json(step.folder / METRICS, metrics)
-            write_artifact(folder, new.model, new.card, new.builder, new.surgery)
+            write_artifact(folder, new.model, new.card, new.builder, new.pruning_record)
             if distributed.is_first():
                 shutil.rmtree(step.folder / RunContext.CHECKPOINTS, ignore_errors=True)
         total = self.context.log.metrics
@@ -268,12 +264,12 @@ class _Learning:
             sets = [task.train] if replay is None else [task.train, replay]
             with placed("training", always=False):
                 taught_on = teach(trainer, sets, step, "training")
-        if self.options.restate_bn and len(taught_on) > 1:
+        if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
             generator = torch.Generator().manual_seed(step.seed)
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
-            restate(new.model, images, new.card, step.device, options.batch_size)
+            refresh(new.model, images, new.card, step.device, options.batch_size)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store)
 
@@ -290,7 +286,7 @@ class _Learning:
             yield self.course.real_images(self.images, number, count, step.seed)
             return
         count = self.options.images_per_class * old.card.num_classes
-        synthesis = _with_images(self.images, count)
+        synthesis = self.images.of(count)
         if self.options.adaptive is None:
             yield images_of(old, synthesis, step)
             return
@@ -301,11 +297,3 @@ class _Learning:
             pool.check(steps)
             pool.dream()
             yield pool
-
-
-def _with_images(synthesis: Synthesis, images: int) -> Synthesis:
-    """Return the same dreaming of another number of images."""
-    synthesizer: Any = synthesis.synthesizer
-    return dataclasses.replace(
-        synthesis, synthesizer=dataclasses.replace(synthesizer, images=images)
-    )

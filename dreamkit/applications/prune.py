@@ -6,12 +6,11 @@ I = I_err + η·I_lat (eq. 10), removed step by step, and the network recovers b
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
 from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.channel_pruning import ChannelPruning
@@ -45,10 +44,6 @@ class Prune(ChannelPruning, TrainsOnImages):
         super().__post_init__()
         self.check_adaptive()
 
-    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return a copy of the teacher: what is to be pruned, and what competes at first."""
-        return dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
-
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
@@ -70,15 +65,15 @@ class Prune(ChannelPruning, TrainsOnImages):
         taught_on = training.run(student, first)
         measure_quality("student", student, teacher, taught_on, context)
         if self.target.timed:
-            self._judge_latency(work, context)
+            self._check_latency(work, context)
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        surgery = work.cut.after(Surgery.from_json(teacher.surgery)).to_json()
-        made = Teacher(student, card, teacher.builder, surgery)
+        pruning_record = work.cut.after(PruningRecord.from_json(teacher.pruning_record)).to_json()
+        made = Teacher(student, card, teacher.builder, pruning_record)
         return Outcome(made, taught_on, same_layers=("pruned",))
 
-    def _judge_latency(self, work: PruningRun, context: RunContext) -> None:
+    def _check_latency(self, work: PruningRun, context: RunContext) -> None:
         """Measure the finished student, and say so if it misses its latency budget."""
         models = {"teacher": work.teacher.model, "student": work.student}
         measure_latency(models, work.card.input_size, context)

@@ -19,7 +19,7 @@ from dreamkit import distributed
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
     kept_at_zero,
@@ -35,7 +35,15 @@ from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
 from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import Images, ImageSource, Outcome, RunContext, Synthesis, Teacher
+from dreamkit.types import (
+    Images,
+    ImageSource,
+    Outcome,
+    RoundPruned,
+    RunContext,
+    Synthesis,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
@@ -117,17 +125,18 @@ class Recover(TrainsOnImages):
         checkpoint = PruningCheckpoint(teacher, context)
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
         for number, sparsity in enumerate(self.schedule[done:], done + 1):
-            masks = distributed.agreed(choose_weights(student, sparsity))
+            masks = distributed.broadcast(choose_weights(student, sparsity))
             remove_weights(student, masks)
             fit = self.reconstruction
             if fit is None:
                 self._recalibrate(teacher, student, images, context)
                 continue
-            reconstruct_student(teacher, student, Surgery(), images, fit, context, masks)
+            reconstruct_student(teacher, student, PruningRecord(), images, fit, context, masks)
             look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
             context.log.record("pruning", number, look)
             tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
             checkpoint.save(images, number, tensors, {})
+            context.log.emit(RoundPruned(round=number, numbers=look))
             context.log.check(together=True)
         return masks
 

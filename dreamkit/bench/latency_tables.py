@@ -22,12 +22,13 @@ from dreamkit.latency.grid import shapes_to_measure
 from dreamkit.latency.sampling import mean_times
 from dreamkit.latency.table import AT_ONCE, LookUpTable
 from dreamkit.latency.table_file import read_file, read_table, table_text
+from dreamkit.plugins import added_rules
+from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.prospect import Prospect
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.named import load_named
-from dreamkit.types import LatencyBackend, LayerShape, Teacher, Timing
+from dreamkit.types import ChannelRule, LatencyBackend, LayerShape, Teacher, Timing
 from dreamkit.wording import say
 
 _MOST = 0.9
@@ -57,6 +58,7 @@ def check_table(
     seed: int,
     seconds: float,
     console: Console,
+    rules: Sequence[ChannelRule] = (),
 ) -> Fit:
     """Predict and measure prunings of a network at random.
 
@@ -67,6 +69,7 @@ def check_table(
         seed: of what is removed.
         seconds: after as long they are not timed once more, however unsure their means are.
         console: where progress is shown.
+        rules: how plugins' layers and operations treat channels.
 
     Returns:
         The fit, told from the whole network, its narrowest pruning and some at random.
@@ -75,7 +78,7 @@ def check_table(
         DreamkitError: nothing of the network can be pruned.
     """
     size = teacher.card.input_size
-    graph = ChannelGraph(copy.deepcopy(teacher.model), size)
+    graph = ChannelGraph(copy.deepcopy(teacher.model), size, rules=rules)
     if not graph.groups()[0]:
         raise DreamkitError(
             f"nothing of {teacher.card.name} can be pruned, so there is nothing to hold the table "
@@ -90,7 +93,7 @@ def check_table(
     for model in track(models, "checking", console=console, disable=not console.is_terminal):
         shapes = table.shapes(model, size)
         table.prepare(shapes.values())
-        layers.append(Prospect(shapes).total(table.predict))
+        layers.append(CostModel(shapes).total(table.predict))
     example = torch.randn(table.backend.batch_size, *size)
     with console.status("timing"):
         measured = mean_times(table.backend, [(model, example) for model in models], seconds)
@@ -234,7 +237,8 @@ def check_for(
         unasked = f" (not asked: {'; '.join(refused)})" if refused else ""
         raise DreamkitError(f"{other}{unasked}") from other
     before = len(table.points)
-    fit = check_table(table, found, variants, seed, seconds, console)
+    rules = added_rules(registries)
+    fit = check_table(table, found, variants, seed, seconds, console, rules)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
     for number, (predicted, measured) in enumerate(zip(fit.predicted, fit.measured, strict=True)):
         if number >= fit.known:

@@ -23,7 +23,6 @@ from dreamkit.registry import Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored, batch_seed
-from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
@@ -31,7 +30,7 @@ from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.named import load_named, load_teacher
 from dreamkit.types import BatchPlan, Dreamer, StoredImages, Teacher
-from dreamkit.wording import first_line, one_line
+from dreamkit.wording import duration, first_line, one_line
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes what became known: fields of ``TeacherRow``, a ``reason``, the ``stage`` that begins."""
@@ -134,8 +133,8 @@ def _invert(
     left = deadline - time.time()
     if cost.seconds > left:
         reason = (
-            f"dreaming {settings.steps} steps takes about {format_duration(cost.seconds)}, and "
-            f"{format_duration(max(0.0, left))} of its time is left"
+            f"dreaming {settings.steps} steps takes about {duration(cost.seconds)}, and "
+            f"{duration(max(0.0, left))} of its time is left"
         )
         tell({"reason": reason, "cut_short": "time"})
         return None

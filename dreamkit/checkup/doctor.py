@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,11 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.tables import quantity
-from dreamkit.stages.dreaming import format_duration
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.stage import Stage
-from dreamkit.types import ChannelGroup, Estimate, Teacher
-from dreamkit.wording import say
+from dreamkit.types import ChannelGroup, ChannelRule, Estimate, Teacher
+from dreamkit.wording import duration, say
 
 _STEPS = 2000
 
@@ -49,20 +49,26 @@ class Diagnosis:
     cost: Cost
 
 
-def diagnose(teacher: Teacher, device: torch.device, batch_size: int) -> Diagnosis:
+def diagnose(
+    teacher: Teacher,
+    device: torch.device,
+    batch_size: int,
+    rules: Sequence[ChannelRule] = (),
+) -> Diagnosis:
     """Look a teacher over.
 
     Args:
         teacher: on the CPU.
         device: where an inversion would run.
         batch_size: images that would be inverted together.
+        rules: how plugins' layers and operations treat channels.
     """
     cost = count(teacher.model, teacher.card.input_size)
     groups: list[ChannelGroup] = []
     skipped: list[Skipped] = []
     unprunable = None
     try:
-        groups, skipped = ChannelGraph(teacher.model, teacher.card.input_size).groups()
+        groups, skipped = ChannelGraph(teacher.model, teacher.card.input_size, rules=rules).groups()
     except DreamkitError as error:
         unprunable = error.message
     uninvertible, inversion = None, None
@@ -105,7 +111,7 @@ def show_diagnosis(card: Card, found: Diagnosis, console: Console) -> None:
         say(
             console,
             f"inversion: yes, {found.bn_layers} BatchNorm layers; {_STEPS} steps of a batch take "
-            f"about {format_duration(found.inversion.seconds)} and "
+            f"about {duration(found.inversion.seconds)} and "
             f"{found.inversion.memory_bytes / 2**30:.1f} GB here",
         )
     if found.unprunable is not None:

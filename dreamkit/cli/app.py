@@ -11,6 +11,7 @@ import typer
 
 from dreamkit.cli import look, measure, results, run
 from dreamkit.errors import DreamkitError
+from dreamkit.plugins import with_commands
 from dreamkit.version import __version__
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "list": look.list_entries,
         "show": look.show,
         "plugins": look.plugins,
+        "schema": look.schema,
     },
     "Use results": {
         "export": results.export,
@@ -48,7 +50,11 @@ app.add_typer(measure.lut, name="lut", rich_help_panel="Measure")
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
     try:
-        app()
+        program, failures = with_commands(app)
+        for failure in failures:
+            message = f"warning: plugin {failure.plugin} adds no commands: {failure.reason}"
+            print(message, file=sys.stderr)
+        program()
     except DreamkitError as error:
         rank = os.environ.get("RANK", "0")
         print(f"{'' if rank == '0' else f'rank {rank}: '}error: {error}", file=sys.stderr)

@@ -148,6 +148,18 @@ def plugins(as_json: AsJson = False, plugin: Plugins = None) -> None:
     _print_rows(rows, as_json)
 
 
+def schema(plugin: Plugins = None) -> None:
+    """Print the JSON Schema of recipes, for an editor that completes and checks YAML.
+
+    Example:
+
+        dreamkit schema > recipe.schema.json
+    """
+    from dreamkit.recipe.json_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(registries_with(plugin)), indent=1))
+
+
 def _checked(kind: str) -> str:
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS)

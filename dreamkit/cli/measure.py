@@ -41,11 +41,13 @@ def doctor(
     """
     from dreamkit.checkup.doctor import diagnose, show_diagnosis
     from dreamkit.devices import choose_device
+    from dreamkit.plugins import added_rules
     from dreamkit.teachers.named import load_named
 
-    found = load_named(registries_with(plugin), "TEACHER", teacher, weights)
-    console = Console()
-    show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size), console)
+    registries = registries_with(plugin)
+    found = load_named(registries, "TEACHER", teacher, weights)
+    told = diagnose(found, choose_device(device), batch_size, added_rules(registries))
+    show_diagnosis(found.card, told, Console())
 
 
 @lut.callback()

@@ -14,7 +14,7 @@ from torch import nn
 from dreamkit.errors import ArtifactError, MissingPath
 from dreamkit.model_state import seeded
 from dreamkit.plugins import build_registries
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.weights import hash_weights, load_into
@@ -109,7 +109,7 @@ class SavedStudent(TeacherSource):
             trained=artifact.card.trained and self.weights is not None,
             weights_sha256=hash_weights(model),
         )
-        return Teacher(model.eval(), card, artifact.builder, artifact.surgery)
+        return Teacher(model.eval(), card, artifact.builder, artifact.pruning_record)
 
 
 def _architecture(
@@ -126,12 +126,12 @@ def _architecture(
     else:
         model = builder()
     try:
-        surgery = Surgery.from_json(artifact.surgery)
+        pruning_record = PruningRecord.from_json(artifact.pruning_record)
         # Before there is room made for what a file claims.
-        for name, outputs in surgery.grown.items():
+        for name, outputs in pruning_record.grown.items():
             if name not in artifact.state or len(artifact.state[name]) != outputs:
                 raise ArtifactError(f"its weights have no '{name}' with {outputs} outputs")
-        surgery.rebuild(model)
+        pruning_record.rebuild(model)
     except Exception as error:  # a file may claim anything of any tensor
         raise ArtifactError(f"{folder}: {error}") from error
     return model

@@ -27,7 +27,7 @@ def predict(
         for first in starts[distributed.rank() :: distributed.size()]:
             stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
             mine[first] = model(card.normalise(stored.to(device))).argmax(1).cpu(), given
-    found = {first: pair for part in distributed.gathered(mine) for first, pair in part.items()}
+    found = {first: pair for part in distributed.gather(mine) for first, pair in part.items()}
     predicted, labels = zip(*(found[first] for first in starts), strict=True)
     return torch.cat(predicted), torch.cat(labels)
 

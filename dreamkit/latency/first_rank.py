@@ -40,4 +40,4 @@ class FirstRank(LatencyBackend):
 
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules, each on its input, in turn within one run."""
-        return distributed.agreed(self.backend.time(modules) if distributed.is_first() else [])
+        return distributed.broadcast(self.backend.time(modules) if distributed.is_first() else [])

@@ -42,6 +42,8 @@ class LookUpTable:
     ) -> None:
         self.backend = backend
         self.points = dict(points or {})
+        self.asked = False
+        """Whether anything wanted a latency to be told."""
         self.block = backend.channel_block
         if type(self.block) is not int or self.block < 1:
             raise DreamkitError(
@@ -51,6 +53,7 @@ class LookUpTable:
 
     def predict(self, shape: LayerShape) -> float:
         """Return one layer's latency in milliseconds."""
+        self.asked = True
         self.prepare([shape])
         return sum(
             share * self.points[corner].median_ms for corner, share in corners(shape, self.block)

@@ -1,4 +1,4 @@
-"""Structured pruning: channel groups, surgery, and the choice of what goes."""
+"""Structured pruning: channel groups, cutting, and the choice of what goes."""
 
 from dreamkit.registry import Register, hookimpl
 

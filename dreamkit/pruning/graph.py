@@ -11,7 +11,7 @@ from torch import nn
 
 from dreamkit.errors import NothingToPrune, PluginError
 from dreamkit.pruning.channels import NONE, Trace, Use
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.tracing import trace
 from dreamkit.types import ChannelGroup, ChannelRule, Member
 from dreamkit.wording import one_line
@@ -34,7 +34,7 @@ class ChannelGraph:
     Args:
         model: as it now is; run a few times, here.
         input_size: (channels, height, width).
-        surgery: record of what was cut before, which is gone on with.
+        pruning_record: record of what was cut before, which is gone on with.
         rules: what becomes of channels in layers and operations beside PyTorch's own.
 
     Raises:
@@ -46,11 +46,11 @@ class ChannelGraph:
         self,
         model: nn.Module,
         input_size: tuple[int, int, int],
-        surgery: Surgery | None = None,
+        pruning_record: PruningRecord | None = None,
         rules: Sequence[ChannelRule] = (),
     ) -> None:
         self.model = model
-        self.surgery = Surgery() if surgery is None else surgery
+        self.pruning_record = PruningRecord() if pruning_record is None else pruning_record
         self._size = input_size
         self._rules = tuple(rules)
         try:
@@ -141,7 +141,7 @@ class ChannelGraph:
         for use in self._uses:
             kept = [i for i, label in enumerate(use.labels) if label not in gone]
             if len(kept) < len(use.labels):
-                self.surgery.cut(self.model, use, kept)
+                self.pruning_record.cut(self.model, use, kept)
                 use.labels = [use.labels[i] for i in kept]
 
     def _labels_of(self, removed: Mapping[str, Sequence[int]]) -> set[int]:
@@ -211,7 +211,7 @@ class ChannelGraph:
         """
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
-        trial.surgery = Surgery()
+        trial.pruning_record = PruningRecord()
         trial._uses = [replace(use) for use in uses]
         sizes = {group.name: group.channels for group in self.groups()[0]}
         removed = {}

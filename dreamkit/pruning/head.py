@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, seeded
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.tracing import trace
 from dreamkit.wording import one_line
 
@@ -72,7 +72,7 @@ def grow_head(
     input_size: tuple[int, int, int],
     outputs: int,
     seed: int,
-    surgery: Surgery,
+    pruning_record: PruningRecord,
 ) -> str:
     """Give a model more outputs, in place, after those that it has; these stay as they are.
 
@@ -83,7 +83,7 @@ def grow_head(
         input_size: (channels, height, width).
         outputs: how many there are to be.
         seed: of the new weights.
-        surgery: record of what was done to the model before, which is gone on with.
+        pruning_record: record of what was done to the model before, which is gone on with.
 
     Returns:
         The layer's name.
@@ -105,9 +105,9 @@ def grow_head(
         key: parameter.detach()[had:] for key, parameter in fresh.named_parameters(recurse=False)
     }
     trial = copy.deepcopy(model)
-    Surgery().grow(trial, name, size, new)
+    PruningRecord().grow(trial, name, size, new)
     _check(model, trial, input_size, had, outputs)
-    surgery.grow(model, name, size, new)
+    pruning_record.grow(model, name, size, new)
     return name
 
 

@@ -80,7 +80,7 @@ def _solution(
 ) -> Sequence[float] | None:
     """Return the best solution there is in the time, one number an item; None if none exists."""
     # How far a search gets depends on the machine, and every rank must choose the same.
-    solved: Any = distributed.agreed(milp(**problem) if distributed.is_first() else None)
+    solved: Any = distributed.broadcast(milp(**problem) if distributed.is_first() else None)
     if solved.status == _INFEASIBLE:
         return None
     within = f" in {_SECONDS:.0f} s" if solved.status == _OUT_OF_TIME else ""

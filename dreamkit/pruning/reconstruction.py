@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dreamkit.model_state import eval_mode
 from dreamkit.pruning.activations import called_once, given, put_out, weighted_layers
-from dreamkit.pruning.surgery import Surgery, select
+from dreamkit.pruning.record import PruningRecord, select
 
 _EXACT = 1e-2
 """Relative error of a layer's output that still is weights times patches; TF32 is off by less."""
@@ -28,7 +28,7 @@ _WIDEST = 8192
 def reconstruct(
     student: nn.Module,
     teacher: nn.Module,
-    surgery: Surgery,
+    pruning_record: PruningRecord,
     batches: Sequence[Tensor],
     masks: Mapping[str, Tensor] | None = None,
     ridge: float = 1e-3,
@@ -49,7 +49,7 @@ def reconstruct(
     Args:
         student: changed in place.
         teacher: what it was pruned from.
-        surgery: what it lacks of the teacher.
+        pruning_record: what it lacks of the teacher.
         batches: normalised images (N, C, H, W), on the device of both; the fit is over all.
         masks: by parameter name, 0 where a weight is to stay zero.
         ridge: λ as a share of the patches' mean square; a positive number keeps fits of few
@@ -59,7 +59,7 @@ def reconstruct(
     Returns:
         The names of the layers that were fitted.
     """
-    _take_the_rest(student, teacher, surgery)
+    _take_the_rest(student, teacher, pruning_record)
     fitted = []
     with eval_mode(student), eval_mode(teacher):
         names = called_once(student, batches[0])
@@ -68,25 +68,25 @@ def reconstruct(
             if name not in wanted:
                 wanted = put_out(teacher, names[number:], batches)
             mask = None if masks is None else masks.get(f"{name}.weight")
-            kept = _outputs_kept(surgery, name)
+            kept = _outputs_kept(pruning_record, name)
             if _fit(student, name, batches, wanted.pop(name), kept, mask, ridge):
                 fitted.append(name)
             advance(number + 1, len(names))
     return fitted
 
 
-def _take_the_rest(student: nn.Module, teacher: nn.Module, surgery: Surgery) -> None:
+def _take_the_rest(student: nn.Module, teacher: nn.Module, pruning_record: PruningRecord) -> None:
     """Make all but convolutions and linear layers the teacher's, as far as it is there."""
     theirs = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
     own = {f"{name}.{key}" for name, m in weighted_layers(student) for key in m.state_dict()}
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
         if name not in own:
-            axes = surgery.kept.get(name)
+            axes = pruning_record.kept.get(name)
             tensor.copy_(theirs[name] if axes is None else select(theirs[name], axes))
 
 
-def _outputs_kept(surgery: Surgery, name: str) -> list[int] | None:
-    axes = surgery.kept.get(f"{name}.weight")
+def _outputs_kept(pruning_record: PruningRecord, name: str) -> list[int] | None:
+    axes = pruning_record.kept.get(f"{name}.weight")
     return axes[0] if axes else None
 
 

@@ -17,12 +17,11 @@ from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaValidator, core_schema
 
-from dreamkit.errors import OptionError
+from dreamkit.errors import OptionError, PluginError
 from dreamkit.recipe.problems import Problem, problems_of
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import type_name
 from dreamkit.registry import Registries, Term, UnknownEntry, name_key
-from dreamkit.types.entries import check_entry
 
 _PLAIN = (dict, list, tuple, str, bytes, int, float, type, type(None))
 """What is data, or a mistake; anything else that stands for an entry is one."""
@@ -123,6 +122,8 @@ class Builder:
             cls = self.registries[kind].resolve(name)
         except UnknownEntry as error:
             raise OptionError(key, f"{error}{self._failed_plugins()}") from error
+        except PluginError as error:
+            raise OptionError(key, str(error)) from error
         try:
             taken = sorted({key, *extra} & options_of(cls).keys())
             if taken:
@@ -194,6 +195,8 @@ class _OptionsOf:
 
 
 def _check_entry(kind: str, entry: Any) -> None:
+    from dreamkit.types.entries import check_entry  # torch, which listing recipes does without
+
     try:
         check_entry(kind, type(entry))
     except TypeError as error:

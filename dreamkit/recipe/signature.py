@@ -122,17 +122,21 @@ def option_rows(cls: type[Any]) -> list[OptionRow]:
             describe(option.annotation),
             "required" if option.required else _default(option),
             ", ".join(dict.fromkeys(_limits(option.annotation))),
-            _first_sentence(text, option.name),
+            _first_sentence(described(text, option.name)),
             next(iter(nested_options(option.annotation)), None),
         )
         for option in options_of(cls).values()
     ]
 
 
-def _first_sentence(text: str, name: str) -> str:
+def described(text: str, name: str) -> str:
+    """Return what the ``Args`` of a docstring say of an option, on one line; empty if nothing."""
     found = re.search(rf"^ {{4}}{re.escape(name)}: (.*(?:\n {{8}}.*)*)", text, re.MULTILINE)
-    described = " ".join(found[1].split()) if found else ""
-    return re.split(r"(?<=[^.]{2}\.) (?=[A-Z`])", described)[0].rstrip(".")
+    return " ".join(found[1].split()) if found else ""
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[^.]{2}\.) (?=[A-Z`])", text)[0].rstrip(".")
 
 
 def _default(option: Option) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +24,7 @@ from rich.progress import (
 
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
-from dreamkit.types import Tracker
+from dreamkit.types import Event, Noted, Recorded
 from dreamkit.wording import say
 
 _PLAIN_LINE_SECONDS = 5.0
@@ -57,6 +57,16 @@ class MemoryLog:
         self.notes: list[str] = []
         self.records: dict[str, dict[int, dict[str, float | None]]] = {}
         self.seconds: dict[str, float] = {}
+        self._listeners: list[Callable[[Event], object]] = []
+
+    def listen(self, listener: Callable[[Event], object]) -> None:
+        """Tell a listener of every event from now on; it is to raise nothing."""
+        self._listeners.append(listener)
+
+    def emit(self, event: Event) -> None:
+        """Tell the listeners of an event."""
+        for listener in self._listeners:
+            listener(event)
 
     def begin(self, stage: str) -> None:
         """Forget what was recorded under a stage that starts afresh."""
@@ -64,13 +74,16 @@ class MemoryLog:
 
     def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Keep one point of a stage's curves; a number that is not finite becomes None."""
-        self.records.setdefault(stage, {})[step] = _finite(numbers)
+        finite = _finite(numbers)
+        self.records.setdefault(stage, {})[step] = finite
+        self.emit(Recorded(stage=stage, step=step, numbers=finite))
 
     def note(self, text: str) -> None:
         """Show a note at once and keep it for the report."""
         self.notes.append(text)
         if self.console is not None:
             say(self.console, f"note: {text}")
+        self.emit(Noted(text=text))
 
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop, on any rank where they are together."""
@@ -99,27 +112,21 @@ class MemoryLog:
 
 
 class FileLog(MemoryLog):
-    """Writes records to ``log.jsonl`` and to the trackers.
+    """Writes records to ``log.jsonl``.
 
     The file is opened by ``open``, or by the first record.
 
     Args:
         folder: the run directory; an earlier part of the same run is continued.
         console: where people look.
-        trackers: fed every record.
         stopping: tells whether the run is to stop.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        console: Console,
-        trackers: Sequence[Tracker] = (),
-        stopping: Callable[[], bool] = lambda: False,
+        self, folder: Path, console: Console, stopping: Callable[[], bool] = lambda: False
     ) -> None:
         super().__init__(console, stopping)
         self.path = folder / "log.jsonl"
-        self.trackers = trackers
         self._file: TextIO | None = None
 
     def open(self) -> None:
@@ -150,11 +157,10 @@ class FileLog(MemoryLog):
     def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Write one line; numbers that are not finite are written as null."""
         finite = _finite(numbers)
-        self._write({"stage": stage, "step": step, "numbers": finite}, finite)
+        self._write({"stage": stage, "step": step, "numbers": finite})
+        self.emit(Recorded(stage=stage, step=step, numbers=finite))
 
-    def _write(
-        self, line: dict[str, Any], numbers: Mapping[str, float | None] | None = None
-    ) -> None:
+    def _write(self, line: dict[str, Any]) -> None:
         if not distributed.is_first():
             return
         if self._file is None:
@@ -163,8 +169,6 @@ class FileLog(MemoryLog):
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for tracker in self.trackers if numbers is not None else ():
-                tracker.record(line["stage"], line["step"], numbers or {})
         except OSError as error:
             raise RunDirectoryError(
                 f"the log in {self.path.parent} cannot be written: {error.strerror}; what was "

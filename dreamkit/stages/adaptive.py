@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import nn
 
 from dreamkit.errors import DreamkitError, OptionError
-from dreamkit.stages.dreaming import Dreaming, dreaming, open_store
+from dreamkit.stages.dreaming import Dreaming, dreaming
+from dreamkit.stages.run_store import open_store
 from dreamkit.store.pool import Pool
 from dreamkit.store.source import is_own_dreams
 from dreamkit.types import Application, Images, ImageSource, RunContext, Synthesis, Teacher

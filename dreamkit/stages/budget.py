@@ -16,7 +16,7 @@ from torch import nn
 from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.table import LookUpTable
-from dreamkit.pruning.prospect import Prospect
+from dreamkit.pruning.cost_model import CostModel
 from dreamkit.stages.measuring import time_models
 from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
@@ -117,7 +117,7 @@ class Budget:
         """Return the latency that is asked for, in milliseconds.
 
         Args:
-            teacher_ms: the teacher's, measured beside what is to be judged.
+            teacher_ms: the teacher's, measured beside it.
         """
         share, limit = self.target.latency, self.target.latency_ms
         return min(math.inf if limit is None else limit, (share or math.inf) * teacher_ms)
@@ -155,7 +155,7 @@ class Budget:
         if "latency" in self.goals:
             shapes = self.table.shapes(model, self.size)
             self.table.prepare(shapes.values())
-            amounts["latency"] = Prospect(shapes).total(self.table.predict)
+            amounts["latency"] = CostModel(shapes).total(self.table.predict)
         return amounts
 
     def shares(self, model: nn.Module, channels: int) -> dict[str, float]:
@@ -203,15 +203,15 @@ class Budget:
             groups: of it.
             shares: its.
         """
-        prospect = Prospect(self.table.shapes(model, self.size))
-        now = {name: prospect.total(cost) for name, cost in self.costs.items()}
+        cost_model = CostModel(self.table.shapes(model, self.size))
+        now = {name: cost_model.total(cost) for name, cost in self.costs.items()}
         left = all_channels = sum(group.channels for group in groups)
 
         def enough(chunk: Chunk) -> bool:
             nonlocal left
-            prospect.take(chunk.group, len(chunk.channels))
+            cost_model.take(chunk.group, len(chunk.channels))
             left -= len(chunk.channels)
-            after = {n: shares[n] * prospect.total(c) / now[n] for n, c in self.costs.items()}
+            after = {n: shares[n] * cost_model.total(c) / now[n] for n, c in self.costs.items()}
             after["channels"] = shares["channels"] * left / all_channels
             return self.met(after)
 
@@ -232,20 +232,20 @@ class Budget:
             most: share of what the teacher costs that a round saves at the most.
             chunks: of each group, in the order in which they may go.
         """
-        prospect = Prospect(self.table.shapes(model, self.size))
+        cost_model = CostModel(self.table.shapes(model, self.size))
         if "latency" in self.goals:
             # Together: a machine changes more from one run to the next than a chunk saves.
             changed = (
                 shape
                 for group in chunks
                 for channels in itertools.accumulate(len(chunk.channels) for chunk in group)
-                for shape in group[0].group.shapes_without(prospect.shapes, channels).values()
+                for shape in group[0].group.shapes_without(cost_model.shapes, channels).values()
             )
-            self.table.prepare(itertools.chain(prospect.shapes.values(), changed))
+            self.table.prepare(itertools.chain(cost_model.shapes.values(), changed))
         found: list[tuple[Callable[[ChannelGroup, int], float], float]] = []
 
         def saved(cost: Callable[[LayerShape], float], group: ChannelGroup, channels: int) -> float:
-            return prospect.saved(group, channels, cost)
+            return cost_model.saved(group, channels, cost)
 
         for name, goal in self.goals.items():
             share = min(most, shares[name] - goal)
@@ -256,6 +256,6 @@ class Budget:
                 continue
             cost = self.costs[name]
             # Shapes do not tell all of a cost: what is saved is a share of what they do tell.
-            need = share / shares[name] * prospect.total(cost)
+            need = share / shares[name] * cost_model.total(cost)
             found.append((partial(saved, cost), need))
         return found

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from dreamkit.errors import MissingPath, OptionError
-from dreamkit.pruning.selection import Limits
-from dreamkit.registry import Term, TermsOf
+from dreamkit.pruning.selection import Greedy, Limits
+from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.budget import Target
 from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.teaching import Recovery
-from dreamkit.types import Criterion
+from dreamkit.types import Criterion, Selection
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class ChannelPruning:
         finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
             dreams; null prunes without a pause.
         limits: floors and chunk size.
-        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper),
-            or ``knapsack``, the least importance that saves what a round has to (HALP; Shen et
-            al., NeurIPS 2022).
+        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper);
+            ``knapsack``, the least importance that saves what a round has to (HALP; Shen et al.,
+            NeurIPS 2022); or a plugin's.
         step: what is removed between two rankings at the most, a share of the prunable channels
             (``greedy``) or of what each goal counts (``knapsack``).
         ranking_batches: batches of images a ranking is averaged over.
@@ -56,7 +56,7 @@ class ChannelPruning:
     reconstruct_each: bool = False
     finetune: Recovery | None = None
     limits: Limits = field(default_factory=Limits)
-    selection: Literal["greedy", "knapsack"] = "greedy"
+    selection: Annotated[Selection, EntryOf("selections")] = field(default_factory=Greedy)
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=2)] = 64

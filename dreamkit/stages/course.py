@@ -16,11 +16,11 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.pruning.head import grow_head
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import NO_LABEL, Event, Images, ImageSource, RunLog, Teacher
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: st
         origin: of the copy, for its card.
     """
     classes = old.card.num_classes + len(class_names)
-    surgery = Surgery.from_json(old.surgery)
+    pruning_record = PruningRecord.from_json(old.pruning_record)
     model = trainable_copy(old.model)
-    grow_head(model, old.card.input_size, classes, seed, surgery)
+    grow_head(model, old.card.input_size, classes, seed, pruning_record)
     names = old.card.class_names
     card = dataclasses.replace(
         old.card,
@@ -155,7 +155,7 @@ def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: st
         weights_sha256=None,
         notes={},
     )
-    return Teacher(model, card, old.builder, surgery.to_json())
+    return Teacher(model, card, old.builder, pruning_record.to_json())
 
 
 def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
@@ -227,6 +227,10 @@ class StepLog:
     def note(self, text: str) -> None:
         """Say something the user must know, and of which step."""
         self.log.note(self.prefix + text)
+
+    def emit(self, event: Event) -> None:
+        """Tell those who listen what happened."""
+        self.log.emit(event)
 
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop."""

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.stages.batches import as_stored, batch_plans
+from dreamkit.stages.run_store import open_store, report_synthesis, run_store
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
+    BatchDreamed,
     BatchPlan,
     Dreamer,
     Estimate,
@@ -24,6 +26,7 @@ from dreamkit.types import (
     Synthesis,
     Teacher,
 )
+from dreamkit.wording import duration
 
 _CURVE_POINTS = 40
 
@@ -69,49 +72,6 @@ def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext
     return store.open()
 
 
-def report_synthesis(context: RunContext, store: DreamStore) -> None:
-    """Add the metrics of a run's dreams."""
-    metrics = context.log.metrics
-    metrics["synthesis.images"] = len(store)
-    metrics["synthesis.skipped_batches"] = len(store.skipped)
-    metrics["synthesis.seconds"] = store.seconds
-    rate = len(store) / store.seconds * distributed.size()
-    metrics["synthesis.images_per_second"] = rate
-    if store.r_feature is not None:
-        metrics["synthesis.r_feature"] = store.r_feature
-    content = store.open()
-    right = content.teacher_logits.argmax(1) == content.labels
-    metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
-
-
-def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
-    """Return the run's store, and tell what it left out."""
-    with distributed.first_before_others():
-        store = _store(teacher, synthesis, context)
-        if distributed.is_first():
-            store.mend()
-    distributed.together()  # before the first rank adds what the rest might find there
-    for note in store.notes:
-        context.log.note(note)
-    for batch in store.skipped.values():
-        note = f"batch {batch.index} was left out ({batch.reason})"
-        if store.state is None:  # else later ones build on its absence
-            note += f"; to try it again, remove {store.folder / batch.file}"
-        context.log.note(note)
-    return store
-
-
-def _store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
-    return DreamStore(
-        context.folder / RunContext.DREAMS,
-        {
-            "seed": context.seed,
-            "teacher_sha256": teacher.card.weights_sha256,
-            "synthesis": dict(synthesis.settings),
-        },
-    )
-
-
 def estimate_synthesis(
     teacher: Teacher, synthesis: Synthesis, context: RunContext, student: nn.Module | None = None
 ) -> Estimate | None:
@@ -125,7 +85,7 @@ def estimate_synthesis(
         context: the run's.
         student: what the teacher is to compete with, if that is trained meanwhile.
     """
-    store = _store(teacher, synthesis, context)
+    store = run_store(teacher, synthesis, context)
     if not store.lacks(synthesis.synthesizer.images):
         return None
     with synthesis.synthesizer.session(
@@ -191,7 +151,7 @@ class Dreaming:
         batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
         batches += f" on {ranks} ranks" if ranks > 1 else ""
         context.log.note(
-            f"dreaming {images} images in {batches}: about {format_duration(cost.seconds)}, "
+            f"dreaming {images} images in {batches}: about {duration(cost.seconds)}, "
             f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
         )
         return cost
@@ -217,12 +177,12 @@ class Dreaming:
             on_step(plan, self.steps)  # it may have stopped early
         if distributed.size() > 1:
             mine_skipped = set(self.store.skipped)
-            distributed.together()
+            distributed.barrier()
             self.store.refresh(plan.index for plan in plans)
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
-            for records in distributed.gathered(self.records):
+            for records in distributed.gather(self.records):
                 for stage, step, numbers in records:
                     self.context.log.record(stage, step, numbers)
             self.records = []
@@ -255,6 +215,9 @@ class Dreaming:
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
         self.store.write(index, content, seconds, dream.loss, r_feature, state)
+        log.emit(
+            BatchDreamed(index=index, images=content.images, labels=content.labels, loss=dream.loss)
+        )
         if r_feature is not None:
             self._record("batches", index, {"r_feature": r_feature})
             self._record("r_feature by layer", index, per_layer)
@@ -284,37 +247,24 @@ def dreaming(
         student: in training, for the teacher to compete with.
     """
     log = context.log
-    # What is left to the machine is settled by the first rank, for the rest to do likewise.
-    settled = store.choices if distributed.is_first() else distributed.agreed(store.choices)
+    # What is left to the machine is resolved by the first rank, for the rest to do likewise.
+    resolved = store.choices if distributed.is_first() else distributed.broadcast(store.choices)
     with synthesis.synthesizer.session(
-        teacher, context.device, settled, log.note, student
+        teacher, context.device, resolved, log.note, student
     ) as dreamer:
         work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         if work.missing():
             work.estimate()
         if distributed.is_first():
-            distributed.agreed(dict(dreamer.choices))
+            distributed.broadcast(dict(dreamer.choices))
         state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
         if not store.choices:
-            store.choices = dict(settled or dreamer.choices)
+            store.choices = dict(resolved or dreamer.choices)
         elif store.choices != dreamer.choices:
             log.note(
                 f"the dreams that are kept were made with {store.choices}, and the rest are made "
                 f"with {dict(dreamer.choices)}: an undisturbed run's would differ a little"
             )
         yield work
-
-
-def format_duration(seconds: float) -> str:
-    """Write a time the way people say it: ``40 s``, ``12 min``, ``3 h 10 min``, ``2 d 4 h``."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -19,9 +19,8 @@ from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state, seeded
 from dreamkit.pruning.graph import ChannelGraph, Skipped
-from dreamkit.pruning.knapsack import choose_knapsack
-from dreamkit.pruning.selection import choose, removable
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
+from dreamkit.pruning.selection import removable
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.measuring import glance, time_models
@@ -33,7 +32,15 @@ from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.types import ChannelGroup, Images, PruningStep, RunContext, Teacher
+from dreamkit.types import (
+    ChannelGroup,
+    Images,
+    PruningStep,
+    RoundPruned,
+    RunContext,
+    SelectionStep,
+    Teacher,
+)
 
 SEEDS_OF_A_PAUSE = 1000
 """How far the seeds of two trainings of a run lie apart: more than one training uses."""
@@ -57,14 +64,15 @@ class PruningRun:
         self.context = context
         self.card = teacher.card
         self.student = trainable_copy(teacher.model)
-        self.cut = Surgery()
+        self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = torch.Generator().manual_seed(context.seed)
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
         self.table = self._read_tables()
-        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut)
+        rules = context.channel_rules
+        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
         groups, skipped = self.graph.groups()
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
@@ -131,8 +139,10 @@ class PruningRun:
                 removed = self._round()
                 self.seconds += time.perf_counter() - start
                 self.rounds += 1
-                log.record("pruning", self.rounds, self._look(removed))
+                numbers = self._look(removed)
+                log.record("pruning", self.rounds, numbers)
                 self._save()
+                log.emit(RoundPruned(round=self.rounds, numbers=numbers))
                 log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))
         log.metrics["pruning.seconds"] = self.seconds
@@ -163,14 +173,17 @@ class PruningRun:
         options, budget = self.options, self.budget
         # What is timed for them must be the same on every rank.
         ranked = [group for group in groups if group.name in self.open]
-        scores = distributed.agreed(self.importance(ranked))
+        scores = distributed.broadcast(self.importance(ranked))
         chunks = removable(ranked, scores, self.originals, options.limits)
-        if options.selection == "knapsack":
-            needs = budget.needs(self.student, self.shares, options.step, chunks)
-            with placed("selection"):
-                return choose_knapsack(chunks, needs, self.context.log.note) or {}
-        most = max(1, round(options.step * sum(self.originals.values())))
-        return choose(chunks, most, budget.watch(self.student, groups, self.shares))
+        step = SelectionStep(
+            chunks=chunks,
+            channels=max(1, round(options.step * sum(self.originals.values()))),
+            enough=budget.watch(self.student, groups, self.shares),
+            shortfall=lambda: budget.needs(self.student, self.shares, options.step, chunks),
+            note=self.context.log.note,
+        )
+        with placed("selection"):
+            return options.selection(step)
 
     def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
@@ -237,7 +250,7 @@ class PruningRun:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
         found = {"removed_channels": float(removed), **self.shares}
         found |= glance(self.student, self.teacher, self.context)
-        if self.table.points:
+        if self.table.asked:
             size, latency = self.card.input_size, self.context.latency
             timing = time_models({"student": self.student}, size, latency)["student"]
             found["latency_ms"] = timing.median_ms

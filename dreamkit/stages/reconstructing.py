@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.training.batches import drawn, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext, RunLog, Teacher
@@ -42,7 +42,7 @@ class Reconstruction:
 def reconstruct_student(
     teacher: Teacher,
     student: nn.Module,
-    surgery: Surgery,
+    pruning_record: PruningRecord,
     images: Images,
     options: Reconstruction,
     context: RunContext,
@@ -57,7 +57,7 @@ def reconstruct_student(
     Args:
         teacher: that it is fitted to.
         student: what pruning left; changed in place.
-        surgery: what it lacks of the teacher.
+        pruning_record: what it lacks of the teacher.
         images: stored.
         options: how.
         context: the run's.
@@ -74,9 +74,11 @@ def reconstruct_student(
             advance(round(1000 * done / of))
             context.log.check(together=True)
 
-        done = reconstruct(student, teacher.model, surgery, batches, masks, options.ridge, fitted)
+        done = reconstruct(
+            student, teacher.model, pruning_record, batches, masks, options.ridge, fitted
+        )
     left = [name for name, _ in weighted_layers(student) if name not in done]
-    lost = [name for name in left if f"{name}.weight" in {*surgery.kept, *(masks or {})}]
+    lost = [name for name in left if f"{name}.weight" in {*pruning_record.kept, *(masks or {})}]
     if lost:
         context.log.note(
             f"reconstruction: {and_more(lost)} cannot be fitted, so BatchNorm's "

@@ -15,7 +15,8 @@ from torch import nn
 from dreamkit.errors import placed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
-from dreamkit.stages.dreaming import images_of, report_synthesis
+from dreamkit.stages.dreaming import images_of
+from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.training_run import TrainingRun
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.distillation import Distillation, Distiller

@@ -34,18 +34,22 @@ class Artifact:
     Args:
         builder: a teacher entry, e.g. ``{"source": "torchvision", "model": "resnet50"}``.
         card: of the student.
-        surgery: what pruning removed, as ``dreamkit.pruning.surgery`` writes it; empty if nothing.
+        pruning_record: what pruning removed, as ``PruningRecord`` writes it; empty if nothing.
         state: the weights.
     """
 
     builder: dict[str, Any]
     card: Card
-    surgery: dict[str, Any]
+    pruning_record: dict[str, Any]
     state: dict[str, Tensor]
 
 
 def write_artifact(
-    folder: Path, model: nn.Module, card: Card, builder: dict[str, Any], surgery: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    card: Card,
+    builder: dict[str, Any],
+    pruning_record: dict[str, Any],
 ) -> None:
     """Save a student; the specification is written last and vouches for the weights."""
     try:
@@ -61,7 +65,7 @@ def write_artifact(
         "builder": builder,
         "card": card.to_json(),
         "weights_sha256": hashlib.sha256(blob).hexdigest(),
-        "surgery": surgery,
+        "pruning_record": pruning_record,
     }
     write_json(folder / SPECIFICATION, specification)
 
@@ -89,7 +93,7 @@ def read_artifact(folder: Path) -> Artifact:
         return Artifact(
             specification["builder"],
             Card.from_json(specification["card"]),
-            specification["surgery"],
+            specification["pruning_record"],
             safetensors.torch.load(blob),
         )
     except FileNotFoundError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamkit.arithmetic import settled
+from dreamkit.arithmetic import resolve_precision
 from dreamkit.errors import NonFiniteLoss
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
@@ -28,7 +28,7 @@ class Session:
         teacher: frozen, on ``device``.
         loss: of the teacher, and of the competitor on ``device`` if there is one.
         device: where to work.
-        choices: what an earlier session settled.
+        choices: what an earlier session resolved.
         note: told what the user must know.
     """
 
@@ -56,7 +56,7 @@ class LossDreamer(ABC):
         choices = session.choices
         precision = choices.get("precision", engine.precision)
         self.engine = Engine(
-            precision=settled(precision, self.device, self.teacher.model),
+            precision=resolve_precision(precision, self.device, self.teacher.model),
             compile=choices.get("compile", engine.compile),
         )
         self.evaluator = self.engine.evaluator(self.terms, self.device, self.note)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dreamkit.arithmetic import Precision, autocast, settled
+from dreamkit.arithmetic import Precision, autocast, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.views import View
@@ -61,7 +61,7 @@ class Engine:
         note: Callable[[str], None] = lambda text: None,
     ) -> Evaluator:
         """Return what evaluates an objective on a device, eager as yet."""
-        return Evaluator(objective, device, settled(self.precision, device), note)
+        return Evaluator(objective, device, resolve_precision(self.precision, device), note)
 
 
 @contextmanager

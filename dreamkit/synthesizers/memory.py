@@ -76,10 +76,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def largest_batch(trial: Callable[[int], None], limit: int, device: torch.device) -> int:
-    """Find the largest batch that fits.
-
-    Sizes double as long as memory use, taken as proportional, lets them; the rest is one more
-    trial, a multiple of 8.
+    """Find the largest batch that fits: sizes double as long as memory lets them, then fill it.
 
     Args:
         trial: does the work with a batch of a size.

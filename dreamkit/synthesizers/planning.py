@@ -65,16 +65,8 @@ def prepare(
     estimate = Estimate(batches * eager, peak.total)
     chosen_here = engine.compile == "auto"
     if chosen_here:
-        shapes = {tuple(phase.images.shape) for phase in phases}
-        cost = len(shapes) * compile_seconds
-        speedup = EXPECTED_SPEEDUP.get(device.type, EXPECTED_SPEEDUP["cpu"])
-        saved = estimate.seconds * (1 - 1 / speedup)
-        engine = replace(engine, compile=saved > cost)
-        if saved <= cost:
-            note(
-                f"inversion runs without compilation: compiling takes about {cost:.0f} s and "
-                f"would save about {saved:.0f} s"
-            )
+        cost = len({tuple(phase.images.shape) for phase in phases}) * compile_seconds
+        engine = replace(engine, compile=_pays(estimate.seconds, cost, device, note))
     if engine.compile is not True:
         return engine, estimate
     start = time.perf_counter()
@@ -95,6 +87,17 @@ def prepare(
         # A graph's memory was allocated as it was recorded, and replaying it allocates none.
         memory = max(memory, estimate.memory_bytes)
     return engine, Estimate(spent + batches * compiled, memory)
+
+
+def _pays(seconds: float, cost: float, device: torch.device, note: Callable[[str], None]) -> bool:
+    """Whether compiling, at a cost in seconds, saves more; noted if not."""
+    saved = seconds * (1 - 1 / EXPECTED_SPEEDUP.get(device.type, EXPECTED_SPEEDUP["cpu"]))
+    if saved <= cost:
+        note(
+            f"inversion runs without compilation: compiling takes about {cost:.0f} s and "
+            f"would save about {saved:.0f} s"
+        )
+    return saved > cost
 
 
 def compile_phases(evaluator: Evaluator, phases: Sequence[Phase]) -> str | None:

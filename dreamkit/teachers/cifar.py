@@ -104,11 +104,11 @@ class CifarTeacher(TeacherSource):
             load_into(model, named, self.weights)
         origin = self.weights or "random weights"
         card = self._card(self._written(), origin, hash_weights(model))
-        settled = {
+        resolved = {
             key: getattr(card, key)
             for key in ("num_classes", "input_size", "mean", "std", "class_names")
         }
-        return Teacher(model.eval(), card, {"source": "cifar", "model": self.model} | settled)
+        return Teacher(model.eval(), card, {"source": "cifar", "model": self.model} | resolved)
 
     def _written(self) -> dict[str, Any]:
         """Return the card that lies beside the weights; empty if there is none."""

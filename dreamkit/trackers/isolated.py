@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamkit.isolation import Isolated
-from dreamkit.types import Tracker
+from dreamkit.types import Event, Recorded, RunFinished, RunStarted, Tracker
 
 
 class IsolatedTrackers:
@@ -23,6 +23,15 @@ class IsolatedTrackers:
         self._open = list(trackers)
         named = [(f"the tracker {type(tracker).__name__}", tracker) for tracker in trackers]
         self._trackers = Isolated(named, note)
+
+    def hear(self, event: Event) -> None:
+        """Pass on what trackers are told of a run's events."""
+        if isinstance(event, RunStarted) and event.folder is not None:
+            self.start(event.folder, event.recipe, event.resumed)
+        elif isinstance(event, Recorded):
+            self.record(event.stage, event.step, event.numbers)
+        elif isinstance(event, RunFinished):
+            self.finish(event.report["metrics"])
 
     def start(self, folder: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
         """Begin a run; the arguments are those of ``Tracker.start``."""

@@ -64,7 +64,7 @@ def recalibrate(
 
 
 @torch.no_grad()
-def restate(
+def refresh(
     model: nn.Module, images: Images, card: Card, device: torch.device, batch_size: int
 ) -> None:
     """Let every BatchNorm state what it is given, and compute in eval mode what it did.
@@ -85,7 +85,9 @@ def restate(
     with eval_mode(model):
         seen = _inputs(model, layers, images, card, device, None, batch_size)
     # Ranks may differ in the last bit, and are to have one network.
-    found = distributed.agreed([(m.mean.cpu(), (m.squares / m.count).cpu()) for m in seen.values()])
+    found = distributed.broadcast(
+        [(m.mean.cpu(), (m.squares / m.count).cpu()) for m in seen.values()]
+    )
     for layer, (mean, variance) in zip(seen, found, strict=True):
         scale, shift, old_mean, old_variance = (
             getattr(layer, name) for name in ("weight", "bias", "running_mean", "running_var")

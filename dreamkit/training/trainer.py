@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dreamkit import distributed
-from dreamkit.arithmetic import autocast, settled
+from dreamkit.arithmetic import autocast, resolve_precision
 from dreamkit.card import Card
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.errors import DreamkitError
@@ -65,7 +65,7 @@ class Trainer(ABC, Generic[Options]):
         self.done = 0
         self.network: nn.Module = student
         """The student, with its gradients averaged over ranks where there are several."""
-        self.precision = settled(options.precision, device, student)
+        self.precision = resolve_precision(options.precision, device, student)
         lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
@@ -226,7 +226,7 @@ class Trainer(ABC, Generic[Options]):
 
 def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:
     """Lay a student's weights out as its training reads them fastest."""
-    if settled(options.precision, device, student) == "bfloat16":
+    if resolve_precision(options.precision, device, student) == "bfloat16":
         student.to(memory_format=torch.channels_last)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields, is_dataclass
 from typing import get_args
 
 from dreamkit.types.channels import ChannelRule
@@ -59,6 +60,12 @@ def check_entry(kind: str, cls: type) -> None:
         mend = f": derive it from dreamkit.plugin.{base.__name__}"
     if lacking:
         raise TypeError(f"{cls.__name__} has no {', '.join(map(repr, lacking))}{mend}")
+    if is_dataclass(cls):
+        for hidden in (f.name for f in fields(cls) if isinstance(f.default, property)):
+            raise TypeError(
+                f"{cls.__name__}.{hidden} is a property of {base.__name__}: an option of that name "
+                "needs a default"
+            )
     if kind in NEEDS:
         check_needs(cls, NEEDS[kind])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -116,7 +117,7 @@ class Estimate:
 
 
 class Dreamer(Protocol):
-    """A synthesizer bound to a teacher on a device, with every option settled.
+    """A synthesizer bound to a teacher on a device, with every option resolved.
 
     ``choices`` are those options that the recipe left to the machine and that dreams depend on,
     as plain data: given to the next session, they make the same dreams of the same plan.
@@ -128,10 +129,10 @@ class Dreamer(Protocol):
 
     @property
     def choices(self) -> Mapping[str, Any]:
-        """What was settled."""
+        """What was resolved."""
 
     def prepare(self, images: int) -> Estimate:
-        """Time a few steps, settle what depends on the time, and estimate the cost of images."""
+        """Time a few steps, resolve what depends on the time, and estimate the cost of images."""
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
         """Synthesise one batch.
@@ -193,7 +194,7 @@ class Synthesizer(ABC):
         Args:
             teacher: on ``device``.
             device: where to work.
-            choices: what an earlier session of the same work settled.
+            choices: what an earlier session of the same work resolved.
             note: told what the user must know.
             student: on ``device``, trained between dreams; each batch is dreamed against it as
                 it then is, if the recipe names no other.
@@ -211,3 +212,9 @@ class Synthesis:
 
     synthesizer: Synthesizer
     settings: Mapping[str, Any]
+
+    def of(self, images: int) -> Synthesis:
+        """Return the same dreaming of another number of images."""
+        other = copy.copy(self.synthesizer)
+        object.__setattr__(other, "images", images)  # entries are frozen, and some no dataclasses
+        return replace(self, synthesizer=other)

@@ -90,7 +90,7 @@ class LatencyTable(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per forward pass: the median, and the middle half's width."""
+    """Milliseconds per forward pass: the median, and the interquartile range."""
 
     median_ms: float
     spread_ms: float

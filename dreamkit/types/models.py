@@ -19,13 +19,13 @@ class Teacher:
         model: in eval mode.
         card: of the model.
         builder: the recipe entry that builds it, unweighted.
-        surgery: what was pruned of what that builds, as ``pruning.surgery`` writes it.
+        pruning_record: what was pruned of what that builds, as ``PruningRecord`` writes it.
     """
 
     model: nn.Module
     card: Card
     builder: dict[str, Any]
-    surgery: dict[str, Any] = field(default_factory=dict)
+    pruning_record: dict[str, Any] = field(default_factory=dict)
 
 
 class TeacherSource(ABC):

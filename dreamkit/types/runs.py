@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
+from dreamkit.types.channels import ChannelRule
+from dreamkit.types.events import Event
 from dreamkit.types.images import Images
 from dreamkit.types.inversion import Synthesis
 from dreamkit.types.latency import LatencyBackend
@@ -40,6 +43,9 @@ class RunLog(Protocol):
     def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show progress of ``total`` units; the callable takes how many are done. Times it."""
 
+    def emit(self, event: Event) -> None:
+        """Tell those who listen, plugins and trackers, what happened."""
+
     def check(self, together: bool = False) -> None:
         """Raise KeyboardInterrupt if the run is to stop; call it where nothing is lost by that.
 
@@ -59,6 +65,7 @@ class RunContext:
         log: takes records, notes, progress and metrics.
         latency: times models on the target; asked only where a criterion or a goal needs it.
         evaluation: real images, None where there are none.
+        channel_rules: how layers and operations treat channels, beside those known to pruning.
     """
 
     seed: int
@@ -67,6 +74,7 @@ class RunContext:
     log: RunLog
     latency: LatencyBackend
     evaluation: Images | None = None
+    channel_rules: tuple[ChannelRule, ...] = ()
 
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"
@@ -107,8 +115,11 @@ class Application(ABC):
         return False
 
     def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
-        """Return the student as it is before its training, on the context's device."""
-        raise NotImplementedError
+        """Return the student as it is before its training, on the context's device.
+
+        By default a copy of the teacher, as what is pruned or extended starts from.
+        """
+        return replace(teacher, model=copy.deepcopy(teacher.model))
 
     def planned(
         self, teacher: Teacher, synthesis: Synthesis, context: RunContext

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.types import RunContext, StoredImages, Teacher
+from dreamkit.types import LatencyBackend, RunContext, StoredImages, Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def make_images(count, size=(3, 8, 8), classes=3):
     return StoredImages(pixels, torch.arange(count) % classes)
 
 
-class Untimed:
+class Untimed(LatencyBackend):
     """A latency target that fails the test if anything is timed on it."""
 
     batch_size = 1

@@ -18,6 +18,7 @@ from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.criteria.taylor import Taylor
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
+from dreamkit.pruning.knapsack import Knapsack
 from dreamkit.pruning.selection import Limits
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -32,7 +33,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.training.distillation import Distillation
 from dreamkit.training.incremental import IncrementalTraining
-from dreamkit.types import Outcome, StoredImages, Synthesis, Teacher, Timing
+from dreamkit.types import LatencyBackend, Outcome, StoredImages, Synthesis, Teacher, Timing
 
 SHORT = {"steps": 4, "batch_size": 4, "precision": "float32"}
 ADAPTIVE = Adaptive(every=1)
@@ -61,7 +62,7 @@ class Held:
         return self.images
 
 
-class Counting:
+class Counting(LatencyBackend):
     """A latency target on which everything takes a microsecond a weight; counts what it times."""
 
     batch_size = 1
@@ -232,7 +233,7 @@ LATENCY_LUT = (Term("magnitude", 1.0, Magnitude()), Term("latency_lut", 1.0, Lat
         ({"criteria": LATENCY_LUT}, False),
         ({"target": Target(latency=0.7)}, True),
         ({"target": Target(latency_ms=0.25)}, True),
-        ({"target": Target(latency=0.7), "selection": "knapsack"}, True),
+        ({"target": Target(latency=0.7), "selection": Knapsack()}, True),
     ],
 )
 def test_latency_is_measured_for_a_criterion_or_a_goal(toys, teacher, tmp_path, asked, reported):
@@ -251,7 +252,7 @@ def test_latency_is_measured_for_a_criterion_or_a_goal(toys, teacher, tmp_path, 
 @pytest.mark.parametrize(
     "changes",
     [{"target": Target(**{goal: 0.7})} for goal in ("flops", "params", "channels")]
-    + [{"selection": "knapsack"}],
+    + [{"selection": Knapsack()}],
 )
 def test_no_latency_is_measured_for_other_goals(toys, teacher, tmp_path, changes):
     context = toys.context(tmp_path)  # that fails if anything is timed

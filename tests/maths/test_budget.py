@@ -17,8 +17,9 @@ from dreamkit.errors import DreamkitError, NothingToPrune, OptionError, StoreErr
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.selection import LayerLimits, Limits, removable
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.knapsack import Knapsack
+from dreamkit.pruning.record import PruningRecord
+from dreamkit.pruning.selection import Greedy, LayerLimits, Limits, removable
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.stages import measuring, pruning_run
@@ -31,6 +32,7 @@ from dreamkit.training.losses.distillation import LogitDistance
 from dreamkit.types import LatencyBackend, Timing
 
 SIZE = (3, 8, 8)
+SELECTIONS = {"greedy": Greedy(), "knapsack": Knapsack()}
 
 
 class Weights(LatencyBackend):
@@ -222,7 +224,7 @@ FIT = Reconstruction(images=24, batch_size=8)
 def test_goals_are_met_and_hardly_overshot(toys, teacher, tmp_path, selection, goal):
     timed = goal == "latency"
     run = toys.context(tmp_path, latency=Weights() if timed else None)
-    options = pruning(target=Target(**{goal: 0.6}), selection=selection)
+    options = pruning(target=Target(**{goal: 0.6}), selection=SELECTIONS[selection])
     outcome = options.run(teacher, toys.images(24), run)
     metrics = run.log.metrics
     reached = metrics[f"pruned.{goal}_ratio"]
@@ -251,9 +253,9 @@ def test_what_pruning_left_is_fitted_to_the_teacher(toys, teacher, tmp_path):
 
 
 def rebuilt(toys, student):
-    """Return a fresh network that is cut as a student's surgery says, with its weights."""
+    """Return a fresh network that is cut as a student's pruning_record says, with its weights."""
     model = toys.two_bn()
-    Surgery.from_json(student.surgery).rebuild(model)
+    PruningRecord.from_json(student.pruning_record).rebuild(model)
     model.load_state_dict(student.model.state_dict())
     return model.eval()
 
@@ -263,7 +265,7 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, teacher, 
     options = pruning(recovery=UNTRAINED, reconstruction=FIT, reconstruct_each=True, finetune=tuned)
     student = options.run(teacher, toys.images(24), context).student
     whole = teacher.model.state_dict()
-    places = student.surgery["kept"].get("bn1.weight", [None])[0]
+    places = student.pruning_record["kept"].get("bn1.weight", [None])[0]
     scales = whole["bn1.weight"] if places is None else whole["bn1.weight"][places]
     left = student.model.state_dict()["bn1.weight"]
     assert not torch.equal(left, scales), "as finetuning left them"
@@ -321,7 +323,7 @@ def test_statistics_are_taken_anew_where_a_layer_that_lost_something_cannot_be_f
     options = pruning(recovery=UNTRAINED, reconstruction=FIT)
     student = options.run(teacher, toys.images(24), context).student
     assert context.log.details["reconstruction_left_alone"] == ["conv2"]
-    places = student.surgery["kept"].get("bn2.running_mean", [None])[0]
+    places = student.pruning_record["kept"].get("bn2.running_mean", [None])[0]
     before = teacher.model.state_dict()["bn2.running_mean"]
     assert not torch.equal(
         student.model.state_dict()["bn2.running_mean"],
@@ -374,7 +376,7 @@ def test_a_knapsack_without_an_answer_is_not_a_target_out_of_reach(
         knapsack, "milp", lambda **problem: SimpleNamespace(status=1, x=None, message="late")
     )
     with pytest.raises(DreamkitError, match="not solved in 60 s") as refused:
-        pruning(selection="knapsack").run(residual, toys.images(24), context)
+        pruning(selection=Knapsack()).run(residual, toys.images(24), context)
     assert refused.value.path == ("selection",)
 
 
@@ -470,7 +472,7 @@ def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(
     assert again.log.metrics["pruned.rounds"] == whole.log.metrics["pruned.rounds"] > 1
     assert again.log.details == whole.log.details
     assert again.log.metrics.keys() == whole.log.metrics.keys()
-    assert student.surgery == expected.surgery
+    assert student.pruning_record == expected.pruning_record
     toys.assert_same_tensors(student.model, expected.model)
 
 

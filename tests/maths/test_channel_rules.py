@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreamkit.errors import PluginError
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 
 SIZE = (3, 4, 4)
 
@@ -129,7 +129,7 @@ def test_with_a_rule_a_layer_of_ones_own_is_pruned():
     torch.testing.assert_close(model(images()), whole(images()))
     # Nobody needs the rule to do it again.
     fresh = net(Scale(4))
-    Surgery.from_json(json.loads(json.dumps(graph.surgery.to_json()))).rebuild(fresh)
+    PruningRecord.from_json(json.loads(json.dumps(graph.pruning_record.to_json()))).rebuild(fresh)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(images()), model(images()))
 

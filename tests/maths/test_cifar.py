@@ -130,7 +130,9 @@ def test_channels_can_be_removed_and_students_reload(name, tmp_path):
         assert len(groups) == (int(name.removeprefix("resnet")) - 2) // 2
     # Half the channels are a quarter of most weights, or half where one end of a block stays.
     assert sum(p.numel() for p in teacher.model.parameters()) < (0.52 if padded else 0.3) * before
-    write_artifact(tmp_path, teacher.model, teacher.card, teacher.builder, graph.surgery.to_json())
+    write_artifact(
+        tmp_path, teacher.model, teacher.card, teacher.builder, graph.pruning_record.to_json()
+    )
     loaded = dreamkit.load_student(tmp_path)
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     with torch.no_grad():

@@ -19,7 +19,6 @@ from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
     dream_into_store,
     estimate_synthesis,
-    format_duration,
     images_of,
 )
 from dreamkit.store.dreams import DreamStore
@@ -29,6 +28,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan, Dream, Estimate, RunContext, Synthesis, Teacher
+from dreamkit.wording import duration
 
 
 @dataclass
@@ -312,7 +312,7 @@ def test_a_run_of_which_every_batch_overflows_is_an_error(run):
     assert not (run.folder / "dreams").exists()
 
 
-# --- what it costs, and what was settled --------------------------------------------------------
+# --- what it costs, and what was resolved --------------------------------------------------------
 
 
 def test_the_cost_is_told_before_and_reported(run):
@@ -386,7 +386,7 @@ def test_an_estimate_dreams_nothing(run):
     ],
 )
 def test_durations_as_people_say_them(seconds, text):
-    assert format_duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatch):
@@ -395,17 +395,17 @@ def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatc
     run.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
         run.dream()
-    settled = stored_by(run).choices
-    assert settled["batch_size"] == 3
-    assert settled["compile"] is False
-    assert settled["precision"] in {"float32", "bfloat16"}
+    resolved = stored_by(run).choices
+    assert resolved["batch_size"] == 3
+    assert resolved["compile"] is False
+    assert resolved["precision"] in {"float32", "bfloat16"}
     # The rest of the run has more memory and a processor that knows less, and does not care.
     monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     run.synthesizer.stop_before = None
     assert len(run.dream()) == 7
     assert run.synthesizer.dreamed == [0, 1, 2]
-    assert stored_by(run).choices == settled
+    assert stored_by(run).choices == resolved
 
 
 def test_what_was_settled_and_cannot_be_had_any_more_is_said(run, monkeypatch):
@@ -422,12 +422,12 @@ def test_what_was_settled_and_cannot_be_had_any_more_is_said(run, monkeypatch):
     monkeypatch.setattr(torch, "compile", compiles)
     with pytest.raises(KeyboardInterrupt):
         run.dream()
-    settled = stored_by(run).choices
-    assert settled["compile"] is True
+    resolved = stored_by(run).choices
+    assert resolved["compile"] is True
     monkeypatch.setattr(torch, "compile", fails)
     run.synthesizer.stop_before = None
     run.dream()
-    assert stored_by(run).choices == settled, "it still says how the first were made"
+    assert stored_by(run).choices == resolved, "it still says how the first were made"
     assert any("an undisturbed run's would differ" in note for note in run.log.notes)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit import compilation
-from dreamkit.arithmetic import has_native_bfloat16, settled
+from dreamkit.arithmetic import has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -128,9 +128,9 @@ def test_auto_precision_is_what_the_processor_multiplies(monkeypatch):
 
 def test_auto_precision_of_depthwise_convolutions_on_a_cpu_is_float32(monkeypatch, toys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert settled("auto", CPU, toys.depthwise()) == "float32"
-    assert settled("bfloat16", CPU, toys.depthwise()) == "bfloat16"
-    assert settled("auto", CPU, toys.two_bn()) == "bfloat16"
+    assert resolve_precision("auto", CPU, toys.depthwise()) == "float32"
+    assert resolve_precision("bfloat16", CPU, toys.depthwise()) == "bfloat16"
+    assert resolve_precision("auto", CPU, toys.two_bn()) == "bfloat16"
     given = options(engine=Engine())
     with given.session(toys.teacher(toys.depthwise()), CPU) as session:
         assert session.choices["precision"] == "float32"
@@ -265,10 +265,10 @@ def test_compiled_and_slower_is_used_only_if_asked_for(monkeypatch, toys, asked,
 def test_what_a_session_settled_holds_for_the_next(monkeypatch, toys):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     given = options(batch_size="auto", engine=Engine())
-    settled = {"batch_size": 3, "precision": "float32", "compile": False}
-    with given.session(toys.teacher(toys.two_bn()), CPU, settled) as session:
+    resolved = {"batch_size": 3, "precision": "float32", "compile": False}
+    with given.session(toys.teacher(toys.two_bn()), CPU, resolved) as session:
         session.prepare(10**9)
-        assert session.choices == settled
+        assert session.choices == resolved
         assert session.batch_size == 3
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from dreamkit.errors import ArtifactError, TeacherMismatch
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.head import find_head, grow_head
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.teachers.small_resnet import SmallResNet
 
 SIZE = (3, 32, 32)
@@ -31,15 +31,15 @@ def test_new_outputs_come_after_the_old_ones_which_stay(name):
     build, head = MODELS[name]
     model = build().eval()
     before, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
-    surgery = Surgery()
-    assert grow_head(model, (3, 64, 64), 8, seed=0, surgery=surgery) == head
+    pruning_record = PruningRecord()
+    assert grow_head(model, (3, 64, 64), 8, seed=0, pruning_record=pruning_record) == head
     logits = model(x)
     assert logits.shape == (2, 8)
     expected = before(x)  # another size of matrix rounds another way
     assert (logits[:, :5] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert model.get_submodule(head).weight[5:].std() > 0
     again = build().eval()
-    Surgery.from_json(surgery.to_json()).rebuild(again)
+    PruningRecord.from_json(pruning_record.to_json()).rebuild(again)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), logits)
     assert str(again) == str(model)
@@ -53,7 +53,7 @@ def test_the_seed_decides_the_new_weights():
             model.fc.weight.zero_()
             model.fc.bias.zero_()
         state = torch.get_rng_state()
-        grow_head(model, SIZE, 7, seed, Surgery())
+        grow_head(model, SIZE, 7, seed, PruningRecord())
         assert torch.equal(torch.get_rng_state(), state)
         assert model.fc.weight[:5].eq(0).all()
         limit = 1 / 64**0.5  # torch's linear layers: uniform, up to 1 / √inputs
@@ -69,14 +69,14 @@ def test_what_was_pruned_can_grow_and_what_grew_be_pruned():
     graph = ChannelGraph(model, SIZE)
     group = next(g for g in graph.groups()[0] if any(m.layer == "fc" for m in g.members))
     graph.remove({group.name: [0, 3]})
-    surgery = graph.surgery
-    grow_head(model, SIZE, 9, 0, surgery)
+    pruning_record = graph.pruning_record
+    grow_head(model, SIZE, 9, 0, pruning_record)
     later = ChannelGraph(model, SIZE)
     group = next(g for g in later.groups()[0] if any(m.layer == "fc" for m in g.members))
     later.remove({group.name: [1]})
     assert model.fc.weight.shape == (9, 64 - 3)
     again = SmallResNet(8, 5).eval()
-    later.surgery.after(surgery).rebuild(again)
+    later.pruning_record.after(pruning_record).rebuild(again)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
 
@@ -114,7 +114,7 @@ class _Scaled(nn.Module):
 def test_heads_of_an_unknown_kind(model, message):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TeacherMismatch, match=message):
-        grow_head(model.eval(), (3, 2, 2), 9, 0, Surgery())
+        grow_head(model.eval(), (3, 2, 2), 9, 0, PruningRecord())
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value)
 
@@ -122,7 +122,7 @@ def test_heads_of_an_unknown_kind(model, message):
 def test_a_record_that_does_not_fit():
     for grown in ({"nothing.weight": 9}, {"fc.weight": 3}, {"fc.weight": "9"}, {"fc.weight": 0}):
         with pytest.raises(ArtifactError, match="could be grown"):
-            Surgery({}, {}, grown).rebuild(SmallResNet(8, 5))
+            PruningRecord({}, {}, grown).rebuild(SmallResNet(8, 5))
 
 
 def test_find_head_leaves_the_model_alone():

@@ -1,4 +1,4 @@
-"""Channel groups, the choice of what goes, and surgery that can be repeated elsewhere."""
+"""Channel groups, the choice of what goes, and cuts that can be repeated elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from dreamkit.errors import ArtifactError, DreamkitError, TeacherMismatch
 from dreamkit.latency.layer_shapes import layer_shapes
 from dreamkit.pruning import knapsack
+from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.knapsack import choose_knapsack
-from dreamkit.pruning.prospect import Prospect
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import LayerLimits, Limits, choose, removable
-from dreamkit.pruning.surgery import Surgery
 from dreamkit.types import ChannelGroup, Member
 
 SIZE = (3, 8, 8)
@@ -36,12 +36,12 @@ def members(group):
     return {(member.layer, member.axis) for member in group.members}
 
 
-def prune(model, removals, surgery=None, size=SIZE):
+def prune(model, removals, pruning_record=None, size=SIZE):
     """Remove channels by group name; return the record."""
-    graph = ChannelGraph(model, size, surgery)
+    graph = ChannelGraph(model, size, pruning_record)
     known = {group.name for group in graph.groups()[0]}
     graph.remove({name: gone for name, gone in removals.items() if name in known})
-    return graph.surgery
+    return graph.pruning_record
 
 
 def images(count=2, size=SIZE):
@@ -254,10 +254,10 @@ def test_networks_that_move_their_channels_about(network, channels, coupled):
         (own,) = [m for m in groups[name].members if (m.layer, m.axis) == (name, "out")]
         assert own.index[own.channel == channel].tolist() == places
     whole, fresh = fill_network(network()), fill_network(network())
-    surgery = prune(model, {name: [0] for name in channels})
+    pruning_record = prune(model, {name: [0] for name in channels})
     assert model(images()).shape == (2, 3)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
-    Surgery.from_json(json.loads(json.dumps(surgery.to_json()))).rebuild(fresh)
+    PruningRecord.from_json(json.loads(json.dumps(pruning_record.to_json()))).rebuild(fresh)
     assert torch.equal(fresh(images()), model(images()))
     assert getattr(model, "window", 4) == 4, "it equals a number of channels by chance"
 
@@ -376,7 +376,7 @@ def test_tracing_leaves_the_model_as_it_was(toys):
     toys.assert_same_state(model, before)
 
 
-# --- surgery ----------------------------------------------------------------------------------
+# --- cutting ------------------------------------------------------------------------------------
 
 
 def test_cut_values_equal_slicing_by_hand(toys):
@@ -422,12 +422,12 @@ def test_rebuilt_from_json_the_outputs_are_identical(toys, toy):
     size = (3, 4, 4) if toy == "flattened" else SIZE
     cut, fresh = getattr(toys, toy)(), getattr(toys, toy)()
     before = sum(p.numel() for p in cut.parameters())
-    surgery = prune(cut, REMOVALS[toy], size=size)
+    pruning_record = prune(cut, REMOVALS[toy], size=size)
     assert sum(p.numel() for p in cut.parameters()) < before
-    with torch.no_grad():  # the weights move on after surgery, as in recovery
+    with torch.no_grad():  # the weights move on after pruning, as in recovery
         for parameter in cut.parameters():
             parameter.mul_(1.1)
-    Surgery.from_json(json.loads(json.dumps(surgery.to_json()))).rebuild(fresh)
+    PruningRecord.from_json(json.loads(json.dumps(pruning_record.to_json()))).rebuild(fresh)
     fresh.load_state_dict(cut.state_dict())
     x = images(size=size)
     assert torch.equal(fresh(x), cut(x))
@@ -436,18 +436,18 @@ def test_rebuilt_from_json_the_outputs_are_identical(toys, toy):
 
 def test_two_rounds_compose(toys):
     whole, cut, fresh = toys.two_bn(), toys.two_bn(), toys.two_bn()
-    surgery = prune(cut, {"conv1": [1], "conv2": [0, 5]})
+    pruning_record = prune(cut, {"conv1": [1], "conv2": [0, 5]})
     # conv1 keeps 0 2 3, of which the second round drops the middle one: 0 3 are left.
     # conv2 keeps 1 2 3 4, of which the second round drops the first: 2 3 4 are left.
-    prune(cut, {"conv1": [1], "conv2": [0]}, surgery)
-    assert surgery.kept["conv2.weight"] == [[2, 3, 4], [0, 3], None, None]
+    prune(cut, {"conv1": [1], "conv2": [0]}, pruning_record)
+    assert pruning_record.kept["conv2.weight"] == [[2, 3, 4], [0, 3], None, None]
     expected = whole.conv2.weight[[2, 3, 4]][:, [0, 3]]
     assert torch.equal(cut.conv2.weight, expected)
-    Surgery.from_json(json.loads(json.dumps(surgery.to_json()))).rebuild(fresh)
+    PruningRecord.from_json(json.loads(json.dumps(pruning_record.to_json()))).rebuild(fresh)
     assert torch.equal(fresh(images()), cut(images()))
 
 
-def test_surgery_keeps_which_weights_are_frozen(toys):
+def test_pruning_keeps_which_weights_are_frozen(toys):
     model = toys.two_bn()
     model.conv1.weight.requires_grad_(False)
     prune(model, {"conv1": [0]})
@@ -455,7 +455,7 @@ def test_surgery_keeps_which_weights_are_frozen(toys):
     assert model.conv2.weight.requires_grad
 
 
-def test_surgery_on_a_model_that_has_gradients(toys):
+def test_pruning_on_a_model_that_has_gradients(toys):
     model = toys.two_bn()
     model(images()).sum().backward()  # .grad fields are filled, as after a recovery epoch
     prune(model, {"conv1": [0]})
@@ -467,8 +467,8 @@ def test_surgery_on_a_model_that_has_gradients(toys):
 def test_removing_nothing_records_nothing(toys):
     model = toys.two_bn()
     before = toys.state(model)
-    surgery = prune(model, {})
-    assert surgery.to_json() == {"kept": {}, "attributes": {}, "grown": {}}
+    pruning_record = prune(model, {})
+    assert pruning_record.to_json() == {"kept": {}, "attributes": {}, "grown": {}}
     toys.assert_same_state(model, before)
 
 
@@ -487,25 +487,25 @@ def test_two_records_make_one(toys):
 
 @pytest.mark.parametrize("wrong", ["conv_head", "flattened"])
 def test_rebuild_on_another_architecture_is_refused(toys, wrong):
-    surgery = prune(toys.two_bn(), {"conv2": [0]})
+    pruning_record = prune(toys.two_bn(), {"conv2": [0]})
     with pytest.raises(ArtifactError, match=r"no tensor .conv2\.weight."):
-        surgery.rebuild(getattr(toys, wrong)())
+        pruning_record.rebuild(getattr(toys, wrong)())
 
 
 def test_rebuild_on_a_smaller_model_is_refused(toys):
-    surgery = prune(toys.residual(), {"conv3": [0]})  # keeps 1 to 4 of conv3's 5
+    pruning_record = prune(toys.residual(), {"conv3": [0]})  # keeps 1 to 4 of conv3's 5
     small = nn.Module()
     small.conv3 = nn.Conv2d(4, 3, 3)
     small.bn3 = nn.BatchNorm2d(3)
     small.fc = nn.Linear(3, 3)
     with pytest.raises(ArtifactError, match="do not exist"):
-        surgery.rebuild(small)
+        pruning_record.rebuild(small)
 
 
 def test_rebuild_with_a_size_the_module_does_not_have_is_refused(toys):
-    surgery = Surgery({}, {"conv1": {"no_such_size": 3}})
+    pruning_record = PruningRecord({}, {"conv1": {"no_such_size": 3}})
     with pytest.raises(ArtifactError, match="no_such_size"):
-        surgery.rebuild(toys.two_bn())
+        pruning_record.rebuild(toys.two_bn())
 
 
 class Normed(nn.Module):
@@ -786,19 +786,19 @@ def test_costs_of_shapes_are_those_of_the_layers(toys, toy):
     assert sum(shape.flops for shape in shapes.values()) == expected
 
 
-def test_a_prospect_is_what_surgery_leads_to(toys):
+def test_a_cost_model_is_what_pruning_leads_to(toys):
     model, removals = toys.residual(), {"conv1": [0, 2], "conv2": [0, 2], "conv3": [1]}
-    prospect = Prospect(layer_shapes(model, SIZE))
-    before = prospect.total(lambda shape: shape.params)
+    cost_model = CostModel(layer_shapes(model, SIZE))
+    before = cost_model.total(lambda shape: shape.params)
     saved = []
     for found in ChannelGraph(model, SIZE).groups()[0]:
         if found.name in removals:
             gone = len(removals[found.name])
-            saved.append(prospect.saved(found, gone, lambda shape: shape.params))
-            prospect.take(found, gone)
+            saved.append(cost_model.saved(found, gone, lambda shape: shape.params))
+            cost_model.take(found, gone)
     prune(model, removals)
-    assert prospect.shapes == layer_shapes(model, SIZE)
-    assert prospect.total(lambda shape: shape.params) == before - sum(saved)
+    assert cost_model.shapes == layer_shapes(model, SIZE)
+    assert cost_model.total(lambda shape: shape.params) == before - sum(saved)
     assert min(saved) > 0
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from dreamkit.pruning import activations
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.reconstruction import reconstruct
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import prune_weights
 
 SIZE = (3, 8, 8)
@@ -25,9 +25,9 @@ def images(count=32, size=SIZE):
 
 def pruned(model, removals, size=SIZE):
     """Return a copy without some channels, and what it lacks."""
-    graph = ChannelGraph(copy.deepcopy(model), size, Surgery())
+    graph = ChannelGraph(copy.deepcopy(model), size, PruningRecord())
     graph.remove(removals)
-    return graph.model, graph.surgery
+    return graph.model, graph.pruning_record
 
 
 def state(model):
@@ -54,7 +54,7 @@ def test_by_hand_a_lost_input_is_made_up_for_by_its_double():
         student[1].weight.fill_(2)
         student[1].bias.fill_(0.5)
     kept = {"0.weight": [[0], None], "0.bias": [[0]], "1.weight": [None, [0]]}
-    fitted = reconstruct(student, teacher, Surgery(kept), [images(20, (1,))], ridge=1e-9)
+    fitted = reconstruct(student, teacher, PruningRecord(kept), [images(20, (1,))], ridge=1e-9)
     assert fitted == ["0", "1"]
     assert student[1].weight.item() == pytest.approx(5, abs=1e-4)
     assert student[1].bias.item() == pytest.approx(0.5, abs=1e-4)
@@ -63,11 +63,11 @@ def test_by_hand_a_lost_input_is_made_up_for_by_its_double():
 
 def test_the_fit_is_that_of_least_squares(toys):
     teacher = toys.two_bn()
-    student, surgery = pruned(teacher, {"conv1": [1]})
+    student, pruning_record = pruned(teacher, {"conv1": [1]})
     before = student.conv2.weight.detach().clone()
     x = images()
     ridge = 1e-2
-    reconstruct(student, teacher, surgery, [x[:20], x[20:]], ridge=ridge)
+    reconstruct(student, teacher, pruning_record, [x[:20], x[20:]], ridge=ridge)
 
     def given(model):
         return F.relu(model.bn1(model.conv1(x)))
@@ -89,10 +89,10 @@ def test_the_fit_is_that_of_least_squares(toys):
 def test_what_is_left_is_nearer_to_the_teacher(toys, name):
     teacher = getattr(toys, name)()
     group = {"two_bn": "conv1", "residual": "conv3"}[name]
-    student, surgery = pruned(teacher, {group: [0, 2]})
+    student, pruning_record = pruned(teacher, {group: [0, 2]})
     x = images()
     before, kept = error(student, teacher, x), state(teacher)
-    reconstruct(student, teacher, surgery, [x])
+    reconstruct(student, teacher, pruning_record, [x])
     assert error(student, teacher, x) < 0.7 * before
     assert all(torch.equal(value, kept[key]) for key, value in teacher.state_dict().items())
     assert not teacher.training
@@ -102,18 +102,18 @@ def test_what_is_left_is_nearer_to_the_teacher(toys, name):
 def test_nothing_lost_changes_nothing(toys):
     teacher = toys.two_bn()
     student = toys.two_bn()
-    reconstruct(student, teacher, Surgery(), [images()])
+    reconstruct(student, teacher, PruningRecord(), [images()])
     for name, value in teacher.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_batch_norm_becomes_the_teachers(toys):
     teacher = toys.two_bn()
-    student, surgery = pruned(teacher, {"conv1": [1]})
+    student, pruning_record = pruned(teacher, {"conv1": [1]})
     student.train()
     student(images())  # other statistics
     student.bn1.weight.data.mul_(2)
-    reconstruct(student, teacher, surgery, [images()])
+    reconstruct(student, teacher, pruning_record, [images()])
     for key in ("running_mean", "running_var", "weight", "bias"):
         assert torch.equal(getattr(student.bn1, key), getattr(teacher.bn1, key)[[0, 2, 3]])
     assert student.training, "modes are given back"
@@ -124,12 +124,12 @@ def test_weights_that_are_gone_stay_gone(toys):
     masks = prune_weights(student, 0.6)
     x = images()
     pruned_error = error(student, teacher, x)
-    reconstruct(student, teacher, Surgery(), [x], masks)
+    reconstruct(student, teacher, PruningRecord(), [x], masks)
     assert error(student, teacher, x) < 0.7 * pruned_error
     for name, mask in masks.items():
         assert bool((student.get_parameter(name)[mask == 0] == 0).all())
     # Without a mask all of them are free again: the teacher's own weights are the best.
-    reconstruct(student, teacher, Surgery(), [x], ridge=1e-9)
+    reconstruct(student, teacher, PruningRecord(), [x], ridge=1e-9)
     assert error(student, teacher, x) < 1e-6
 
 
@@ -143,7 +143,7 @@ def test_the_masked_fit_is_that_of_each_outputs_own_inputs():
         [[1.0, 0.5, 0, 0], [0, 1, 0.5, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
     )
     net, whole = nn.Sequential(student), nn.Sequential(teacher)
-    reconstruct(net, whole, Surgery(), [x], {"0.weight": mask}, ridge=1e-9)
+    reconstruct(net, whole, PruningRecord(), [x], {"0.weight": mask}, ridge=1e-9)
     wanted = teacher(x).detach()
     for output in range(3):
         on = mask[output].bool()
@@ -160,7 +160,9 @@ def test_groups_are_fitted_each_for_itself(groups):
     with torch.no_grad():
         student[0].weight.add_(0.3)
         student[0].bias.zero_()
-    assert reconstruct(student, teacher, Surgery(), [images(16, (4, 9, 7))], ridge=1e-9) == ["0"]
+    assert reconstruct(student, teacher, PruningRecord(), [images(16, (4, 9, 7))], ridge=1e-9) == [
+        "0"
+    ]
     torch.testing.assert_close(student[0].weight, teacher[0].weight, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(student[0].bias, teacher[0].bias, rtol=1e-3, atol=1e-4)
 
@@ -210,7 +212,7 @@ def test_layers_of_other_kinds_stay_as_they_are(network, size):
         for parameter in student.parameters():
             parameter.add_(0.1)
     before = state(student)
-    assert reconstruct(student, teacher, Surgery(), [images(8, size)]) == []
+    assert reconstruct(student, teacher, PruningRecord(), [images(8, size)]) == []
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
@@ -235,7 +237,7 @@ def test_zeros_of_layers_that_are_not_fitted_stay_too(toys):
     masks["attention.weight"][..., 1] = 0
     with torch.no_grad():
         student.attention.weight.mul_(masks["attention.weight"])
-    fitted = reconstruct(student, teacher, Surgery(), [images()], masks)
+    fitted = reconstruct(student, teacher, PruningRecord(), [images()], masks)
     assert fitted == ["conv", "last"]
     assert student.attention.weight[..., 1].item() == 0
     assert student.attention.weight[..., 0].item() != 0
@@ -243,10 +245,10 @@ def test_zeros_of_layers_that_are_not_fitted_stay_too(toys):
 
 def test_patches_are_taken_a_part_at_a_time(toys, monkeypatch):
     teacher = toys.two_bn()
-    (whole, surgery), (parts, _) = (pruned(teacher, {"conv1": [1]}) for _ in range(2))
-    reconstruct(whole, teacher, surgery, [images()])
+    (whole, pruning_record), (parts, _) = (pruned(teacher, {"conv1": [1]}) for _ in range(2))
+    reconstruct(whole, teacher, pruning_record, [images()])
     monkeypatch.setattr("dreamkit.pruning.reconstruction._AT_ONCE", 3 * 36 * 64)
-    reconstruct(parts, teacher, surgery, [images()])
+    reconstruct(parts, teacher, pruning_record, [images()])
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
@@ -254,7 +256,11 @@ def test_patches_are_taken_a_part_at_a_time(toys, monkeypatch):
 def test_progress_is_told(toys):
     told = []
     reconstruct(
-        toys.two_bn(), toys.two_bn(), Surgery(), [images(4)], advance=lambda *at: told.append(at)
+        toys.two_bn(),
+        toys.two_bn(),
+        PruningRecord(),
+        [images(4)],
+        advance=lambda *at: told.append(at),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
@@ -268,7 +274,7 @@ def test_weights_with_channels_last_are_fitted_alike():
         masks = prune_weights(student, 0.5)
         student, own = student.to(memory_format=memory), own.to(memory_format=memory)
         masks = {name: mask.contiguous(memory_format=memory) for name, mask in masks.items()}
-        assert len(reconstruct(student, own, Surgery(), [images()], masks)) == 2
+        assert len(reconstruct(student, own, PruningRecord(), [images()], masks)) == 2
         found.append(state(student))
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], atol=1e-5), name
@@ -287,7 +293,7 @@ def test_what_the_teacher_puts_out_is_kept_as_far_as_memory_allows(monkeypatch):
         masks = prune_weights(student, 0.5)
         passes.clear()
         batches = list(images(64).split(32))
-        assert len(reconstruct(student, teacher, Surgery(), batches, masks)) == 5
+        assert len(reconstruct(student, teacher, PruningRecord(), batches, masks)) == 5
         assert len(passes) == expected, "a small pass for sizes and one a batch, each time"
         found.append(state(student))
     for name, value in found[0].items():

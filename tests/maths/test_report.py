@@ -17,9 +17,10 @@ from dreamkit.errors import OptionError, RunDirectoryError
 from dreamkit.report import run_log
 from dreamkit.report.figures import curves, grid
 from dreamkit.report.html import render
-from dreamkit.report.run_log import FileLog, read_records
+from dreamkit.report.run_log import FileLog, MemoryLog, read_records
 from dreamkit.report.tables import fidelity_line, judge_rows, quantity, summary_rows
 from dreamkit.trackers.csv import CSVTracker
+from dreamkit.types import Noted, Recorded
 
 # --- the grid ---------------------------------------------------------------------------------
 
@@ -383,19 +384,24 @@ def test_a_log_without_records_writes_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trackers_get_every_record(tmp_path):
-    class Tracker:
-        def __init__(self):
-            self.seen = []
+def test_who_listens_hears_of_every_record_and_note(log):
+    seen = []
+    log.listen(seen.append)
+    log.record("a", 1, {"loss": float("inf")})
+    log.note("mind")
+    assert seen == [Recorded(stage="a", step=1, numbers={"loss": None}), Noted(text="mind")]
 
-        def record(self, stage, step, numbers):
-            self.seen.append((stage, step, dict(numbers)))
 
-    tracker = Tracker()
-    log = FileLog(tmp_path, console(), [tracker, tracker])
+def test_a_memory_log_keeps_what_it_is_told():
+    log = MemoryLog()
+    log.record("a", 2, {"loss": 2.0})
+    log.record("b", 1, {"x": float("nan")})
+    log.begin("a")
     log.record("a", 1, {"loss": 1.0})
-    log.close()
-    assert tracker.seen == [("a", 1, {"loss": 1.0})] * 2
+    with log.progress("dreaming", 4) as advance:
+        advance(4)
+    assert log.records == {"b": {1: {"x": None}}, "a": {1: {"loss": 1.0}}}
+    assert log.seconds["dreaming"] >= 0
 
 
 def test_notes_are_shown_and_kept(log):

@@ -18,7 +18,7 @@ from dreamkit.card import Card
 from dreamkit.deploy.students import SavedStudent
 from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
 from dreamkit.pruning.graph import ChannelGraph
-from dreamkit.pruning.surgery import Surgery
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.store.artifact import read_artifact, write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.weights import hash_weights
@@ -52,15 +52,15 @@ print("loaded")
 def pruned(tmp_path_factory):
     """Return a pruned digits teacher and the folder it is saved in."""
     teacher = BundledTeacher("digits_resnet8").load(0)
-    model, surgery = teacher.model, Surgery()
+    model, pruning_record = teacher.model, PruningRecord()
     for _ in range(2):  # two rounds
-        graph = ChannelGraph(model, (1, 8, 8), surgery)
+        graph = ChannelGraph(model, (1, 8, 8), pruning_record)
         graph.remove({g.name: range(0, g.channels, 4) for g in graph.groups()[0]})
     with torch.no_grad():  # as recovery does
         for parameter in model.parameters():
             parameter.mul_(1.01)
     folder = tmp_path_factory.mktemp("run") / "student"
-    write_artifact(folder, model, teacher.card, teacher.builder, surgery.to_json())
+    write_artifact(folder, model, teacher.card, teacher.builder, pruning_record.to_json())
     return model, folder
 
 
@@ -148,15 +148,18 @@ def test_a_damaged_specification(pruned, tmp_path, text):
             {"builder": {"source": "cifar", "model": "resnet20", "num_classes": 10**15}},
             "cannot be used",
         ),
-        ({"surgery": {"grown": {"fc.weight": 10**15}}}, "no 'fc.weight' with 10{15} outputs"),
-        ({"surgery": {"grown": {"fc.weight": "many"}}}, "not a record of it"),
-        ({"surgery": {"grown": {"fc.weight": math.inf}}}, "infinity"),
-        ({"surgery": {"grown": {"bn1.num_batches_tracked": 5}}}, "0-d tensor"),
-        ({"surgery": {"kept": {"fc.weight": [[0] * 1000, None]}}}, "should ascend"),
-        ({"surgery": {"kept": {"fc.weight": [[-1, 0], None]}}}, "should ascend"),
-        ({"surgery": {"kept": {"fc.weight": [["0"], None]}}}, "should ascend"),
-        ({"surgery": {"kept": {"nothing": [[0]]}}}, "no tensor 'nothing'"),
-        ({"surgery": []}, "not a record of it"),
+        (
+            {"pruning_record": {"grown": {"fc.weight": 10**15}}},
+            "no 'fc.weight' with 10{15} outputs",
+        ),
+        ({"pruning_record": {"grown": {"fc.weight": "many"}}}, "not a record of it"),
+        ({"pruning_record": {"grown": {"fc.weight": math.inf}}}, "infinity"),
+        ({"pruning_record": {"grown": {"bn1.num_batches_tracked": 5}}}, "0-d tensor"),
+        ({"pruning_record": {"kept": {"fc.weight": [[0] * 1000, None]}}}, "should ascend"),
+        ({"pruning_record": {"kept": {"fc.weight": [[-1, 0], None]}}}, "should ascend"),
+        ({"pruning_record": {"kept": {"fc.weight": [["0"], None]}}}, "should ascend"),
+        ({"pruning_record": {"kept": {"nothing": [[0]]}}}, "no tensor 'nothing'"),
+        ({"pruning_record": []}, "not a record of it"),
     ],
 )
 def test_a_specification_that_lies_is_refused_in_no_time(pruned, tmp_path, changes, message):
@@ -183,14 +186,14 @@ def test_another_format(pruned, tmp_path):
 
 
 def test_a_record_that_does_not_fit_the_builder(pruned, tmp_path):
-    surgery = {"kept": {"conv9.weight": [[0], None]}, "attributes": {}}
+    pruning_record = {"kept": {"conv9.weight": [[0], None]}, "attributes": {}}
     with pytest.raises(ArtifactError, match="conv9"):
-        dreamkit.load_student(edited(copied(pruned, tmp_path), surgery=surgery))
+        dreamkit.load_student(edited(copied(pruned, tmp_path), pruning_record=pruning_record))
 
 
 def test_weights_that_do_not_fit_the_record(pruned, tmp_path):
     with pytest.raises(DreamkitError, match="does not fit the model"):
-        dreamkit.load_student(edited(copied(pruned, tmp_path), surgery={}))
+        dreamkit.load_student(edited(copied(pruned, tmp_path), pruning_record={}))
 
 
 def test_an_unknown_builder(pruned, tmp_path):
@@ -270,13 +273,13 @@ def test_a_saved_students_architecture_with_random_weights(pruned):
 def test_a_student_taught_or_cut_further_loads_without_the_first(pruned, tmp_path):
     _, folder = pruned
     teacher = SavedStudent(str(folder)).load(0)
-    before = json.dumps(teacher.surgery)
-    surgery = Surgery.from_json(teacher.surgery)
-    graph = ChannelGraph(teacher.model, (1, 8, 8), surgery)
+    before = json.dumps(teacher.pruning_record)
+    pruning_record = PruningRecord.from_json(teacher.pruning_record)
+    graph = ChannelGraph(teacher.model, (1, 8, 8), pruning_record)
     graph.remove({graph.groups()[0][0].name: [0]})
-    assert json.dumps(teacher.surgery) == before
+    assert json.dumps(teacher.pruning_record) == before
     where = tmp_path / "again"
-    write_artifact(where, teacher.model, teacher.card, teacher.builder, surgery.to_json())
+    write_artifact(where, teacher.model, teacher.card, teacher.builder, pruning_record.to_json())
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(dreamkit.load_student(where)(x), teacher.model(x))
@@ -313,7 +316,7 @@ def in_memory(tmp_path):
     graph.remove({"conv1": [0, 3], "conv2": [1]})
     card = Card("notebook", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, 2, "tests")
     builder = {"source": "memory", "class": "notebook.Net"}
-    write_artifact(tmp_path, model, card, builder, graph.surgery.to_json())
+    write_artifact(tmp_path, model, card, builder, graph.pruning_record.to_json())
     return model, tmp_path
 
 

@@ -14,7 +14,7 @@ from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, in_order
-from dreamkit.training.bn_recalibration import recalibrate, restate
+from dreamkit.training.bn_recalibration import recalibrate, refresh
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
     LogitDistance,
@@ -594,13 +594,13 @@ def test_a_channel_that_hardly_varies_gets_no_negative_variance(toys):
 # --- stating anew what BatchNorm sees ---------------------------------------------------------
 
 
-def test_restated_statistics_are_those_of_the_network_as_it_computes(toys):
+def test_refreshed_statistics_are_those_of_the_network_as_it_computes(toys):
     model, images = toys.two_bn(), toys.images(7)
     x = toys.card().normalise(images.images)
     with torch.no_grad():
         before = model(x)
         given = [model.conv1(x), model.conv2(model.bn1(model.conv1(x)).relu())]
-    restate(model, images, toys.card(), CPU, batch_size=3)
+    refresh(model, images, toys.card(), CPU, batch_size=3)
     assert_statistics(model.bn1, given[0][:6])  # a last batch of one is left out
     assert_statistics(model.bn2, given[1][:6])
     with torch.no_grad():
@@ -613,19 +613,19 @@ def test_layers_without_scale_and_shift_state_what_they_did(toys):
         nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)
     )
     before = toys.state(model)
-    restate(model, toys.images(4), toys.card(), CPU, batch_size=4)
+    refresh(model, toys.images(4), toys.card(), CPU, batch_size=4)
     toys.assert_same_state(model, before)
     assert model.training
 
 
-def test_a_frozen_norm_is_restated_and_a_dead_channel_is_not(toys):
+def test_a_frozen_norm_is_refreshed_and_a_dead_channel_is_not(toys):
     model = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
     with torch.no_grad():
         model[0].weight[1] = 0  # nothing of channel 1 reaches the second layer
     images = toys.images(4)
     x = toys.card().normalise(images.images)
     before = model(x)
-    restate(model, images, toys.card(), CPU, batch_size=4)
+    refresh(model, images, toys.card(), CPU, batch_size=4)
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert_statistics(model[0], x)
     assert model[1].running_var[1] == 1

@@ -119,7 +119,7 @@ def test_recover(toys, tmp_path, ema, precision):
     assert metrics["student.sparsity"] == pytest.approx(0.75, abs=0.01)
     assert {"pruned.accuracy", "student.accuracy", "student.accuracy_ratio"} <= metrics.keys()
     folder = tmp_path / "student"
-    write_artifact(folder, student.model, student.card, student.builder, student.surgery)
+    write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
     again = toys.two_bn()
     again.load_state_dict(read_artifact(folder).state)
     assert sparsity_of(again) == metrics["student.sparsity"]

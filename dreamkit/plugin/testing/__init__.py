@@ -27,13 +27,15 @@ from dreamkit.plugin.testing.pruning import (
     check_latency_backend,
     check_selection,
 )
-from dreamkit.plugin.testing.runs import check_tracker
+from dreamkit.plugin.testing.runs import check_application, check_exporter, check_tracker
 from dreamkit.plugin.testing.tiny import ContractError, tiny_teacher
 
 __all__ = [
     "ContractError",
+    "check_application",
     "check_criterion",
     "check_distillation_loss",
+    "check_exporter",
     "check_incremental_loss",
     "check_latency_backend",
     "check_parameterisation",

@@ -1,11 +1,105 @@
-"""Checks of what accompanies a run."""
+"""Checks of what is done with a network, and of what accompanies that."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from dreamkit.plugin.testing.tiny import made, working
-from dreamkit.types import Tracker
+import torch
+from torch import Tensor
+
+from dreamkit.plugin.testing.tiny import (
+    CLASSES,
+    SIZE,
+    expect,
+    made,
+    tiny_teacher,
+    untouched,
+    working,
+)
+from dreamkit.types import (
+    Application,
+    Event,
+    Exporter,
+    Images,
+    LatencyBackend,
+    Outcome,
+    RunContext,
+    StoredImages,
+    Synthesis,
+    Timing,
+    Tracker,
+)
+
+
+def check_application(
+    entry: Application | type, folder: Path, images: Images | Synthesis | None = None
+) -> None:
+    """Check an application: finite metrics, a student that runs, and the teacher left as it was.
+
+    Args:
+        entry: the application.
+        folder: an empty folder, such as pytest's ``tmp_path``.
+        images: what it works on; 12 random ones of 3×8×8 in 4 classes by default.
+
+    Raises:
+        ContractError: it is not.
+    """
+    application, name = made("applications", entry)
+    teacher, log = tiny_teacher(), _Log()
+    if images is None:
+        images = StoredImages(_pixels(12), torch.arange(12) % CLASSES)
+    context = RunContext(0, torch.device("cpu"), folder, log, _Clock())
+    with untouched(teacher.model, name), working(f"{name} on a tiny network"):
+        outcome = application.run(teacher, images, context)
+    expect(
+        isinstance(outcome, Outcome), f"{name} returned {type(outcome).__name__}, not an Outcome"
+    )
+    for key, value in log.metrics.items():
+        expect(
+            isinstance(value, int | float) and math.isfinite(value),
+            f"{name}: the metric '{key}' should be a finite number (got {value!r})",
+        )
+    if outcome.student is not None:
+        model, card = outcome.student.model, outcome.student.card
+        expect(model is not teacher.model, f"{name} returned the teacher: make a copy of it")
+        expect(not model.training, f"{name} returned a student in training mode: call eval()")
+        with torch.no_grad(), working(f"{name}: its student on an image of {card.input_size}"):
+            shape = tuple(model(torch.zeros(2, *card.input_size)).shape)
+        wanted = (2, card.num_classes)
+        expect(shape == wanted, f"{name}: its student returned {shape}, its card says {wanted}")
+
+
+def check_exporter(entry: Exporter | type, folder: Path) -> None:
+    """Check an exporter: a file that does what the network does, for any number of images.
+
+    Args:
+        entry: the exporter.
+        folder: an empty folder, such as pytest's ``tmp_path``.
+
+    Raises:
+        ContractError: it is not.
+    """
+    exporter, name = made("exporters", entry)
+    suffix = exporter.suffix
+    expect(suffix.startswith("."), f"{name}.suffix should begin with a dot (got {suffix!r})")
+    teacher = tiny_teacher()
+    images = teacher.card.normalise(_pixels(5))
+    for any_batch, count in ((False, 2), (True, 5)):
+        path = folder / f"tiny-{any_batch}{suffix}"
+        with untouched(teacher.model, name), working(f"{name} with any_batch={any_batch}"):
+            exporter.write(teacher.model, images[:2], path, any_batch)
+            expect(path.is_file(), f"{name}.write wrote no file")
+            with torch.no_grad():
+                found = exporter.load(path)(images[:count])
+                right = teacher.model(images[:count])
+        expect(
+            found.shape == right.shape and torch.allclose(found, right, atol=1e-3),
+            f"{name}: its file returns other outputs than the network",
+        )
 
 
 def check_tracker(entry: Tracker | type, folder: Path) -> None:
@@ -19,6 +113,8 @@ def check_tracker(entry: Tracker | type, folder: Path) -> None:
         ContractError: it does not.
     """
     tracker, name = made("trackers", entry)
+    with working(f"{name} in a run that ends before it begins"):
+        tracker.close()
     for resumed in (False, True):
         with working(f"{name} in a run that {'goes on' if resumed else 'begins'}"):
             tracker.start(folder, {"name": "tiny"}, resumed)
@@ -27,3 +123,51 @@ def check_tracker(entry: Tracker | type, folder: Path) -> None:
                 tracker.finish({"student.accuracy": 0.5})
     with working(f"{name}.close"):
         tracker.close()
+
+
+def _pixels(count: int) -> Tensor:
+    draws = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, *SIZE), generator=draws).to(torch.uint8)
+
+
+class _Log:
+    """Keeps metrics, and forgets the rest."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.details: dict[str, Any] = {}
+        self.failures: list[str] = []
+
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Forget it."""
+
+    def begin(self, stage: str) -> None:
+        """Forget it."""
+
+    def note(self, text: str) -> None:
+        """Forget it."""
+
+    def emit(self, event: Event) -> None:
+        """Forget it."""
+
+    def check(self, together: bool = False) -> None:
+        """Go on."""
+
+    @contextmanager
+    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show nothing."""
+        yield lambda done: None
+
+
+class _Clock(LatencyBackend):
+    """A target on which everything takes a millisecond."""
+
+    batch_size = 1
+
+    def describe(self) -> dict[str, str]:
+        """Return what it is."""
+        return {"device": "none"}
+
+    def time(self, modules: Any) -> list[Timing]:
+        """Return a millisecond for each."""
+        return [Timing(1.0, 0.0) for _ in modules]

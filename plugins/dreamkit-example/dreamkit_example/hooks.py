@@ -55,6 +55,12 @@ def register_distillation_losses(register: Register) -> None:
 
 
 @hookimpl
+def register_applications(register: Register) -> None:
+    """Register ``confidence``."""
+    register("confidence", "dreamkit_example.confidence:Confidence")
+
+
+@hookimpl
 def register_trackers(register: Register) -> None:
     """Register ``extremes``."""
     register("extremes", "dreamkit_example.extremes:Extremes")

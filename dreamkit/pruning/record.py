@@ -17,7 +17,7 @@ Axes = list[list[int] | None]
 
 
 @dataclass
-class Surgery:
+class PruningRecord:
     """What distinguishes the shape of a model from its builder's.
 
     Args:
@@ -35,14 +35,14 @@ class Surgery:
         return {"kept": self.kept, "attributes": self.attributes, "grown": self.grown}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Surgery:
+    def from_json(data: Mapping[str, Any]) -> PruningRecord:
         """Read a record written by ``to_json``.
 
         Raises:
             ArtifactError: it is none.
         """
         try:
-            found = Surgery(
+            found = PruningRecord(
                 {name: _checked_axes(axes) for name, axes in data.get("kept", {}).items()},
                 {name: dict(sizes) for name, sizes in data.get("attributes", {}).items()},
                 {name: int(outputs) for name, outputs in data.get("grown", {}).items()},
@@ -51,7 +51,7 @@ class Surgery:
             raise ArtifactError(f"what was pruned is not a record of it: {error}") from error
         return found
 
-    def after(self, earlier: Surgery) -> Surgery:
+    def after(self, earlier: PruningRecord) -> PruningRecord:
         """Return the record of both, of which this one came second."""
         kept = dict(earlier.kept)
         for name, axes in self.kept.items():
@@ -59,7 +59,7 @@ class Surgery:
         attributes = {name: dict(stated) for name, stated in earlier.attributes.items()}
         for name, stated in self.attributes.items():
             attributes.setdefault(name, {}).update(stated)
-        return Surgery(kept, attributes, {**earlier.grown, **self.grown})
+        return PruningRecord(kept, attributes, {**earlier.grown, **self.grown})
 
     # --- cutting ------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ Cost = Callable[[LayerShape], float]
 """What one layer costs: FLOPs, parameters or milliseconds."""
 
 
-class Prospect:
+class CostModel:
     """The shapes of a model's convolutions and linear layers, while channels are taken in thought.
 
     Args:
