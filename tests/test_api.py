@@ -352,6 +352,22 @@ def test_an_extended_network_knows_more_classes(net, pixels):
     assert {"step1.new.accuracy", "step1.base.accuracy"} <= more.metrics.keys()
 
 
+def test_classes_are_added_without_images_of_old_ones(net, pixels):
+    images, labels = pixels
+    more = dreamkit.extend(
+        net,
+        (images, labels % 2),
+        replay=False,
+        losses={"cross_entropy": 1},
+        steps=1,
+        progress=False,
+        **VIEW,
+    )
+    assert more.card.num_classes == 5
+    assert "synthesis.images" not in more.metrics
+    assert yaml.safe_load(more.to_recipe())["application"]["replay"] is None
+
+
 def test_classes_that_are_not_named_go_on_from_the_old_ones(net, pixels):
     images, labels = pixels
     more = dreamkit.extend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,7 +32,7 @@ def extend(
     *,
     test: ImagesLike | None = None,
     new_names: Sequence[str] | None = None,
-    replay: ImagesLike | None = None,
+    replay: ImagesLike | Literal[False] | None = None,
     synthesis: Mapping[str, Any] | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -59,7 +59,7 @@ def extend(
         new_names: of the new classes; the data set's own ``classes``, or numbers that go on from
             the old ones, by default.
         replay: real images that stand for the old classes, as of ``prune``; dreamed by default,
-            250 of each (``images_per_class``).
+            250 of each (``images_per_class``). False for none, with ``losses`` that look at none.
         synthesis: how they are dreamed, options of ``invert``; their number is not one of them.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
@@ -88,9 +88,10 @@ def extend(
         if test is not None:
             added["test"] = GivenImages(test, "test", names)
         if replay is not None:
-            given["replay"] = GivenImages(replay, "replay")
+            given["replay"] = None if replay is False else GivenImages(replay, "replay")
         application = work.entry("applications", "continual", {"sets": [added], **given})
-        outcome, origin = run_application(work, application, replay, synthesis)
+        images = None if replay is False else replay
+        outcome, origin = run_application(work, application, images, synthesis)
         origin = {} if replay is not None else origin  # 'replay' says it
         settings = recipe_settings("continual", {"sets": [added], **given}, origin)
         made = Extended(**result_fields(work, outcome, settings, timed=False))
