@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dreamkit
 from dreamkit.api.given_images import as_images
-from dreamkit.api.networks import builder_of
+from dreamkit.api.networks import View, builder_of, take_in
 from dreamkit.plugin import Regularizer
 from dreamkit.report.run_log import read_records
 
@@ -514,8 +514,6 @@ def test_timm_and_torchvision_tell_how_they_see_images():
     import timm
     import torchvision
 
-    from dreamkit.api.networks import View, take_in
-
     network = timm.create_model("resnet10t", pretrained=False, num_classes=7).eval()
     taken = take_in(network, View())
     assert taken.card.input_size == (3, 176, 176)
@@ -534,7 +532,9 @@ def test_timm_and_torchvision_tell_how_they_see_images():
     changed = torchvision.models.resnet18(weights=None)
     changed.layer4 = nn.Identity()
     changed.fc = nn.Linear(256, 10)
-    assert builder_of(changed)["source"] == "memory"
+    assert builder_of(changed, 10)["source"] == "memory"
+    changed.fc = nn.BatchNorm1d(256)
+    assert builder_of(changed, 256)["source"] == "memory", "its last tensor has no side"
 
 
 # --- the package ------------------------------------------------------------------------------
@@ -629,3 +629,157 @@ def test_networks_by_name():
         dreamkit.load_teacher("bundled:digits_resnet9")
     with pytest.raises(dreamkit.DreamkitError, match="write SOURCE:MODEL"):
         dreamkit.load_teacher("resnet18")
+
+
+# --- a folder of one's own --------------------------------------------------------------------
+
+
+def test_a_folder_is_one_calls(net, pixels, tmp_path):
+    short = {"steps": 2, "batch_size": 8, "progress": False, "device": "cpu", **VIEW}
+    torch.manual_seed(1)
+    student = Net()
+    once = dreamkit.distill(net, student, pixels, out=tmp_path / "o", **short)
+    again = dreamkit.distill(net, student, pixels, out=tmp_path / "o", **short)
+    for name, tensor in once.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    assert not (tmp_path / "o" / "checkpoints").exists()
+    others = [
+        {"lr": 1e-3},
+        {"seed": 3},
+        {"mean": (0.1, 0.1, 0.1)},
+    ]
+    for change in others:
+        with pytest.raises(dreamkit.DreamkitError, match="holds the work of another call"):
+            dreamkit.distill(net, student, pixels, out=tmp_path / "o", **{**short, **change})
+    images, labels = pixels
+    with pytest.raises(dreamkit.DreamkitError, match="images or networks differ"):
+        dreamkit.distill(net, student, (images.flip(0), labels), out=tmp_path / "o", **short)
+    with pytest.raises(dreamkit.DreamkitError, match="images or networks differ"):
+        dreamkit.distill(net, Net(), pixels, out=tmp_path / "o", **short)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(dreamkit.DreamkitError, match="is not empty"):
+        dreamkit.distill(net, student, pixels, out=tmp_path / "mine", **short)
+
+
+def test_dreams_in_a_folder_of_a_call_are_loaded(digits, tmp_path):
+    dreams = dreamkit.invert(digits, 4, out=tmp_path / "o", **QUICK)
+    again = dreamkit.load_dreams(tmp_path / "o")
+    assert torch.equal(again.images, dreams.images)
+    assert again.card == digits.card
+    assert yaml.safe_load(again.to_recipe())["application"] == {"name": "synthesize"}
+
+
+def test_a_student_is_not_overwritten_unasked(net, pixels, tmp_path):
+    options = {"sparsity": 0.5, "steps": 1, "batch_size": 8, "progress": False, **VIEW}
+    made = dreamkit.recover(net, pixels, **options)
+    made.save(tmp_path / "s")
+    with pytest.raises(dreamkit.DreamkitError, match="holds a student already"):
+        made.save(tmp_path / "s")
+    made.save(tmp_path / "s", overwrite=True)
+
+
+# --- what notebooks throw at it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": 0.5}, r"mean: should be several numbers"),
+        ({"size": 32}, r"size: should be several numbers, such as \(3, 224, 224\)"),
+        ({"class_names": "abc"}, "class_names: should be several names"),
+        ({"synthesis": {"images": -5}}, "synthesis: leave it out: nothing is dreamed here"),
+        ({"target": {"flops": 0.5}, "flops": 0.5}, "target: leave it out"),
+        ({"steps": 5}, r"steps: give it as recovery=\{'steps': ...\}"),
+        ({"criteria": {}}, "criteria: give at least one criterion"),
+        ({"adaptive": {"every": 5}}, "adaptive: it dreams, so leave 'images' out"),
+        ({"channels": 0.01, "limits": {"chunk": 8}}, r"(limits|target): "),
+    ],
+)
+def test_mistakes_name_the_option(net, pixels, change, message):
+    options = {"channels": 0.8, "progress": False, "device": "cpu", **VIEW, **change}
+    with pytest.raises(dreamkit.DreamkitError, match=message):
+        dreamkit.prune(net, pixels, **options)
+
+
+def test_other_kinds_of_sequences_are_taken(net):
+    import numpy as np
+
+    dreams = dreamkit.invert(
+        net,
+        2,
+        size=np.array([3, 12, 12]),
+        mean=torch.tensor(MEAN, dtype=torch.float64),
+        std=np.array(STD),
+        **QUICK,
+    )
+    assert dreams.card.mean == MEAN
+    assert dreams.card.input_size == (3, 12, 12)
+
+
+def test_labels_of_other_classes_are_refused(net, digits, pixels):
+    images, _ = pixels
+    items = [(image, "cat") for image in images[:4]]
+    with pytest.raises(dreamkit.DreamkitError, match=r"a label should be a whole number"):
+        dreamkit.recover(net, items, sparsity=0.5, progress=False, **VIEW)
+    wide = Net(classes=5)
+    dreams = dreamkit.invert(wide, 5, **QUICK, **VIEW)
+    with pytest.raises(dreamkit.DreamkitError, match="label 3 is none of the 3 classes"):
+        dreamkit.recover(net, dreams, sparsity=0.5, progress=False, **VIEW)
+    mixed = [images[0], images[1][:, :8]]
+    with pytest.raises(dreamkit.DreamkitError, match="an image is"):
+        dreamkit.recover(net, mixed, sparsity=0.5, progress=False, **VIEW)
+
+
+def test_data_sets_of_mappings_are_taken(net, pixels):
+    class Named(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {"image": Image.new("RGB", (12, 12), (index, 0, 0)), "label": index % 3}
+
+    card = dreamkit.invert(net, 2, **QUICK, **VIEW).card
+    images, labels = as_images(Named(), card, "images").batch([1, 2])
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
+    assert labels.tolist() == [1, 2]
+
+
+def test_verifiers_are_believed_about_themselves(net, pixels):
+    import torchvision
+
+    other = torchvision.models.resnet18(weights=None, num_classes=3)
+    with pytest.raises(dreamkit.DreamkitError, match="verifiers: should be networks by name"):
+        dreamkit.judge(net, pixels, [other], splits=1, progress=False, **VIEW)
+    taken = take_in(other, View(), otherwise=dreamkit.invert(net, 2, **QUICK, **VIEW).card)
+    assert taken.card.input_size == (3, 224, 224)
+    assert taken.card.mean == (0.485, 0.456, 0.406)
+    plain = take_in(Net(), View(), otherwise=dreamkit.invert(net, 2, **QUICK, **VIEW).card)
+    assert plain.card.mean == MEAN
+
+
+def test_a_generator_of_new_images_is_read_once(net, pixels):
+    images, labels = pixels
+    batches = ((images[i : i + 8], labels[i : i + 8] % 2) for i in range(0, 24, 8))
+    options = {"replay": pixels, "images_per_class": 4, "steps": 1, "progress": False, **VIEW}
+    assert dreamkit.extend(net, batches, **options).card.num_classes == 5
+    with pytest.raises(dreamkit.DreamkitError, match="new_names: should be several names"):
+        dreamkit.extend(net, (images, labels % 2), new_names="ab", **options)
+
+
+def test_listeners_hear_of_a_call(net, monkeypatch):
+    from dreamkit.api import session
+    from dreamkit.types import BatchDreamed, RunFailed, RunFinished, RunStarted
+
+    heard, registries = [], session.build_registries()
+    registries.listeners.append(("mine", heard.append))
+    monkeypatch.setattr(session, "build_registries", lambda: registries)
+    dreamkit.invert(net, 2, **QUICK, **VIEW)
+    kinds = [type(event) for event in heard]
+    assert kinds[0] is RunStarted
+    assert BatchDreamed in kinds
+    assert kinds[-1] is RunFinished
+    heard.clear()
+    with pytest.raises(dreamkit.DreamkitError):
+        dreamkit.invert(net, 2, lr=-1, **QUICK, **VIEW)
+    assert [type(event) for event in heard] == [RunFailed]

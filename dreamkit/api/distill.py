@@ -9,12 +9,11 @@ from typing import Any
 from torch import nn
 
 from dreamkit.api.given_images import ImagesLike
-from dreamkit.api.networks import GivenNetwork, View, recipe_entry, take_in
+from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Distilled
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
     keep_student,
-    recipe_settings,
     result_fields,
     run_application,
     training_options,
@@ -74,13 +73,11 @@ def distill(
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
         card = work.teacher.card
+        # It learns on the teacher's images, whatever it was trained on before.
         taught = take_in(student, View(card.input_size, card.mean, card.std), "student")
-        application = work.entry(
-            "applications", "distill", {"student": GivenNetwork(taught), **given}
-        )
-        outcome, origin = run_application(work, application, images, synthesis)
-        start = {"student": recipe_entry(taught, weights=False)}
-        settings = recipe_settings("distill", {**start, **given}, origin)
+        given = {"student": GivenNetwork(taught, weights=False), **given}
+        hashed = [taught.card.weights_sha256]
+        outcome, settings = run_application(work, "distill", given, images, synthesis, hashed)
         made = Distilled(**result_fields(work, outcome, settings, latency_backend is not None))
         if out is not None:
             keep_student(work.context, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from dreamkit.api.call_folder import CALL, NETWORK
 from dreamkit.api.results import Result
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, StoreError
@@ -19,6 +21,7 @@ from dreamkit.report.figures import grid
 from dreamkit.report.notebook import as_html
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.picture_files import write_pictures
+from dreamkit.store.run_directory import REPORT
 from dreamkit.store.source import find_store
 from dreamkit.types import StoredImages
 
@@ -79,6 +82,7 @@ class Dreams(Result):
             images=self.images[chosen],
             labels=self.labels[chosen],
             teacher_logits=self.teacher_logits[chosen],
+            quality=Quality(_accuracy(self.teacher_logits[chosen], self.labels[chosen]), None, {}),
         )
 
     def normalised(self) -> Tensor:
@@ -91,6 +95,8 @@ class Dreams(Result):
 
     def show(self) -> Figure:
         """Return a figure of up to 80 of them, a class a column where there are at most ten."""
+        if not len(self):
+            raise DreamkitError("there are no images to show")
         picture = grid(self.images, self.labels)
         figure = Figure(figsize=(picture.width / 100, picture.height / 100))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -170,7 +176,7 @@ def load_dreams(folder: str | Path) -> Dreams:
     images, labels = content.batch(range(len(content)))
     card = _card_of(store, place)
     logits = content.teacher_logits.float()
-    right = float((logits.argmax(1) == labels).float().mean())
+    right = _accuracy(logits, labels)
     metrics = {"synthesis.images": float(len(images)), "synthesis.teacher_accuracy": right}
     if store.r_feature is not None:
         metrics["synthesis.r_feature"] = store.r_feature
@@ -185,7 +191,11 @@ def load_dreams(folder: str | Path) -> Dreams:
         notes=list(store.notes),
         failures=[],
         details={},
-        settings={"synthesis": store.settings.get("synthesis")},
+        settings={
+            "teacher": {"source": "checkpoint", "path": "path/to/the_network"},
+            "synthesis": store.settings.get("synthesis"),
+            "application": {"name": "synthesize"},
+        },
         seed=int(store.settings.get("seed", 0)),
         device="cpu",
         seconds=store.seconds,
@@ -193,13 +203,17 @@ def load_dreams(folder: str | Path) -> Dreams:
     )
 
 
-def _card_of(store: DreamStore, place: Path) -> Card:
-    """Return the card that saved dreams have, or that of the run whose they are."""
-    from dreamkit.store.run_directory import read_report
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return how often the largest logit is the label's; 0 of no images."""
+    return float((logits.argmax(1) == labels).float().mean()) if len(labels) else 0.0
 
+
+def _card_of(store: DreamStore, place: Path) -> Card:
+    """Return the card that saved dreams have, or that of the run or call whose they are."""
     data: Any = store.settings.get("card")
-    if data is None and (place.parent / "report.json").is_file():
-        data = read_report(place.parent)["teacher"]
+    for file, key in ((REPORT, "teacher"), (CALL, NETWORK)):
+        if data is None and (place.parent / file).is_file():
+            data = json.loads((place.parent / file).read_text(encoding="utf-8"))[key]
     if data is None:
         raise DreamkitError(
             f"{place} does not tell the mean and std of the network it came from, as a finished "

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dreamkit.api.call_folder import fingerprint
 from dreamkit.api.given_images import GivenImages, ImagesLike, as_images
 from dreamkit.api.networks import View
 from dreamkit.api.results import Extended
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
     keep_student,
-    recipe_settings,
     result_fields,
     run_application,
     training_options,
@@ -83,33 +83,44 @@ def extend(
         View(size, mean, std, class_names), seed, device, progress, out, evaluation
     )
     with session(model, conditions) as work:
-        names = _names(new, new_names, work.teacher.card)
-        added: dict[str, Any] = {"train": GivenImages(new, "new", names), "name": "new"}
+        held, names = _taken(new, new_names, work.teacher.card)
+        added: dict[str, Any] = {"train": GivenImages(held, "new", names), "name": "new"}
         if test is not None:
             added["test"] = GivenImages(test, "test", names)
         if replay is not None:
             given["replay"] = None if replay is False else GivenImages(replay, "replay")
-        application = work.entry("applications", "continual", {"sets": [added], **given})
-        images = None if replay is False else replay
-        outcome, origin = run_application(work, application, images, synthesis)
-        origin = {} if replay is not None else origin  # 'replay' says it
-        settings = recipe_settings("continual", {"sets": [added], **given}, origin)
+        seen = dataclasses.replace(work.teacher.card, num_classes=len(names), class_names=names)
+        outcome, settings = run_application(
+            work,
+            "continual",
+            {"sets": [added], **given},
+            None if replay is False else replay,
+            synthesis,
+            [fingerprint(as_images(held, seen, "new"))],
+            told=replay is None,  # else 'replay' says it
+        )
         made = Extended(**result_fields(work, outcome, settings, timed=False))
         if out is not None:
             keep_student(work.context, made)
         return made
 
 
-def _names(new: Any, told: Sequence[str] | None, card: Card) -> tuple[str, ...]:
-    """Return the names of the new classes: as told, as the data set has them, or numbers."""
+def _taken(new: Any, told: Sequence[str] | None, card: Card) -> tuple[Any, tuple[str, ...]]:
+    """Return the new images, and the names of their classes.
+
+    Names are as told, as the data set has them, or numbers that go on from the old classes'. For
+    numbers the images are read once, and then held in memory.
+    """
+    if isinstance(told, str):
+        raise DreamkitError(f"new_names: should be several names, not one (got {told!r})")
     if told is None:
         told = getattr(new, "classes", None)
     if told is not None:
-        return tuple(str(name) for name in told)
+        return new, tuple(str(name) for name in told)
     # As many as labels tell; any label fits a card of more classes than there can be.
     wide = dataclasses.replace(card, num_classes=2**31, class_names=None)
     images = as_images(new, wide, "new")
-    labels = images.batch(range(len(images)))[1]
+    pixels, labels = images.batch(range(len(images)))
     if int(labels.min()) == NO_LABEL:
         raise DreamkitError("new: its images need labels, from 0: give (images, labels)")
     count = int(labels.max()) + 1
@@ -119,4 +130,4 @@ def _names(new: Any, told: Sequence[str] | None, card: Card) -> tuple[str, ...]:
             f"new: no image has the label {missing[0]}, and one has {count - 1}: label the new "
             "classes 0, 1, 2 ... without gaps"
         )
-    return tuple(str(card.num_classes + number) for number in range(count))
+    return (pixels, labels), tuple(str(card.num_classes + number) for number in range(count))

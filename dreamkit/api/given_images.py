@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -66,6 +66,11 @@ class GivenImages(ImageSource):
         """Return the names of their classes, in order."""
         return self.names
 
+    def teacher_sha256(self) -> str | None:
+        """Return the hash of the network that they were dreamed from; None if they do not tell."""
+        card = getattr(self.images, "card", None)
+        return card.weights_sha256 if isinstance(card, Card) else None
+
     def entry(self) -> dict[str, Any]:
         """Return the entry that a recipe has of them; the path is to be filled in."""
         told = str(self.images) if isinstance(self.images, str | Path) else f"path/to/{self.role}"
@@ -91,14 +96,15 @@ def as_images(given: Any, card: Card, role: str) -> Images:
     stored = getattr(given, "stored", None)
     if isinstance(stored, StoredImages):
         images: Images = stored
+        _to_labels(stored.labels, len(stored), card, role)
     elif isinstance(given, Tensor):
         images = _from_tensors(given, None, card, role)
     elif isinstance(given, tuple) and len(given) == 2:
         images = _from_tensors(given[0], given[1], card, role)
-    elif hasattr(given, "batch") and isinstance(given, Sized):
-        images = given  # type: ignore[assignment]
-    elif hasattr(given, "__getitem__") and isinstance(given, Sized):
+    elif isinstance(given, Sized) and hasattr(given, "__getitem__"):
         images = DatasetImages(given, card, role)
+    elif isinstance(given, Sized) and hasattr(given, "batch"):
+        images = given  # type: ignore[assignment]
     elif isinstance(given, Iterable):
         images = _from_batches(given, card, role)
     else:
@@ -135,7 +141,10 @@ def _from_tensors(images: Tensor, labels: Any, card: Card, role: str) -> StoredI
 def _to_labels(labels: Any, count: int, card: Card, role: str) -> Tensor:
     if labels is None:
         return torch.full((count,), NO_LABEL)
-    found = torch.as_tensor(labels).cpu()
+    try:
+        found = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DreamkitError(f"{role}: labels should be whole numbers: {error}") from error
     if found.shape != (count,) or found.is_floating_point():
         raise DreamkitError(
             f"{role}: labels should be whole numbers of shape ({count},), not "
@@ -200,6 +209,9 @@ def _from_batches(batches: Iterable[Any], card: Card, role: str) -> StoredImages
 
 def _pair(item: Any) -> tuple[Any, Any]:
     """Return images and labels of what a data set or loader yields."""
+    if isinstance(item, Mapping):  # as Hugging Face's data sets do
+        named = [item[key] for key in ("image", "img", "pixel_values") if key in item]
+        return (named or [None])[0], item.get("label", item.get("labels"))
     if isinstance(item, list | tuple):
         return item[0], item[1] if len(item) > 1 else None
     return item, None
@@ -231,8 +243,16 @@ class DatasetImages:
         """Return stored images (N, C, H, W) and labels (N,)."""
         pairs = [_pair(self.dataset[int(index)]) for index in indices]
         images = torch.stack([self._stored(image) for image, _ in pairs])
-        labels = [NO_LABEL if label is None else int(label) for _, label in pairs]
+        labels = [self._label(label) for _, label in pairs]
         return images, _to_labels(labels, len(images), self.card, self.role)
+
+    def _label(self, label: Any) -> int:
+        try:
+            return NO_LABEL if label is None else int(label)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DreamkitError(
+                f"{self.role}: a label should be a whole number (got {label!r})"
+            ) from error
 
     def _stored(self, image: Any) -> Tensor:
         if isinstance(image, Image.Image):
@@ -243,5 +263,10 @@ class DatasetImages:
             raise DreamkitError(
                 f"{self.role}: its items should be pictures or tensors (C, H, W), not "
                 f"{type(image).__name__}"
+            )
+        if tuple(image.shape) != self.card.input_size:
+            raise DreamkitError(
+                f"{self.role}: an image is {tuple(image.shape)}, and {self.card.name} takes "
+                f"{self.card.input_size}"
             )
         return _to_stored(image[None], self.card, self.role)[0]

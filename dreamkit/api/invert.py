@@ -17,7 +17,7 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.batches import feature_distances
 from dreamkit.stages.dreaming import dream_into_store
-from dreamkit.stages.run_store import open_store
+from dreamkit.stages.run_store import report_synthesis, run_store
 from dreamkit.types import Images, Synthesis, Teacher
 
 FAST: Mapping[str, Any] = {
@@ -107,12 +107,14 @@ def invert(
         given = {"images": images, **options}
         card = work.teacher.card
         synthesis = work.synthesis(synthesizer_options(given, card, preset, method, steps))
+        settings = {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}
+        work.begin(settings)
         try:
             content: Images = dream_into_store(work.teacher, synthesis, work.context)
             interrupted = False
         except KeyboardInterrupt:
             content, interrupted = _finished(work, synthesis), True
-        return _dreams(work, synthesis, content, interrupted)
+        return _dreams(work, synthesis, content, settings, interrupted)
 
 
 def synthesizer_options(
@@ -137,7 +139,10 @@ def synthesizer_options(
     presets = {"fast": fast_options(card), "paper": PAPER}
     if preset not in presets:
         raise DreamkitError(f"preset: should be fast or paper (got {preset!r})")
-    made = {"name": method, **(presets[preset] if method == "deepinversion" else {}), **options}
+    own = method == "deepinversion"
+    if preset != "fast" and not own:
+        raise DreamkitError(f"preset: it is of deepinversion alone; '{method}' has options")
+    made = {**(presets[preset] if own else {}), **options, "name": method}
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise DreamkitError(f"steps: should be a whole number above 0 (got {steps!r})")
@@ -168,17 +173,24 @@ def _finished(work: Session, synthesis: Synthesis) -> Images:
     Raises:
         KeyboardInterrupt: no batch was finished.
     """
-    store = open_store(work.teacher, synthesis, work.context)
+    store = run_store(work.teacher, synthesis, work.context)
     if len(store) == 0:
         raise KeyboardInterrupt
+    report_synthesis(work.context, store)
     work.log.note(f"interrupted: {len(store)} of {synthesis.synthesizer.images} images are there")
     return store.open()
 
 
-def _dreams(work: Session, synthesis: Synthesis, content: Any, interrupted: bool) -> Dreams:
+def _dreams(
+    work: Session,
+    synthesis: Synthesis,
+    content: Any,
+    settings: Mapping[str, Any],
+    interrupted: bool,
+) -> Dreams:
     images, labels = content.batch(range(len(content)))
     quality = Quality(
-        float((content.teacher_logits.argmax(1) == labels).float().mean()),
+        work.log.metrics["synthesis.teacher_accuracy"],
         work.log.metrics.get("synthesis.r_feature"),
         _by_layer(work, synthesis),
     )
@@ -189,13 +201,13 @@ def _dreams(work: Session, synthesis: Synthesis, content: Any, interrupted: bool
         card=work.teacher.card,
         quality=quality,
         interrupted=interrupted,
-        **described(work, {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}),
+        **described(work, settings),
     )
 
 
 def _by_layer(work: Session, synthesis: Synthesis) -> dict[str, float]:
     """Return each layer's part of R_feature, averaged over the batches as the sum is."""
-    store = open_store(work.teacher, synthesis, work.context)
+    store = run_store(work.teacher, synthesis, work.context)
     total: dict[str, float] = {}
     for index, shard in store.shards.items():
         batch, device = store.read(index), work.context.device

@@ -13,7 +13,8 @@ from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Judgement, described
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import recipe_settings, run_application
+from dreamkit.api.students import run_application
+from dreamkit.errors import DreamkitError
 from dreamkit.types import Teacher
 
 
@@ -71,12 +72,15 @@ def judge(
     )
     with session(model, conditions) as work:
         card = work.teacher.card
+        if not isinstance(verifiers or {}, Mapping):
+            raise DreamkitError(
+                "verifiers: should be networks by name, such as {'resnet18': network}, not "
+                f"{type(verifiers).__name__}"
+            )
         networks = []
         for name, network in (verifiers or {}).items():
-            # Those that tell how they see images are believed.
-            own = isinstance(network, Teacher) or hasattr(network, "card")
-            view = View() if own else View(card.input_size, card.mean, card.std)
-            taken = take_in(network, view, f"verifiers: {name}")
+            # One that does not tell how it sees images is taken to see them as the teacher does.
+            taken = take_in(network, View(), f"verifiers: {name}", otherwise=card)
             named = dataclasses.replace(taken.card, name=name)
             networks.append(GivenNetwork(dataclasses.replace(taken, card=named)))
         given: dict[str, Any] = {"verifiers": networks, **options}
@@ -84,9 +88,7 @@ def judge(
             given["images"] = GivenImages(images, "images")
         if reference is not None:
             given["reference"] = GivenImages(reference, "reference")
-        application = work.entry("applications", "judge", given)
-        _, origin = run_application(work, application, images, synthesis)
+        hashed = [network.teacher.card.weights_sha256 for network in networks]
+        _, settings = run_application(work, "judge", given, images, synthesis, hashed)
         told = work.log.details["judge"]["verifiers"]
-        given.pop("images", None)  # 'origin' says it
-        settings = recipe_settings("judge", given, origin)
         return Judgement(verifiers=told, **described(work, settings))

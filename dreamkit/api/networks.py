@@ -22,6 +22,8 @@ from dreamkit.types import Teacher, TeacherSource
 
 MEMORY = "memory"
 """Source of a builder that is in the caller's program alone."""
+IN_MEMORY = "a network in memory"
+"""Where weights come from that nobody else has."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ class GivenNetwork(TeacherSource):
 
     Args:
         teacher: is copied whenever it is loaded.
+        weights: whether a recipe is told of its weights, beside its architecture.
     """
 
     teacher: Teacher
+    weights: bool = True
 
     def build(self) -> nn.Module:
         """Return a copy of the network, weights and all."""
@@ -61,7 +65,7 @@ class GivenNetwork(TeacherSource):
 
     def entry(self) -> dict[str, Any]:
         """Return the entry that a recipe has of it."""
-        return recipe_entry(self.teacher)
+        return recipe_entry(self.teacher, self.weights)
 
 
 def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
     unweighted: dict[str, Any] = {} if weights else {"weights": None}
     if teacher.pruning_record:
         return {"source": "student", "path": "path/to/saved_student", **unweighted}
-    if builder.get("source") != MEMORY:
+    if builder.get("source") != MEMORY and (card.origin != IN_MEMORY or not weights):
         return {key: value for key, value in builder.items() if key != "weights"} | unweighted
     return {
         "source": "checkpoint",
@@ -88,18 +92,20 @@ def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
     }
 
 
-def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Teacher:
+def take_in(
+    network: nn.Module | Teacher, view: View, role: str = "model", otherwise: Card | None = None
+) -> Teacher:
     """Return a copy of a network in eval mode, with its card and builder.
 
     Args:
         network: left as it is.
         view: what the caller says of it.
         role: what it is called in messages.
+        otherwise: how it sees images where neither the caller nor the network tells.
 
     Raises:
         DreamkitError: something of the card is not known, or the network does not fit it.
     """
-    known = isinstance(network, Teacher)
     model = network.model if isinstance(network, Teacher) else network
     if not isinstance(model, nn.Module):
         raise DreamkitError(
@@ -112,17 +118,13 @@ def take_in(network: nn.Module | Teacher, view: View, role: str = "model") -> Te
     except Exception as error:  # anyone's module
         raise DreamkitError(f"{role}: {type(model).__name__} cannot be copied: {error}") from error
     told = network.card if isinstance(network, Teacher) else getattr(model, "card", None)
-    card = _card(own, told if isinstance(told, Card) else None, view, role)
+    card = _card(own, told if isinstance(told, Card) else None, view, role, otherwise)
     if isinstance(network, Teacher):
         return dataclasses.replace(network, model=own, card=card)
     provenance = getattr(model, "provenance", None)
-    if (
-        not known
-        and isinstance(provenance, Mapping)
-        and {"builder", "pruning_record"} <= set(provenance)
-    ):
+    if isinstance(provenance, Mapping) and {"builder", "pruning_record"} <= set(provenance):
         return Teacher(own, card, dict(provenance["builder"]), dict(provenance["pruning_record"]))
-    return Teacher(own, card, builder_of(model))
+    return Teacher(own, card, builder_of(model, card.num_classes))
 
 
 def _check_finite(model: nn.Module, role: str) -> None:
@@ -133,36 +135,38 @@ def _check_finite(model: nn.Module, role: str) -> None:
             raise DreamkitError(f"{role}: '{name}' holds values that are not finite")
 
 
-def _card(model: nn.Module, told: Card | None, view: View, role: str) -> Card:
-    stated = _stated(model) if told is None else {}
-    size = view.size or (told.input_size if told else stated.get("size"))
-    mean = view.mean or (told.mean if told else stated.get("mean"))
-    std = view.std or (told.std if told else stated.get("std"))
-    lacking = [n for n, v in (("size", size), ("mean", mean), ("std", std)) if v is None]
-    if size is None or mean is None or std is None:
+def _card(
+    model: nn.Module, told: Card | None, view: View, role: str, otherwise: Card | None
+) -> Card:
+    stated = _view_of(told) if told else {**_view_of(otherwise), **_stated(model)}
+    own = {"size": view.size, "mean": view.mean, "std": view.std}
+    known = {**stated, **{name: value for name, value in own.items() if value is not None}}
+    lacking = [name for name in own if name not in known]
+    if lacking:
         raise DreamkitError(
             f"{role}: {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not known of "
             f"{type(model).__name__}. Give size=(channels, height, width), and mean= and std= as "
             "your training normalised pixels in [0, 1], e.g. mean=(0.485, 0.456, 0.406), "
             "std=(0.229, 0.224, 0.225)"
         )
-    if len(size) != 3:
-        raise DreamkitError(f"size: should be (channels, height, width) (got {tuple(size)})")
-    channels, height, width = (int(side) for side in size)
+    sides = tuple(int(side) for side in _numbers("size", known["size"]))
+    if len(sides) != 3:
+        raise DreamkitError(f"size: should be (channels, height, width) (got {sides})")
+    size = (sides[0], sides[1], sides[2])
+    names = _names(view.class_names) if told is None or view.class_names else told.class_names
     try:
         card = Card(
             name=told.name if told else type(model).__name__,
-            input_size=(channels, height, width),
-            mean=tuple(float(value) for value in mean),
-            std=tuple(float(value) for value in std),
-            num_classes=_outputs(model, (channels, height, width), role),
-            origin=told.origin if told else "a network in memory",
+            input_size=size,
+            mean=_numbers("mean", known["mean"]),
+            std=_numbers("std", known["std"]),
+            num_classes=_outputs(model, size, role),
+            origin=told.origin if told else IN_MEMORY,
             trained=told.trained if told else True,
             weights_sha256=hash_weights(model),
-            class_names=told.class_names if told else None,
+            class_names=names,
+            notes=told.notes if told else {},
         )
-        if view.class_names is not None:
-            card = dataclasses.replace(card, class_names=tuple(view.class_names))
     except ValueError as error:
         raise DreamkitError(f"{role}: {error}") from error
     if card.class_names is not None and len(card.class_names) != card.num_classes:
@@ -170,6 +174,27 @@ def _card(model: nn.Module, told: Card | None, view: View, role: str) -> Card:
             f"class_names: {len(card.class_names)} names for {card.num_classes} outputs"
         )
     return card
+
+
+def _view_of(card: Card | None) -> dict[str, Any]:
+    return {} if card is None else {"size": card.input_size, "mean": card.mean, "std": card.std}
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    """Return a sequence of numbers, whatever kind of sequence it is."""
+    try:
+        return tuple(float(value) for value in given)
+    except (TypeError, ValueError) as error:
+        raise DreamkitError(
+            f"{name}: should be several numbers, such as "
+            f"{'(3, 224, 224)' if name == 'size' else '(0.5, 0.5, 0.5)'} (got {given!r})"
+        ) from error
+
+
+def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    if isinstance(given, str):
+        raise DreamkitError(f"class_names: should be several names, not one (got {given!r})")
+    return None if given is None else tuple(str(name) for name in given)
 
 
 @torch.no_grad()
@@ -234,7 +259,7 @@ def _normal(transforms: Any) -> tuple[list[float], list[float]]:
     return transforms.mean, transforms.std
 
 
-def builder_of(model: nn.Module) -> dict[str, Any]:
+def builder_of(model: nn.Module, classes: int) -> dict[str, Any]:
     """Return the recipe entry that builds a network's architecture, without its weights.
 
     It is told by the shapes of its parameters and buffers. A network that neither timm nor
@@ -244,16 +269,12 @@ def builder_of(model: nn.Module) -> dict[str, Any]:
     stated = getattr(model, "pretrained_cfg", None)
     if isinstance(stated, Mapping) and isinstance(stated.get("architecture"), str):
         channels = next((p.shape[1] for p in model.parameters() if p.dim() == 4), 3)
-        entry: dict[str, Any] = {
-            "model": stated["architecture"],
-            "num_classes": getattr(model, "num_classes", None),
-        }
+        entry: dict[str, Any] = {"model": stated["architecture"], "num_classes": classes}
         size = [channels, *stated["input_size"][1:]]
         entry |= {} if channels == 3 else {"input_size": tuple(size)}
         if _builds(TimmTeacher(weights=None, **entry), shapes):
             return {"source": "timm", "weights": None, **entry}
     for name in _torchvision_names(model):
-        classes = list(shapes.values())[-1][0]
         entry = {"model": name} | ({} if classes == 1000 else {"num_classes": classes})
         if _builds(TorchvisionTeacher(weights=None, **entry), shapes):
             return {"source": "torchvision", "weights": None, **entry}

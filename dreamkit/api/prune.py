@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Pruned
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, recipe_settings, result_fields, run_application
+from dreamkit.api.students import keep_student, result_fields, run_application
+from dreamkit.applications.prune import Prune
 from dreamkit.errors import DreamkitError
+from dreamkit.stages.teaching import Recovery
 from dreamkit.types import LatencyBackend, Teacher
+
+_OWN = {field.name for field in fields(Prune)}
 
 
 def prune(
@@ -86,15 +91,17 @@ def prune(
     target = {name: goal for name, goal in goals.items() if goal is not None}
     if target and "target" in options:
         raise DreamkitError(f"target: leave it out where '{next(iter(target))}' is given")
-    given = {"criteria": criteria or {"taylor": 1}, "target": target, **options}
+    training = sorted({field.name for field in fields(Recovery)} & set(options) - _OWN)
+    if training:
+        raise DreamkitError(f"{training[0]}: give it as recovery={{'{training[0]}': ...}}")
+    weighted = {"taylor": 1} if criteria is None else criteria
+    given = {"criteria": weighted, "target": target, **options}
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
-        application = work.entry("applications", "prune", given)
-        outcome, origin = run_application(work, application, images, synthesis)
+        outcome, settings = run_application(work, "prune", given, images, synthesis)
         rounds = work.log.records.get("pruning", {}).values()
         timed = latency_backend is not None or any("latency_ms" in look for look in rounds)
-        settings = recipe_settings("prune", given, origin)
         made = Pruned(
             skipped=work.log.details["pruning_skipped"],
             **result_fields(work, outcome, settings, timed),

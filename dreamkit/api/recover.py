@@ -14,7 +14,6 @@ from dreamkit.api.results import Recovered
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
     keep_student,
-    recipe_settings,
     result_fields,
     run_application,
     training_options,
@@ -72,9 +71,7 @@ def recover(
         View(size, mean, std, class_names), seed, device, progress, out, evaluation
     )
     with session(model, conditions) as work:
-        application = work.entry("applications", "recover", given)
-        outcome, origin = run_application(work, application, images, synthesis)
-        settings = recipe_settings("recover", given, origin)
+        outcome, settings = run_application(work, "recover", given, images, synthesis)
         made = Recovered(**result_fields(work, outcome, settings, timed=False))
         if out is not None:
             keep_student(work.context, made)

@@ -16,10 +16,10 @@ from torch import nn
 from dreamkit.api.networks import recipe_entry
 from dreamkit.api.session import Session, plain
 from dreamkit.card import Card
-from dreamkit.errors import import_extra
+from dreamkit.errors import ArtifactError, import_extra
 from dreamkit.report.notebook import as_html, as_text
-from dreamkit.store.artifact import write_artifact
-from dreamkit.types import Teacher
+from dreamkit.store.artifact import SPECIFICATION, write_artifact
+from dreamkit.types import RunFinished, Teacher
 from dreamkit.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
@@ -96,16 +96,22 @@ class StudentResult(Result):
     card: Card
     teacher: Teacher = field(repr=False)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the student as a run does, without pickle; ``dreamkit.load_student`` reads it.
 
         Args:
             folder: is made where it is not there.
+            overwrite: take the place of a student that it holds.
 
         Returns:
             The folder.
+
+        Raises:
+            ArtifactError: the folder holds a student already.
         """
         made = self.teacher
+        if not overwrite and (Path(folder) / SPECIFICATION).exists():
+            raise ArtifactError(f"{folder} holds a student already: give overwrite=True")
         write_artifact(Path(folder), self.model, self.card, made.builder, made.pruning_record)
         return Path(folder)
 
@@ -176,7 +182,7 @@ def described(work: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
     ]
     versions = {"dreamkit": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {
+    made = {
         "metrics": dict(sorted(log.metrics.items())),
         "history": history,
         "notes": list(log.notes),
@@ -188,6 +194,8 @@ def described(work: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - work.started,
         "versions": versions,
     }
+    log.emit(RunFinished(report=made))
+    return made
 
 
 def student_fields(student: Teacher) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
+from dreamkit.api.call_folder import NETWORK, claimed
 from dreamkit.api.given_images import GivenImages, as_images
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
@@ -21,6 +24,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
 from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
+from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.types import (
@@ -28,6 +32,8 @@ from dreamkit.types import (
     Images,
     LatencyBackend,
     RunContext,
+    RunFailed,
+    RunStarted,
     Synthesis,
     Synthesizer,
     Teacher,
@@ -68,6 +74,8 @@ class Session:
         registries: of everything installed.
         started: by ``time.perf_counter``.
         reported: what a recipe says of how the call reports: ``evaluation`` and ``latency``.
+        out: the caller's folder, None for a temporary one.
+        stack: of what is given back when the call ends.
     """
 
     teacher: Teacher
@@ -76,6 +84,29 @@ class Session:
     registries: Registries
     started: float
     reported: Mapping[str, Any]
+    out: Path | None
+    stack: ExitStack
+
+    def begin(self, settings: Mapping[str, Any], given: Sequence[str | None] = ()) -> None:
+        """Claim the caller's folder, if there is one, and tell listeners of the start.
+
+        Args:
+            settings: of the result.
+            given: hashes of images and networks that the work depends on.
+
+        Raises:
+            DreamkitError: the folder holds the work of another call.
+        """
+        told = plain(settings)
+        call = {
+            "settings": told,
+            "seed": self.context.seed,
+            NETWORK: self.teacher.card.to_json(),
+            "images or networks": list(given),
+        }
+        if self.out is not None:
+            self.stack.enter_context(claimed(self.out, call))
+        self.log.emit(RunStarted(folder=self.out, recipe=told))
 
     def entry(self, kind: str, name: str, options: Mapping[str, Any]) -> Any:
         """Build a registry entry from keywords, checked as a recipe's options are.
@@ -83,7 +114,7 @@ class Session:
         Raises:
             RecipeError: an option is unknown or out of range; the message names it.
         """
-        return build_entry(self.registries, kind, {"name": name, **options})
+        return build_entry(self.registries, kind, {**options, "name": name})
 
     def images(self, given: Any, role: str = "images") -> Images:
         """Return a caller's images at the size that the teacher takes."""
@@ -112,26 +143,48 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
         raise DreamkitError(f"seed: should be 0 or more (got {conditions.seed})")
     registries = build_registries()
     device = choose_device(conditions.device)
+    log = MemoryLog(_console(conditions.progress))
+    for failure in registries.failures:
+        log.note(f"plugin {failure.plugin} is left out: {failure.reason}")
+    log.listen(registries.events(log.note).emit)
     with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))  # what times models asks for it
         stack.enter_context(seeded(conditions.seed))
-        teacher = take_in(network, conditions.view)
-        teacher.model.to(device)
-        if conditions.out is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))
-        else:
-            folder = Path(conditions.out)
-        evaluation = None
-        if conditions.evaluation is not None:
-            evaluation = as_images(conditions.evaluation, teacher.card, "evaluation")
-            if int(evaluation.batch([0])[1][0]) == NO_LABEL:
-                raise DreamkitError("evaluation: needs images with labels")
-        log = MemoryLog(_console(conditions.progress))
-        log.listen(registries.events(log.note).emit)
-        backend = _backend(conditions.latency_backend, registries)
-        latency = backend or default_backend(registries, device)
-        rules = added_rules(registries)
-        context = RunContext(conditions.seed, device, folder, log, latency, evaluation, rules)
-        yield Session(teacher, context, log, registries, started, _reported(conditions))
+        try:
+            yield _session(network, conditions, device, registries, log, stack, started)
+        except BaseException as error:
+            log.emit(RunFailed(error=error))
+            if isinstance(error, DreamkitError) and error.path:
+                message = f"{format_path(error.path)}: {error.message}"
+                raise type(error)(message) from error
+            raise
+
+
+def _session(
+    network: nn.Module | Teacher,
+    conditions: Conditions,
+    device: torch.device,
+    registries: Registries,
+    log: MemoryLog,
+    stack: ExitStack,
+    started: float,
+) -> Session:
+    teacher = take_in(network, conditions.view)
+    teacher.model.to(device)
+    out = None if conditions.out is None else Path(conditions.out)
+    folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))
+    evaluation = None
+    if conditions.evaluation is not None:
+        evaluation = as_images(conditions.evaluation, teacher.card, "evaluation")
+        if int(evaluation.batch([0])[1][0]) == NO_LABEL:
+            raise DreamkitError("evaluation: needs images with labels")
+    latency = _backend(conditions.latency_backend, registries)
+    latency = latency or default_backend(registries, device)
+    rules = added_rules(registries)
+    context = RunContext(conditions.seed, device, folder, log, latency, evaluation, rules)
+    reported = _reported(conditions)
+    return Session(teacher, context, log, registries, started, reported, out, stack)
 
 
 def _console(progress: bool | None) -> Console | None:
@@ -169,4 +222,4 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # the same in the next process

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from dreamkit.api.call_folder import fingerprint
 from dreamkit.api.given_images import GivenImages
 from dreamkit.api.invert import synthesizer_options
 from dreamkit.api.results import StudentResult, described, student_fields
@@ -19,37 +20,57 @@ DREAMED = 1024
 
 
 def run_application(
-    work: Session, application: Application, images: Any, synthesis: Mapping[str, Any] | None
+    work: Session,
+    name: str,
+    options: Mapping[str, Any],
+    images: Any,
+    synthesis: Mapping[str, Any] | None,
+    given: Sequence[str | None] = (),
+    told: bool = True,
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run an application on a caller's images, or on dreams that are made first.
 
     Args:
         work: the call.
-        application: with its options.
+        name: of the application.
+        options: its own.
         images: as the caller holds them; None to dream them.
         synthesis: options of the synthesizer that dreams, laid over ``invert``'s.
+        given: hashes of networks and images that the options have.
+        told: whether a recipe has to be told where the images come from; its options may do so.
 
     Returns:
-        What it came to, and where the images come from: ``synthesis`` or ``images``.
+        What it came to, and the settings of its result.
+
+    Raises:
+        DreamkitError: an option, or what is given, cannot be used.
     """
-    source: Images | Synthesis | None
-    settings: dict[str, Any] = {}
+    application: Application = work.entry("applications", name, options)
+    source: Images | Synthesis | None = None
+    origin: dict[str, Any] = {}
     if images is not None:
-        if synthesis is not None:
-            raise DreamkitError("synthesis: leave it out where images are given")
-        source = work.images(images)
-        settings = _origin(images)
+        source, origin = work.images(images), _origin(images)
     elif application.needs_synthesis:
-        options = {"images": DREAMED, **(synthesis or {})}
-        method = options.pop("method", options.pop("name", "deepinversion"))
-        preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
-        source = work.synthesis(
-            synthesizer_options(options, work.teacher.card, preset, method, steps)
-        )
-        settings = {"synthesis": source.settings}
-    else:
-        source = None
+        source = _to_dream(work, {} if synthesis is None else synthesis)
+        origin = {"synthesis": source.settings}
+    if synthesis is not None and not isinstance(source, Synthesis):
+        raise DreamkitError("synthesis: leave it out: nothing is dreamed here")
+    settings = recipe_settings(name, options, origin if told else {})
+    work.begin(settings, [fingerprint(source), *given])
     return application.run(work.teacher, source, work.context), settings
+
+
+def _to_dream(work: Session, options: Mapping[str, Any]) -> Synthesis:
+    if not isinstance(options, Mapping):
+        raise DreamkitError(
+            f"synthesis: should be options of invert by name, such as {{'images': 256}}, not "
+            f"{type(options).__name__}; finished dreams are images"
+        )
+    options = {"images": DREAMED, **options}
+    method = options.pop("method", options.pop("name", "deepinversion"))
+    preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
+    card = work.teacher.card
+    return work.synthesis(synthesizer_options(options, card, preset, method, steps))
 
 
 def _origin(images: Any) -> dict[str, Any]:
@@ -67,6 +88,7 @@ def recipe_settings(
     """Return an application and where its images come from, as a recipe has them."""
     application = {"name": name, **options}
     if "synthesis" in origin:
+        application.pop("images", None)  # they are dreamed
         return {"synthesis": origin["synthesis"], "application": application}
     return {"application": {**application, **origin}}
 
@@ -103,13 +125,12 @@ def training_options(cls: type[Any], keywords: Mapping[str, Any]) -> dict[str, A
     options = {name: value for name, value in keywords.items() if name in own}
     training = {name: value for name, value in keywords.items() if name not in own}
     if training:
-        given = options.get("training", {})
-        if not isinstance(given, Mapping):
+        if "training" in options:
             raise DreamkitError(f"training: give either it or '{next(iter(training))}'")
-        options["training"] = {**given, **training}
+        options["training"] = training
     return options
 
 
 def keep_student(context: RunContext, made: StudentResult) -> None:
     """Save a student in the folder that a caller named."""
-    made.save(context.folder / RunContext.STUDENT)
+    made.save(context.folder / RunContext.STUDENT, overwrite=True)
