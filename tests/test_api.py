@@ -618,3 +618,14 @@ def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
     made = synthesizer_options({}, large, steps=12)
     assert made["stages"] == [{"steps": 10, "size": [112, 96]}, {"steps": 2}]
     assert synthesizer_options({}, digits.card)["stages"] == [{"steps": 200}]
+
+
+def test_networks_by_name():
+    network = dreamkit.load_teacher("torchvision:resnet18", weights=None)
+    assert not network.card.trained
+    with pytest.raises(dreamkit.DreamkitError, match="has none but its own"):
+        dreamkit.load_teacher("bundled:digits_resnet8", weights=None)
+    with pytest.raises(dreamkit.DreamkitError, match="did you mean 'digits_resnet8'"):
+        dreamkit.load_teacher("bundled:digits_resnet9")
+    with pytest.raises(dreamkit.DreamkitError, match="write SOURCE:MODEL"):
+        dreamkit.load_teacher("resnet18")

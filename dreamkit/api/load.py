@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
 from dreamkit.teachers.named import load_named
 from dreamkit.types import Teacher
@@ -24,4 +25,7 @@ def load_teacher(name: str, weights: Literal["default"] | None = "default") -> T
     Raises:
         DreamkitError: there is no such network, or its weights cannot be had.
     """
-    return load_named(build_registries(), "name", name, "null" if weights is None else weights)
+    found = load_named(build_registries(), "name", name, "null" if weights is None else weights)
+    if weights is None and found.card.trained:
+        raise DreamkitError(f"weights: {name} has none but its own; leave 'weights' out")
+    return found
