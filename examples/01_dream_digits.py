@@ -86,6 +86,8 @@ said
 
 # %% [markdown]
 # ## Keep
+#
+# Dreams are saved into a new or empty folder: remove it before this cell runs again.
 
 # %%
 dreams.save("digits_dreamed")

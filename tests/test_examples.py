@@ -38,7 +38,7 @@ def test_an_example_runs(example, tmp_path):
     done = subprocess.run(
         [sys.executable, str(example)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
