@@ -210,6 +210,8 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
     assert again.card == dreams.card
     with pytest.raises(dreamkit.DreamkitError, match="is not empty"):
         dreams.save(folder)
+    dreams[:2].save(folder, overwrite=True)
+    assert len(dreamkit.load_dreams(folder)) == 2
     with pytest.raises(dreamkit.DreamkitError, match="holds no dreams"):
         dreamkit.load_dreams(tmp_path / "nothing")
 

@@ -19,7 +19,7 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, StoreError
 from dreamkit.report.figures import grid
 from dreamkit.report.notebook import as_html
-from dreamkit.store.dreams import DreamStore
+from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.picture_files import write_pictures
 from dreamkit.store.run_directory import REPORT
 from dreamkit.store.source import find_store
@@ -119,11 +119,12 @@ class Dreams(Result):
         picture = grid(self.images[:80], self.labels[:80]) if len(self) else None
         return as_html("Dreams", self._report(), self.seconds, picture)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save them as a run does; ``load_dreams`` and recipes (``source: dreams``) read them.
 
         Args:
             folder: new or empty.
+            overwrite: take the place of dreams that it holds.
 
         Returns:
             The folder.
@@ -132,8 +133,14 @@ class Dreams(Result):
             StoreError: something lies there already.
         """
         folder = Path(folder)
+        if overwrite and holds_dreams(folder):
+            for batch in DreamStore(folder).shards.values():
+                (folder / batch.file).unlink()
         if folder.is_dir() and any(folder.iterdir()):
-            raise StoreError(f"{folder} is not empty; choose another folder")
+            raise StoreError(
+                f"{folder} is not empty: choose another folder, or give overwrite=True if it holds "
+                "dreams"
+            )
         settings = {
             "seed": self.seed,
             "teacher_sha256": self.card.weights_sha256,

@@ -68,7 +68,7 @@ def _dreams(folder: Path, store_folder: Path) -> Iterator[Finding]:
     for name in damaged:
         yield Finding(str(place / name), "a batch of dreams", "it is not what its header tells")
     intact = sum(shard.file not in damaged for shard in store.shards.values())
-    yield Finding(str(place), f"{intact} batches of dreams", None)
+    yield Finding(str(place), f"{intact} batch{'' if intact == 1 else 'es'} of dreams", None)
 
 
 def _problem(read: Callable[[], object]) -> str | None:
