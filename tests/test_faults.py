@@ -390,7 +390,7 @@ def test_verify_reads_everything(tmp_path, invoke):
     assert invoke("run", DISTILL, *small, "--out", folder)[0] == 0
     code, out, _ = invoke("verify", folder)
     assert code == 0
-    for what in ("batches of dreams", "a student", "the report"):
+    for what in ("of dreams", "a student", "the report"):
         assert what in out
     flip_a_bit(folder / "student" / "model.safetensors")
     code, out, _ = invoke("verify", folder)
