@@ -133,7 +133,7 @@ def _prepare(
     teacher.model.to(device)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
-    rules = added_rules(loaded.registries)
+    rules = added_rules(loaded.registries, log.note)
     context = RunContext(recipe.seed, device, folder, log, latency, evaluation, rules)
     return teacher, images, context
 
