@@ -187,7 +187,7 @@ class _Learning:
         find_head(teacher.model, card.input_size)
         self.course = Course(options.sets, options.names, card, context.log)
         if images is None and options.replay is not None:
-            raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+            raise DreamkitError("this application needs a synthesizer, or images that are there")
         if options.adaptive is not None:
             self._check_rhythm(options.adaptive)
         if images is not None and not isinstance(images, Synthesis):
