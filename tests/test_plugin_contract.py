@@ -103,6 +103,7 @@ def test_defaults_of_what_is_optional():
     made = Plain()
     assert made.needs == frozenset()
     assert made.class_names() is None
+    assert made.teacher_sha256() is None
     assert Plain.known_models(pretrained=True) is None
     made.check(torch.nn.Identity(), [])  # refuses nothing
 
