@@ -6,16 +6,22 @@ import torch
 
 from dreamkit.distributed import local_rank, size
 from dreamkit.errors import DreamkitError
+from dreamkit.recipe.schema import check_device
 from dreamkit.registry import Registries
 from dreamkit.types import LatencyBackend
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str | torch.device) -> torch.device:
     """Return the device a recipe asks for; ``auto`` is CUDA, else MPS, else the CPU.
 
     Raises:
-        DreamkitError: torch does not see the device that was asked for.
+        DreamkitError: no device is called that, or torch does not see it.
     """
+    name = str(name)
+    try:
+        check_device(name)
+    except ValueError as error:
+        raise DreamkitError(f"device: {error} (got {name!r})") from error
     if name == "auto":
         if torch.cuda.is_available():
             return _own_gpu()

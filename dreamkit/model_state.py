@@ -90,11 +90,21 @@ def inputs_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[InputTap]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from torch's global generators by ``seed``, and leave them as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw from torch's global generators by ``seed``, and leave them as they were.
+
+    Args:
+        seed: of the CPU's generator, and of CUDA's where CUDA is in use.
+        device: where it is drawn; a CUDA device brings CUDA in use, nothing else does.
+    """
+    on_cuda = device is not None and device.type == "cuda"
+    in_use = on_cuda or torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if in_use else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        if in_use or not torch.cuda.is_available():
+            torch.manual_seed(seed)
+        else:  # the other would wait for CUDA, and seed it whenever the caller begins to use it
+            torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -100,11 +100,33 @@ def _names(app: typer.Typer) -> set[str]:
     return set(get_group(app).commands)
 
 
-def added_rules(registries: Registries) -> tuple[ChannelRule, ...]:
-    """Return the channel rules of plugins, ready for use; pruning knows the built-in ones."""
+def added_rules(
+    registries: Registries, note: Callable[[str], None] = lambda text: None
+) -> tuple[ChannelRule, ...]:
+    """Return the channel rules of plugins, ready for use; pruning knows the built-in ones.
+
+    Args:
+        registries: one of an installed plugin that fails is added to its ``failures``.
+        note: told of it.
+
+    Raises:
+        PluginError: one of a plugin that the recipe names cannot be loaded.
+    """
     rules = registries["channel_rules"]
-    added = [name for name in rules if rules.provider(name) != BUILTIN_PROVIDER]
-    return tuple(rules.resolve(name)() for name in added)
+    found: list[ChannelRule] = []
+    for name in rules:
+        provider = rules.provider(name)
+        if provider == BUILTIN_PROVIDER:
+            continue
+        try:
+            found.append(rules.resolve(name)())
+        except (Exception, SystemExit) as error:  # whatever a stranger's code raises
+            told = f"the channel rule '{name}' of {provider} cannot be used: {reason(error)}"
+            if provider in registries.named:
+                raise PluginError(told) from error
+            registries.failures.append(PluginFailure(provider, told))
+            note(f"{told}; the rest go on without it")
+    return tuple(found)
 
 
 class PluginHost:
@@ -176,9 +198,12 @@ def _loaded(plugins: Iterable[str]) -> PluginHost:
             host.registries.failures.append(PluginFailure(provider, reason(error)))
     for reference in dict.fromkeys(_canonical(name) for name in plugins):
         try:
-            host.add(_load(reference), reference)
+            plugin = _load(reference)
+            host.add(plugin, reference)
         except (Exception, SystemExit) as error:
             raise PluginError(f"plugin '{reference}' cannot be loaded: {reason(error)}") from error
+        # It may be an installed one.
+        host.registries.named += [owner for owner, known in host.plugins if known is plugin]
     host.listen()
     return host
 

@@ -258,6 +258,8 @@ class Registries:
     )
     providers: list[str] = field(default_factory=list)
     failures: list[PluginFailure] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
+    """Providers that the recipe itself names: all of theirs must load."""
     listeners: list[tuple[str, Listener]] = field(default_factory=list)
     """Who is told of a run's events, by its provider."""
 

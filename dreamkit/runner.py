@@ -133,7 +133,7 @@ def _prepare(
     teacher.model.to(device)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
-    rules = added_rules(loaded.registries)
+    rules = added_rules(loaded.registries, log.note)
     context = RunContext(recipe.seed, device, folder, log, latency, evaluation, rules)
     return teacher, images, context
 
@@ -159,12 +159,14 @@ def _run(
     first = distributed.is_first()
     log = FileLog(directory.folder, console, stopping)
     trackers = IsolatedTrackers(loaded.recipe.trackers if first else (), log.note)
-    with distributed.first_before_others():
-        teacher, images, context = _prepare(loaded, directory.folder, log)
-    distributed.barrier()  # nothing is claimed unless every rank has loaded what it needs
-    abandoned = directory.claim() if first else None
-    distributed.barrier()
+    claimed = came_to_nothing = False
     try:
+        with distributed.first_before_others():
+            teacher, images, context = _prepare(loaded, directory.folder, log)
+        distributed.barrier()  # nothing is claimed unless every rank has loaded what it needs
+        abandoned = directory.claim() if first else None
+        claimed = True
+        distributed.barrier()
         log.open()
         if abandoned is not None and directory.started:
             log.note(f"going on after {abandoned}, which ended without finishing")
@@ -184,15 +186,15 @@ def _run(
             log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
     except BaseException as error:
-        log.emit(RunFailed(error=error))
-        trackers.close()
-        log.close()
-        if first and isinstance(error, DreamkitError):
-            directory.withdraw()
+        if not directory.finished:  # else only what came after the report went wrong
+            log.emit(RunFailed(error=error))
+            came_to_nothing = first and claimed and isinstance(error, DreamkitError)
         raise
     finally:
         trackers.close()
         log.close()
+        if came_to_nothing:
+            directory.withdraw()
         directory.release()
     distributed.barrier()
 

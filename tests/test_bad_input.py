@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 
 from dreamkit.devices import choose_device
+from dreamkit.errors import DreamkitError
 
 Invoke = Callable[..., Any]
 Write = Callable[..., Path]
@@ -226,6 +227,17 @@ def test_a_gpu_has_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device(name) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "CPU", "cpu:0"])
+def test_a_device_that_is_none_is_refused_from_python_too(name: str) -> None:
+    with pytest.raises(DreamkitError) as caught:
+        choose_device(name)
+    assert str(caught.value) == f"device: should be auto, cpu, cuda, cuda:N or mps (got '{name}')"
+
+
+def test_a_device_may_be_torchs() -> None:
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

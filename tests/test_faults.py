@@ -17,14 +17,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dreamkit import runner, stopping
-from dreamkit.errors import RunDirectoryError
+from dreamkit.errors import DreamkitError, RunDirectoryError
 from dreamkit.flat_state import hash_state
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
 from dreamkit.stopping import Stop
 from dreamkit.store.dreams import DreamStore
+from dreamkit.store.lock import RunInUse
+from dreamkit.store.run_directory import RECIPE, RunDirectory, read_report
 from dreamkit.store.shard import read_header
+from dreamkit.types import RunFailed, RunFinished, Tracker
 
 ROOT = Path(__file__).parents[1]
 DISTILL = ROOT / "recipes" / "digits" / "distill.yaml"
@@ -270,6 +276,75 @@ def test_a_training_outlasts_a_failure_where_nothing_is_dreamed(
     code, out, err = invoke(*run)
     assert code == 0, err
     assert "going on from step 2 of 2" in out
+
+
+class Told(Tracker):
+    """Notes what it is called for, and what a listener beside it hears."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self, folder, recipe, resumed):
+        self.calls.append("start")
+
+    def record(self, stage, step, numbers): ...
+
+    def finish(self, metrics):
+        self.calls.append("finish")
+
+    def close(self):
+        self.calls.append("close")
+
+    def hear(self, event):
+        if isinstance(event, RunFailed | RunFinished):
+            self.calls.append(type(event).__name__)
+
+
+@pytest.fixture
+def told(tiny, recipe_file):
+    """Return a recipe and its tracker."""
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    tracker = Told()
+    loaded.registries.listeners.append(("a test", tracker.hear))
+    return replace(loaded, recipe=replace(loaded.recipe, trackers=(tracker,))), tracker
+
+
+@pytest.mark.parametrize("place", ["_prepare", "claim", "_keep"])
+def test_trackers_are_closed_on_every_way_out(told, tmp_path, monkeypatch, place):
+    loaded, tracker = told
+
+    def fail(*arguments):
+        raise RunInUse("no")
+
+    monkeypatch.setattr(RunDirectory if place == "claim" else runner, place, fail)
+    with pytest.raises(RunDirectoryError, match="no"):
+        runner.run(loaded, tmp_path / "run", Console(quiet=True))
+    begun = place == "_keep"
+    assert tracker.calls == (["start", "RunFailed", "close"] if begun else ["close"])
+    assert (tmp_path / "run").exists() == begun  # its dreams stay
+
+
+def test_a_folder_that_another_process_holds_is_not_withdrawn(told, tmp_path):
+    loaded, _ = told
+    holder = RunDirectory(tmp_path / "run", loaded.resolved_yaml())
+    holder.claim()
+    with pytest.raises(RunInUse):
+        runner.run(loaded, tmp_path / "run", Console(quiet=True))
+    assert (tmp_path / "run" / RECIPE).is_file()
+    holder.release()
+
+
+def test_what_fails_after_the_report_is_no_failure_of_the_run(told, tmp_path, monkeypatch):
+    loaded, tracker = told
+
+    def fail(*arguments):
+        raise DreamkitError("the console is gone")
+
+    monkeypatch.setattr(runner, "show", fail)
+    with pytest.raises(DreamkitError, match="the console is gone"):
+        runner.run(loaded, tmp_path / "run", Console(quiet=True))
+    assert tracker.calls == ["start", "finish", "RunFinished", "close"]
+    assert read_report(tmp_path / "run")["name"] == "tiny"
 
 
 def test_a_folder_that_vanishes(tmp_path, invoke, tiny, recipe_file, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,3 +227,25 @@ def test_the_check_finds_module_state() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_names_say_what_lives_there(module: str) -> None:
     assert not VAGUE & set(module.split("."))
+
+
+PROGRAMS = {
+    *("cli", "bench", "starters", "runner.py", "lock.py", "run_directory.py"),
+    *("overlay.py", "weights.py", "distributed.py", "devices.py"),
+}
+"""What the command line alone reaches, and what tells of --set and of torchrun beside others."""
+
+
+def test_what_is_reached_from_python_speaks_of_no_flags() -> None:
+    spoken = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.value}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not PROGRAMS & set(path.relative_to(PACKAGE).parts)
+        for raised in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(raised, ast.Raise)
+        for node in ast.walk(raised)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(^|\s)--[a-z]", node.value)
+    ]
+    assert spoken == []

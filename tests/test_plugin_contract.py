@@ -77,6 +77,13 @@ def test_importing_it_is_light():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_log_in_memory_is_among_it_for_those_who_run_applications_themselves(tmp_path):
+    log = plugin.MemoryLog()
+    context = plugin.RunContext(0, torch.device("cpu"), tmp_path, log, None)
+    context.log.record("training", 1, {"loss": float("inf")})
+    assert log.records == {"training": {1: {"loss": None}}}
+
+
 # Bases.
 
 
@@ -96,6 +103,7 @@ def test_defaults_of_what_is_optional():
     made = Plain()
     assert made.needs == frozenset()
     assert made.class_names() is None
+    assert made.teacher_sha256() is None
     assert Plain.known_models(pretrained=True) is None
     made.check(torch.nn.Identity(), [])  # refuses nothing
 

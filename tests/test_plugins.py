@@ -25,6 +25,7 @@ from dreamkit.plugins import (
     BUILTIN_PROVIDER,
     ENTRY_POINT_GROUP,
     VARIABLE,
+    added_rules,
     build_registries,
     with_commands,
 )
@@ -501,6 +502,47 @@ def test_duplicate_name_raises_and_names_both_providers():
     assert caught.value.message == message
     assert registry.resolve("tv") is TotalVariation
     assert registry.provider("tv") == "the first 1.0"
+
+
+RULES = """
+from dreamkit import hookimpl
+
+class Broken:
+    targets = ()
+
+    def __init__(self):
+        raise KeyError("the rule's own table")
+
+    def follow(self, call):
+        return None
+
+class Fine(Broken):
+    def __init__(self):
+        pass
+
+@hookimpl
+def register_channel_rules(register):
+    register("broken", Broken)
+    register("elsewhere", "no_such_module:Rule")
+    register("fine", Fine)
+"""
+
+
+def test_a_channel_rule_that_fails_is_named_and_left_out_and_the_rest_go_on(site):
+    provider = site.install("dk-rules", RULES)
+    registries, notes = build_registries(), []
+    assert [type(rule).__name__ for rule in added_rules(registries, notes.append)] == ["Fine"]
+    assert [failure.plugin for failure in registries.failures] == [provider, provider]
+    assert notes[0].startswith(
+        f"the channel rule 'broken' of {provider} cannot be used: KeyError: \"the rule's own table"
+    )
+    assert "'elsewhere'" in notes[1]
+
+
+def test_the_channel_rules_of_a_plugin_that_the_recipe_names_must_load(site):
+    site.install("dk-rules", RULES)
+    with pytest.raises(PluginError, match=r"channel rule 'broken' of dk-rules 1\.0 cannot be used"):
+        added_rules(build_registries(["dk_rules"]))
 
 
 def test_second_installed_plugin_with_a_taken_name_is_a_failure(site):

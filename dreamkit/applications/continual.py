@@ -184,10 +184,10 @@ class _Learning:
         self.context = context
         self.images = images
         card = teacher.card
-        find_head(teacher.model, card.input_size)
+        find_head(teacher.model, card.input_size, context.channel_rules)
         self.course = Course(options.sets, options.names, card, context.log)
         if images is None and options.replay is not None:
-            raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+            raise DreamkitError("this application needs a synthesizer, or images that are there")
         if options.adaptive is not None:
             self._check_rhythm(options.adaptive)
         if images is not None and not isinstance(images, Synthesis):
@@ -214,7 +214,7 @@ class _Learning:
         """
         task, step = self.course.tasks[number - 1], self._step(number)
         origin = f"{self.teacher.card.name}, taught more classes without its data"
-        new = with_classes(old, task.class_names, step.seed, origin)
+        new = with_classes(old, task.class_names, step.seed, origin, step.channel_rules)
         folder, metrics = step.folder / RunContext.STUDENT, step.log.metrics
         if (folder / SPECIFICATION).is_file():
             load_state(new.model, read_artifact(folder).state)

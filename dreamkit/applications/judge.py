@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -24,8 +23,7 @@ from dreamkit.registry import EntriesOf, EntryOf
 from dreamkit.sources.joined import Joined
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.measuring import measure_quality
-from dreamkit.store.dreams import DreamStore
-from dreamkit.store.source import Dreams, find_store, is_own_dreams
+from dreamkit.store.source import is_own_dreams
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.types import (
@@ -168,6 +166,8 @@ class Judge(Application):
                         f"{len(images)} images and {len(reference or ())} real ones are few: the "
                         "Fréchet distance is biased upwards"
                     )
+        if verifiers and found.accuracy is None:
+            context.log.note("the images have no labels: no verifier's accuracy is measured")
         return rows
 
     def _score_fidelity(
@@ -194,18 +194,15 @@ def _describe(name: str, card: Card, layer: str | None, found: Judgement) -> dic
     }
 
 
-def dreamed_from(source: ImageSource | None) -> set[str | None]:
-    """Return the hashes of the networks that earlier runs inverted, where images are theirs."""
+def dreamed_from(source: ImageSource | None) -> set[str]:
+    """Return the hashes of the networks that a source's images were dreamed from."""
     if isinstance(source, Joined):
         return {found for part in source.of for found in dreamed_from(part)}
-    if not isinstance(source, Dreams) or source.path is None:
-        return set()
-    return {DreamStore(find_store(Path(source.path))).settings.get("teacher_sha256")}
+    found = None if source is None else source.teacher_sha256()
+    return set() if found is None else {found}
 
 
-def check_verifier(
-    verifier: Teacher, teacher: Teacher, inverted: Collection[str | None] = ()
-) -> None:
+def check_verifier(verifier: Teacher, teacher: Teacher, inverted: Collection[str] = ()) -> None:
     """Refuse a network that cannot judge a teacher's dreams.
 
     Args:

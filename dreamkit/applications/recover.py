@@ -130,12 +130,13 @@ class Recover(TrainsOnImages):
             fit = self.reconstruction
             if fit is None:
                 self._recalibrate(teacher, student, images, context)
-                continue
-            reconstruct_student(teacher, student, PruningRecord(), images, fit, context, masks)
+            else:
+                reconstruct_student(teacher, student, PruningRecord(), images, fit, context, masks)
             look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
             context.log.record("pruning", number, look)
-            tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
-            checkpoint.save(images, number, tensors, {})
+            if fit is not None:  # else it is as quickly done again as read
+                tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
+                checkpoint.save(images, number, tensors, {})
             context.log.emit(RoundPruned(round=number, numbers=look))
             context.log.check(together=True)
         return masks

@@ -7,6 +7,7 @@ import inspect
 import math
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def check_for(
         unasked = f" (not asked: {'; '.join(refused)})" if refused else ""
         raise DreamkitError(f"{other}{unasked}") from other
     before = len(table.points)
-    rules = added_rules(registries)
+    rules = added_rules(registries, partial(say, console))
     fit = check_table(table, found, variants, seed, seconds, console, rules)
     rows = Table("network", "predicted, ms", "measured, ms", "error")
     for number, (predicted, measured) in enumerate(zip(fit.predicted, fit.measured, strict=True)):

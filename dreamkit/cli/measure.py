@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,11 +44,13 @@ def doctor(
     from dreamkit.devices import choose_device
     from dreamkit.plugins import added_rules
     from dreamkit.teachers.named import load_named
+    from dreamkit.wording import say
 
     registries = registries_with(plugin)
     found = load_named(registries, "TEACHER", teacher, weights)
-    told = diagnose(found, choose_device(device), batch_size, added_rules(registries))
-    show_diagnosis(found.card, told, Console())
+    console = Console()
+    rules = added_rules(registries, partial(say, console))
+    show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size, rules), console)
 
 
 @lut.callback()

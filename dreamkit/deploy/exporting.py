@@ -86,7 +86,7 @@ def export_model(
         images = _noise(card, batch_size or COMPARED)
     own = copy.deepcopy(model).cpu().eval()
     if path.is_dir():
-        raise DreamkitError(f"{path} is a folder: name the file itself with --out")
+        raise DreamkitError(f"{path} is a folder: name the file itself")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -187,7 +187,7 @@ def _compared(
         raise DreamkitError(
             f"the exported {name} file does not do what the model does: outputs of up to "
             f"{largest:.3g} differ by up to {error:.3g}, and {same:.1%} of {len(images)} "
-            "images are put into the same class; nothing was written. Try another --format"
+            "images are put into the same class; nothing was written. Try another format"
         )
     return Exported(path, len(images), same, error, largest)
 
@@ -209,8 +209,8 @@ def _write(
     except Exception as error:  # exporters fail in as many ways as models can be written
         reason = one_line(error)
         raise DreamkitError(
-            f"the model cannot be exported as {name}: {reason}. Try --batch-size 1, or another "
-            "--format"
+            f"the model cannot be exported as {name}: {reason}. Try a batch size of 1, or "
+            "another format"
         ) from error
 
 

@@ -40,7 +40,9 @@ def load_student(
 
     Returns:
         The model in eval mode, on the CPU. It takes normalised images (N, C, H, W); its ``card``
-        (a ``dreamkit.card.Card``) has size, mean, std and class names, and normalises them.
+        (a ``dreamkit.card.Card``) has size, mean, std and class names, and normalises them. Its
+        ``provenance`` has the builder and the record of what was pruned: pruned further, it is
+        saved with the whole of it.
 
     Raises:
         ArtifactError: the files are missing or damaged, or need ``builder`` or ``allow_builder``.
@@ -55,6 +57,11 @@ def load_student(
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
     model.card = artifact.card  # type: ignore[assignment]
+    # For whoever prunes it further: whatever built it here, these make it from nothing.
+    model.provenance = {  # type: ignore[assignment]
+        "builder": artifact.builder,
+        "pruning_record": artifact.pruning_record,
+    }
     return model.eval()
 
 

@@ -101,7 +101,7 @@ class TorchCUDA(LatencyBackend):
         if not torch.cuda.is_available():
             raise DreamkitError(
                 "the latency backend torch-cuda needs a CUDA device, and torch sees none; "
-                "use latency: {name: torch-cpu}"
+                "use the backend torch-cpu"
             )
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from dreamkit.card import Card
+    from dreamkit.report.run_log import MemoryLog
     from dreamkit.stages.dreaming import images_of
     from dreamkit.types import (
         NO_LABEL,
@@ -110,8 +111,9 @@ __all__ = [  # noqa: RUF022
     # What entries see and return.
     "NO_LABEL", "BatchPlan", "Card", "ChannelCall", "ChannelGroup", "Chunk", "Dream", "Dreamer",
     "Estimate", "Images", "IncrementalStep", "InversionStep", "Labelled", "LatencyTable",
-    "LayerShape", "LayerStatistics", "Member", "OnStep", "Outcome", "PruningStep", "RunContext",
-    "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis", "Teacher", "Timing",
+    "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnStep", "Outcome", "PruningStep",
+    "RunContext", "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis", "Teacher",
+    "Timing",
     # What applications are made with.
     "images_of",
     # Events.
@@ -128,6 +130,7 @@ __all__ = [  # noqa: RUF022
 _ELSEWHERE = {
     "Field": "pydantic",
     "Card": "dreamkit.card",
+    "MemoryLog": "dreamkit.report.run_log",
     "images_of": "dreamkit.stages.dreaming",
 }
 

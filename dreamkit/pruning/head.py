@@ -6,6 +6,7 @@ DeepInversion (Yin et al., CVPR 2020), section 4.5: new classes get randomly ini
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,24 +17,28 @@ from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, seeded
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.tracing import trace
+from dreamkit.types import ChannelRule
 from dreamkit.wording import one_line
 
 _CLOSE = 1e-4
 """Largest difference of old outputs that rounding makes, relative to the largest output."""
 
 
-def find_head(model: nn.Module, input_size: tuple[int, int, int]) -> str:
+def find_head(
+    model: nn.Module, input_size: tuple[int, int, int], rules: Sequence[ChannelRule] = ()
+) -> str:
     """Return the name of the layer whose outputs are the model's, one for each class.
 
     Args:
         model: run once.
         input_size: (channels, height, width).
+        rules: of layers and operations beside those that are known.
 
     Raises:
         TeacherMismatch: none is, or it is of a kind that cannot be given more outputs.
     """
     try:
-        found = trace(model, input_size)
+        found = trace(model, input_size, rules)
     except Exception as error:  # the model is anyone's code
         reason = one_line(error)
         raise TeacherMismatch(f"the model's channels cannot be followed: {reason}") from error
@@ -73,6 +78,7 @@ def grow_head(
     outputs: int,
     seed: int,
     pruning_record: PruningRecord,
+    rules: Sequence[ChannelRule] = (),
 ) -> str:
     """Give a model more outputs, in place, after those that it has; these stay as they are.
 
@@ -84,6 +90,7 @@ def grow_head(
         outputs: how many there are to be.
         seed: of the new weights.
         pruning_record: record of what was done to the model before, which is gone on with.
+        rules: as of ``find_head``.
 
     Returns:
         The layer's name.
@@ -91,7 +98,7 @@ def grow_head(
     Raises:
         TeacherMismatch: its head cannot be given more outputs; the model is unchanged.
     """
-    name = find_head(model, input_size)
+    name = find_head(model, input_size, rules)
     with seeded(seed):
         fresh: Any = copy.deepcopy(model.get_submodule(name)).cpu()
         size = "out_channels" if isinstance(fresh, _ConvNd) else "out_features"

@@ -36,7 +36,12 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_device(device: str) -> str:
+def check_device(device: str) -> str:
+    """Return the name of a device, as it is given.
+
+    Raises:
+        ValueError: no device is called that; whether torch sees it is another matter.
+    """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise ValueError("should be auto, cpu, cuda, cuda:N or mps")
     return device
@@ -70,7 +75,7 @@ class Recipe:
     latency: Annotated[Any | None, EntryOf("latency_backends")] = None
     trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: Annotated[str, AfterValidator(_check_device)] = "auto"
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
     description: str = ""
     plugins: tuple[str, ...] = ()
 

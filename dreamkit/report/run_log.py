@@ -30,8 +30,8 @@ from dreamkit.wording import say
 _PLAIN_LINE_SECONDS = 5.0
 
 
-class MemoryLog:
-    """Keeps what a run tells in memory; shows notes and progress where it is given a console.
+class ConsoleLog:
+    """Keeps what a run tells, but its records; shows notes and progress where there is a console.
 
     Args:
         console: where people look; None for silence.
@@ -42,7 +42,6 @@ class MemoryLog:
         details: anything else worth keeping.
         failures: what was asked for and not reached.
         notes: what the user must know, in the order in which it was said.
-        records: by stage and step.
         seconds: spent in each stage.
     """
 
@@ -55,7 +54,6 @@ class MemoryLog:
         self.details: dict[str, Any] = {}
         self.failures: list[str] = []
         self.notes: list[str] = []
-        self.records: dict[str, dict[int, dict[str, float | None]]] = {}
         self.seconds: dict[str, float] = {}
         self._listeners: list[Callable[[Event], object]] = []
 
@@ -67,16 +65,6 @@ class MemoryLog:
         """Tell the listeners of an event."""
         for listener in self._listeners:
             listener(event)
-
-    def begin(self, stage: str) -> None:
-        """Forget what was recorded under a stage that starts afresh."""
-        self.records.pop(stage, None)
-
-    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Keep one point of a stage's curves; a number that is not finite becomes None."""
-        finite = _finite(numbers)
-        self.records.setdefault(stage, {})[step] = finite
-        self.emit(Recorded(stage=stage, step=step, numbers=finite))
 
     def note(self, text: str) -> None:
         """Show a note at once and keep it for the report."""
@@ -111,8 +99,36 @@ class MemoryLog:
             console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
 
 
-class FileLog(MemoryLog):
-    """Writes records to ``log.jsonl``.
+class MemoryLog(ConsoleLog):
+    """Keeps everything in memory.
+
+    Args:
+        console: where people look; None for silence.
+        stopping: tells whether the run is to stop.
+
+    Attributes:
+        records: by stage and step.
+    """
+
+    def __init__(
+        self, console: Console | None = None, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__(console, stopping)
+        self.records: dict[str, dict[int, dict[str, float | None]]] = {}
+
+    def begin(self, stage: str) -> None:
+        """Forget what was recorded under a stage that starts afresh."""
+        self.records.pop(stage, None)
+
+    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep one point of a stage's curves; a number that is not finite becomes None."""
+        finite = _finite(numbers)
+        self.records.setdefault(stage, {})[step] = finite
+        self.emit(Recorded(stage=stage, step=step, numbers=finite))
+
+
+class FileLog(ConsoleLog):
+    """Writes records to ``log.jsonl``, however many they are; ``read_records`` returns them.
 
     The file is opened by ``open``, or by the first record.
 

@@ -20,7 +20,7 @@ from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, Event, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import NO_LABEL, ChannelRule, Event, Images, ImageSource, RunLog, Teacher
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,13 @@ class Course:
         return JoinedImages(parts)
 
 
-def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: str) -> Teacher:
+def with_classes(
+    old: Teacher,
+    class_names: Sequence[str],
+    seed: int,
+    origin: str,
+    rules: Sequence[ChannelRule] = (),
+) -> Teacher:
     """Return a copy of a network that has outputs for more classes too.
 
     Args:
@@ -141,11 +147,12 @@ def with_classes(old: Teacher, class_names: Sequence[str], seed: int, origin: st
         class_names: of the classes that are added.
         seed: of the new outputs' weights.
         origin: of the copy, for its card.
+        rules: by which its last layer is found, beside those that are known.
     """
     classes = old.card.num_classes + len(class_names)
     pruning_record = PruningRecord.from_json(old.pruning_record)
     model = trainable_copy(old.model)
-    grow_head(model, old.card.input_size, classes, seed, pruning_record)
+    grow_head(model, old.card.input_size, classes, seed, pruning_record, rules)
     names = old.card.class_names
     card = dataclasses.replace(
         old.card,

@@ -39,7 +39,7 @@ def images_of(teacher: Teacher, images: Images | Synthesis | None, context: RunC
         DreamkitError: there are none.
     """
     if images is None:
-        raise DreamkitError("this application dreams, so the recipe needs 'synthesis'")
+        raise DreamkitError("this application needs a synthesizer, or images that are there")
     if isinstance(images, Synthesis):
         return dream_into_store(teacher, images, context)
     if len(images) == 0:

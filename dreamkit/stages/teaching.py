@@ -99,7 +99,7 @@ def teach(
     path = context.folder / RunContext.CHECKPOINTS / f"{stage}.safetensors"
     # Where networks compute in bfloat16 both read their weights with channels last.
     hold = borrowed if trainer.precision == "bfloat16" else frozen
-    with hold(trainer.teacher), seeded(context.seed):
+    with hold(trainer.teacher), seeded(context.seed, context.device):
         training = TrainingRun(context, trainer, sets, stage, path if resumable else None)
         training.run()
     return training.pools

@@ -103,7 +103,7 @@ class DreamStore:
         if differing:
             raise StoreError(
                 f"{self.folder} holds dreams made with other settings ({', '.join(differing)}); "
-                "choose another folder with --out"
+                "choose another folder"
             )
 
     def _take(self, header: Header) -> None:

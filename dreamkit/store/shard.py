@@ -98,9 +98,7 @@ def read_header(path: Path) -> Header | None:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        version, digest, text = metadata[_HEADER].split(" ", 2)
-        if digest != _digest(version, text):
-            return None
+        version, text = _checked(metadata[_HEADER])
         if version != str(FORMAT):
             raise StoreError(
                 f"{path} is of format {version}, and this version of dreamkit reads {FORMAT}: "
@@ -161,6 +159,20 @@ class ShardedImages:
         rows = [self._place[index] for index in indices]
         images = torch.stack([self._images[shard][row] for shard, row in rows])
         return images, self.labels[torch.as_tensor(indices)]
+
+
+def _checked(told: str) -> tuple[str, str]:
+    """Return the version of a header, and the header.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if told.startswith("{"):  # up to format 4 it was JSON by itself
+        return str(json.loads(told)["format"]), told
+    version, digest, text = told.split(" ", 2)
+    if digest != _digest(version, text):
+        raise ValueError("its SHA-256 is another")
+    return version, text
 
 
 def _digest(version: str, text: str) -> str:

@@ -51,6 +51,13 @@ class Dreams(ImageSource):
             )
         return content
 
+    def teacher_sha256(self) -> str | None:
+        """Return the hash of the weights that the earlier run inverted; None of its own dreams."""
+        if self.path is None:
+            return None
+        found: str | None = DreamStore(find_store(Path(self.path))).settings.get("teacher_sha256")
+        return found
+
 
 def is_own_dreams(source: ImageSource | None) -> bool:
     """Whether a source is the dreams that the run itself makes."""

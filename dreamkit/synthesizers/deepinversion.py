@@ -224,8 +224,7 @@ class Inversion(LossDreamer):
             fused=self.device.type in {"cpu", "cuda"},
         )
         jitter = stage.jitter(options.jitter, options.stages[-1], self.teacher.card)
-        draws = draw_views(stage.steps, jitter, options.flip, generator)
-        draws = draws.to(self.device)
+        draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
@@ -266,9 +265,8 @@ class Inversion(LossDreamer):
             shape = (size, card.input_size[0], *resolution)
             start = self.options.parameterisation.start(shape, generator).to(self.device)
             plan = BatchPlan(0, 0, size, 0)
-            labels = deal_labels(self.options.labels, plan, card.num_classes, generator).to(
-                self.device
-            )
+            labels = deal_labels(self.options.labels, plan, card.num_classes, generator)
+            labels = labels.to(self.device)
 
             def run(
                 steps: int,

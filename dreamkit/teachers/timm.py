@@ -1,4 +1,4 @@
-"""Teachers from timm."""
+"""Teachers from timm, which is imported when one is asked for: listing does without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import timm
 from pydantic import Field
 from torch import nn
 
@@ -43,6 +42,8 @@ class TimmTeacher(TeacherSource):
     input_size: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        import timm
+
         name = self.model.partition(".")[0]
         if not name.startswith("hf-hub:") and not timm.is_model(name):
             hint = did_you_mean(name, timm.list_models())
@@ -58,10 +59,14 @@ class TimmTeacher(TeacherSource):
     @classmethod
     def known_models(cls, pretrained: bool) -> list[str]:
         """Return architectures, those with weights if asked for, and then every pretrained tag."""
+        import timm
+
         names = timm.list_models(pretrained=pretrained, include_tags=False)
         return [*names, *timm.list_pretrained()]
 
     def _check_tag(self, name: str) -> None:
+        import timm
+
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
         tag = self._full_name.partition(".")[2]
         if not tags or (tag and tag not in tags):
@@ -98,6 +103,8 @@ class TimmTeacher(TeacherSource):
         return f"{self.model.partition('.')[0]}.{self.weights}" if named else self.model
 
     def _create(self, pretrained: bool) -> nn.Module:
+        import timm
+
         options: dict[str, Any] = {}
         if self.num_classes is not None:
             options["num_classes"] = self.num_classes

@@ -70,3 +70,10 @@ class ImageSource(ABC):
             DreamkitError: its classes cannot be told.
         """
         return None
+
+    def teacher_sha256(self) -> str | None:
+        """Return the hash of the weights that its images were dreamed from, where it is known.
+
+        A network never judges what was dreamed from itself.
+        """
+        return None

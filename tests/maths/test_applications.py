@@ -33,7 +33,15 @@ from dreamkit.synthesizers.deepinversion import DeepInversion, Stage
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.training.distillation import Distillation
 from dreamkit.training.incremental import IncrementalTraining
-from dreamkit.types import LatencyBackend, Outcome, StoredImages, Synthesis, Teacher, Timing
+from dreamkit.types import (
+    LatencyBackend,
+    Outcome,
+    RoundPruned,
+    StoredImages,
+    Synthesis,
+    Teacher,
+    Timing,
+)
 
 SHORT = {"steps": 4, "batch_size": 4, "precision": "float32"}
 ADAPTIVE = Adaptive(every=1)
@@ -209,7 +217,7 @@ def test_an_outcome_is_a_function_of_the_arguments(toys, teacher, tmp_path, name
 @pytest.mark.parametrize("name", NAMES)
 def test_without_images_there_is_nothing_to_work_on(toys, teacher, tmp_path, name):
     application = applications(toys)[name]
-    with pytest.raises(DreamkitError, match="needs 'synthesis'"):
+    with pytest.raises(DreamkitError, match="needs a synthesizer"):
         application.run(teacher, None, toys.context(tmp_path))
     assert application.needs_synthesis
 
@@ -278,3 +286,17 @@ def test_costs_are_measured_by_the_caller(toys, teacher, tmp_path):
     assert backend.timed == 2, "it knows already"
     measure_costs(Outcome(), teacher, context, latency=True)
     assert backend.timed == 2, "there is no student"
+
+
+@pytest.mark.parametrize("fit", [None, Reconstruction(images=8, batch_size=4)], ids=repr)
+def test_recovery_tells_of_every_round(toys, teacher, tmp_path, fit):
+    context, heard = toys.context(tmp_path), []
+    context.log.listen(heard.append)
+    rounds = 1 if fit is None else 2
+    Recover(0.5, rounds=rounds, training=Recovery(**SHORT), reconstruction=fit).run(
+        teacher, toys.images(12), context
+    )
+    told = {event.round: event.numbers for event in heard if isinstance(event, RoundPruned)}
+    assert list(told) == list(range(1, rounds + 1))
+    assert told == context.log.records["pruning"]
+    assert told[rounds]["sparsity"] == pytest.approx(0.5, abs=0.01)

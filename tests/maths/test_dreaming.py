@@ -459,7 +459,7 @@ def test_own_dreams_or_those_of_another_run(run, tmp_path):
     assert torch.equal(own.batch(range(7))[0], theirs.batch(range(7))[0])
 
 
-@pytest.mark.parametrize(("count", "message"), [(0, "empty"), (None, "needs 'synthesis'")])
+@pytest.mark.parametrize(("count", "message"), [(0, "empty"), (None, "needs a synthesizer")])
 def test_no_images_are_refused(run, toys, count, message):
     images = None if count is None else toys.images(count)
     with pytest.raises(DreamkitError, match=message):

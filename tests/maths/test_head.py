@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.errors import ArtifactError, TeacherMismatch
 from dreamkit.pruning.graph import ChannelGraph
@@ -132,3 +132,35 @@ def test_find_head_leaves_the_model_alone():
     assert model.training
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+@torch.library.custom_op("dreamkit_tests::as_it_is", mutates_args=())
+def as_it_is(x: Tensor) -> Tensor:
+    """Do nothing, in a way that cannot be followed."""
+    return x.clone()
+
+
+class Ending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = SmallResNet(8, 5)
+
+    def forward(self, x):
+        return torch.ops.dreamkit_tests.as_it_is(self.body(x))
+
+
+class EndingRule:
+    """``as_it_is``: channels are what they were."""
+
+    targets = (torch.ops.dreamkit_tests.as_it_is,)
+
+    def follow(self, call):
+        return call.repeat()
+
+
+def test_the_head_is_found_by_rules_of_others():
+    model = Ending().eval()
+    with pytest.raises(TeacherMismatch, match="the head is of an unknown kind"):
+        find_head(model, SIZE)
+    assert grow_head(model, SIZE, 7, 0, PruningRecord(), [EndingRule()]) == "body.fc"
+    assert model(torch.zeros(1, *SIZE)).shape == (1, 7)

@@ -23,7 +23,7 @@ from dreamkit.evaluation.judgement import judge_by
 from dreamkit.sources.joined import Joined
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams
-from dreamkit.types import NO_LABEL, StoredImages, Synthesis, Teacher
+from dreamkit.types import NO_LABEL, ImageSource, StoredImages, Synthesis, Teacher
 
 CPU = torch.device("cpu")
 
@@ -352,7 +352,7 @@ class Given:
 
 
 @dataclass
-class Held:
+class Held(ImageSource):
     """A source of images that are there already."""
 
     images: StoredImages
@@ -422,6 +422,19 @@ def test_judging_images_without_labels_or_reference(toys, teacher, context):
         *("judge.images", "judge.toy.classifier_score", "judge.toy.classifier_score_std")
     }
     assert context.log.details["judge"]["reference_images"] is None
+    assert context.log.notes[-1] == (
+        "the images have no labels: no verifier's accuracy is measured"
+    )
+
+
+def test_any_source_may_tell_what_its_images_were_dreamed_from(toys, teacher, context):
+    class Told(Held):
+        def teacher_sha256(self):
+            return "def"
+
+    images = Joined((Told(toys.images(6)),))
+    with pytest.raises(DreamkitError, match="the inverted teacher itself"):
+        Judge(images=images, verifiers=(other(toys),), splits=2).run(teacher, Unwanted(), context)
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,14 @@ def test_records_by_stage_in_order_of_step(log, tmp_path):
     }
 
 
+def test_what_is_written_is_told_and_not_kept_in_memory_too(log):
+    told = []
+    log.listen(told.append)
+    log.record("a", 1, {"loss": 2.0, "x": float("nan")})
+    assert told == [Recorded(stage="a", step=1, numbers={"loss": 2.0, "x": None})]
+    assert not hasattr(log, "records")
+
+
 def test_a_step_done_again_counts_once_as_it_was_last(log, tmp_path):
     log.record("a", 1, {"loss": 1.0})
     log.record("a", 2, {"loss": 2.0})

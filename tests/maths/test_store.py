@@ -168,6 +168,19 @@ def test_a_shard_of_another_format_is_refused(tmp_path, monkeypatch):
         DreamStore(tmp_path)
 
 
+def test_a_store_of_the_format_before_is_refused_and_left_as_it_is(tmp_path):
+    told = {"format": 4, "sha256": "0", "settings": SETTINGS, "index": 0, "carried": False}
+    path = tmp_path / "shard-000000.safetensors"
+    safetensors.torch.save_file(
+        {"images": torch.zeros(1)}, path, {"dreamkit": json.dumps(told, sort_keys=True)}
+    )
+    (tmp_path / "manifest.json").write_text('{"format": 4}')
+    for settings in (None, SETTINGS):
+        with pytest.raises(StoreError, match=r"is of format 4, and this version .* reads 5"):
+            DreamStore(tmp_path, settings).mend()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", path.name]
+
+
 def test_a_renamed_shard_does_not_stand_for_another_batch(tmp_path):
     filled(tmp_path, 1)
     (tmp_path / "shard-000000.safetensors").rename(tmp_path / "shard-000003.safetensors")

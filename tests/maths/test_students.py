@@ -64,6 +64,43 @@ def pruned(tmp_path_factory):
     return model, folder
 
 
+def test_a_loaded_student_knows_where_it_comes_from_and_is_pruned_further(pruned, tmp_path):
+    _, folder = pruned
+    artifact = read_artifact(folder)
+    student = dreamkit.load_student(folder)
+    assert student.provenance == {
+        "builder": artifact.builder,
+        "pruning_record": artifact.pruning_record,
+    }
+    pixels = torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8)
+    further = dreamkit.prune(
+        student,
+        pixels,
+        channels=0.8,
+        limits={"chunk": 1},
+        recovery={"steps": 1, "batch_size": 8},
+        batch_size=8,
+        device="cpu",
+        progress=False,
+    )
+    further.save(tmp_path / "further")
+    smaller = dreamkit.load_student(tmp_path / "further")
+    assert smaller.provenance["builder"] == artifact.builder
+    kept = smaller.provenance["pruning_record"]["kept"]
+    assert set(artifact.pruning_record["kept"]) <= set(kept)
+    assert sum(p.numel() for p in smaller.parameters()) < sum(
+        p.numel() for p in student.parameters()
+    )
+
+
+def test_a_student_of_a_network_in_memory_keeps_that_builder(pruned, tmp_path):
+    memory = {"source": "memory", "class": "mine.Net"}
+    student = dreamkit.load_student(
+        edited(copied(pruned, tmp_path), builder=memory), BundledTeacher("digits_resnet8").build
+    )
+    assert student.provenance["builder"] == memory
+
+
 def test_a_fresh_process_gives_identical_outputs(pruned, tmp_path):
     model, folder = pruned
     x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -96,6 +98,11 @@ def test_small_resnet_refuses_other_depths(depth):
 
 
 # --- timm -------------------------------------------------------------------------------------
+
+
+def test_timm_is_imported_when_one_is_asked_for():
+    code = "import sys, dreamkit.teachers.timm; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_timm_card_is_read_off_timms_metadata():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -631,3 +632,33 @@ def test_a_frozen_norm_is_refreshed_and_a_dead_channel_is_not(toys):
     assert model[1].running_var[1] == 1
     assert model[1].weight[1] == 1
     assert model[1].running_var[0] != 1
+
+
+def test_a_block_with_a_seed_leaves_the_generator_as_it_was():
+    before = torch.get_rng_state()
+    with seeded(5):
+        torch.rand(7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_seed_reaches_cuda_only_where_it_is_in_use(monkeypatch):
+    seeds, kept, drawn = [], [], []
+
+    @contextlib.contextmanager
+    def fork(devices):
+        before = torch.get_rng_state()
+        kept.append(list(devices))
+        yield
+        torch.set_rng_state(before)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    for device in (None, torch.device("cpu"), torch.device("cuda", 0)):
+        with seeded(5, device):
+            drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == 1
+    assert kept == [[], [], [0, 1]]
+    assert seeds == [5]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from dreamkit.plugin.testing.tiny import (
     untouched,
     working,
 )
+from dreamkit.report.run_log import MemoryLog
 from dreamkit.types import (
     Application,
-    Event,
     Exporter,
     Images,
     LatencyBackend,
@@ -49,7 +47,7 @@ def check_application(
         ContractError: it is not.
     """
     application, name = made("applications", entry)
-    teacher, log = tiny_teacher(), _Log()
+    teacher, log = tiny_teacher(), MemoryLog()
     if images is None:
         images = StoredImages(_pixels(12), torch.arange(12) % CLASSES)
     context = RunContext(0, torch.device("cpu"), folder, log, _Clock())
@@ -128,35 +126,6 @@ def check_tracker(entry: Tracker | type, folder: Path) -> None:
 def _pixels(count: int) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     return torch.randint(256, (count, *SIZE), generator=draws).to(torch.uint8)
-
-
-class _Log:
-    """Keeps metrics, and forgets the rest."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        self.details: dict[str, Any] = {}
-        self.failures: list[str] = []
-
-    def record(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Forget it."""
-
-    def begin(self, stage: str) -> None:
-        """Forget it."""
-
-    def note(self, text: str) -> None:
-        """Forget it."""
-
-    def emit(self, event: Event) -> None:
-        """Forget it."""
-
-    def check(self, together: bool = False) -> None:
-        """Go on."""
-
-    @contextmanager
-    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show nothing."""
-        yield lambda done: None
 
 
 class _Clock(LatencyBackend):
