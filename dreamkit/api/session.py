@@ -150,7 +150,7 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))  # what times models asks for it
-        stack.enter_context(seeded(conditions.seed))
+        stack.enter_context(seeded(conditions.seed, device))
         try:
             yield _session(network, conditions, device, registries, log, stack, started)
         except BaseException as error:
