@@ -590,6 +590,8 @@ def use(model: nn.Module, student: nn.Module) -> nn.Module:
     small.export("m.onnx")
     tiny = dreamkit.distill(model, student, dreams, steps=2000)
     print(pixels.shape, good, share, dreamkit.load_dreams("dreams/").card.input_size)
+    loaded = dreamkit.load_student("student/")
+    print(loaded(loaded.card.normalise(pixels)))
     reveal_type(tiny.model)
     return tiny.model
 """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
+from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, MissingPath
 from dreamkit.model_state import seeded
 from dreamkit.plugins import build_registries
@@ -22,11 +23,23 @@ from dreamkit.types import Teacher, TeacherSource
 from dreamkit.wording import one_line
 
 
+class Student(nn.Module):
+    """What type checkers know of a loaded network: that it has a card. It is none of this class.
+
+    Args:
+        card: its size, mean, std and class names.
+        provenance: its builder, and the record of what was pruned.
+    """
+
+    card: Card
+    provenance: Mapping[str, Any]
+
+
 def load_student(
     path: str | Path,
     builder: Callable[[], nn.Module] | nn.Module | None = None,
     allow_builder: bool = False,
-) -> nn.Module:
+) -> Student:
     """Load a student that a run saved; its outputs are those it had when it was saved.
 
     No pickle is involved.
@@ -62,7 +75,7 @@ def load_student(
         "builder": artifact.builder,
         "pruning_record": artifact.pruning_record,
     }
-    return model.eval()
+    return cast(Student, model.eval())
 
 
 def load_unpruned(path: str | Path, allow_builder: bool = False) -> nn.Module:
