@@ -249,3 +249,11 @@ def test_what_is_reached_from_python_speaks_of_no_flags() -> None:
         and re.search(r"(^|\s)--[a-z]", node.value)
     ]
     assert spoken == []
+
+
+def test_no_file_is_longer_than_one_sitting() -> None:
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 300} == {}
