@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -603,6 +604,7 @@ def test_a_consumers_script_has_types(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "consumer.py"],
         cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(Path(dreamkit.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,

@@ -181,7 +181,7 @@ def _session(
             raise DreamkitError("evaluation: needs images with labels")
     latency = _backend(conditions.latency_backend, registries)
     latency = latency or default_backend(registries, device)
-    rules = added_rules(registries)
+    rules = added_rules(registries, log.note)
     context = RunContext(conditions.seed, device, folder, log, latency, evaluation, rules)
     reported = _reported(conditions)
     return Session(teacher, context, log, registries, started, reported, out, stack)
