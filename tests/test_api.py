@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -629,6 +630,7 @@ def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
 def test_networks_by_name():
     network = dreamkit.load_teacher("torchvision:resnet18", weights=None)
     assert not network.card.trained
+    assert dreamkit.invert(network.model, 1, steps=2, progress=False).card == network.card
     with pytest.raises(dreamkit.DreamkitError, match="has none but its own"):
         dreamkit.load_teacher("bundled:digits_resnet8", weights=None)
     with pytest.raises(dreamkit.DreamkitError, match="did you mean 'digits_resnet8'"):
@@ -789,3 +791,12 @@ def test_listeners_hear_of_a_call(net, monkeypatch):
     with pytest.raises(dreamkit.DreamkitError):
         dreamkit.invert(net, 2, lr=-1, **QUICK, **VIEW)
     assert [type(event) for event in heard] == [RunFailed]
+
+
+def test_a_network_that_was_changed_does_not_tell_what_it_was(digits):
+    network = copy.deepcopy(digits.model)
+    assert take_in(network, View()).builder == digits.builder
+    network.fc = nn.Linear(network.fc.in_features, 4)
+    changed = take_in(network, View(class_names=["a", "b", "c", "d"]))
+    assert changed.builder["source"] == "memory"
+    assert changed.card.num_classes == 4

@@ -7,6 +7,7 @@ from typing import Literal
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
 from dreamkit.teachers.named import load_named
+from dreamkit.teachers.provenance import tell
 from dreamkit.types import Teacher
 
 
@@ -28,4 +29,7 @@ def load_teacher(name: str, weights: Literal["default"] | None = "default") -> T
     found = load_named(build_registries(), "name", name, "null" if weights is None else weights)
     if weights is None and found.card.trained:
         raise DreamkitError(f"weights: {name} has none but its own; leave 'weights' out")
+    tell(
+        found.model, found.card, found.builder, found.pruning_record
+    )  # so that its model alone can be given too
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode
+from dreamkit.teachers.provenance import told as told_by
 from dreamkit.teachers.timm import TimmTeacher
 from dreamkit.teachers.torchvision import TorchvisionTeacher
 from dreamkit.teachers.weights import hash_weights
@@ -121,10 +122,7 @@ def take_in(
     card = _card(own, told if isinstance(told, Card) else None, view, role, otherwise)
     if isinstance(network, Teacher):
         return dataclasses.replace(network, model=own, card=card)
-    provenance = getattr(model, "provenance", None)
-    if isinstance(provenance, Mapping) and {"builder", "pruning_record"} <= set(provenance):
-        return Teacher(own, card, dict(provenance["builder"]), dict(provenance["pruning_record"]))
-    return Teacher(own, card, builder_of(model, card.num_classes))
+    return told_by(own, card) or Teacher(own, card, builder_of(model, card.num_classes))
 
 
 def _check_finite(model: nn.Module, role: str) -> None:

@@ -19,6 +19,7 @@ from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, import_extra
 from dreamkit.report.notebook import as_html, as_text
 from dreamkit.store.artifact import SPECIFICATION, write_artifact
+from dreamkit.teachers.provenance import tell
 from dreamkit.types import RunFinished, Teacher
 from dreamkit.version import __version__
 
@@ -203,6 +204,5 @@ def student_fields(student: Teacher) -> dict[str, Any]:
     model = student.model.cpu().eval()
     for parameter in model.parameters():
         parameter.grad = None
-    model.card = student.card  # type: ignore[assignment]
-    model.provenance = {"builder": student.builder, "pruning_record": student.pruning_record}  # type: ignore[assignment]
+    tell(model, student.card, student.builder, student.pruning_record)
     return {"model": model, "card": student.card, "teacher": student}

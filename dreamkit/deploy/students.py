@@ -18,6 +18,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
+from dreamkit.teachers.provenance import tell
 from dreamkit.teachers.weights import hash_weights, load_into
 from dreamkit.types import Teacher, TeacherSource
 from dreamkit.wording import one_line
@@ -69,12 +70,8 @@ def load_student(
     artifact = read_artifact(folder)
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
-    model.card = artifact.card  # type: ignore[assignment]
     # For whoever prunes it further: whatever built it here, these make it from nothing.
-    model.provenance = {  # type: ignore[assignment]
-        "builder": artifact.builder,
-        "pruning_record": artifact.pruning_record,
-    }
+    tell(model, artifact.card, artifact.builder, artifact.pruning_record)
     return cast(Student, model.eval())
 
 

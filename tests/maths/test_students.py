@@ -68,10 +68,8 @@ def test_a_loaded_student_knows_where_it_comes_from_and_is_pruned_further(pruned
     _, folder = pruned
     artifact = read_artifact(folder)
     student = dreamkit.load_student(folder)
-    assert student.provenance == {
-        "builder": artifact.builder,
-        "pruning_record": artifact.pruning_record,
-    }
+    assert student.provenance["builder"] == artifact.builder
+    assert student.provenance["pruning_record"] == artifact.pruning_record
     pixels = torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8)
     further = dreamkit.prune(
         student,
