@@ -411,7 +411,9 @@ class Pictures(Dataset):
         return Image.new("RGB", (20, 16), (50 * index, 0, 0)), index % 3
 
 
-@pytest.mark.parametrize("kind", ["uint8", "floats", "pair", "dataset", "loader", "pictures"])
+@pytest.mark.parametrize(
+    "kind", ["uint8", "floats", "pair", "dataset", "loader", "pictures", "arrays"]
+)
 def test_images_in_any_shape(net, pixels, kind):
     card = dreamkit.invert(net, 2, **QUICK, **VIEW).card
     images, labels = pixels
@@ -423,6 +425,7 @@ def test_images_in_any_shape(net, pixels, kind):
         "dataset": TensorDataset(floats, labels),
         "loader": DataLoader(TensorDataset(floats, labels), batch_size=5),
         "pictures": Pictures(),
+        "arrays": (images.numpy(), labels.numpy()),
     }[kind]
     taken = as_images(given, card, "images")
     found, classes = taken.batch([0, 1, 4])

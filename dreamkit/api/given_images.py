@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -93,6 +94,10 @@ def as_images(given: Any, card: Card, role: str) -> Images:
             return Folder(str(given)).open(card)
         except (DreamkitError, OptionError) as error:
             raise DreamkitError(f"{role}: {error}") from error
+    if isinstance(given, np.ndarray):
+        given = torch.as_tensor(given)
+    elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], np.ndarray):
+        given = (torch.as_tensor(given[0]), given[1])
     stored = getattr(given, "stored", None)
     if isinstance(stored, StoredImages):
         images: Images = stored
