@@ -634,6 +634,9 @@ def test_networks_by_name():
     network = dreamkit.load_teacher("torchvision:resnet18", weights=None)
     assert not network.card.trained
     assert dreamkit.invert(network.model, 1, steps=2, progress=False).card == network.card
+    for wrong in ("IMAGENET1K_V2", False):
+        with pytest.raises(dreamkit.DreamkitError, match="should be 'default', or None"):
+            dreamkit.load_teacher("torchvision:resnet18", weights=wrong)
     with pytest.raises(dreamkit.DreamkitError, match="has none but its own"):
         dreamkit.load_teacher("bundled:digits_resnet8", weights=None)
     with pytest.raises(dreamkit.DreamkitError, match="did you mean 'digits_resnet8'"):
@@ -688,6 +691,10 @@ def test_a_student_is_not_overwritten_unasked(net, pixels, tmp_path):
     with pytest.raises(dreamkit.DreamkitError, match="holds a student already"):
         made.save(tmp_path / "s")
     made.save(tmp_path / "s", overwrite=True)
+    with pytest.raises(dreamkit.DreamkitError, match="should be a function or class"):
+        dreamkit.load_student(tmp_path / "s", builder="mynet:Net")
+    with pytest.raises(dreamkit.DreamkitError, match="holds no student"):
+        made.save(tmp_path, overwrite=True)
 
 
 # --- what notebooks throw at it ---------------------------------------------------------------

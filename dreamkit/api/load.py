@@ -26,10 +26,14 @@ def load_teacher(name: str, weights: Literal["default"] | None = "default") -> T
     Raises:
         DreamkitError: there is no such network, or its weights cannot be had.
     """
+    if weights not in {"default", None} or isinstance(weights, bool):
+        raise DreamkitError(
+            f"weights: should be 'default', or None for random ones (got {weights!r}); others are "
+            "part of the name, e.g. timm:resnet18.a1_in1k"
+        )
     found = load_named(build_registries(), "name", name, "null" if weights is None else weights)
     if weights is None and found.card.trained:
         raise DreamkitError(f"weights: {name} has none but its own; leave 'weights' out")
-    tell(
-        found.model, found.card, found.builder, found.pruning_record
-    )  # so that its model alone can be given too
+    # So that its model alone can be given too.
+    tell(found.model, found.card, found.builder, found.pruning_record)
     return found

@@ -108,11 +108,13 @@ class StudentResult(Result):
             The folder.
 
         Raises:
-            ArtifactError: the folder holds a student already.
+            ArtifactError: the folder holds a student already, or something else.
         """
-        made = self.teacher
-        if not overwrite and (Path(folder) / SPECIFICATION).exists():
+        made, held = self.teacher, (Path(folder) / SPECIFICATION).exists()
+        if held and not overwrite:
             raise ArtifactError(f"{folder} holds a student already: give overwrite=True")
+        if not held and Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise ArtifactError(f"{folder} is not empty, and holds no student: choose a new folder")
         write_artifact(Path(folder), self.model, self.card, made.builder, made.pruning_record)
         return Path(folder)
 

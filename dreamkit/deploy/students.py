@@ -67,6 +67,11 @@ def load_student(
         >>> logits = student(student.card.normalise(images))  # images: uint8  # doctest: +SKIP
     """
     folder = Path(path)
+    if builder is not None and not callable(builder):
+        raise ArtifactError(
+            "builder: should be a function or class that returns the network before pruning, or "
+            f"that network, not {builder!r}"
+        )
     artifact = read_artifact(folder)
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
