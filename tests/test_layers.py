@@ -48,6 +48,7 @@ LAYERS = (
         "plugins",
         "hookspecs",
         "deploy",
+        "students",
         "checkup",
         "bench",
         "starters",

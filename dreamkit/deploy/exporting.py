@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.copying import copied
-from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import to_eval
@@ -23,6 +22,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.store.dreams import DreamStore, holds_dreams
+from dreamkit.students import load_student, load_unpruned
 from dreamkit.types import Exporter, RunContext, Timing
 from dreamkit.wording import one_line, say
 
