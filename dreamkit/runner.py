@@ -125,7 +125,7 @@ def _prepare(
     with placed("teacher"):
         loaded_teacher: Teacher = recipe.teacher.load(recipe.seed)
         loaded_teacher.model.to(device)
-        teacher = admit(loaded_teacher, log.note)
+        teacher = admit(loaded_teacher, log.note, "the teacher")
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)

@@ -27,7 +27,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.teachers.intake import doubt_training
+from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
     NO_LABEL,
     Images,

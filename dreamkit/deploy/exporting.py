@@ -17,7 +17,7 @@ from dreamkit.card import Card
 from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import alternate
-from dreamkit.model_state import to_eval
+from dreamkit.model_state import hide_extra_state, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
@@ -87,6 +87,7 @@ def export_model(
         images = _noise(card, batch_size or COMPARED)
     own = copied(model).cpu()
     to_eval(own)
+    hide_extra_state(own)
     if path.is_dir():
         raise DreamkitError(f"{path} is a folder: name the file itself")
     try:
