@@ -58,6 +58,13 @@ def enough_memory(doing: str, cure: str, path: RecipePath = ()) -> Iterator[None
         raise OutOfMemory(f"memory ran out while {doing}: {cure} ({reason})", path) from None
 
 
+ASK_LESS = (
+    "lower the batch_size of what it was at, use smaller images, or a device with more; what was "
+    "finished is kept"
+)
+"""The cure where it is not known which option asked for so much."""
+
+
 def give_back_memory() -> None:
     """Free what a failed attempt left, so that a smaller one finds room."""
     gc.collect()
