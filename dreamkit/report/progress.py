@@ -28,7 +28,7 @@ LINE_SECONDS = 8.0
 BEAT_SECONDS = 1.0
 """How often is looked whether a line is due."""
 QUICK_SECONDS = 1.0
-"""A stage that takes less leaves no trace."""
+"""A stage that takes less leaves no trace; one within another does if it took ``LINE_SECONDS``."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Stages:
         with self._lock:
             self.open.remove(stage)
             seconds = self.clock() - stage.start
-            quick = seconds < QUICK_SECONDS
+            quick = seconds < (LINE_SECONDS if self.open else QUICK_SECONDS)
             if self._bars is not None and stage.bar is not None and (quick or self.open):
                 self._bars.remove_task(stage.bar)
             if self._ended is not None and finished and not quick:

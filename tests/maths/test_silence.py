@@ -68,6 +68,9 @@ class Student(TeacherSource):
     def __init__(self, made):
         self.made = made
 
+    def build(self):
+        return self.made.model
+
     def load(self, seed):
         return self.made
 
@@ -126,8 +129,7 @@ def test_whatever_computes_is_in_a_stage(toys, tmp_path, name):
     finally:
         whole.remove()
     assert len(stages) > 5
-    # What is asked of a new network once, in single passes, before the work begins.
-    assert stages.count(None) <= 10, stages
+    assert None not in stages
     known = {"synthesis", "preparing", "teacher accuracy", "dreams against the student"}
     assert known & set(stages)
 
