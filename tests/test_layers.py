@@ -21,6 +21,8 @@ LAYERS = (
         "importing",
         "arithmetic",
         "compilation",
+        "memory",
+        "out_of_memory",
         "flat_state",
         "devices",
         "joined_images",

@@ -209,9 +209,12 @@ def _by_layer(work: Session, synthesis: Synthesis) -> dict[str, float]:
     """Return each layer's part of R_feature, averaged over the batches as the sum is."""
     store = run_store(work.teacher, synthesis, work.context)
     total: dict[str, float] = {}
-    for index, shard in store.shards.items():
-        batch, device = store.read(index), work.context.device
-        _, parts = feature_distances(batch.images.to(device), batch.labels.to(device), work.teacher)
-        for name, value in parts.items():
-            total[name] = total.get(name, 0.0) + value * shard.images / len(store)
+    with work.log.progress("R_feature by layer", len(store.shards)) as advance:
+        for number, (index, shard) in enumerate(store.shards.items(), 1):
+            batch, device = store.read(index), work.context.device
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            _, parts = feature_distances(images, labels, work.teacher)
+            for name, value in parts.items():
+                total[name] = total.get(name, 0.0) + value * shard.images / len(store)
+            advance(number)
     return total

@@ -24,7 +24,7 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
 
 def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
     """Return the run's store, and tell what it left out."""
-    with distributed.first_before_others():
+    with context.log.progress("opening the dreams", 1), distributed.first_before_others():
         store = run_store(teacher, synthesis, context)
         if distributed.is_first():
             store.mend()

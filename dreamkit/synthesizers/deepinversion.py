@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.errors import placed
+from dreamkit.memory import largest_batch
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
-from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.stage import Plateau, Stage, check_stages
 from dreamkit.synthesizers.views import draw_views

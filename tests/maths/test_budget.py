@@ -278,7 +278,7 @@ def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
     monkeypatch.setattr(measuring, "COMPARED", 5)
     seen = []
 
-    def counted(model, teacher, images, card, device):
+    def counted(model, teacher, images, card, device, advance):
         seen.append(images.batch(range(len(images)))[0])
         return 0.5
 
