@@ -30,6 +30,7 @@ COMPARED = 64
 """Images that the file and the model are compared on."""
 TOLERANCE = 1e-3
 """By how much outputs may differ, as a share of the largest: runtimes add in other orders."""
+_COUNTS = (1, 3)
 _WARMUP, _REPEATS = 3, 21
 
 
@@ -96,6 +97,9 @@ def export_model(
             written = Path(scratch) / f"model{exporter.suffix}"
             _write(exporter, format, own, written, images, batch_size)
             found = _compared(exporter, format, own, written, images)
+            if batch_size is None:  # a file for any number is held to more than one
+                for count in _COUNTS:
+                    _compared(exporter, format, own, written, images[:count])
             written.replace(path)
     except OSError as failure:
         raise DreamkitError(f"{path} cannot be written: {failure.strerror}") from failure
@@ -182,7 +186,13 @@ def _compared(
         DreamkitError: their outputs differ.
     """
     expected = model(images)
-    found = _opened(exporter, path)(images)
+    try:
+        found = _opened(exporter, path)(images)
+    except Exception as failure:  # each runtime has errors of its own
+        raise DreamkitError(
+            f"the exported {name} file does not run on {len(images)} images: {one_line(failure)}; "
+            "nothing was written. Try a batch size of 1, or another format"
+        ) from failure
     error = float((found - expected).abs().max())
     largest = float(expected.abs().max())
     same = float((found.argmax(1) == expected.argmax(1)).float().mean())
