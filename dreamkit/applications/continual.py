@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
 from dreamkit import distributed
@@ -24,6 +23,7 @@ from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head
 from dreamkit.registry import EntryOf, Term, TermsOf
+from dreamkit.seeds import stream
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
@@ -256,7 +256,7 @@ class _Learning:
             old.card,
             options,
             step.device,
-            torch.Generator().manual_seed(step.seed + 1),
+            step.seed,
             options.total_steps(len(task.train)),
             step.log.note,
         )
@@ -266,7 +266,7 @@ class _Learning:
                 taught_on = teach(trainer, sets, step, "training")
         if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
-            generator = torch.Generator().manual_seed(step.seed)
+            generator = stream(step.seed, "refresh")
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
             refresh(new.model, images, new.card, step.device, options.batch_size)

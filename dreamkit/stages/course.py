@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.pruning.head import grow_head
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
+from dreamkit.seeds import stream
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
 from dreamkit.types import NO_LABEL, ChannelRule, Event, Images, ImageSource, RunLog, Teacher
@@ -122,7 +121,7 @@ class Course:
             count: how many there may be of a class.
             seed: of what is drawn.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "replay")
         parts: list[Images] = [
             drawn(replay, count * self.base, generator)
             if int(replay.batch([0])[1][0]) == NO_LABEL

@@ -29,6 +29,8 @@ from dreamkit.types import (
 )
 from dreamkit.wording import duration
 
+FOUND_SECONDS = 60.0
+"""How long a file that another rank wrote may take to be seen on a network drive."""
 _CURVE_POINTS = 40
 
 
@@ -179,7 +181,7 @@ class Dreaming:
         if distributed.size() > 1:
             mine, mine_skipped = set(self.store.shards), set(self.store.skipped)
             distributed.barrier()
-            self.store.refresh(plan.index for plan in plans)
+            self._find(plan.index for plan in plans)
             for index in sorted(self.store.shards.keys() - mine if distributed.is_first() else ()):
                 self._tell(index, self.store.read(index))  # listeners are on the first rank alone
             for index in sorted(self.store.skipped.keys() - mine_skipped):
@@ -189,6 +191,26 @@ class Dreaming:
                 for stage, step, numbers in records:
                     self.context.log.record(stage, step, numbers)
             self.records = []
+
+    def _find(self, indices: Iterable[int]) -> None:
+        """Take in what other ranks made.
+
+        Raises:
+            DreamkitError: a batch is nowhere.
+        """
+        end, lacking = time.monotonic() + FOUND_SECONDS, list(indices)
+        while True:
+            self.store.refresh(lacking)
+            lacking = [i for i in lacking if i not in {*self.store.shards, *self.store.skipped}]
+            if not lacking or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        if distributed.anywhere(bool(lacking)):
+            named = f"batch {lacking[0]}" if lacking else "another rank's batch"
+            raise DreamkitError(
+                f"{named} is not in {self.store.folder}, though every rank is done: all of them "
+                "have to work in one folder that each can read, on a drive that machines share"
+            )
 
     @property
     def steps(self) -> int:

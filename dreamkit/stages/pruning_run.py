@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dreamkit import distributed
@@ -21,16 +20,18 @@ from dreamkit.model_state import load_state, seeded
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
+from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
+from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
@@ -41,9 +42,6 @@ from dreamkit.types import (
     SelectionStep,
     Teacher,
 )
-
-SEEDS_OF_A_PAUSE = 1000
-"""How far the seeds of two trainings of a run lie apart: more than one training uses."""
 
 
 class PruningRun:
@@ -66,7 +64,7 @@ class PruningRun:
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
-        self.generator = torch.Generator().manual_seed(context.seed)
+        self.generator = stream(context.seed, "criteria")
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -117,9 +115,11 @@ class PruningRun:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
         self.images = images
-        count = options.batch_size * max(options.ranking_batches, options.recalibration_batches)
-        # Drawn: image folders come sorted by class.
-        self.sample = drawn(images, count, torch.Generator().manual_seed(self.context.seed))
+        seed, size = self.context.seed, options.batch_size
+        count = size * options.ranking_batches
+        self.ranked_on = fitting_sample(images, count, seed, "ranking")
+        count = size * options.recalibration_batches
+        self.recalibrated_on = fitting_sample(images, count, seed, "recalibration")
         found = self.checkpoint.go_on(images)
         if found is not None:
             self._restore(*found)
@@ -204,7 +204,7 @@ class PruningRun:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         options, device = self.options, self.context.device
         for stored, labels in itertools.islice(
-            in_order(self.sample, options.batch_size), options.ranking_batches
+            in_order(self.ranked_on, options.batch_size), options.ranking_batches
         ):
             yield self.card.normalise(stored.to(device)), labels.to(device)
 
@@ -215,12 +215,14 @@ class PruningRun:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
             batches, size = options.recalibration_batches, options.batch_size
-            recalibrate(self.student, self.sample, self.card, context.device, batches, size)
+            sample, device = self.recalibrated_on, context.device
+            recalibrate(self.student, sample, self.card, device, batches, size)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 number = self.rounds + 1
                 # Each pause draws other images, other crops and other pairs to mix.
-                pause = dataclasses.replace(context, seed=context.seed + SEEDS_OF_A_PAUSE * number)
+                seed = derived_seed(context.seed, f"finetune {number}")
+                pause = dataclasses.replace(context, seed=seed)
                 stage, how = f"finetune {number}", options.finetune
                 train_student(teacher, self.student, self.images, how, pause, stage, False)
 

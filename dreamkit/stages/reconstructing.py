@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.stages.samples import fitting_sample
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext, RunLog, Teacher
 from dreamkit.wording import and_more
@@ -65,7 +65,7 @@ def reconstruct_student(
     """
     start = time.perf_counter()
     card, device, size = teacher.card, context.device, options.batch_size
-    sample = drawn(images, options.images, torch.Generator().manual_seed(context.seed))
+    sample = fitting_sample(images, options.images, context.seed, "reconstruction")
     batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
     context.log.begin("reconstruction")
     with context.log.progress("reconstruction", 1000) as advance:

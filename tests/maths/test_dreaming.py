@@ -15,6 +15,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.stages import dreaming
 from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
     dream_into_store,
@@ -364,6 +365,19 @@ def test_ranks_share_what_is_to_be_dreamed(run, monkeypatch, carried, student, i
     assert run.synthesizer.asked == [images]
     (told,) = run.log.notes
     assert ("3 batches on 2 ranks: about 1 s" in told) == (images == 4)
+
+
+def test_a_batch_that_no_rank_made_is_not_passed_over(run, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "anywhere", lambda here: here)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    monkeypatch.setattr(distributed, "drawn_from", lambda plans, name: iter(plans[::2]))
+    monkeypatch.setattr(dreaming, "FOUND_SECONDS", 0.0)
+    with pytest.raises(DreamkitError, match=r"batch 1 is not in .*dreams, though every rank"):
+        run.dream()
+    assert sorted(DreamStore(run.folder / "dreams").shards) == [0, 2]
 
 
 def test_an_estimate_dreams_nothing(run):
