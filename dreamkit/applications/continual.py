@@ -142,6 +142,7 @@ class Continual(Application):
     ) -> tuple[Synthesis, RunContext]:
         """Return dreams that cost what those of all steps do."""
         course = Course(self.sets, self.names, teacher.card, context.log)
+        course.check_replay(synthesis.synthesizer)
         images = self.images_per_class * sum(course.old_classes)
         folder = context.folder / STEPS / "1"
         return synthesis.of(images), dataclasses.replace(context, folder=folder)
@@ -167,10 +168,7 @@ class Continual(Application):
 
 
 class _Learning:
-    """The sets being learnt, one after the other.
-
-    Whatever does not fit is refused here, before any work is done.
-    """
+    """The sets being learnt, one after the other; what does not fit is refused before any work."""
 
     def __init__(
         self,
@@ -190,7 +188,9 @@ class _Learning:
             raise DreamkitError("this application needs a synthesizer, or images that are there")
         if options.adaptive is not None:
             self._check_rhythm(options.adaptive)
-        if images is not None and not isinstance(images, Synthesis):
+        if isinstance(images, Synthesis):
+            self.course.check_replay(images.synthesizer)
+        elif images is not None:
             with placed("replay"):
                 check_size(images, card)
 

@@ -19,7 +19,16 @@ from dreamkit.registry import EntryOf
 from dreamkit.seeds import stream
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, ChannelRule, Event, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import (
+    NO_LABEL,
+    ChannelRule,
+    Event,
+    Images,
+    ImageSource,
+    RunLog,
+    Synthesizer,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,23 @@ class Course:
         """How many classes there are before each set."""
         sizes = [len(task.class_names) for task in self.tasks]
         return list(itertools.accumulate(sizes, initial=self.base))[:-1]
+
+    def check_replay(self, synthesizer: Synthesizer) -> None:
+        """Refuse dreams of some of the old classes alone, as a synthesizer's list of labels asks.
+
+        Raises:
+            DreamkitError: naming the first class that would not be dreamed.
+        """
+        listed = getattr(synthesizer, "labels", "balanced")
+        if isinstance(listed, str):
+            return
+        for task, classes in zip(self.tasks, self.old_classes, strict=True):
+            lacking = sorted({*range(classes)} - {*listed})
+            if lacking:
+                raise DreamkitError(
+                    f"the synthesizer's 'labels' leave out class {lacking[0]}, which is old when "
+                    f"'{task.name}' is learnt and would be forgotten: leave them at 'balanced'"
+                )
 
     def known_images(self, number: int, evaluation: Images | None) -> Images | None:
         """Return test images of every class that is known after a set; None if some lack.

@@ -92,7 +92,7 @@ def estimate_synthesis(
     if not store.lacks(synthesis.synthesizer.images):
         return None
     with synthesis.synthesizer.session(
-        teacher, context.device, store.choices, context.log.note, student
+        teacher, context.device, store.choices, context.log.note, student, seed=context.seed
     ) as dreamer:
         work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         return work.estimate()
@@ -279,7 +279,7 @@ def dreaming(
     # What is left to the machine is resolved by the first rank, for the rest to do likewise.
     resolved = store.choices if distributed.is_first() else distributed.broadcast(store.choices)
     with synthesis.synthesizer.session(
-        teacher, context.device, resolved, log.note, student
+        teacher, context.device, resolved, log.note, student, seed=context.seed
     ) as dreamer:
         work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         if work.missing():

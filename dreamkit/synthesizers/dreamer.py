@@ -30,6 +30,7 @@ class Session:
         device: where to work.
         choices: what an earlier session resolved.
         note: told what the user must know.
+        seed: of what is drawn once for all batches.
     """
 
     teacher: Teacher
@@ -37,6 +38,7 @@ class Session:
     device: torch.device
     choices: Mapping[str, Any]
     note: Callable[[str], None]
+    seed: int = 0
 
 
 class LossDreamer(ABC):

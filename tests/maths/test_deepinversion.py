@@ -179,6 +179,24 @@ def test_the_competition_is_added_with_its_weight(toys):
     assert terms["js_compete"].item() == pytest.approx(10 * (1 - js.item()), rel=1e-5)
 
 
+def test_a_competitor_without_weights_is_drawn_by_the_runs_seed(toys):
+    seeds = []
+
+    class Drawn(Source):
+        def load(self, seed):
+            seeds.append(seed)
+            return super().load(seed)
+
+    given = options(
+        regularizers=(Term("js_compete", 10.0, JSCompete()),),
+        student=Drawn(toys.residual(), toys.card()),
+    )
+    for seed in (3, 4, 3):
+        with given.session(toys.teacher(toys.two_bn()), CPU, seed=seed):
+            pass
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
 def test_terms_of_one_name_add_up(toys):
     x = toys.card().normalise(toys.images(4).images)
     labels = torch.zeros(4, dtype=torch.int64)

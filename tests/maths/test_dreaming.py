@@ -45,7 +45,7 @@ class Counting:
         return getattr(self.inner, name)
 
     @contextmanager
-    def session(self, teacher, device, choices=None, note=lambda text: None, student=None):
+    def session(self, teacher, device, choices=None, note=lambda text: None, student=None, seed=0):
         counting = self
 
         class Dreamer:
@@ -63,7 +63,7 @@ class Counting:
                 counting.dreamed.append(plan.index)
                 return self.session.dream(plan, on_step)
 
-        with self.inner.session(teacher, device, choices, note, student) as session:
+        with self.inner.session(teacher, device, choices, note, student, seed) as session:
             yield Dreamer(session)
 
 
@@ -335,7 +335,7 @@ class Recorder:
         self.carried, self.asked, self.plans = carried, [], []
 
     @contextmanager
-    def session(self, teacher, device, choices, note, student):
+    def session(self, teacher, device, choices, note, student, seed):
         yield self
 
     def state(self):
@@ -378,6 +378,13 @@ def test_a_batch_that_no_rank_made_is_not_passed_over(run, monkeypatch):
     with pytest.raises(DreamkitError, match=r"batch 1 is not in .*dreams, though every rank"):
         run.dream()
     assert sorted(DreamStore(run.folder / "dreams").shards) == [0, 2]
+
+
+def test_the_same_dreaming_of_another_number_of_images():
+    recorder = Recorder()  # not a dataclass, as a plugin's synthesizer need not be
+    other = Synthesis(recorder, {"name": "recorder"}).of(9)
+    assert (other.synthesizer.images, recorder.images) == (9, 5)
+    assert other.synthesizer.asked is recorder.asked
 
 
 def test_an_estimate_dreams_nothing(run):
