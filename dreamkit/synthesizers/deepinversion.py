@@ -30,7 +30,8 @@ from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.teachers.checking import check_fits, check_outputs
+from dreamkit.teachers.checking import check_fits
+from dreamkit.teachers.intake import admit
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
@@ -143,8 +144,7 @@ class DeepInversion(Synthesizer):
         if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
-            student = self.student.load(derived_seed(seed, "student"))
-            check_outputs(student)
+            student = admit(self.student.load(derived_seed(seed, "student")))
             check_fits(student.card, teacher.card)
         return student.model
 
