@@ -12,6 +12,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError
 from dreamkit.training.batches import Draws
 from dreamkit.types import Images
+from dreamkit.wording import one_line
 
 Batch = tuple[Tensor, Tensor]
 """Stored images (N, C, H, W) uint8 and their labels (N,) int64."""
@@ -65,7 +66,7 @@ class BatchReader:
             return coming.result()
         batches = self._read(positions)  # raises here what is wrong with the images themselves
         self._thread = None
-        self.note(f"images are read between steps: beside one it failed ({error})")
+        self.note(f"images are read between steps: beside one it failed ({one_line(error)})")
         return batches
 
     @contextmanager

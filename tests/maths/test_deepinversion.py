@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit.errors import TeacherMismatch
+from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
@@ -195,6 +195,14 @@ def test_a_competitor_without_weights_is_drawn_by_the_runs_seed(toys):
         with given.session(toys.teacher(toys.two_bn()), CPU, seed=seed):
             pass
     assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_what_another_synthesizer_carried_on_is_refused(toys):
+    with (
+        options().session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(DreamkitError, match=r"\(bank\) is of another synthesizer"),
+    ):
+        session.restore({"bank": torch.zeros(1)})
 
 
 def test_terms_of_one_name_add_up(toys):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dreamkit.errors import DreamkitError
 from dreamkit.regularizers.activation import Activation
 from dreamkit.regularizers.adversarial import Adversarial
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -208,6 +209,20 @@ def test_adversarial_by_hand():
     kl = 0.75 * math.log(0.75 / 0.6) + 0.25 * math.log(0.25 / 0.4)
     step = step_of(torch.zeros(2, 1, 1, 1), teacher, student)
     assert Adversarial()(step).item() == pytest.approx(-kl / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("term", "need"),
+    [
+        (JSCompete(), "student_logits"),
+        (Adversarial(), "student_logits"),
+        (Activation(), "features"),
+        (BNFeature(), "bn_statistics"),
+    ],
+)
+def test_a_step_without_what_a_term_needs_is_named(term, need):
+    with pytest.raises(DreamkitError, match=rf"{type(term).__name__} needs '{need}'"):
+        term(step_of())
 
 
 def test_information_entropy_by_hand():
