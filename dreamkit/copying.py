@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import warnings
 from typing import TypeVar
 
 import torch
@@ -28,10 +30,25 @@ def copied(model: M) -> M:
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and not value.is_leaf
     ]
+    # TorchScript's own copies have weights that remember what they were copied from.
+    whole = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = {id(module): _reloaded(module) for module in whole}
     try:
         for module, name, value in computed:
             vars(module)[name] = value.detach()
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, scripted)
     finally:
         for module, name, value in computed:
             vars(module)[name] = value
+
+
+def _reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Return a TorchScript module as it comes back from a file."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to be superseded by torch.export
+        torch.jit.save(module, file)
+        file.seek(0)
+        loaded: torch.jit.ScriptModule = torch.jit.load(file)
+    loaded.train(module.training)
+    return loaded

@@ -75,6 +75,19 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
+def hide_extra_state(model: nn.Module) -> None:
+    """Let a model's state dict hold tensors alone, as the tracer of TorchScript wants it."""
+
+    if isinstance(model, torch.jit.ScriptModule):
+        return  # it has none, and takes no hooks
+
+    def hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            del state[name]
+
+    model.register_state_dict_post_hook(hide)
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
     """Load tensors into a model of today's code.
 

@@ -13,6 +13,7 @@ from dreamkit import distributed
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
+from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog, MemoryLog
@@ -122,10 +123,10 @@ def _prepare(
     device = choose_device(recipe.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
-    with placed("teacher"):
+    with placed("teacher"), log.progress("loading", 1), enough_memory("loading", ASK_LESS):
         loaded_teacher: Teacher = recipe.teacher.load(recipe.seed)
         loaded_teacher.model.to(device)
-        teacher = admit(loaded_teacher, log.note)
+        teacher = admit(loaded_teacher, log.note, "the teacher")
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
@@ -176,12 +177,13 @@ def _run(
         plain, resumed = loaded.root.plain(), directory.started
         log.emit(RunStarted(folder=directory.folder, recipe=plain, resumed=resumed))
         _say_what(loaded, teacher, context, console)
-        with placed("application", always=False):
+        with placed("application", always=False), enough_memory("working", ASK_LESS):
             outcome: Outcome = loaded.recipe.application.run(teacher, images, context)
-        _keep(outcome, teacher, context)
+            _keep(outcome, teacher, context)
         if first:
-            report = build_report(loaded, teacher, context, log)
-            write_pages(report, directory)
+            with log.progress("report", 1):
+                report = build_report(loaded, teacher, context, log)
+                write_pages(report, directory)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
             log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
@@ -206,7 +208,8 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
         return
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
-    write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
+    with context.log.progress("saving the student", 1):
+        write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:

@@ -623,11 +623,14 @@ def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
     from dreamkit.api.invert import synthesizer_options
 
     large = dataclasses.replace(
-        digits.card, input_size=(3, 224, 192), mean=(0.0,) * 3, std=(1.0,) * 3
+        digits, card=dataclasses.replace(digits.card, input_size=(1, 224, 192))
     )
     made = synthesizer_options({}, large, steps=12)
     assert made["stages"] == [{"steps": 10, "size": [112, 96]}, {"steps": 2}]
-    assert synthesizer_options({}, digits.card)["stages"] == [{"steps": 200}]
+    assert synthesizer_options({}, digits)["stages"] == [{"steps": 200}]
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(224 * 192, 10))
+    stages = synthesizer_options({}, dataclasses.replace(large, model=fixed))["stages"]
+    assert stages == [{"steps": 200}]  # half of its size would not go through
 
 
 def test_networks_by_name():

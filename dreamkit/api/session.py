@@ -22,12 +22,13 @@ from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
+from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.teachers.intake import doubt_training
+from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
     NO_LABEL,
     Images,
@@ -153,7 +154,8 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
             stack.enter_context(torch.cuda.device(device))  # what times models asks for it
         stack.enter_context(seeded(conditions.seed, device))
         try:
-            yield _session(network, conditions, device, registries, log, stack, started)
+            with enough_memory("working", ASK_LESS):
+                yield _session(network, conditions, device, registries, log, stack, started)
         except BaseException as error:
             log.emit(RunFailed(error=error))
             if isinstance(error, DreamkitError) and error.path:

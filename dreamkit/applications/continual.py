@@ -269,7 +269,8 @@ class _Learning:
             generator = stream(step.seed, "refresh")
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
-            refresh(new.model, images, new.card, step.device, options.batch_size)
+            with step.log.progress("statistics", len(images) // options.batch_size) as advance:
+                refresh(new.model, images, new.card, step.device, options.batch_size, advance)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store)
 

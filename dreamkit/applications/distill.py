@@ -56,10 +56,10 @@ class Distill(TrainsOnImages):
         Raises:
             DreamkitError: it does not fit the teacher.
         """
-        with placed("student"):
+        with placed("student"), context.log.progress("loading the student", 1):
             loaded = self.student.load(context.seed)
             loaded.model.to(context.device)
-            made = admit(loaded, context.log.note)
+            made = admit(loaded, context.log.note, "the student")
             check_fits(made.card, teacher.card)
         made.model.requires_grad_(True)  # whatever of it its owner froze
         return made

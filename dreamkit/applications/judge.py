@@ -120,7 +120,7 @@ class Judge(Application):
         return images
 
     def _load(self, index: int, teacher: Teacher, context: RunContext) -> Teacher:
-        with placed("verifiers", index):
+        with placed("verifiers", index), context.log.progress("loading a verifier", 1):
             verifier = admit(self.verifiers[index].load(context.seed), context.log.note, judge=True)
             check_verifier(verifier, teacher, dreamed_from(self.images))
         if not verifier.card.trained:

@@ -19,6 +19,7 @@ from dreamkit.copying import copied
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state, tensors_of
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
@@ -124,22 +125,25 @@ class Recover(TrainsOnImages):
         """Prune in all rounds, from where an interrupted try was; return the masks."""
         checkpoint = PruningCheckpoint(teacher, context)
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
-        for number, sparsity in enumerate(self.schedule[done:], done + 1):
-            chosen = choose_weights(student, sparsity)
-            masks = distributed.broadcast_tensors(chosen, context.device)
-            remove_weights(student, masks)
-            fit = self.reconstruction
-            if fit is None:
-                self._recalibrate(teacher, student, images, context)
-            else:
-                reconstruct_student(teacher, student, PruningRecord(), images, fit, context, masks)
-            look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
-            context.log.record("pruning", number, look)
-            if fit is not None:  # else it is as quickly done again as read
-                tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)
-                checkpoint.save(images, number, tensors, {})
-            context.log.emit(RoundPruned(round=number, numbers=look))
-            context.log.check(together=True)
+        with context.log.progress("pruning", self.rounds) as advance:
+            for number, sparsity in enumerate(self.schedule[done:], done + 1):
+                chosen = choose_weights(student, sparsity)
+                masks = distributed.broadcast_tensors(chosen, context.device)
+                remove_weights(student, masks)
+                fit = self.reconstruction
+                if fit is None:
+                    self._recalibrate(teacher, student, images, context)
+                else:
+                    record = PruningRecord()
+                    reconstruct_student(teacher, student, record, images, fit, context, masks)
+                look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
+                context.log.record("pruning", number, look)
+                if fit is not None:  # else it is as quickly done again as read
+                    tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)
+                    checkpoint.save(images, number, tensors, {})
+                context.log.emit(RoundPruned(round=number, numbers=look))
+                context.log.check(together=True)
+                advance(number)
         return masks
 
     def _go_on(
@@ -163,4 +167,9 @@ class Recover(TrainsOnImages):
             return
         batches, size = self.recalibration_batches, self.training.batch_size
         sample = fitting_sample(images, batches * size, context.seed, "recalibration")
-        recalibrate(student, sample, teacher.card, context.device, batches, size)
+        cure = f"lower training.batch_size ({size} now)"
+        with (
+            context.log.progress("statistics", batches) as advance,
+            enough_memory("taking BatchNorm statistics", cure, ("training", "batch_size")),
+        ):
+            recalibrate(student, sample, teacher.card, context.device, batches, size, advance)

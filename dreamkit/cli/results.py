@@ -38,8 +38,12 @@ def export(
         dreamkit export runs/quickstart --format torch-export --batch-size 1
     """
     from dreamkit.deploy.exporting import export_student, show_exported
+    from dreamkit.report.run_log import ConsoleLog
 
-    show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
+    console = Console()
+    with ConsoleLog(console).progress("exporting", 1):
+        found = export_student(run_directory, format_, out, batch_size, allow_builder)
+    show_exported(found, console)
 
 
 def export_dreams(
@@ -78,6 +82,10 @@ def verify(
         dreamkit verify runs/quickstart
     """
     from dreamkit.checkup.verifying import show_findings, verify_run
+    from dreamkit.report.run_log import ConsoleLog
 
-    if not show_findings(verify_run(run_directory), Console()):
+    console = Console()
+    with ConsoleLog(console).progress("verifying", 1):
+        found = verify_run(run_directory)
+    if not show_findings(found, console):
         raise typer.Exit(1)

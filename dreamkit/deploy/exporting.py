@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.copying import copied
-from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import alternate
-from dreamkit.model_state import to_eval
+from dreamkit.model_state import hide_extra_state, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.store.dreams import DreamStore, holds_dreams
+from dreamkit.students import load_student, load_unpruned
 from dreamkit.types import Exporter, RunContext, Timing
 from dreamkit.wording import one_line, say
 
@@ -87,6 +87,7 @@ def export_model(
         images = _noise(card, batch_size or COMPARED)
     own = copied(model).cpu()
     to_eval(own)
+    hide_extra_state(own)
     if path.is_dir():
         raise DreamkitError(f"{path} is a folder: name the file itself")
     try:

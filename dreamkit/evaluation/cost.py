@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
 
 from dreamkit.copying import copied
-from dreamkit.model_state import to_eval
+from dreamkit.model_state import hide_extra_state, to_eval
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """
     twin = copied(model).cpu()
     to_eval(twin)
+    hide_extra_state(twin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace, by which fvcore sees the graph
         analysis = FlopCountAnalysis(twin, torch.zeros(1, *input_size))

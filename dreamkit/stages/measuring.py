@@ -39,13 +39,15 @@ def measure_quality(
     """
     metrics, device = context.log.metrics, context.device
     if context.evaluation is not None:
-        found = accuracy(model, context.evaluation, teacher.card, device)
+        with context.log.progress(f"{name} accuracy", len(context.evaluation)) as advance:
+            found = accuracy(model, context.evaluation, teacher.card, device, advance)
         metrics[f"{name}.accuracy"] = found
         if name != "teacher" and metrics.get("teacher.accuracy"):
             metrics[f"{name}.accuracy_ratio"] = found / metrics["teacher.accuracy"]
     if images is not None and name != "teacher":
         sample = compared_sample(images, context.seed)
-        agreed = agreement(model, teacher.model, sample, teacher.card, device)
+        with context.log.progress(f"{name} agreement", 2 * len(sample)) as advance:
+            agreed = agreement(model, teacher.model, sample, teacher.card, device, advance)
         metrics[f"{name}.agreement"] = agreed
 
 
@@ -54,7 +56,8 @@ def glance(model: nn.Module, teacher: Teacher, context: RunContext) -> dict[str,
     if context.evaluation is None:
         return {}
     some = drawn(context.evaluation, EVALUATED, stream(context.seed, "evaluation"))
-    return {"accuracy": accuracy(model, some, teacher.card, context.device)}
+    with context.log.progress("accuracy", len(some)) as advance:
+        return {"accuracy": accuracy(model, some, teacher.card, context.device, advance)}
 
 
 def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, latency: bool) -> None:
@@ -84,8 +87,12 @@ def measure_size(
     models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
 ) -> None:
     """Add ``<name>.params`` and ``<name>.flops`` (of one image, a multiply-add counted once)."""
-    for name, model in models.items():
-        cost = count(model, input_size)
+    with context.log.progress("counting FLOPs", len(models)) as advance:
+        costs = {}
+        for number, (name, model) in enumerate(models.items(), 1):
+            costs[name] = count(model, input_size)
+            advance(number)
+    for name, cost in costs.items():
         context.log.metrics[f"{name}.params"] = cost.params
         context.log.metrics[f"{name}.flops"] = cost.flops
         if cost.uncounted:
@@ -97,7 +104,9 @@ def measure_latency(
 ) -> None:
     """Add ``<name>.latency_ms`` and its spread; the models are timed in turn."""
     metrics = context.log.metrics
-    for name, timing in time_models(models, input_size, context.latency).items():
+    with context.log.progress("timing latencies", 1):
+        timings = time_models(models, input_size, context.latency)
+    for name, timing in timings.items():
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
     context.log.details["latency_target"] = context.latency.describe()

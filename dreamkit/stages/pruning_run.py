@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state, seeded, tensors_of
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
@@ -69,9 +71,11 @@ class PruningRun:
         self.rounds = 0
         self.seconds = 0.0
         self.table = self._read_tables()
+        self.table.progress = context.log.progress
         rules = context.channel_rules
-        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
-        groups, skipped = self.graph.groups()
+        with context.log.progress("following channels", 1):
+            self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
+            groups, skipped = self.graph.groups()
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
@@ -85,10 +89,10 @@ class PruningRun:
         found = self.checkpoint.found
         teacher_ms = None if found is None else found[1]["teacher_ms"]
         channels = sum(self.originals.values())
-        with seeded(context.seed):  # what layers are timed on is drawn
-            self.budget = Budget(
-                options.target, teacher, self.table, channels, context.latency, teacher_ms
-            )
+        goal, latency = options.target, context.latency
+        # What layers are timed on is drawn.
+        with context.log.progress("measuring the teacher", 1), seeded(context.seed):
+            self.budget = Budget(goal, teacher, self.table, channels, latency, teacher_ms)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
@@ -133,7 +137,9 @@ class PruningRun:
             NothingToPrune: the limits are reached before the target.
         """
         log, budget = self.context.log, self.budget
-        with log.progress("pruning", 1000) as advance, seeded(self.context.seed):
+        cure = f"lower batch_size ({self.options.batch_size} now)"
+        short = enough_memory("pruning", cure, ("batch_size",))
+        with log.progress("pruning", 1000) as advance, seeded(self.context.seed), short:
             while not budget.met(self.shares):
                 start = time.perf_counter()
                 removed = self._round()
@@ -187,26 +193,30 @@ class PruningRun:
 
     def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
-        limits = self.options.limits
-        step = PruningStep(
-            model=self.student,
-            teacher=self.teacher.model,
-            groups=groups,
-            card=self.card,
-            chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
-            device=self.context.device,
-            batches=self._batches,
-            latency=self.table,
-            generator=self.generator,
-        )
-        return self.ranking(step)
+        options, limits = self.options, self.options.limits
+        passes = options.ranking_batches * len(options.criteria)
+        with self.context.log.progress("ranking", passes) as advance:
+            step = PruningStep(
+                model=self.student,
+                teacher=self.teacher.model,
+                groups=groups,
+                card=self.card,
+                chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
+                device=self.context.device,
+                batches=partial(self._batches, advance, itertools.count(1)),
+                latency=self.table,
+                generator=self.generator,
+            )
+            return self.ranking(step)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        options, device = self.options, self.context.device
-        for stored, labels in itertools.islice(
-            in_order(self.ranked_on, options.batch_size), options.ranking_batches
-        ):
+    def _batches(
+        self, advance: Callable[[int], None], passed: Iterator[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device, size = self.context.device, self.options.batch_size
+        all_batches = in_order(self.ranked_on, size)
+        for stored, labels in itertools.islice(all_batches, self.options.ranking_batches):
             yield self.card.normalise(stored.to(device)), labels.to(device)
+            advance(next(passed))
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
@@ -215,8 +225,9 @@ class PruningRun:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
             batches, size = options.recalibration_batches, options.batch_size
-            sample, device = self.recalibrated_on, context.device
-            recalibrate(self.student, sample, self.card, device, batches, size)
+            student, sample, device = self.student, self.recalibrated_on, context.device
+            with context.log.progress("statistics", batches) as advance:
+                recalibrate(student, sample, self.card, device, batches, size, advance)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 number = self.rounds + 1

@@ -16,6 +16,7 @@ from dreamkit.errors import DreamkitError, StoreError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import reseed
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.adaptive import AdaptivePool
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
@@ -74,7 +75,19 @@ class TrainingRun:
         self.saved = time.perf_counter()
 
     def run(self) -> None:
-        """Take all steps, from where an interrupted try was."""
+        """Take all steps, from where an interrupted try was.
+
+        Raises:
+            DreamkitError: the training diverged, or its batches do not fit in memory.
+        """
+        cure = (
+            f"lower batch_size ({self.trainer.options.batch_size} now), or raise accumulate "
+            f"({self.trainer.options.accumulate} now), which sends a step's images through in parts"
+        )
+        with enough_memory(self.stage, cure, ("batch_size",)):
+            self._run()
+
+    def _run(self) -> None:
         log, every = self.context.log, max(1, self.total // _CURVE_POINTS)
         if self.trainer.options.evaluate_every is not None and self.context.evaluation is None:
             log.note("evaluate_every has no effect: there are no evaluation images")
@@ -104,7 +117,8 @@ class TrainingRun:
                 with self._saved_if_stopped():
                     log.check(together=True)
         start = time.perf_counter()
-        self.trainer.finish(self.pools)
+        with log.progress(f"end of {self.stage}", 1):
+            self.trainer.finish(self.pools)
         self.seconds += time.perf_counter() - start
         spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.log.metrics  # a run may train more than once
@@ -169,7 +183,8 @@ class TrainingRun:
             return
         self.trainer.agree()
         model, card = self.trainer.current, self.trainer.card
-        found = accuracy(model, images, card, self.context.device)
+        with self.context.log.progress(f"{self.stage} accuracy", len(images)) as advance:
+            found = accuracy(model, images, card, self.context.device, advance)
         self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})
 
     def _save(self) -> None:

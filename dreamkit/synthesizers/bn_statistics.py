@@ -67,12 +67,14 @@ def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and biased variance over batch and positions (eq. 4).
 
     Args:
-        x: (N, C, ...), of any floating type.
+        x: (N, C, ...) or, as transformers have them, (N, ..., C); of any floating type.
         near: (C,), a value near the mean, for the accuracy of sums that are taken in one pass.
 
     Returns:
         Two tensors (C,), float32 whatever ``x`` is.
     """
+    if x.shape[1] != len(near) and x.shape[-1] == len(near):
+        x = x.flatten(0, -2)
     mean, var = _ChannelStatistics.apply(x, near)
     return mean, var
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.errors import placed
+from dreamkit.memory import largest_batch
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.seeds import derived_seed
@@ -26,9 +27,8 @@ from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
-from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
-from dreamkit.synthesizers.stage import Plateau, Stage
+from dreamkit.synthesizers.stage import Plateau, Stage, check_stages
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.teachers.checking import check_fits
 from dreamkit.teachers.intake import admit
@@ -144,7 +144,7 @@ class DeepInversion(Synthesizer):
         if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
-            student = admit(self.student.load(derived_seed(seed, "student")))
+            student = admit(self.student.load(derived_seed(seed, "rival")), role="the competitor")
             check_fits(student.card, teacher.card)
         return student.model
 
@@ -153,6 +153,7 @@ class DeepInversion(Synthesizer):
         check_terms(self.regularizers, teacher)
         self._load_student(teacher)
         check_labels(self.labels, teacher.card)
+        check_stages(self.stages, teacher)
 
 
 class Inversion(LossDreamer):

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreamkit.copying import copied
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, frozen, seeded, tensors_of
+from dreamkit.out_of_memory import is_out_of_memory
+from dreamkit.teachers.doubts import doubt, doubt_training
 from dreamkit.teachers.logits import TakeLogits, copy_input, described, logits_in, why_no_logits
 from dreamkit.teachers.readying import made_ready
 from dreamkit.types import Teacher
-from dreamkit.wording import and_more, one_line
+from dreamkit.wording import one_line
 
 Note = Callable[[str], None]
 
@@ -86,7 +87,7 @@ def examine(
     classes = take_logits(model, input_size, classes, note, role)
     _hold_to_gradient(model, input_size, role)
     _hold_in_training(model, input_size, classes, note, role)
-    _doubt(model, note, role)
+    doubt(model, note, role)
     return classes
 
 
@@ -150,6 +151,19 @@ def blank_noise(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     return torch.randn(2, *input_size, generator=generator).to(device_of(model))
 
 
+def refusal_of_size(teacher: Teacher, size: tuple[int, int]) -> str | None:
+    """Return why a teacher takes no images of (height, width); None if it does."""
+    card = teacher.card
+    images = blank_noise(teacher.model, (card.input_size[0], *size))
+    try:
+        with torch.no_grad(), eval_mode(teacher.model):
+            shape = tuple(teacher.model(images).shape)
+    except Exception as error:  # anyone's code
+        return one_line(error)
+    wanted = (2, card.num_classes)
+    return None if shape == wanted else f"it returns {shape} for 2 images, not {wanted}"
+
+
 def _hook(model: nn.Module, hook: TakeLogits, role: str) -> None:
     try:
         model.register_forward_hook(hook)
@@ -161,6 +175,8 @@ def _call(model: nn.Module, images: Tensor, role: str) -> Any:
     try:
         return model(images)
     except Exception as error:  # anyone's code
+        if is_out_of_memory(error):
+            raise
         raise TeacherMismatch(
             f"{role} does not take {_shown(images)}: {one_line(error)}"
         ) from error
@@ -211,6 +227,8 @@ def _hold_to_gradient(model: nn.Module, input_size: tuple[int, int, int], role: 
         try:
             torch.autograd.grad(logits.sum(), [leaf], allow_unused=True)
         except Exception as error:  # anyone's code
+            if is_out_of_memory(error):
+                raise
             raise TeacherMismatch(
                 f"{role}: its outputs cannot be differentiated by its images: {one_line(error)}"
             ) from error
@@ -228,6 +246,8 @@ def _hold_in_training(
         try:
             output = trial(shown)
         except Exception as error:  # anyone's code
+            if is_out_of_memory(error):
+                raise
             note(
                 f"{role}: in training mode it does not run, so that no student made of it can "
                 f"learn: {one_line(error)}"
@@ -246,46 +266,3 @@ def _hold_in_training(
         return
     _hook(model, TakeLogits(classes), role)
     note(f"{role}: in training mode it returns {described(output)}; '{found[0]}' is taught")
-
-
-def _doubt(model: nn.Module, note: Note, role: str) -> None:
-    """Say what is likely to be a mistake, though it can be worked with."""
-    parameters = list(model.named_parameters())
-    still = [name for name, parameter in parameters if not parameter.requires_grad]
-    if still:
-        note(
-            f"{role}: {len(still)} of its {len(parameters)} parameters are frozen "
-            f"({and_more(still, 3)}); a student made of it learns with all of them"
-        )
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if layers and not _storing(model):
-        note(
-            f"{role}: its {len(layers)} BatchNorm layers store no statistics "
-            "(track_running_stats=False), so that there are none to match"
-        )
-    extra = [k for k, v in model.state_dict().items() if not isinstance(v, Tensor)]
-    if extra:
-        note(
-            f"{role}: '{extra[0]}' is state that is no tensor; a saved student has what its "
-            "builder gives it there"
-        )
-
-
-def doubt_training(model: nn.Module, note: Note, role: str) -> None:
-    """Say so if a network that is taken for a trained one looks as if it were not."""
-    stored = _storing(model)
-    if stored and all(_untouched(layer) for layer in stored):
-        note(
-            f"{role}: its BatchNorm layers hold the statistics of a new network (mean 0, variance "
-            "1): was it trained, and are these its weights?"
-        )
-
-
-def _storing(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-def _untouched(layer: _BatchNorm) -> bool:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return not bool(layer.running_mean.any()) and bool((layer.running_var == 1).all())

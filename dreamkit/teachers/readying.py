@@ -37,7 +37,7 @@ def made_ready(
     which alone runs on a CPU. The names of the state dict are the unwrapped network's.
 
     Args:
-        model: left as it is, except that ``lazy`` modules of it may have got their shapes.
+        model: left as it is, except that its lazy modules get their shapes.
         input_size: (channels, height, width).
         note: told what was done.
         role: what the network is called in messages.
@@ -45,12 +45,13 @@ def made_ready(
     Raises:
         DreamkitError: it cannot be copied, or lazy modules do not run.
     """
-    own = _copy(unwrapped(model), role)
+    model = unwrapped(model)
+    _run_lazy(model, input_size, role)  # before: what has no shape yet cannot be copied
+    own = _copy(model, role)
     for parent in list(own.modules()):
         for name, child in list(parent.named_children()):
             if (inner := unwrapped(child)) is not child:
                 setattr(parent, name, inner)
-    _run_lazy(own, input_size, role)
     _make_ordinary(own)
     kinds = {t.dtype for t in (*own.parameters(), *own.buffers()) if t.is_floating_point()}
     if kinds - {torch.float32}:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -124,7 +125,8 @@ class Trainer(ABC, Generic[Options]):
         for part in zip(*split, strict=True):
             weight = len(part[0][1]) / len(batches[0][1])
             moved = [(stored.to(self.device), labels.to(self.device)) for stored, labels in part]
-            partial = weight * self.loss(*moved)
+            with several_rows():
+                partial = weight * self.loss(*moved)
             (share * partial).backward()
             loss += partial.detach()
         if self.options.clip_norm is not None:
@@ -227,6 +229,25 @@ class Trainer(ABC, Generic[Options]):
         restore_optimizer(self.optimizer, below("optimizer", state))
         if self.average is not None:
             self.average.load_state_dict(below("average", state))
+
+
+@contextmanager
+def several_rows() -> Iterator[None]:
+    """Say what is to be done where BatchNorm in training is given a single value a channel.
+
+    Raises:
+        DreamkitError: it was.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DreamkitError(
+            "a step has one image, of which BatchNorm cannot tell a variance here: train on two "
+            "images or more; dreams that come one batch at a time need a synthesis batch_size of "
+            "2 or more"
+        ) from error
 
 
 def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:

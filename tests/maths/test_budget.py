@@ -279,7 +279,7 @@ def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
     monkeypatch.setattr(samples, "COMPARED", 5)
     seen = []
 
-    def counted(model, teacher, images, card, device):
+    def counted(model, teacher, images, card, device, advance):
         seen.append(images.batch(range(len(images)))[0])
         return 0.5
 

@@ -15,7 +15,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.stages import dreaming
+from dreamkit.stages import run_store
 from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
     dream_into_store,
@@ -374,7 +374,7 @@ def test_a_batch_that_no_rank_made_is_not_passed_over(run, monkeypatch):
     monkeypatch.setattr(distributed, "anywhere", lambda here: here)
     monkeypatch.setattr(distributed, "gather", lambda value: [value])
     monkeypatch.setattr(distributed, "drawn_from", lambda plans, name: iter(plans[::2]))
-    monkeypatch.setattr(dreaming, "FOUND_SECONDS", 0.0)
+    monkeypatch.setattr(run_store, "FOUND_SECONDS", 0.0)
     with pytest.raises(DreamkitError, match=r"batch 1 is not in .*dreams, though every rank"):
         run.dream()
     assert sorted(DreamStore(run.folder / "dreams").shards) == [0, 2]

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit import compilation
+from dreamkit import compilation, memory
 from dreamkit.arithmetic import has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
+from dreamkit.memory import available_memory, largest_batch, peak_memory
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored
-from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
+from dreamkit.synthesizers import deepinversion, dreamer, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
-from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate, Regularizer

@@ -562,6 +562,23 @@ def test_dropout_is_off_while_statistics_are_taken(toys):
     assert_statistics(model[1], toys.card().normalise(images.images))
 
 
+@pytest.mark.parametrize(("images", "batch_size"), [(1, 4), (3, 1)])
+def test_layers_of_single_rows_keep_their_statistics(toys, images, batch_size):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.bn_last = toys.two_bn(), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn_last(self.body(x))
+
+    model = toys.fill(Head())
+    last, first = model.bn_last.running_var.clone(), model.body.bn1.running_var.clone()
+    recalibrate(model, toys.images(images), toys.card(), CPU, batches=9, batch_size=batch_size)
+    assert torch.equal(model.bn_last.running_var, last)
+    assert not torch.equal(model.body.bn1.running_var, first), "of 8×8 values there is a variance"
+
+
 def test_a_last_batch_of_one_image_with_single_features(toys):
     # BatchNorm on 1×1 features has no variance of one image, and torch refuses it in training.
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)).eval()
