@@ -11,7 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"},
+    {
+        *("types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"),
+        "seeds",
+    },
     {
         "recipe",
         "registry",

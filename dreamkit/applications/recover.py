@@ -33,8 +33,8 @@ from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
-from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     Images,
@@ -127,7 +127,8 @@ class Recover(TrainsOnImages):
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
         with context.log.progress("pruning", self.rounds) as advance:
             for number, sparsity in enumerate(self.schedule[done:], done + 1):
-                masks = distributed.broadcast(choose_weights(student, sparsity))
+                chosen = choose_weights(student, sparsity)
+                masks = distributed.broadcast_tensors(chosen, context.device)
                 remove_weights(student, masks)
                 fit = self.reconstruction
                 if fit is None:
@@ -165,8 +166,7 @@ class Recover(TrainsOnImages):
         if self.recalibration_batches == 0:
             return
         batches, size = self.recalibration_batches, self.training.batch_size
-        # Drawn: image folders come sorted by class.
-        sample = drawn(images, batches * size, torch.Generator().manual_seed(context.seed))
+        sample = fitting_sample(images, batches * size, context.seed, "recalibration")
         cure = f"lower training.batch_size ({size} now)"
         with (
             context.log.progress("statistics", batches) as advance,

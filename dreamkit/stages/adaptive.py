@@ -139,7 +139,8 @@ class AdaptivePool:
         coming = self.dreams.plans[self.batches : until]
         done = {*store.shards, *store.skipped}
         lacking = [plan for plan in coming if plan.index not in done]
-        steps, places = self.dreams.steps, {plan.index: i for i, plan in enumerate(lacking)}
+        steps = self.dreams.synthesizer.steps_per_batch
+        places = {plan.index: i for i, plan in enumerate(lacking)}
         log = self.dreams.context.log
         with log.progress("dreams against the student", steps * len(lacking)) as advance:
 

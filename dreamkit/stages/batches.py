@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
 
@@ -40,8 +39,7 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
 
 def batch_seed(seed: int, index: int) -> int:
     """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return derived_seed(seed, str(index))
 
 
 @torch.no_grad()

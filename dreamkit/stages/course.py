@@ -10,17 +10,25 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
 from dreamkit.joined_images import JoinedImages
 from dreamkit.pruning.head import grow_head
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
+from dreamkit.seeds import stream
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, ChannelRule, Event, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import (
+    NO_LABEL,
+    ChannelRule,
+    Event,
+    Images,
+    ImageSource,
+    RunLog,
+    Synthesizer,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,23 @@ class Course:
         sizes = [len(task.class_names) for task in self.tasks]
         return list(itertools.accumulate(sizes, initial=self.base))[:-1]
 
+    def check_replay(self, synthesizer: Synthesizer) -> None:
+        """Refuse dreams of some of the old classes alone, as a synthesizer's list of labels asks.
+
+        Raises:
+            DreamkitError: naming the first class that would not be dreamed.
+        """
+        listed = getattr(synthesizer, "labels", "balanced")
+        if isinstance(listed, str):
+            return
+        for task, classes in zip(self.tasks, self.old_classes, strict=True):
+            lacking = sorted({*range(classes)} - {*listed})
+            if lacking:
+                raise DreamkitError(
+                    f"the synthesizer's 'labels' leave out class {lacking[0]}, which is old when "
+                    f"'{task.name}' is learnt and would be forgotten: leave them at 'balanced'"
+                )
+
     def known_images(self, number: int, evaluation: Images | None) -> Images | None:
         """Return test images of every class that is known after a set; None if some lack.
 
@@ -122,7 +147,7 @@ class Course:
             count: how many there may be of a class.
             seed: of what is drawn.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "replay")
         parts: list[Images] = [
             drawn(replay, count * self.base, generator)
             if int(replay.batch([0])[1][0]) == NO_LABEL

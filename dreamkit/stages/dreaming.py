@@ -15,7 +15,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out
-from dreamkit.stages.run_store import open_store, report_synthesis, run_store
+from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
@@ -106,9 +106,11 @@ def _at_work(
     stack: ExitStack,
 ) -> Dreamer:
     """Return a synthesizer bound to a teacher until the stack is left."""
-    begin, note = synthesis.synthesizer.session, context.log.note
+    begin, note, seed = synthesis.synthesizer.session, context.log.note, context.seed
     with context.log.progress("preparing", 1):  # it may try batch sizes
-        return stack.enter_context(begin(teacher, context.device, choices, note, student))
+        return stack.enter_context(
+            begin(teacher, context.device, choices, note, student, seed=seed)
+        )
 
 
 class Dreaming:
@@ -193,11 +195,11 @@ class Dreaming:
             drawn = distributed.drawn_from(plans, name)
         for plan in drawn:
             self._batch(plan, partial(on_step, plan))
-            on_step(plan, self.steps)  # it may have stopped early
+            on_step(plan, self.synthesizer.steps_per_batch)  # it may have stopped early
         if distributed.size() > 1:
             mine, mine_skipped = set(self.store.shards), set(self.store.skipped)
             distributed.barrier()
-            self.store.refresh(plan.index for plan in plans)
+            find_batches(self.store, [plan.index for plan in plans])
             for index in sorted(self.store.shards.keys() - mine if distributed.is_first() else ()):
                 self._tell(index, self.store.read(index))  # listeners are on the first rank alone
             for index in sorted(self.store.skipped.keys() - mine_skipped):
@@ -208,14 +210,9 @@ class Dreaming:
                     self.context.log.record(stage, step, numbers)
             self.records = []
 
-    @property
-    def steps(self) -> int:
-        """How many steps a batch has."""
-        return self.synthesizer.steps_per_batch
-
     def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
         """Dream one batch into the store, or note that it came to nothing."""
-        log, index, steps = self.context.log, plan.index, self.steps
+        log, index, steps = self.context.log, plan.index, self.synthesizer.steps_per_batch
         every = max(1, steps // _CURVE_POINTS)
 
         def on_step(done: int, terms: Mapping[str, Tensor]) -> None:

@@ -10,11 +10,11 @@ from torch import nn
 from dreamkit.evaluation.accuracy import accuracy, agreement
 from dreamkit.evaluation.cost import count
 from dreamkit.model_state import device_of
+from dreamkit.seeds import stream
+from dreamkit.stages.samples import compared_sample
 from dreamkit.training.batches import drawn
 from dreamkit.types import Images, LatencyBackend, Outcome, RunContext, Teacher, Timing
 
-COMPARED = 8192
-"""Dreams on which a model is compared with its teacher at the most: half a percent of doubt."""
 EVALUATED = 2048
 """Evaluation images that are looked at after every round of pruning."""
 
@@ -24,9 +24,11 @@ def measure_quality(
 ) -> None:
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
-    Agreement is how often the model predicts the teacher's class; it needs no real data. Of many
-    dreams it is that on a draw of ``COMPARED``, the same for all models on these dreams. Where the
-    teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
+    Agreement is how often the model predicts the teacher's class; it needs no real data. It is
+    that on ``compared_sample``, the same for all models on these dreams: what fits layers or
+    statistics is drawn from the rest as far as that goes, and only a training sees all of them.
+    Where the teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share
+    of it.
 
     Args:
         name: ``teacher``, or what the model is called.
@@ -43,7 +45,7 @@ def measure_quality(
         if name != "teacher" and metrics.get("teacher.accuracy"):
             metrics[f"{name}.accuracy_ratio"] = found / metrics["teacher.accuracy"]
     if images is not None and name != "teacher":
-        sample = drawn(images, COMPARED, torch.Generator().manual_seed(context.seed))
+        sample = compared_sample(images, context.seed)
         with context.log.progress(f"{name} agreement", 2 * len(sample)) as advance:
             agreed = agreement(model, teacher.model, sample, teacher.card, device, advance)
         metrics[f"{name}.agreement"] = agreed
@@ -53,7 +55,7 @@ def glance(model: nn.Module, teacher: Teacher, context: RunContext) -> dict[str,
     """Return a model's accuracy on a draw of ``EVALUATED`` images; empty where there are none."""
     if context.evaluation is None:
         return {}
-    some = drawn(context.evaluation, EVALUATED, torch.Generator().manual_seed(context.seed))
+    some = drawn(context.evaluation, EVALUATED, stream(context.seed, "evaluation"))
     with context.log.progress("accuracy", len(some)) as advance:
         return {"accuracy": accuracy(model, some, teacher.card, context.device, advance)}
 

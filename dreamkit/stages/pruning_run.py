@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dreamkit import distributed
@@ -23,16 +22,18 @@ from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
+from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
+from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
@@ -43,9 +44,6 @@ from dreamkit.types import (
     SelectionStep,
     Teacher,
 )
-
-SEEDS_OF_A_PAUSE = 1000
-"""How far the seeds of two trainings of a run lie apart: more than one training uses."""
 
 
 class PruningRun:
@@ -68,7 +66,7 @@ class PruningRun:
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
-        self.generator = torch.Generator().manual_seed(context.seed)
+        self.generator = stream(context.seed, "criteria")
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -121,9 +119,11 @@ class PruningRun:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
         self.images = images
-        count = options.batch_size * max(options.ranking_batches, options.recalibration_batches)
-        # Drawn: image folders come sorted by class.
-        self.sample = drawn(images, count, torch.Generator().manual_seed(self.context.seed))
+        seed, size = self.context.seed, options.batch_size
+        count = size * options.ranking_batches
+        self.ranked_on = fitting_sample(images, count, seed, "ranking")
+        count = size * options.recalibration_batches
+        self.recalibrated_on = fitting_sample(images, count, seed, "recalibration")
         found = self.checkpoint.go_on(images)
         if found is not None:
             self._restore(*found)
@@ -212,7 +212,8 @@ class PruningRun:
     def _batches(
         self, advance: Callable[[int], None], passed: Iterator[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        device, all_batches = self.context.device, in_order(self.sample, self.options.batch_size)
+        device, size = self.context.device, self.options.batch_size
+        all_batches = in_order(self.ranked_on, size)
         for stored, labels in itertools.islice(all_batches, self.options.ranking_batches):
             yield self.card.normalise(stored.to(device)), labels.to(device)
             advance(next(passed))
@@ -224,14 +225,15 @@ class PruningRun:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
             batches, size = options.recalibration_batches, options.batch_size
-            student, sample, device = self.student, self.sample, context.device
+            student, sample, device = self.student, self.recalibrated_on, context.device
             with context.log.progress("statistics", batches) as advance:
                 recalibrate(student, sample, self.card, device, batches, size, advance)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 number = self.rounds + 1
                 # Each pause draws other images, other crops and other pairs to mix.
-                pause = dataclasses.replace(context, seed=context.seed + SEEDS_OF_A_PAUSE * number)
+                seed = derived_seed(context.seed, f"finetune {number}")
+                pause = dataclasses.replace(context, seed=seed)
                 stage, how = f"finetune {number}", options.finetune
                 train_student(teacher, self.student, self.images, how, pause, stage, False)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -15,7 +14,8 @@ from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.stages.samples import fitting_sample
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext, RunLog, Teacher
 from dreamkit.wording import and_more
@@ -93,7 +93,7 @@ def _fit(
     advance: Callable[[int, int], None],
 ) -> None:
     card, device, size = teacher.card, context.device, options.batch_size
-    sample = drawn(images, options.images, torch.Generator().manual_seed(context.seed))
+    sample = fitting_sample(images, options.images, context.seed, "reconstruction")
     batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
     done = reconstruct(
         student, teacher.model, pruning_record, batches, masks, options.ridge, advance

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dreamkit.arithmetic import resolve_precision
-from dreamkit.errors import NonFiniteLoss
+from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
 from dreamkit.synthesizers.inversion_loss import InversionLoss
 from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
 from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Teacher
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Session:
         device: where to work.
         choices: what an earlier session resolved.
         note: told what the user must know.
+        seed: of what is drawn once for all batches.
     """
 
     teacher: Teacher
@@ -37,6 +39,7 @@ class Session:
     device: torch.device
     choices: Mapping[str, Any]
     note: Callable[[str], None]
+    seed: int = 0
 
 
 class LossDreamer(ABC):
@@ -92,8 +95,16 @@ class LossDreamer(ABC):
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state that ``state`` returned."""
-        assert not state, "who carries something on knows how to take it up again"
+        """Go on from a state that ``state`` returned: nothing.
+
+        Raises:
+            DreamkitError: there is something, which another synthesizer carried on.
+        """
+        if state:
+            raise DreamkitError(
+                f"what was kept between batches ({and_more(sorted(state))}) is of another "
+                "synthesizer: remove the run's folder 'dreams'"
+            )
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
         """Make one batch; one whose loss overflows starts once more from its seed, in float32.

@@ -22,7 +22,8 @@ from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Greedy, LayerLimits, Limits, removable
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.stages import measuring, pruning_run
+from dreamkit.seeds import derived_seed
+from dreamkit.stages import measuring, pruning_run, samples
 from dreamkit.stages.budget import Budget, Target
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.stages.pruning_run import PruningRun
@@ -275,7 +276,7 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, teacher, 
 def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
     toys, teacher, context, monkeypatch
 ):
-    monkeypatch.setattr(measuring, "COMPARED", 5)
+    monkeypatch.setattr(samples, "COMPARED", 5)
     seen = []
 
     def counted(model, teacher, images, card, device, advance):
@@ -430,7 +431,8 @@ def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     options = pruning(finetune=between, step=0.1)
     options.run(teacher, toys.images(24), toys.context(tmp_path, seed=7))
     assert len(seeds) > 1
-    assert seeds == [(f"finetune {n}", 7 + 1000 * n, False) for n in range(1, len(seeds) + 1)]
+    stages = [f"finetune {n}" for n in range(1, len(seeds) + 1)]
+    assert seeds == [(stage, derived_seed(7, stage), False) for stage in stages]
 
 
 class Interrupted(BaseException):

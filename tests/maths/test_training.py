@@ -37,8 +37,7 @@ def taught(epochs=30, temperature=3.0, **changes):
 
 def distiller(toys, student, teacher, images, options, seed=0):
     total = options.total_steps(len(images))
-    generator = torch.Generator().manual_seed(seed + 1)
-    return Distiller(student, teacher, toys.card(), options, CPU, generator, total)
+    return Distiller(student, teacher, toys.card(), options, CPU, seed, total)
 
 
 def train(toys, student, teacher, images, options, seed=0):
@@ -49,7 +48,7 @@ def train(toys, student, teacher, images, options, seed=0):
         losses = []
         while made.done < made.total:
             losses.append(float(made.step(images.batch(draws.next()))))
-        made.finish(images)
+        made.finish([images])
     return losses
 
 
@@ -322,10 +321,7 @@ def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypat
     monkeypatch.setattr(torch, "compile", compile)
     notes = []
     options = taught(1, batch_size=4, compile=True)
-    generator = torch.Generator()
-    made = Distiller(
-        toys.plain(), toys.two_bn(), toys.card(), options, CPU, generator, 2, notes.append
-    )
+    made = Distiller(toys.plain(), toys.two_bn(), toys.card(), options, CPU, 0, 2, notes.append)
     images = toys.images(8)
     assert made.step((images.images[:4], images.labels[:4])).isfinite()
     assert made.step((images.images[4:], images.labels[4:])).isfinite()
@@ -373,7 +369,7 @@ def test_training_in_two_parts_ends_where_one_does(toys, changes):
         assert second.done == 3
         while second.done < second.total:
             second.step(images.batch(draws.next()))
-        second.finish(images)
+        second.finish([images])
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 
@@ -382,7 +378,7 @@ def test_training_in_two_parts_ends_where_one_does(toys, changes):
 
 
 def augmenter(seed=0, **options):
-    return Augmenter(Augmentation(**options), torch.Generator().manual_seed(seed))
+    return Augmenter(Augmentation(**options), seed)
 
 
 def test_without_augmentation_images_stay_as_they_are(toys):
