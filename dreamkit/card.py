@@ -25,7 +25,8 @@ class Card:
         trained: False for random weights.
         weights_sha256: hash over the state dict, None before it is known.
         class_names: in output order, where known.
-        notes: anything else worth keeping, e.g. accuracy and training command.
+        notes: anything else worth keeping, e.g. accuracy and training command; ``loading`` has
+            sentences that a run says of how the weights were read.
     """
 
     name: str

@@ -17,9 +17,9 @@ from dreamkit.importing import import_file
 from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
     check_file,
+    check_weights,
     hash_weights,
-    load_into,
-    read_state_dict,
+    load_file,
 )
 from dreamkit.types import Teacher, TeacherSource
 
@@ -61,7 +61,7 @@ class CheckpointTeacher(TeacherSource):
         if module.endswith(".py"):
             check_file("builder", module)
         if self.path is not None:
-            check_file("path", self.path)
+            check_weights("path", self.path)
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             given = len(self.class_names)
             raise OptionError("class_names", f"{given} names for {self.num_classes} classes")
@@ -89,9 +89,11 @@ class CheckpointTeacher(TeacherSource):
         """Return the model in eval mode with its card."""
         with seeded(seed):
             model = self.build()
+        said: list[str] = []
         if self.path is not None:
-            load_into(model, read_state_dict(self.path, self.key, self.prefix), self.path)
+            said = load_file(model, self.path, self.key, self.prefix)
         card = self._card(self.path or "random weights", hash_weights(model))
+        card = dataclasses.replace(card, notes={"loading": said} if said else {})
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
         return Teacher(model.eval(), card, builder)
 
