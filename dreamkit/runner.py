@@ -230,6 +230,8 @@ def _say_what(
         f"{loaded.recipe.name}: teacher {card.name} ({card.origin}), on {where}, into "
         f"{context.folder}",
     )
+    for text in card.notes.get("loading", ()):
+        context.log.note(str(text))
     if not card.trained:
         context.log.note(
             "the teacher's weights are random: this run shows the mechanics only, and its "

@@ -26,6 +26,14 @@ def export(
     allow_builder: Annotated[
         bool, typer.Option(help="Run the builder function that the student names. Trust it first.")
     ] = False,
+    builder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE:FUNCTION",
+            help="Build the unpruned network by this function, in place of the one that the "
+            "student names: path/to/file.py:make_net or package.module:make_net.",
+        ),
+    ] = None,
 ) -> None:
     """Export a run's student, run the file, and compare it with the model.
 
@@ -38,8 +46,13 @@ def export(
         dreamkit export runs/quickstart --format torch-export --batch-size 1
     """
     from dreamkit.deploy.exporting import export_student, show_exported
+    from dreamkit.deploy.students import BuilderNeeded
 
-    show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
+    try:
+        exported = export_student(run_directory, format_, out, batch_size, allow_builder, builder)
+    except BuilderNeeded as error:
+        raise error.in_words("--allow-builder", "--builder path/to/file.py:function") from error
+    show_exported(exported, Console())
 
 
 def export_dreams(

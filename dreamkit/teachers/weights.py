@@ -118,7 +118,7 @@ def load_file(
         where, several = min(
             found.items(), key=lambda item: min(read.misfits(own) for read in item[1])
         )
-        origin = f"{path} (key: {where})" if where else path
+        origin = f"{path} (key: {where})" if where and key is None else path
         raise WeightsMismatch(f"{origin} does not fit the model: {complaint(several, own)}")
     ((where, reading),) = fit.items()
     _load(model, reading, path)
@@ -160,10 +160,9 @@ def find_states(path: str, content: Any, key: str | None = None) -> dict[str, St
     objects = [*content.values()] if isinstance(content, Mapping) else []
     pickled = any(isinstance(value, StandIn) for value in objects)
     advice = "; give 'key' (a dotted path) if it lies deeper" if objects else ""
-    refused = f". Its objects were refused: loading them would run their code. {CURE}"
-    raise DreamkitError(
-        f"{path}: not a state dict, {{name: tensor}}{_held(content)}{refused if pickled else advice}"
-    )
+    refused = f". Its objects were refused: to load them would run their code. {CURE}"
+    rest = _held(content) + (refused if pickled else advice)
+    raise DreamkitError(f"{path}: not a state dict, {{name: tensor}}{rest}")
 
 
 def _steps(content: Any, key: str | None) -> list[str]:
