@@ -51,7 +51,8 @@ def export(
     try:
         exported = export_student(run_directory, format_, out, batch_size, allow_builder, builder)
     except BuilderNeeded as error:
-        raise error.in_words("--allow-builder", "--builder path/to/file.py:function") from error
+        words = ("pass --allow-builder", "pass --builder path/to/file.py:function")
+        raise error.in_words(*words) from error
     show_exported(exported, Console())
 
 

@@ -39,8 +39,8 @@ class BuilderNeeded(ArtifactError):
         """Return the error in the words of another door.
 
         Args:
-            allow: what lets the student's own builder run.
-            builder: what gives another.
+            allow: what to do to let the student's own builder run.
+            builder: what to do to give another.
         """
         return ArtifactError(_asking(self.what, self.may_be_allowed, allow, builder))
 
@@ -153,7 +153,7 @@ class SavedStudent(TeacherSource):
         try:
             return _architecture(Path(self.path), artifact, given, self.allow_builder)
         except BuilderNeeded as error:
-            words = ("allow_builder: true", "builder: path/to/file.py:function")
+            words = ("write allow_builder: true", "write builder: path/to/file.py:function")
             raise error.in_words(*words) from error
 
     def load(self, seed: int) -> Teacher:
@@ -237,15 +237,15 @@ def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.M
 
 
 def _builder_needed(what: str, may_be_allowed: bool) -> BuilderNeeded:
-    given = "builder=..., a function or class that returns it unpruned"
-    error = BuilderNeeded(_asking(what, may_be_allowed, "allow_builder=True", given))
+    given = "pass builder=..., a function or class that returns it unpruned"
+    error = BuilderNeeded(_asking(what, may_be_allowed, "pass allow_builder=True", given))
     error.what, error.may_be_allowed = what, may_be_allowed
     return error
 
 
 def _asking(what: str, may_be_allowed: bool, allow: str, builder: str) -> str:
-    trusted = f"if you trust it, pass {allow}, or " if may_be_allowed else ""
-    return f"{what}: {trusted}pass {builder}"
+    trusted = f"if you trust it, {allow}, or " if may_be_allowed else ""
+    return f"{what}: {trusted}{builder}"
 
 
 def _read(folder: Path) -> Artifact:

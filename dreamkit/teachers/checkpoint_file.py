@@ -30,8 +30,10 @@ _DEEDS = re.compile(
     r"|input)|torch\.(load|hub\..*|jit\..*)"
 )
 """What no training leaves in a checkpoint. None of it would run; its reader had better know."""
-_MAPPING = re.compile(r"dict|cfgnode", re.IGNORECASE)
-_LIST = re.compile(r"list$|deque$", re.IGNORECASE)
+_FILLED = re.compile(
+    r"Can only (?P<how>SETITEM|append).* got <class '(?P<named>[^']+)'>", re.DOTALL
+)
+"""How torch says that it met items of a list or of a mapping of a class of its own."""
 
 
 class StandIn:
@@ -52,8 +54,12 @@ class StandIn:
         """Leave the object's state unread."""
 
 
-class _ListStandIn(StandIn, list[Any]):
-    """For lists of a class of their own, which are filled item by item."""
+class _ListStandIn(StandIn):
+    """For lists of a class of their own."""
+
+    def __new__(cls, *inside: Any) -> Any:
+        """Return a list to be filled."""
+        return []
 
 
 class _MappingStandIn(StandIn):
@@ -113,10 +119,31 @@ def _unpickled(path: Path) -> Any:
             try:
                 return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
-                stand_ins: list[Any] = [_stand_in(*name) for name in sorted(_named_classes(path))]
-            file.seek(0)
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                classes = dict.fromkeys(sorted(_named_classes(path)), StandIn)
+            while True:
+                file.seek(0)
+                stand_ins: list[Any] = [_stand_in(*c, base) for c, base in classes.items()]
+                try:
+                    with torch.serialization.safe_globals(stand_ins):
+                        return torch.load(file, map_location="cpu", weights_only=True)
+                except pickle.UnpicklingError as error:
+                    if not _filled_otherwise(classes, error):
+                        raise
+
+
+def _filled_otherwise(
+    classes: dict[tuple[str, str], type[StandIn]], error: pickle.UnpicklingError
+) -> bool:
+    """Note that a class is one of lists or of mappings, if that is what the unpickler met."""
+    filled = _FILLED.search(_reason(error))
+    if filled is None:
+        return False
+    kind = _ListStandIn if filled["how"].startswith("append") else _MappingStandIn
+    for (module, name), base in classes.items():
+        if f"{module}.{name}" == filled["named"] and base is StandIn:
+            classes[module, name] = kind
+            return True
+    return False
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
@@ -124,7 +151,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
     return str(error).rpartition("WeightsUnpickler error:")[2].strip()
 
 
-def _stand_in(module: str, name: str) -> type[Any]:
+def _stand_in(module: str, name: str, base: type[StandIn]) -> type[Any]:
     """Return a class of that name, to be allowed in place of the true one.
 
     Raises:
@@ -133,11 +160,6 @@ def _stand_in(module: str, name: str) -> type[Any]:
     whole = f"{module}.{name}"
     if _DEEDS.fullmatch(whole):
         raise pickle.UnpicklingError(f"it asks for {whole}")
-    base: type[StandIn] = StandIn
-    if _MAPPING.search(name):
-        base = _MappingStandIn
-    elif _LIST.search(name):
-        base = _ListStandIn
     return type(name, (base,), {"__module__": module, "__qualname__": name})
 
 
