@@ -25,8 +25,7 @@ class Card:
         trained: False for random weights.
         weights_sha256: hash over the state dict, None before it is known.
         class_names: in output order, where known.
-        notes: anything else worth keeping, e.g. accuracy and training command; ``loading`` has
-            sentences that a run says of how the weights were read.
+        notes: anything else worth keeping, e.g. accuracy and training command.
     """
 
     name: str

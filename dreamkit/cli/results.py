@@ -46,7 +46,7 @@ def export(
         dreamkit export runs/quickstart --format torch-export --batch-size 1
     """
     from dreamkit.deploy.exporting import export_student, show_exported
-    from dreamkit.deploy.students import BuilderNeeded
+    from dreamkit.students import BuilderNeeded
 
     try:
         exported = export_student(run_directory, format_, out, batch_size, allow_builder, builder)

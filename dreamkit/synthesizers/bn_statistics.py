@@ -19,14 +19,14 @@ def batch_norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     Besides torch's own BatchNorm these are timm's ``BatchNormAct2d``, ``SyncBatchNorm`` and the
     frozen variants, which are no subclasses; instance norm is not one, its statistics are an
-    image's own.
+    image's own. A layer in TorchScript is none: it takes no hooks, by which it would be watched.
     """
     return [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
-        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm | torch.jit.ScriptModule)
     ]
 
 

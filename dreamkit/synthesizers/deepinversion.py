@@ -29,7 +29,8 @@ from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.teachers.checking import check_fits, check_outputs
+from dreamkit.teachers.checking import check_fits
+from dreamkit.teachers.intake import admit
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
@@ -141,8 +142,7 @@ class DeepInversion(Synthesizer):
         if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
-            student = self.student.load(seed=0)
-            check_outputs(student)
+            student = admit(self.student.load(seed=0))
             check_fits(student.card, teacher.card)
         return student.model
 

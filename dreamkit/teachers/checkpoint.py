@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -13,13 +12,14 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import OptionError
-from dreamkit.model_state import seeded
+from dreamkit.model_state import seeded, to_eval
 from dreamkit.teachers.builders import (
     call_builder,
     check_builder,
     origin_of,
     reference_from_anywhere,
 )
+from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import check_weights, hash_weights, load_file
 from dreamkit.types import Teacher, TeacherSource
 
@@ -75,26 +75,35 @@ class CheckpointTeacher(TeacherSource):
         self._card("unchecked")
 
     def build(self) -> nn.Module:
-        """Return the architecture with the builder's own weights; nobody else has it."""
-        return copy.deepcopy(call_builder(self.builder, self.arguments))
+        """Return the architecture with the builder's own weights."""
+        return self._build(lambda text: None)
+
+    def _build(self, note: Callable[[str], None]) -> nn.Module:
+        model = call_builder(self.builder, self.arguments)
+        # A copy: a builder may return one object whenever it is called.
+        return made_ready(model, self.input_size, note, "its network")
 
     def load(self, seed: int) -> Teacher:
         """Return the model in eval mode with its card."""
+        notes: list[str] = []
         with seeded(seed):
-            model = self.build()
+            model = self._build(notes.append)
         if self.path is not None:
-            card = self._card(self.path, True, load_file(model, self.path, self.key, self.prefix))
+            notes += load_file(model, self.path, self.key, self.prefix)
+            card = self._card(self.path, trained=True)
         else:
             with seeded(seed + 1):
                 origin = origin_of(model, self.build(), self.input_size)
-            card = self._card(origin.text, origin.trained, origin.said)
+            notes += origin.said
+            card = self._card(origin.text, origin.trained)
         card = dataclasses.replace(card, weights_sha256=hash_weights(model))
         # A student of it is built from anywhere, and has its weights in a file of its own.
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
         builder |= {"builder": reference_from_anywhere(self.builder), "key": None, "prefix": ""}
-        return Teacher(model.eval(), card, builder)
+        to_eval(model)
+        return Teacher(model, card, builder, notes=tuple(notes))
 
-    def _card(self, origin: str, trained: bool = False, said: Sequence[str] = ()) -> Card:
+    def _card(self, origin: str, trained: bool = False) -> Card:
         return Card(
             name=f"checkpoint/{self.builder}",
             input_size=self.input_size,
@@ -104,5 +113,4 @@ class CheckpointTeacher(TeacherSource):
             class_names=self.class_names,
             origin=origin,
             trained=trained,
-            notes={"loading": list(said)} if said else {},
         )

@@ -106,13 +106,12 @@ class CifarTeacher(TeacherSource):
             said = load_file(model, self.weights, self.key, self.prefix, _named_alike)
         origin = self.weights or "random weights"
         card = self._card(self._written(), origin, hash_weights(model))
-        if said:
-            card = dataclasses.replace(card, notes={**card.notes, "loading": said})
         resolved = {
             key: getattr(card, key)
             for key in ("num_classes", "input_size", "mean", "std", "class_names")
         }
-        return Teacher(model.eval(), card, {"source": "cifar", "model": self.model} | resolved)
+        builder = {"source": "cifar", "model": self.model} | resolved
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
 
     def _written(self) -> dict[str, Any]:
         """Return the card that lies beside the weights; empty if there is none."""

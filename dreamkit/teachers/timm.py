@@ -93,10 +93,9 @@ class TimmTeacher(TeacherSource):
             said = load_file(model, str(self.weights))
             origin = str(self.weights)
         card = self._card(model, "random weights" if self.weights is None else origin)
-        card = dataclasses.replace(card, notes={"loading": said} if said else {})
         builder = dataclasses.asdict(self) | {"source": "timm", "weights": None}
         builder |= {"num_classes": card.num_classes}
-        return Teacher(model.eval(), card, builder)
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
 
     @property
     def _full_name(self) -> str:

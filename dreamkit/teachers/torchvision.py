@@ -96,9 +96,8 @@ class TorchvisionTeacher(TeacherSource):
             said = load_file(model, str(self.weights), renamed=self._without_auxiliary)
             origin = str(self.weights)
         card = self._card(model, "random weights" if self.weights is None else origin)
-        card = dataclasses.replace(card, notes={"loading": said} if said else {})
         builder = dataclasses.asdict(self) | {"source": "torchvision", "weights": None}
-        return Teacher(model.eval(), card, builder)
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
 
     def _without_auxiliary(self, state: dict[str, Any]) -> dict[str, Any]:
         heads = _AUXILIARY.get(self.model)

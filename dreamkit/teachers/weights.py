@@ -16,7 +16,7 @@ from dreamkit.errors import (
     WeightsUnavailable,
 )
 from dreamkit.flat_state import hash_state
-from dreamkit.model_state import load_state
+from dreamkit.model_state import load_state, tensors_of
 from dreamkit.teachers.checkpoint_file import CURE, StandIn, named, read_checkpoint
 from dreamkit.teachers.file_kinds import strange_kind
 from dreamkit.teachers.key_names import Reading, complaint, fitting, readings
@@ -78,7 +78,7 @@ def check_weights(option: str, path: str) -> None:
 
 def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 over a model's state dict: names, dtypes, shapes and values."""
-    return hash_state(model.state_dict())
+    return hash_state(tensors_of(model))
 
 
 def load_file(
@@ -108,7 +108,7 @@ def load_file(
         WeightsMismatch: saying what does not fit, and what to write.
     """
     states = find_states(path, read_checkpoint(Path(path).expanduser()), key)
-    own = model.state_dict()
+    own = tensors_of(model)
     found = {where: readings(renamed(state), own, prefix) for where, state in states.items()}
     fit = {where: read for where, several in found.items() if (read := fitting(several, own))}
     if len(fit) > 1:
@@ -219,7 +219,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     Raises:
         WeightsMismatch: naming the first keys that are missing, unexpected or of another shape.
     """
-    own = model.state_dict()
+    own = tensors_of(model)
     reading = Reading(dict(state))
     if reading.misfits(own):
         raise WeightsMismatch(f"{origin} does not fit the model: {complaint([reading], own)}")

@@ -468,7 +468,7 @@ def test_published_forms_reach_the_other_sources(tmp_path):
     path = str(tmp_path / "last.pth.tar")
     teacher = TimmTeacher("test_resnet", weights=path, num_classes=4).load(0)
     assert teacher.card.weights_sha256 == made.card.weights_sha256
-    assert [said.removeprefix(f"{path}: ") for said in teacher.card.notes["loading"]] == [
+    assert [said.removeprefix(f"{path}: ") for said in teacher.notes] == [
         "the state dict is that of key: state_dict",
         "'module.' was taken off its names",
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, MissingPath
-from dreamkit.model_state import seeded
+from dreamkit.model_state import seeded, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.builders import call_builder, check_builder
+from dreamkit.teachers.intake import take_logits
 from dreamkit.teachers.provenance import tell
+from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import hash_weights, load_into
 from dreamkit.types import Teacher, TeacherSource
 from dreamkit.wording import one_line
@@ -96,9 +97,12 @@ def load_student(
     artifact = _read(folder)
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
+    card = artifact.card
+    take_logits(model, card.input_size, card.num_classes, lambda text: None, str(folder))
     # For whoever prunes it further: whatever built it here, these make it from nothing.
     tell(model, artifact.card, artifact.builder, artifact.pruning_record)
-    return cast(Student, model.eval())
+    to_eval(model)
+    return cast(Student, model)
 
 
 def load_unpruned(
@@ -117,7 +121,9 @@ def load_unpruned(
         ArtifactError: as ``load_student`` does.
     """
     folder = Path(path)
-    return _unpruned(folder, _read(folder), builder, allow_builder).eval()
+    model = _unpruned(folder, _read(folder), builder, allow_builder)
+    to_eval(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -168,10 +174,9 @@ class SavedStudent(TeacherSource):
             artifact.card,
             trained=artifact.card.trained and self.weights is not None,
             weights_sha256=hash_weights(model),
-            # How its teacher's weights were read is not how these were.
-            notes={key: note for key, note in artifact.card.notes.items() if key != "loading"},
         )
-        return Teacher(model.eval(), card, artifact.builder, artifact.pruning_record)
+        to_eval(model)
+        return Teacher(model, card, artifact.builder, artifact.pruning_record)
 
 
 def _architecture(
@@ -202,10 +207,10 @@ def _unpruned(
 ) -> nn.Module:
     """Return the network that a student was pruned from: the caller's own, or the artifact's."""
     if builder is None:
-        return _build(folder, artifact.builder, allow_builder)
-    if isinstance(builder, nn.Module):  # which is callable too
-        return copy.deepcopy(builder)
-    return builder()
+        model = _build(folder, artifact.builder, allow_builder)
+    else:  # a network is callable too
+        model = builder if isinstance(builder, nn.Module) else builder()
+    return made_ready(model, artifact.card.input_size, role=str(folder))
 
 
 def _build(folder: Path, reference: dict[str, Any], allow_builder: bool) -> nn.Module:
