@@ -38,8 +38,10 @@ def check_builder(reference: str) -> None:
         raise OptionError("builder", f"{_FORMS} (got {reference!r})")
     if place.endswith(".py"):
         check_file("builder", place)
-    elif not all(part.isidentifier() for part in place.split(".")):
-        is_file = Path(place).expanduser().exists()
+    is_file = place.endswith(".ipynb") or Path(place).expanduser().is_file()
+    if not place.endswith(".py") and (
+        is_file or not all(part.isidentifier() for part in place.split("."))
+    ):
         what = "is no Python file (.py)" if is_file else "is no name of a module"
         raise OptionError("builder", f"{place} {what}: {_FORMS}")
 
