@@ -15,6 +15,7 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.importing import import_file
 from dreamkit.model_state import seeded
+from dreamkit.teachers.class_names import names_of_classes
 from dreamkit.teachers.weights import (
     check_file,
     hash_weights,
@@ -40,7 +41,7 @@ class CheckpointTeacher(TeacherSource):
         key: dotted path to the state dict inside it, e.g. ``state_dict``.
         prefix: removed from the front of its keys, e.g. ``module.``.
         arguments: keyword arguments for the builder.
-        class_names: in output order.
+        class_names: in output order; or a text file with one a line, or a JSON file.
     """
 
     builder: str
@@ -52,7 +53,7 @@ class CheckpointTeacher(TeacherSource):
     key: str | None = None
     prefix: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str | int, ...] | str | None = None
 
     def __post_init__(self) -> None:
         module, colon, function = self.builder.rpartition(":")
@@ -62,9 +63,7 @@ class CheckpointTeacher(TeacherSource):
             check_file("builder", module)
         if self.path is not None:
             check_file("path", self.path)
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            given = len(self.class_names)
-            raise OptionError("class_names", f"{given} names for {self.num_classes} classes")
+        names_of_classes(self.class_names, self.num_classes)
         self._card("unchecked", None)
 
     def build(self) -> nn.Module:
@@ -93,6 +92,7 @@ class CheckpointTeacher(TeacherSource):
             load_into(model, read_state_dict(self.path, self.key, self.prefix), self.path)
         card = self._card(self.path or "random weights", hash_weights(model))
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
+        builder |= {"class_names": card.class_names}
         return Teacher(model.eval(), card, builder)
 
     def _card(self, origin: str, weights_sha256: str | None) -> Card:
@@ -102,7 +102,7 @@ class CheckpointTeacher(TeacherSource):
             mean=self.mean,
             std=self.std,
             num_classes=self.num_classes,
-            class_names=self.class_names,
+            class_names=names_of_classes(self.class_names, self.num_classes),
             origin=origin,
             trained=self.path is not None,
             weights_sha256=weights_sha256,
