@@ -20,12 +20,12 @@ from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
+from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.intake import admit
 from dreamkit.trackers.isolated import IsolatedTrackers
 from dreamkit.types import (
-    NO_LABEL,
     Application,
     Images,
     Outcome,
@@ -130,8 +130,8 @@ def _prepare(
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
-    evaluation = _open_evaluation(loaded, teacher)
-    images = _images(loaded, teacher)
+    evaluation = _open_evaluation(loaded, teacher, log)
+    images = _images(loaded, teacher, log)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
     rules = added_rules(loaded.registries, log.note)
@@ -139,7 +139,7 @@ def _prepare(
     return teacher, images, context
 
 
-def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None:
+def _images(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | Synthesis | None:
     """Return what the application works on: dreams to come, images that are there, or none."""
     application: Application = loaded.recipe.application
     if application.needs_synthesis:
@@ -150,8 +150,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None
     if source is None:
         return None
     with placed("application", option):
-        images: Images = source.open(teacher.card)
-    return images
+        return opened(source, teacher.card, log.note)
 
 
 def _run(
@@ -212,15 +211,12 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
         write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
 
 
-def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
+def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | None:
     source = loaded.recipe.evaluation
     if source is None:
         return None
     with placed("evaluation"):
-        images: Images = source.open(teacher.card)
-        if len(images) == 0 or int(images.batch([0])[1][0]) == NO_LABEL:
-            raise DreamkitError("evaluation needs images with labels")
-        return images
+        return open_evaluation(source, teacher.card, log.note)
 
 
 def _say_what(

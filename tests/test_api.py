@@ -513,7 +513,7 @@ def test_options_of_students_are_checked_by_name(net, pixels):
         dreamkit.prune(net, pixels, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match=r"training\.lrr: unknown option"):
         dreamkit.distill(net, Net(), pixels, lrr=3, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match="evaluation: needs images with labels"):
+    with pytest.raises(dreamkit.DreamkitError, match="evaluation needs images with labels"):
         dreamkit.recover(net, pixels, sparsity=0.5, evaluation=pixels[0], progress=False, **VIEW)
 
 

@@ -53,7 +53,7 @@ def invert(
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Path | None = None,
     preset: Literal["fast", "paper"] = "fast",
     method: str = "deepinversion",
     steps: int | None = None,
@@ -76,7 +76,7 @@ def invert(
             know it, and then it may be left out, as ``mean`` and ``std`` may.
         mean: per channel, of pixels in [0, 1], as training normalised them.
         std: per channel, of pixels in [0, 1].
-        class_names: of its outputs, in order.
+        class_names: of its outputs, in order; or a text file with one a line, or a JSON file.
         preset: what ``options`` are laid over: ``fast``, or ``paper``, the paper's for CIFAR-10.
         method: a registered synthesizer; presets are of ``deepinversion`` alone.
         steps: optimizer steps, in place of the preset's; of several stages each has its share.

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from dreamkit.api.call_folder import NETWORK, claimed
-from dreamkit.api.given_images import GivenImages, as_images
+from dreamkit.api.given_images import GivenImages
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError
@@ -28,9 +28,9 @@ from dreamkit.recipe import build_entry
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
+from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
-    NO_LABEL,
     Images,
     LatencyBackend,
     RunContext,
@@ -120,7 +120,7 @@ class Session:
 
     def images(self, given: Any, role: str = "images") -> Images:
         """Return a caller's images at the size that the teacher takes."""
-        return as_images(given, self.teacher.card, role)
+        return opened(GivenImages(given, role), self.teacher.card, self.log.note)
 
     def synthesis(self, options: Mapping[str, Any]) -> Synthesis:
         """Return dreams to come, by a synthesizer whose options are given as in a recipe."""
@@ -181,9 +181,8 @@ def _session(
     folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))
     evaluation = None
     if conditions.evaluation is not None:
-        evaluation = as_images(conditions.evaluation, teacher.card, "evaluation")
-        if int(evaluation.batch([0])[1][0]) == NO_LABEL:
-            raise DreamkitError("evaluation: needs images with labels")
+        source = GivenImages(conditions.evaluation, "evaluation")
+        evaluation = open_evaluation(source, teacher.card, log.note)
     latency = _backend(conditions.latency_backend, registries)
     latency = latency or default_backend(registries, device)
     rules = added_rules(registries, log.note)

@@ -19,6 +19,7 @@ from dreamkit.teachers.builders import (
     origin_of,
     reference_from_anywhere,
 )
+from dreamkit.teachers.class_names import names_of_classes
 from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import check_weights, hash_weights, load_file
 from dreamkit.types import Teacher, TeacherSource
@@ -44,7 +45,7 @@ class CheckpointTeacher(TeacherSource):
         prefix: removed from the front of its keys, e.g. ``model.``; ``module.`` and what they all
             have in common need not be told.
         arguments: keyword arguments for the builder.
-        class_names: in output order.
+        class_names: in output order; or a text file with one a line, or a JSON file.
     """
 
     builder: str
@@ -56,7 +57,7 @@ class CheckpointTeacher(TeacherSource):
     key: str | None = None
     prefix: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str | int, ...] | str | None = None
 
     def __post_init__(self) -> None:
         check_builder(self.builder)
@@ -69,9 +70,7 @@ class CheckpointTeacher(TeacherSource):
                 "of the second class) return two in the builder's forward, "
                 "torch.cat([-x, x], 1) / 2, and write num_classes: 2",
             )
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            given = len(self.class_names)
-            raise OptionError("class_names", f"{given} names for {self.num_classes} classes")
+        names_of_classes(self.class_names, self.num_classes)
         self._card("unchecked")
 
     def build(self) -> nn.Module:
@@ -100,6 +99,7 @@ class CheckpointTeacher(TeacherSource):
         # A student of it is built from anywhere, and has its weights in a file of its own.
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
         builder |= {"builder": reference_from_anywhere(self.builder), "key": None, "prefix": ""}
+        builder |= {"class_names": card.class_names}
         to_eval(model)
         return Teacher(model, card, builder, notes=tuple(notes))
 
@@ -110,7 +110,7 @@ class CheckpointTeacher(TeacherSource):
             mean=self.mean,
             std=self.std,
             num_classes=self.num_classes,
-            class_names=self.class_names,
+            class_names=names_of_classes(self.class_names, self.num_classes),
             origin=origin,
             trained=trained,
         )

@@ -16,6 +16,7 @@ from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.model_state import seeded
 from dreamkit.teachers.cifar_networks import NETWORKS, build_network
+from dreamkit.teachers.class_names import names_of_classes
 from dreamkit.teachers.weights import (
     check_weights,
     hash_weights,
@@ -56,7 +57,7 @@ class CifarTeacher(TeacherSource):
         input_size: (channels, height, width); (3, 32, 32) where no card tells.
         mean: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
         std: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
-        class_names: in output order.
+        class_names: in output order; or a text file with one a line, or a JSON file.
     """
 
     model: str
@@ -67,7 +68,7 @@ class CifarTeacher(TeacherSource):
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str | int, ...] | str | None = None
 
     def __post_init__(self) -> None:
         if self.model not in NETWORKS:
@@ -82,10 +83,7 @@ class CifarTeacher(TeacherSource):
                     "benchmarks/train_teacher.py makes them; null for random ones",
                 )
             check_weights("weights", self.weights)
-        card = self._card(self._written(), "unchecked", None)
-        if card.class_names is not None and len(card.class_names) != card.num_classes:
-            given = len(card.class_names)
-            raise OptionError("class_names", f"{given} names for {card.num_classes} classes")
+        self._card(self._written(), "unchecked", None)
 
     @classmethod
     def known_models(cls, pretrained: bool) -> list[str]:
@@ -149,4 +147,6 @@ class CifarTeacher(TeacherSource):
             "trained": self.weights is not None,
             "weights_sha256": weights_sha256,
         }
-        return Card(**(default | written | given | fixed))
+        options = default | written | given | fixed
+        names = names_of_classes(options.get("class_names"), options["num_classes"])
+        return Card(**(options | {"class_names": names}))

@@ -50,7 +50,7 @@ def admit(
     """
     card = teacher.card
     role = role or card.name
-    for text in teacher.notes:
+    for text in (*teacher.notes, *card.doubts()):
         note(f"{role}: {text}")
     model = made_ready(teacher.model, card.input_size, note, role)
     if judge:
