@@ -91,6 +91,8 @@ class PruningRun:
             self.budget = Budget(
                 options.target, teacher, self.table, channels, context.latency, teacher_ms
             )
+        for note in self.budget.notes:
+            context.log.note(note)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
