@@ -67,7 +67,7 @@ def run(
     Raises:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
-    directory = RunDirectory(folder, loaded.resolved_yaml())
+    directory = RunDirectory(folder, loaded.resolved_yaml(), loaded.preset)
     distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
@@ -143,7 +143,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None
     application: Application = loaded.recipe.application
     if application.needs_synthesis:
         assert loaded.recipe.synthesis is not None  # the recipe's reader saw to it
-        return Synthesis(loaded.recipe.synthesis, loaded.root.plain()["synthesis"])
+        return Synthesis(loaded.recipe.synthesis, loaded.resolved()["synthesis"])
     option = application.images_option
     source = getattr(application, option, None)
     if source is None:
@@ -173,8 +173,8 @@ def _run(
         if first:
             log.listen(trackers.hear)
             log.listen(loaded.registries.events(log.note).emit)
-        plain, resumed = loaded.root.plain(), directory.started
-        log.emit(RunStarted(folder=directory.folder, recipe=plain, resumed=resumed))
+        whole, resumed = loaded.resolved(), directory.started
+        log.emit(RunStarted(folder=directory.folder, recipe=whole, resumed=resumed))
         _say_what(loaded, teacher, context, console)
         with placed("application", always=False):
             outcome: Outcome = loaded.recipe.application.run(teacher, images, context)
@@ -194,7 +194,7 @@ def _run(
         trackers.close()
         log.close()
         if came_to_nothing:
-            directory.withdraw()
+            directory.withdraw(trackers.withdraw)
         directory.release()
     distributed.barrier()
 

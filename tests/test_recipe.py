@@ -497,7 +497,30 @@ def test_a_missing_file_is_no_problem_to_validate_but_one_to_run(
     (line,) = problems(path)
     assert line.startswith(f"{path}:19:9 evaluation.path: no such folder: no/such/folder")
     _, missing = validate_recipe(path, build_registries)
-    assert missing == [line]
+    assert missing == [f"{line} (needed to run)"]
+
+
+def test_plugins_of_a_preset_that_was_not_chosen_are_not_run(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    path = recipe_file(tiny)
+    plugin, ran = path.parent / "own.py", path.parent / "ran"
+    plugin.write_text(
+        "from dreamkit.plugin import hookimpl\n"
+        f"open({str(ran)!r}, 'a').close()\n"
+        "@hookimpl\n"
+        "def register_losses(register):\n    pass\n"
+    )
+    tiny["presets"] = {"own": {"plugins": [str(plugin)], "device": 3}, "other": {"seed": 1}}
+    path = recipe_file(tiny)
+    read_recipe(path, build_registries, "other")
+    _, lines = validate_recipe(path, build_registries)
+    assert not ran.exists()
+    (line,) = lines
+    assert "presets.own: not checked, for it loads plugins of its own" in line
+    with pytest.raises(RecipeError, match="device"):
+        read_recipe(path, build_registries, "own")
+    assert ran.exists()
 
 
 def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
@@ -514,6 +537,51 @@ def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
     again = read_recipe(recipe_file(text, "again.yaml"), build_registries)
     assert again.recipe == loaded.recipe
     assert again.resolved_yaml() == text
+
+
+def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["synthesis"]["regularizers"] = {"tv": 1}
+    tiny["application"] = prune(limits={"chunk": 2})
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    data = yaml.safe_load(loaded.resolved_yaml())
+    assert data["latency"] is None
+    synthesis, application = data["synthesis"], data["application"]
+    assert synthesis["regularizers"] == [{"name": "tv", "weight": 1.0, "norm": "l2"}]
+    assert synthesis["parameterisation"] == {"name": "pixels"}
+    assert synthesis["engine"] == {"precision": "auto", "compile": "auto"}
+    assert application["selection"] == {"name": "greedy"}
+    assert application["limits"] == {
+        **{"chunk": 2, "max_ratio": 0.9, "min_channels": 2, "exceptions": []},
+    }
+    assert application["recovery"]["augmentation"].keys() == {"crop", "flip", "mixup"}
+
+
+def test_recipes_that_differ_in_how_they_are_written_resolve_alike(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    tiny["synthesis"] |= {"lr": 1, "regularizers": ["tv"]}
+    one = read_recipe(recipe_file(tiny), build_registries).resolved_yaml()
+    tiny["synthesis"] |= {"lr": 1.0, "regularizers": [{"weight": 1, "name": "tv"}], "clip": False}
+    tiny = dict(reversed(tiny.items()))
+    assert read_recipe(recipe_file(tiny), build_registries).resolved_yaml() == one
+
+
+def test_a_default_that_its_own_option_does_not_take_is_left_out(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    class Careless(Smooth):
+        def __init__(self, often: int = "3", well: int = 3) -> None:  # type: ignore[assignment]
+            self.well = well
+
+    def registries(plugins: Any) -> Registries:
+        made = build_registries(plugins)
+        made["regularizers"].register("careless", Careless, "me")
+        return made
+
+    tiny["synthesis"]["regularizers"] = ["careless"]
+    loaded = read_recipe(recipe_file(tiny), registries)
+    (term,) = loaded.resolved()["synthesis"]["regularizers"]
+    assert term == {"name": "careless", "weight": 1.0, "well": 3}
 
 
 def test_the_resolved_recipe_keeps_strings_that_look_like_something_else(

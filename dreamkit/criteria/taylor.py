@@ -27,8 +27,8 @@ class Taylor(Criterion):
     """First-order Taylor importance of a channel, as its readers see it: (Σ gate·∂L/∂gate)².
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. A gate of 1
-    multiplies each channel where a convolution or a linear layer reads it, for that is what removal
-    sets to 0. The gates of all its readers add up, the sum is squared, and the squares are averaged.
+    multiplies each channel where a convolution or a linear layer reads it: removal sets that to 0.
+    The gates of all its readers add up, the sum is squared, and the squares are averaged.
 
     The paper's gates stand behind BatchNorm. Through ReLU and a residual sum that is the same
     number, but where one BatchNorm follows another before anything reads (as around a depthwise

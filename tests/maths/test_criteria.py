@@ -244,7 +244,7 @@ def test_each_reader_counts_whatever_stands_between(toys, kind):
     for image, label in zip(images.split(1), labels.split(1), strict=True):
         gates = torch.ones(4, requires_grad=True)
         handles = [
-            layer.register_forward_pre_hook(lambda m, given: (given[0] * gates.view(1, -1, 1, 1),))
+            layer.register_forward_pre_hook(lambda m, x, g=gates: (x[0] * g.view(1, -1, 1, 1),))
             for layer in (model.left, model.right)
         ]
         loss = F.cross_entropy(model(image), label)
@@ -584,7 +584,7 @@ def test_a_group_that_no_layer_reads_is_refused(toys):
     read, unread = step_of(toys, model, batches=[]).groups
     Taylor().check(model, [read, unread])
     makers = tuple(member for member in unread.members if member.axis == "out")
-    with pytest.raises(NothingToPrune, match="no layer that reads channels in .* conv2: leave"):
+    with pytest.raises(NothingToPrune, match=r"no layer that reads channels in .* conv2: leave"):
         Taylor().check(model, [read, dataclasses.replace(unread, members=makers)])
 
 
