@@ -40,6 +40,8 @@ KINDS: tuple[str, ...] = (
     "exporters",
     "trackers",
 )
+RECORDED = frozenset({"loss", "cross_entropy", "contrast"})
+"""Under these names a dreaming's records have what no regularizer gives."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _TARGET = re.compile(r"[\w.]+:\w+")
 
@@ -156,13 +158,16 @@ class Registry:
 
         Raises:
             DuplicateEntry: the name is taken; the message names both providers.
-            ValueError: the name has characters other than ``a-z 0-9 _ . -``.
+            ValueError: the name has characters other than ``a-z 0-9 _ . -``, or is a regularizer's
+                under which records have something else.
             TypeError: the target is neither a class nor ``"package.module:Class"``.
         """
         if not (inspect.isclass(target) or (isinstance(target, str) and _TARGET.fullmatch(target))):
             raise TypeError(f"{self.kind} '{name}': register a class or 'package.module:Class'")
         if not _NAME.fullmatch(name):
             raise ValueError(f"{self.kind} name {name!r}: use lower-case letters, digits, '_-.'")
+        if self.kind == "regularizers" and name in RECORDED:
+            raise ValueError(f"regularizers name '{name}': records have the loss's own under it")
         if name in self.entries:
             first = self.entries[name].provider
             raise DuplicateEntry(

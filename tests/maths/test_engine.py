@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dreamkit import compilation
 from dreamkit.arithmetic import has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
-from dreamkit.registry import Term
+from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored
@@ -313,6 +313,44 @@ class Overflowing(Regularizer):
         return value / 0 if self.calls in self.at else value
 
 
+class Odd(Regularizer):
+    """A regularizer that returns whatever it is given."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return self.value(step)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (lambda step: step.images.square().mean(1), r"a tensor of shape \(4, 8, 8\)"),
+        (lambda step: step.images.mean((1, 2, 3)), r"a tensor of shape \(4,\)"),
+        (lambda step: 0.5, "0.5"),
+        (lambda step: None, "None"),
+    ],
+)
+def test_a_regularizer_that_returns_no_scalar_is_named(toys, value, what):
+    given = options(regularizers=(Term("tv", 1.0, TotalVariation()), Term("odd", 2.0, Odd(value))))
+    with (
+        given.session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(DreamkitError, match=f"odd should return a tensor of .*, not {what}$"),
+    ):
+        session.dream(BatchPlan(7, 0, 4, 11), lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["loss", "cross_entropy", "contrast"])
+def test_a_regularizer_does_not_take_a_name_of_the_losss_own_records(toys, name):
+    given = options(regularizers=(Term(name, 1.0, TotalVariation()),))
+    with pytest.raises(DreamkitError, match=f"the loss's own under '{name}'"):
+        given.check(toys.teacher(toys.two_bn()))
+    with pytest.raises(ValueError, match=f"name '{name}': records have"):
+        Registry("regularizers").register(name, TotalVariation, "a plugin")
+    Registry("losses").register(name, TotalVariation, "a plugin")
+
+
 def overflowing(at, precision="bfloat16"):
     return options(
         regularizers=(Term("overflowing", 1.0, Overflowing(frozenset(at))),),
@@ -337,7 +375,7 @@ def test_a_batch_that_overflows_starts_again_in_float32(toys):
 def test_a_batch_that_overflows_again_is_given_up(toys):
     with (
         overflowing({2, 5, 6}).session(toys.teacher(toys.two_bn()), CPU) as session,
-        pytest.raises(NonFiniteLoss, match="batch 7 is not finite"),
+        pytest.raises(NonFiniteLoss, match=r"batch 7 .* \(not finite first: overflowing\)$"),
     ):
         session.dream(BatchPlan(7, 0, 4, 11), lambda *_: None)
 
