@@ -204,6 +204,11 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     student = outcome.student
     if student is None:
         return
+    if context.evaluation is None:
+        context.log.note(
+            "without evaluation images: how often the student agrees with the teacher was measured "
+            "on the images it was trained on"
+        )
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
     write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
@@ -236,7 +241,4 @@ def _say_what(
             "pictures and accuracies mean nothing"
         )
     if context.evaluation is None:
-        context.log.note(
-            "no evaluation images: accuracy on real data is unknown; how often the student agrees "
-            "with the teacher is measured on the images it was trained on"
-        )
+        context.log.note("no evaluation images: accuracy on real data is unknown")

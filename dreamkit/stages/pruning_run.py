@@ -98,7 +98,8 @@ class PruningRun:
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
         latency, given = self.context.latency, self.options.latency_table
-        table = read_table(self.context.folder / RunContext.TABLE, latency)
+        path = self.context.folder / RunContext.TABLE
+        table = read_table(path, latency, note=self.context.log.note)
         if given is not None:
             with placed("latency_table"):
                 known = read_table(Path(given), latency, strict=True)
