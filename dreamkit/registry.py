@@ -51,6 +51,14 @@ def name_key(kind: str) -> str:
     return "source" if kind in {"teachers", "sources"} else "name"
 
 
+def mapping_of(kind: str, text: str) -> dict[str, str]:
+    """Return the mapping that a bare name stands for; of a teacher, ``SOURCE:MODEL`` does too."""
+    source, colon, model = text.partition(":")
+    if kind == "teachers" and colon:
+        return {name_key(kind): source, "model": model}
+    return {name_key(kind): text}
+
+
 WEIGHT_SCHEMA = {"type": "number", "minimum": 0}
 
 
@@ -100,7 +108,7 @@ class EntriesOf(EntryOf):
 class TermsOf(EntryOf):
     """Annotation marker: the option is a list of weighted registry entries of this kind.
 
-    A mapping of names to weights stands for such a list.
+    A mapping of names to weights stands for such a list, and one entry for a list of one.
     """
 
     def _schema(self, core: Any) -> Any:
@@ -115,7 +123,7 @@ class TermsOf(EntryOf):
     def _json_schema(self) -> dict[str, Any]:
         terms = {"type": "array", "items": {"$entry": f"#/$defs/weighted_{self.kind}"}}
         weights = {"type": "object", "additionalProperties": WEIGHT_SCHEMA}
-        return {"anyOf": [terms, weights]}
+        return {"anyOf": [terms, terms["items"], weights]}
 
 
 @dataclass(frozen=True)

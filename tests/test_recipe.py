@@ -30,6 +30,7 @@ from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.budget import Target
 from dreamkit.synthesizers.deepinversion import Stage
+from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.types import InversionStep, Regularizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -142,8 +143,8 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file:
         ("synthesis.schedule", "cosin", "synthesis.schedule: should be 'constant' or 'cosine'"),
         (
             "synthesis.regularizers",
-            {"name": "tv"},
-            "synthesis.regularizers: should be a list, not a mapping",
+            {"name": "tv", "wieght": 2},
+            "synthesis.regularizers.wieght: unknown option; did you mean 'weight'?",
         ),
         ("synthesis.regularizers", None, "synthesis.regularizers: should be a list, not null"),
         (
@@ -823,6 +824,27 @@ def test_an_entry_may_be_its_name_alone(tiny: dict[str, Any], recipe_file: Write
     assert loaded.root.plain()["application"] == {"name": "synthesize"}
     again = read_recipe(recipe_file(loaded.resolved_yaml(), "again.yaml"), build_registries)
     assert again.recipe == recipe
+
+
+TV = TotalVariation()
+
+
+@pytest.mark.parametrize("alone", ["tv", {"name": "tv"}, TV, Term("tv", 1.0, TV)])
+def test_one_term_may_stand_for_a_list_of_it(alone: Any) -> None:
+    given = {"name": "deepinversion", "images": 4, "batch_size": 4, "regularizers": alone}
+    made = build_entry(build_registries(), "synthesizers", given | {"stages": [{"steps": 1}]})
+    assert made.regularizers == (Term("tv", 1.0, TotalVariation()),)
+
+
+def test_a_teacher_may_be_its_source_and_model(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["teacher"] = "bundled:digits_resnet8"
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    assert loaded.recipe.teacher == BundledTeacher("digits_resnet8")
+    assert loaded.resolved()["teacher"] == {"source": "bundled", "model": "digits_resnet8"}
+    tiny["teacher"] = "bundeld:digits_resnet8"
+    path = recipe_file(tiny)
+    (line,) = problems(path)
+    assert line.startswith(f"{path}:3:10 teacher.source: no source 'bundeld' among the teachers")
 
 
 def test_terms_may_be_a_mapping_of_weights(tiny: dict[str, Any], recipe_file: Write) -> None:

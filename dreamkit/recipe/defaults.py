@@ -15,7 +15,7 @@ from typing import Any
 
 from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.signature import nested_options, options_of
-from dreamkit.registry import EntriesOf, EntryOf, Registries, Term, TermsOf, name_key
+from dreamkit.registry import EntriesOf, EntryOf, Registries, Term, TermsOf, mapping_of, name_key
 
 
 def entry_with_defaults(registries: Registries, kind: str, entry: Any) -> Any:
@@ -96,7 +96,7 @@ class _Writer:
     def entry(self, kind: str, value: Any, weighted: bool = False) -> Any:
         key = name_key(kind)
         if isinstance(value, str):
-            value = {key: value}
+            value = mapping_of(kind, value)
         if not isinstance(value, dict) or not isinstance(value.get(key), str):
             return value
         head = {key: value[key]}

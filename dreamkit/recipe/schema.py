@@ -25,7 +25,7 @@ from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, located
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
-from dreamkit.registry import EntriesOf, EntryOf, Registries, name_key
+from dreamkit.registry import EntriesOf, EntryOf, Registries, mapping_of
 
 MAX_BYTES = 1_000_000
 """A recipe is written by hand; a larger file is a mistake."""
@@ -232,8 +232,9 @@ def _spelled_out(root: Node) -> Node:
     for name, option in options_of(Recipe).items():
         node = values.get(name)
         if node is not None and type(option.marker) is EntryOf and isinstance(node.value, str):
-            key = name_key(option.marker.kind)
-            values[name] = Node({key: node}, node.where, {key: node.where})
+            given = mapping_of(option.marker.kind, node.value)
+            written = {key: Node(text, node.where) for key, text in given.items()}
+            values[name] = Node(written, node.where, dict.fromkeys(given, node.where))
     return Node(values, root.where, root.keys)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit import compilation
-from dreamkit.arithmetic import has_native_bfloat16, resolve_precision
+from dreamkit.arithmetic import full_float32, has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -294,6 +294,34 @@ def test_a_borrowed_model_is_given_back_as_it_was(toys):
     toys.assert_same_state(model, before)
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert [p.stride() for p in model.parameters()] == strides
+
+
+@pytest.fixture
+def tf32():
+    """Let products be TF32, as torch lets convolutions; return what tells whether they may be."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = True
+    yield lambda: [setting.allow_tf32 for setting in settings]
+    for setting, value in zip(settings, before, strict=True):
+        setting.allow_tf32 = value
+
+
+def test_float32_on_cuda_is_no_tf32_and_the_setting_stays(tf32):
+    seen = []
+
+    def objective(images, labels, arithmetic):
+        seen.append(tf32())
+        return {"square": images.square().sum()}
+
+    images, labels = torch.ones(2, 3, 4, 4), torch.zeros(2)
+    for device in ("cuda", "cpu"):
+        Evaluator(objective, torch.device(device), "float32")(images, labels, NO_VIEW)
+    with full_float32("bfloat16", torch.device("cuda")):
+        seen.append(tf32())
+    assert seen == [[False, False], [True, True], [True, True]]
+    assert tf32() == [True, True]
 
 
 # --- losses that overflow ---------------------------------------------------------------------
