@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
 
+from dreamkit.docstrings import docstring_of
 from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
 from dreamkit.events import EventEmitter, Listener
 
@@ -243,12 +244,15 @@ class Registry:
         return imported
 
     def summary(self, name: str) -> str:
-        """Return the first line of the entry's docstring.
+        """Return the first line of the entry's docstring, without importing it where that goes.
 
         A reference that leads nowhere has none; the error comes when the entry is used.
         """
+        found = self._registered(name)
+        if isinstance(found.target, str) and (read := docstring_of(found.target)):
+            return read.partition("\n")[0]
         try:
-            cls = self._imported(name, self._registered(name))
+            cls = self._imported(name, found)
             return (inspect.getdoc(cls) or "").partition("\n")[0]
         except PluginError:
             return ""

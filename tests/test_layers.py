@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed", "wording"},
+    {"types", "card", "errors", "version", "stopping", "distributed", "docstrings", "wording"},
     {
         "recipe",
         "registry",
