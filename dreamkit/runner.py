@@ -68,7 +68,7 @@ def run(
     Raises:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
-    directory = RunDirectory(folder, loaded.resolved_yaml())
+    directory = RunDirectory(folder, loaded.resolved_yaml(), loaded.preset)
     distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
@@ -144,7 +144,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | Syn
     application: Application = loaded.recipe.application
     if application.needs_synthesis:
         assert loaded.recipe.synthesis is not None  # the recipe's reader saw to it
-        return Synthesis(loaded.recipe.synthesis, loaded.root.plain()["synthesis"])
+        return Synthesis(loaded.recipe.synthesis, loaded.resolved()["synthesis"])
     option = application.images_option
     source = getattr(application, option, None)
     if source is None:
@@ -173,8 +173,8 @@ def _run(
         if first:
             log.listen(trackers.hear)
             log.listen(loaded.registries.events(log.note).emit)
-        plain, resumed = loaded.root.plain(), directory.started
-        log.emit(RunStarted(folder=directory.folder, recipe=plain, resumed=resumed))
+        whole, resumed = loaded.resolved(), directory.started
+        log.emit(RunStarted(folder=directory.folder, recipe=whole, resumed=resumed))
         _say_what(loaded, teacher, context, console)
         with placed("application", always=False), enough_memory("working", ASK_LESS):
             outcome: Outcome = loaded.recipe.application.run(teacher, images, context)
@@ -195,7 +195,7 @@ def _run(
         trackers.close()
         log.close()
         if came_to_nothing:
-            directory.withdraw()
+            directory.withdraw(trackers.withdraw)
         directory.release()
     distributed.barrier()
 
@@ -205,6 +205,11 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     student = outcome.student
     if student is None:
         return
+    if context.evaluation is None:
+        context.log.note(
+            "without evaluation images: how often the student agrees with the teacher was measured "
+            "on the images it was trained on"
+        )
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
     with context.log.progress("saving the student", 1):
@@ -235,7 +240,4 @@ def _say_what(
             "pictures and accuracies mean nothing"
         )
     if context.evaluation is None:
-        context.log.note(
-            "no evaluation images: accuracy on real data is unknown; how often the student agrees "
-            "with the teacher is measured on the images it was trained on"
-        )
+        context.log.note("no evaluation images: accuracy on real data is unknown")

@@ -161,8 +161,8 @@ def test_dreams_that_are_made_first_take_the_keywords_of_invert(digits):
         device="cpu",
         training={"steps": 1, "batch_size": 4},
     )
-    assert made.settings["synthesis"]["stages"] == [{"steps": 2}]
-    assert "parameterisation" not in made.settings["synthesis"], "the paper's has pixels"
+    assert [stage["steps"] for stage in made.settings["synthesis"]["stages"]] == [2]
+    assert made.settings["synthesis"]["parameterisation"] == {"name": "pixels"}, "the paper's"
 
 
 # --- dreams -----------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dreamkit
+from dreamkit import students
 from dreamkit.card import Card
-from dreamkit.deploy import students
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
     {
         *("types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"),
-        "seeds",
+        *("seeds", "docstrings"),
     },
     {
         "recipe",

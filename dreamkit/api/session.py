@@ -25,6 +25,7 @@ from dreamkit.model_state import seeded
 from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
+from dreamkit.recipe.defaults import entry_with_defaults
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
@@ -100,8 +101,10 @@ class Session:
             DreamkitError: the folder holds the work of another call.
         """
         told = plain(settings)
+        application = settings["application"]
+        whole = entry_with_defaults(self.registries, "applications", application)
         call = {
-            "settings": told,
+            "settings": {**told, "application": plain(whole)},
             "seed": self.context.seed,
             NETWORK: self.teacher.card.to_json(),
             "images or networks": list(given),
@@ -126,7 +129,8 @@ class Session:
         """Return dreams to come, by a synthesizer whose options are given as in a recipe."""
         synthesizer: Synthesizer = build_entry(self.registries, "synthesizers", dict(options))
         synthesizer.check(self.teacher)
-        return Synthesis(synthesizer, plain(options))
+        whole = entry_with_defaults(self.registries, "synthesizers", dict(options))
+        return Synthesis(synthesizer, plain(whole))
 
 
 @contextmanager

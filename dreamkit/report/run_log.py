@@ -14,7 +14,7 @@ from rich.console import Console
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
 from dreamkit.report.progress import Stages
-from dreamkit.types import Event, Noted, Recorded
+from dreamkit.types import Event, Noted, Recorded, RunContext
 from dreamkit.wording import say
 
 
@@ -127,7 +127,7 @@ class FileLog(ConsoleLog):
         self, folder: Path, console: Console, stopping: Callable[[], bool] = lambda: False
     ) -> None:
         super().__init__(console, stopping)
-        self.path = folder / "log.jsonl"
+        self.path = folder / RunContext.LOG
         self._file: TextIO | None = None
 
     def open(self) -> None:
@@ -188,7 +188,7 @@ def read_records(folder: Path) -> dict[str, dict[int, dict[str, float | None]]]:
     a crash is passed over.
     """
     stages: dict[str, dict[int, dict[str, float | None]]] = {}
-    for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (folder / RunContext.LOG).read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -75,30 +75,30 @@ class PruningRun:
         rules = context.channel_rules
         with context.log.progress("following channels", 1):
             self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
-            groups, skipped = self.graph.groups()
+                groups, skipped = self.graph.groups()
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.originals = {group.name: group.channels for group in groups}
-        limits = options.limits
-        self.open = {group.name for group in groups if limits.chunks(group, group.channels)}
+        self.open = {g.name for g in groups if options.limits.chunks(g, g.channels)}
         """Groups that the limits do not leave alone from the start; these are ranked."""
         self._check_any(groups, skipped)
-        self.ranking.check(self.student, [group for group in groups if group.name in self.open])
+        self.ranking.check(self.student, [g for g in groups if g.name in self.open])
         self.checkpoint = PruningCheckpoint(teacher, context)
         found = self.checkpoint.found
-        teacher_ms = None if found is None else found[1]["teacher_ms"]
-        channels = sum(self.originals.values())
-        goal, latency = options.target, context.latency
-        # What layers are timed on is drawn.
+        ms, total = found and found[1]["teacher_ms"], sum(self.originals.values())
+        goal, latency = options.target, context.latency  # what is timed on is drawn:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
-            self.budget = Budget(goal, teacher, self.table, channels, latency, teacher_ms)
+            self.budget = Budget(goal, teacher, self.table, total, latency, ms)
+        for text in self.budget.notes:
+            context.log.note(text)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
         latency, given = self.context.latency, self.options.latency_table
-        table = read_table(self.context.folder / RunContext.TABLE, latency)
+        path = self.context.folder / RunContext.TABLE
+        table = read_table(path, latency, note=self.context.log.note)
         if given is not None:
             with placed("latency_table"):
                 known = read_table(Path(given), latency, strict=True)

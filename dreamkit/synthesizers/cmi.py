@@ -115,7 +115,7 @@ class CMIDreamer(GenerativeDreamer):
             found = evaluator(images, labels, views[step])
             images.backward(found.gradient + leaf.grad)
             total = found.loss + contrast.detach()
-            best.offer(images, total)
+            best.offer(images, total, found.terms)
             optimizer.step()
             self.head_optimizer.step()
             on_step(step + 1, {"loss": total, "contrast": contrast.detach(), **found.terms})

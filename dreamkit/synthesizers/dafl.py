@@ -55,7 +55,7 @@ class DAFLDreamer(GenerativeDreamer):
             images.backward(found.gradient)
             self.optimizer.step()
             last = found.loss.clone()  # what is compiled may write over it
-            best.offer(best.found, last)
+            best.offer(best.found, last, found.terms)
             on_step(step + 1, {"loss": found.loss, **found.terms})
         best.require_finite(plan)
         with torch.no_grad():

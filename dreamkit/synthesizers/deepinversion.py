@@ -236,7 +236,7 @@ class Inversion(LossDreamer):
             (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
-            best.offer(parameters, found.loss)  # the loss is of the parameters before the step
+            best.offer(parameters, found.loss, found.terms)  # of before the step
             optimizer.step()
             if limits is not None:
                 with torch.no_grad():

@@ -180,9 +180,20 @@ class Best:
         self.loss = torch.tensor(torch.inf, device=start.device)
         self.finite = torch.tensor(True, device=start.device)
         """Whether every loss was, a tensor of shape ()."""
+        self._sound: dict[str, Tensor] = {}
+        """Whether each term was, at the first step whose loss was not."""
 
-    def offer(self, found: Tensor, loss: Tensor) -> None:
-        """Take what a step found, if its loss (of shape ()) is lower."""
+    def offer(self, found: Tensor, loss: Tensor, terms: Mapping[str, Tensor] | None = None) -> None:
+        """Take what a step found, if its loss (of shape ()) is lower.
+
+        Args:
+            found: by the step.
+            loss: of shape ().
+            terms: that it is the sum of, to name those that are not finite.
+        """
+        for name, value in (terms or {}).items():
+            before = self._sound.get(name, self.finite)
+            self._sound[name] = torch.where(self.finite, torch.isfinite(value), before)
         better = loss < self.loss
         self.found = torch.where(better, found.detach(), self.found)
         self.loss = torch.where(better, loss.detach(), self.loss)
@@ -195,7 +206,9 @@ class Best:
             NonFiniteLoss: one was not.
         """
         if not self.finite:
+            first = [name for name, sound in self._sound.items() if not sound]
+            named = f" (not finite first: {', '.join(first)})" if first else ""
             raise NonFiniteLoss(
                 f"the loss of batch {plan.index} is not finite: lower the learning rate or the "
-                "weights of the regularizers"
+                f"weights of the regularizers{named}"
             )

@@ -85,7 +85,7 @@ class FastMetaDreamer(GenerativeDreamer):
             images = self.render(fast, noise, evaluator)
             found = evaluator(images, labels, views[step])
             images.backward(found.gradient)
-            best.offer(images, found.loss)
+            best.offer(images, found.loss, found.terms)
             if options.meta == "maml":
                 self._gather(fast)
             inner.step()

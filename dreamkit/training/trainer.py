@@ -97,7 +97,7 @@ class Trainer(ABC, Generic[Options]):
             lr=options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
-            nesterov=options.momentum > 0,
+            nesterov=options.nesterov and options.momentum > 0,
         )
 
     def step(self, *batches: Batch, share: float = 1.0) -> Tensor:

@@ -136,6 +136,30 @@ def test_a_budget_that_the_teacher_meets_already(residual):
         Budget(Target(latency_ms=99), residual, LookUpTable(backend), 9, backend)
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_goal_that_is_met_is_held_while_the_others_are_sought(toys, teacher, tmp_path, selection):
+    run = toys.context(tmp_path, latency=Weights())
+    whole = 1e-3 * weights_of(teacher.model)
+    target = Target(flops=0.6, latency_ms=1.25 * whole)
+    pruning(target=target, recovery=UNTRAINED, selection=SELECTIONS[selection]).run(
+        teacher, toys.images(24), run
+    )
+    assert run.log.metrics["pruned.flops_ratio"] <= 0.6
+    assert run.log.metrics["pruned.latency_ratio"] <= 1.25
+    assert [note for note in run.log.notes if "meets the budget" in note] == [
+        f"the teacher takes {whole:.3f} ms here, which meets the budget of {1.25 * whole} ms "
+        "already: it is kept while the other goals are sought"
+    ]
+
+
+def test_of_two_latency_goals_one_may_be_met_already(residual):
+    backend = Weights()
+    target = Target(latency=0.5, latency_ms=99)
+    budget = Budget(target, residual, LookUpTable(backend), 9, backend)
+    assert budget.goals == {"latency": 0.5}
+    assert len(budget.notes) == 1
+
+
 def test_predictions_are_corrected_by_measurements(residual):
     # Half of what a whole model takes is in no layer: predictions are too low for small models.
     backend = Weights(extra=1e-3 * weights_of(residual.model))

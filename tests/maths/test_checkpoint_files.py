@@ -284,7 +284,9 @@ class Calls:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    "function", [open, eval, exec, subprocess.check_call, __import__, pickle.loads], ids=str
+    "function",
+    [open, eval, exec, subprocess.check_call, __import__, pickle.loads],
+    ids=lambda f: f.__name__,
 )
 def test_a_file_that_asks_to_run_something_is_refused_and_runs_nothing(
     net, file, tmp_path, function, legacy

@@ -585,6 +585,14 @@ def test_csv_tracker(tmp_path):
     ]
 
 
+def test_csv_tracker_takes_back_what_it_wrote(tmp_path):
+    tracker = CSVTracker()
+    tracker.withdraw()
+    tracker.start(tmp_path, {}, resumed=False)
+    tracker.withdraw()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_csv_tracker_goes_on_after_a_resume(tmp_path):
     for step in (1, 2):
         tracker = CSVTracker(file="x.csv")

@@ -311,6 +311,19 @@ def test_statistics_are_taken_anew_where_that_is_asked_for(toys):
     torch.testing.assert_close(student.bn1.running_mean, seen.mean((0, 2, 3)))
 
 
+def test_the_first_step_of_sgd_with_and_without_nesterov(toys):
+    # Momentum 0.9 alone takes the gradient; Nesterov's looks ahead by nine tenths of it.
+    images, moved = toys.images(8), []
+    for nesterov in (False, True):
+        student = toys.plain()
+        before = student.conv1.weight.detach().clone()
+        options = taught(1, batch_size=8, weight_decay=0, warmup=0, nesterov=nesterov)
+        made = distiller(toys, student, toys.two_bn(), images, options)
+        made.step((images.images, images.labels))
+        moved.append(student.conv1.weight.detach() - before)
+    torch.testing.assert_close(moved[1], 1.9 * moved[0], rtol=1e-4, atol=1e-7)
+
+
 def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypatch):
     def compile(function, **settings):
         def compiled(*arguments):
