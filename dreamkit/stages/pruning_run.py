@@ -75,7 +75,7 @@ class PruningRun:
         rules = context.channel_rules
         with context.log.progress("following channels", 1):
             self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
-                groups, skipped = self.graph.groups()
+        groups, skipped = self.graph.groups()
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
