@@ -30,12 +30,12 @@ import torch
 from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
-from dreamkit.deploy.students import load_student, load_unpruned
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.torch_eager import TorchCPU
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.store.artifact import read_artifact
+from dreamkit.students import load_student, load_unpruned
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 GENERATOR = RECIPES / "cifar10" / "fast_meta.yaml"

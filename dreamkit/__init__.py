@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dreamkit.api.recover import recover
     from dreamkit.api.results import Distilled, Extended, Judgement, Pruned, Recovered
     from dreamkit.card import Card
-    from dreamkit.deploy.students import load_student
+    from dreamkit.students import load_student
     from dreamkit.types import Teacher
 
 __all__ = [
@@ -60,7 +60,7 @@ _HOMES = {
     "invert": "dreamkit.api.invert",
     "judge": "dreamkit.api.judge",
     "load_dreams": "dreamkit.api.dreams",
-    "load_student": "dreamkit.deploy.students",
+    "load_student": "dreamkit.students",
     "load_teacher": "dreamkit.api.load",
     "prune": "dreamkit.api.prune",
     "recover": "dreamkit.api.recover",

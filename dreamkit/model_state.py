@@ -12,11 +12,22 @@ import torch
 from torch import Tensor, nn
 
 
+def to_eval(model: nn.Module) -> None:
+    """Put a model in eval mode, whatever its own ``train()`` does or returns.
+
+    A layer that goes on taking batch statistics would change them with every image it is shown.
+    """
+    model.eval()
+    for module in model.modules():
+        if module.training and isinstance(getattr(module, "running_mean", None), Tensor):
+            module.eval()
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode; every submodule's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    to_eval(model)
     try:
         yield
     finally:
@@ -59,13 +70,33 @@ def hooked(
             handle.remove()
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict, without what modules add to it that is no tensor."""
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def hide_extra_state(model: nn.Module) -> None:
+    """Let a model's state dict hold tensors alone, as the tracer of TorchScript wants it."""
+
+    if isinstance(model, torch.jit.ScriptModule):
+        return  # it has none, and takes no hooks
+
+    def hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            del state[name]
+
+    model.register_state_dict_post_hook(hide)
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
     """Load tensors into a model of today's code.
 
-    Some models ask for the version of their weights, which a plain dictionary does not hold.
+    Some models ask for the version of their weights, which a plain dictionary does not hold. Extra
+    state that is no tensor stays the model's own.
     """
-    found = OrderedDict(state)
+    found: OrderedDict[str, Any] = OrderedDict(state)
     own: Any = model.state_dict()
+    found.update({k: v for k, v in own.items() if not isinstance(v, Tensor) and k not in found})
     found._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
     model.load_state_dict(found, strict=strict)
 

@@ -21,7 +21,7 @@ from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
-from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.intake import admit
 from dreamkit.trackers.isolated import IsolatedTrackers
 from dreamkit.types import (
     NO_LABEL,
@@ -120,17 +120,17 @@ def _prepare(
     """Load what a recipe names, before anything is written."""
     recipe = loaded.recipe
     device = choose_device(recipe.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what times models asks for the current device
     with placed("teacher"):
-        teacher: Teacher = recipe.teacher.load(recipe.seed)
-        check_outputs(teacher)
+        loaded_teacher: Teacher = recipe.teacher.load(recipe.seed)
+        loaded_teacher.model.to(device)
+        teacher = admit(loaded_teacher, log.note, "the teacher")
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
     evaluation = _open_evaluation(loaded, teacher)
     images = _images(loaded, teacher)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what times models asks for the current device
-    teacher.model.to(device)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
     rules = added_rules(loaded.registries, log.note)

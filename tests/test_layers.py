@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed", "wording"},
+    {"types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"},
     {
         "recipe",
         "registry",
@@ -48,6 +48,7 @@ LAYERS = (
         "plugins",
         "hookspecs",
         "deploy",
+        "students",
         "checkup",
         "bench",
         "starters",

@@ -74,7 +74,8 @@ def distill(
     with session(model, conditions) as work:
         card = work.teacher.card
         # It learns on the teacher's images, whatever it was trained on before.
-        taught = take_in(student, View(card.input_size, card.mean, card.std), "student")
+        seen = View(card.input_size, card.mean, card.std)
+        taught = take_in(student, seen, work.log.note, "student")
         given = {"student": GivenNetwork(taught, weights=False), **given}
         hashed = [taught.card.weights_sha256]
         outcome, settings = run_application(work, "distill", given, images, synthesis, hashed)

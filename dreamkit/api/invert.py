@@ -13,11 +13,11 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import described
 from dreamkit.api.session import Conditions, Session, session
-from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.batches import feature_distances
 from dreamkit.stages.dreaming import dream_into_store
 from dreamkit.stages.run_store import report_synthesis, run_store
+from dreamkit.teachers.intake import refusal_of_size
 from dreamkit.types import Images, Synthesis, Teacher
 
 FAST: Mapping[str, Any] = {
@@ -105,8 +105,7 @@ def invert(
     conditions = Conditions(view, seed, device, progress, out, evaluation)
     with session(model, conditions) as work:
         given = {"images": images, **options}
-        card = work.teacher.card
-        synthesis = work.synthesis(synthesizer_options(given, card, preset, method, steps))
+        synthesis = work.synthesis(synthesizer_options(given, work.teacher, preset, method, steps))
         settings = {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}
         work.begin(settings)
         try:
@@ -119,7 +118,7 @@ def invert(
 
 def synthesizer_options(
     options: Mapping[str, Any],
-    card: Card,
+    teacher: Teacher,
     preset: str = "fast",
     method: str = "deepinversion",
     steps: int | None = None,
@@ -128,7 +127,7 @@ def synthesizer_options(
 
     Args:
         options: laid over the preset.
-        card: of the network to be inverted.
+        teacher: the network to be inverted.
         preset: ``fast`` or ``paper``.
         method: a registered synthesizer.
         steps: in place of the preset's.
@@ -136,7 +135,7 @@ def synthesizer_options(
     Raises:
         DreamkitError: there is no such preset, or it is of another method.
     """
-    presets = {"fast": fast_options(card), "paper": PAPER}
+    presets = {"fast": fast_options(teacher), "paper": PAPER}
     if preset not in presets:
         raise DreamkitError(f"preset: should be fast or paper (got {preset!r})")
     own = method == "deepinversion"
@@ -158,12 +157,13 @@ def synthesizer_options(
     return made
 
 
-def fast_options(card: Card) -> dict[str, Any]:
-    """Return the preset ``fast`` for the size of image that a network takes."""
-    _, height, width = card.input_size
-    if min(height, width) < LARGE:
+def fast_options(teacher: Teacher) -> dict[str, Any]:
+    """Return the preset ``fast`` for the sizes of images that a network takes."""
+    _, height, width = teacher.card.input_size
+    half = (height // 2, width // 2)
+    if min(height, width) < LARGE or refusal_of_size(teacher, half) is not None:
         return dict(FAST)
-    stages = [{"steps": 200, "size": [height // 2, width // 2]}, {"steps": 40}]
+    stages = [{"steps": 200, "size": list(half)}, {"steps": 40}]
     return {**FAST, "stages": stages, "batch_size": 32}
 
 

@@ -80,7 +80,7 @@ def judge(
         networks = []
         for name, network in (verifiers or {}).items():
             # One that does not tell how it sees images is taken to see them as the teacher does.
-            taken = take_in(network, View(), f"verifiers: {name}", otherwise=card)
+            taken = take_in(network, View(), work.log.note, f"verifiers: {name}", card, judge=True)
             named = dataclasses.replace(taken.card, name=name)
             networks.append(GivenNetwork(dataclasses.replace(taken, card=named)))
         given: dict[str, Any] = {"verifiers": networks, **options}

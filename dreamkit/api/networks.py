@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError, TeacherMismatch
-from dreamkit.model_state import device_of, eval_mode
+from dreamkit.copying import copied
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import tensors_of
+from dreamkit.teachers.intake import examine, take_logits
 from dreamkit.teachers.provenance import told as told_by
+from dreamkit.teachers.readying import made_ready, unwrapped
 from dreamkit.teachers.timm import TimmTeacher
 from dreamkit.teachers.torchvision import TorchvisionTeacher
 from dreamkit.teachers.weights import hash_weights
@@ -58,7 +60,7 @@ class GivenNetwork(TeacherSource):
 
     def build(self) -> nn.Module:
         """Return a copy of the network, weights and all."""
-        return copy.deepcopy(self.teacher.model)
+        return copied(self.teacher.model)
 
     def load(self, seed: int) -> Teacher:
         """Return a copy of the network."""
@@ -94,15 +96,22 @@ def recipe_entry(teacher: Teacher, weights: bool = True) -> dict[str, Any]:
 
 
 def take_in(
-    network: nn.Module | Teacher, view: View, role: str = "model", otherwise: Card | None = None
+    network: nn.Module | Teacher,
+    view: View,
+    note: Callable[[str], None],
+    role: str = "model",
+    otherwise: Card | None = None,
+    judge: bool = False,
 ) -> Teacher:
     """Return a copy of a network in eval mode, with its card and builder.
 
     Args:
         network: left as it is.
         view: what the caller says of it.
+        note: told what of it was put right, and what is doubtful.
         role: what it is called in messages.
         otherwise: how it sees images where neither the caller nor the network tells.
+        judge: as of ``admit``.
 
     Raises:
         DreamkitError: something of the card is not known, or the network does not fit it.
@@ -113,33 +122,30 @@ def take_in(
             f"{role}: should be a torch.nn.Module, not {type(model).__name__}; "
             "dreamkit.load_teacher and dreamkit.load_student return one"
         )
-    _check_finite(model, role)
-    try:
-        own = copy.deepcopy(model).eval()
-    except Exception as error:  # anyone's module
-        raise DreamkitError(f"{role}: {type(model).__name__} cannot be copied: {error}") from error
+    model = unwrapped(model)
     told = network.card if isinstance(network, Teacher) else getattr(model, "card", None)
-    card = _card(own, told if isinstance(told, Card) else None, view, role, otherwise)
-    if isinstance(network, Teacher):
-        return dataclasses.replace(network, model=own, card=card)
-    return told_by(own, card) or Teacher(own, card, builder_of(model, card.num_classes))
-
-
-def _check_finite(model: nn.Module, role: str) -> None:
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        if not bool(torch.isfinite(tensor).all()):
-            raise DreamkitError(f"{role}: '{name}' holds values that are not finite")
-
-
-def _card(
-    model: nn.Module, told: Card | None, view: View, role: str, otherwise: Card | None
-) -> Card:
+    told = told if isinstance(told, Card) else None
     stated = _view_of(told) if told else {**_view_of(otherwise), **_stated(model)}
-    own = {"size": view.size, "mean": view.mean, "std": view.std}
-    known = {**stated, **{name: value for name, value in own.items() if value is not None}}
-    lacking = [name for name in own if name not in known]
+    size = _size(model, {**stated, **_said(view)}, role)
+    own = made_ready(model, size, note, role)
+    classes = (take_logits if judge else examine)(own, size, None, note, role)
+    card = _card(own, told, view, {**stated, **_said(view)}, classes, role)
+    if isinstance(network, Teacher):
+        made = dataclasses.replace(network, model=own, card=card)
+    else:
+        made = told_by(own, card) or Teacher(own, card, builder_of(own, card.num_classes))
+    return made
+
+
+def _said(view: View) -> dict[str, Any]:
+    """Return what a caller says of size, mean and std."""
+    said = {"size": view.size, "mean": view.mean, "std": view.std}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _size(model: nn.Module, known: Mapping[str, Any], role: str) -> tuple[int, int, int]:
+    """Return (channels, height, width), once it is known how a network sees images."""
+    lacking = [name for name in ("size", "mean", "std") if name not in known]
     if lacking:
         raise DreamkitError(
             f"{role}: {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not known of "
@@ -150,15 +156,25 @@ def _card(
     sides = tuple(int(side) for side in _numbers("size", known["size"]))
     if len(sides) != 3:
         raise DreamkitError(f"size: should be (channels, height, width) (got {sides})")
-    size = (sides[0], sides[1], sides[2])
+    return sides[0], sides[1], sides[2]
+
+
+def _card(
+    model: nn.Module,
+    told: Card | None,
+    view: View,
+    known: Mapping[str, Any],
+    classes: int,
+    role: str,
+) -> Card:
     names = _names(view.class_names) if told is None or view.class_names else told.class_names
     try:
         card = Card(
             name=told.name if told else type(model).__name__,
-            input_size=size,
+            input_size=_size(model, known, role),
             mean=_numbers("mean", known["mean"]),
             std=_numbers("std", known["std"]),
-            num_classes=_outputs(model, size, role),
+            num_classes=classes,
             origin=told.origin if told else IN_MEMORY,
             trained=told.trained if told else True,
             weights_sha256=hash_weights(model),
@@ -193,27 +209,6 @@ def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if isinstance(given, str):
         raise DreamkitError(f"class_names: should be several names, not one (got {given!r})")
     return None if given is None else tuple(str(name) for name in given)
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, size: tuple[int, int, int], role: str) -> int:
-    """Return how many logits a network returns for an image."""
-    try:
-        with eval_mode(model):
-            logits = model(torch.zeros(1, *size, device=device_of(model)))
-    except Exception as error:  # anyone's module
-        reason = " ".join(str(error).split())[:200]
-        raise TeacherMismatch(
-            f"{role}: {type(model).__name__} does not take an image of size {size}: {reason}"
-        ) from error
-    shape = tuple(getattr(logits, "shape", ()))
-    if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
-        found = f"a tensor of shape {shape}" if shape else type(logits).__name__
-        raise TeacherMismatch(
-            f"{role}: {type(model).__name__} returns {found} for one image; it should return "
-            "logits of shape (1, classes), two classes or more"
-        )
-    return int(shape[1])
 
 
 def _stated(model: nn.Module) -> dict[str, Any]:
@@ -263,7 +258,7 @@ def builder_of(model: nn.Module, classes: int) -> dict[str, Any]:
     It is told by the shapes of its parameters and buffers. A network that neither timm nor
     torchvision builds has its class there, for the message that asks for a builder.
     """
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
     stated = getattr(model, "pretrained_cfg", None)
     if isinstance(stated, Mapping) and isinstance(stated.get("architecture"), str):
         channels = next((p.shape[1] for p in model.parameters() if p.dim() == 4), 3)
@@ -287,4 +282,4 @@ def _builds(source: TeacherSource, shapes: Mapping[str, tuple[int, ...]]) -> boo
             built = source.build()
     except Exception:  # options that this architecture does not take
         return False
-    return {name: tuple(t.shape) for name, t in built.state_dict().items()} == dict(shapes)
+    return {name: tuple(t.shape) for name, t in tensors_of(built).items()} == dict(shapes)

@@ -17,6 +17,7 @@ from dreamkit.api.networks import recipe_entry
 from dreamkit.api.session import Session, plain
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, import_extra
+from dreamkit.model_state import to_eval
 from dreamkit.report.notebook import as_html, as_text
 from dreamkit.store.artifact import SPECIFICATION, write_artifact
 from dreamkit.teachers.provenance import tell
@@ -203,7 +204,8 @@ def described(work: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def student_fields(student: Teacher) -> dict[str, Any]:
     """Return the fields of a result that has a student: it is on the CPU, and knows its card."""
-    model = student.model.cpu().eval()
+    model = student.model.cpu()
+    to_eval(model)
     for parameter in model.parameters():
         parameter.grad = None
     tell(model, student.card, student.builder, student.pruning_record)

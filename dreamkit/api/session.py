@@ -27,6 +27,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
+from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
     NO_LABEL,
     Images,
@@ -170,7 +171,9 @@ def _session(
     stack: ExitStack,
     started: float,
 ) -> Session:
-    teacher = take_in(network, conditions.view)
+    teacher = take_in(network, conditions.view, log.note)
+    if teacher.card.trained:
+        doubt_training(teacher.model, log.note, "model")
     teacher.model.to(device)
     out = None if conditions.out is None else Path(conditions.out)
     folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))

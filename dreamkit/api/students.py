@@ -69,8 +69,7 @@ def _to_dream(work: Session, options: Mapping[str, Any]) -> Synthesis:
     options = {"images": DREAMED, **options}
     method = options.pop("method", options.pop("name", "deepinversion"))
     preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
-    card = work.teacher.card
-    return work.synthesis(synthesizer_options(options, card, preset, method, steps))
+    return work.synthesis(synthesizer_options(options, work.teacher, preset, method, steps))
 
 
 def _origin(images: Any) -> dict[str, Any]:

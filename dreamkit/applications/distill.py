@@ -14,7 +14,8 @@ from dreamkit.registry import EntryOf
 from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.measuring import measure_quality
 from dreamkit.stages.teaching import StudentTraining
-from dreamkit.teachers.checking import check_fits, check_outputs
+from dreamkit.teachers.checking import check_fits
+from dreamkit.teachers.intake import admit
 from dreamkit.training.distillation import Distillation
 from dreamkit.types import (
     Images,
@@ -56,10 +57,11 @@ class Distill(TrainsOnImages):
             DreamkitError: it does not fit the teacher.
         """
         with placed("student"):
-            made = self.student.load(context.seed)
-            check_outputs(made)
+            loaded = self.student.load(context.seed)
+            loaded.model.to(context.device)
+            made = admit(loaded, context.log.note, "the student")
             check_fits(made.card, teacher.card)
-        made.model.to(context.device)
+        made.model.requires_grad_(True)  # whatever of it its owner froze
         return made
 
     def run(

@@ -24,7 +24,7 @@ from dreamkit.sources.joined import Joined
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.measuring import measure_quality
 from dreamkit.store.source import is_own_dreams
-from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.intake import admit
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.types import (
     Application,
@@ -121,8 +121,7 @@ class Judge(Application):
 
     def _load(self, index: int, teacher: Teacher, context: RunContext) -> Teacher:
         with placed("verifiers", index):
-            verifier = self.verifiers[index].load(context.seed)
-            check_outputs(verifier)
+            verifier = admit(self.verifiers[index].load(context.seed), context.log.note, judge=True)
             check_verifier(verifier, teacher, dreamed_from(self.images))
         if not verifier.card.trained:
             context.log.note(

@@ -6,7 +6,6 @@ convolutions and linear layers, then distillation on dreams with what is gone ke
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,9 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit import distributed
+from dreamkit.copying import copied
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
-from dreamkit.model_state import load_state
+from dreamkit.model_state import load_state, tensors_of
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
@@ -92,7 +92,7 @@ class Recover(TrainsOnImages):
 
     def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
         """Return a copy of the teacher without the smallest weights, as they are in one round."""
-        made = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))
+        made = dataclasses.replace(teacher, model=copied(teacher.model))
         prune_weights(made.model, self.sparsity)
         return made
 
@@ -135,7 +135,7 @@ class Recover(TrainsOnImages):
             look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
             context.log.record("pruning", number, look)
             if fit is not None:  # else it is as quickly done again as read
-                tensors = prefixed("student", student.state_dict()) | prefixed("masks", masks)
+                tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)
                 checkpoint.save(images, number, tensors, {})
             context.log.emit(RoundPruned(round=number, numbers=look))
             context.log.check(together=True)

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.fit import Fit
 from dreamkit.latency.grid import shapes_to_measure
@@ -79,7 +80,7 @@ def check_table(
         DreamkitError: nothing of the network can be pruned.
     """
     size = teacher.card.input_size
-    graph = ChannelGraph(copy.deepcopy(teacher.model), size, rules=rules)
+    graph = ChannelGraph(copied(teacher.model), size, rules=rules)
     if not graph.groups()[0]:
         raise DreamkitError(
             f"nothing of {teacher.card.name} can be pruned, so there is nothing to hold the table "

@@ -27,7 +27,7 @@ from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
-from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.intake import admit
 from dreamkit.teachers.named import load_named, load_teacher
 from dreamkit.types import BatchPlan, Dreamer, StoredImages, Teacher
 from dreamkit.wording import duration, first_line, one_line
@@ -69,11 +69,12 @@ def measure(task: Task, deadline: float, tell: Tell) -> None:
     registries, settings = build_registries(task.plugins), task.settings
     tell({"stage": "loading it"})
     try:
-        teacher = load_teacher(registries, task.source, task.model, settings.weights)
+        loaded = load_teacher(registries, task.source, task.model, settings.weights)
+        layers = batch_norm_layers(loaded.model)
+        tell({"input_size": list(loaded.card.input_size), "bn_layers": len(layers)})
+        tell({"params": sum(p.numel() for p in loaded.model.parameters())})
+        teacher = admit(loaded)
         model, card = teacher.model, teacher.card
-        tell({"input_size": list(card.input_size), "bn_layers": len(batch_norm_layers(model))})
-        tell({"params": sum(p.numel() for p in model.parameters())})
-        check_outputs(teacher)
     except Exception as error:  # the model's own code may raise anything
         cut_short = "weights" if isinstance(error, WeightsUnavailable) else None
         tell({"reason": explain(error), "cut_short": cut_short})
@@ -170,7 +171,7 @@ def _verified(
     if reason is not None:
         return {"reason": f"no cross-model accuracy: {reason}"}
     device = torch.device(settings.device)
-    verifier = load_named(registries, "--verifier", settings.verifier, "default")
+    verifier = admit(load_named(registries, "--verifier", settings.verifier, "default"), judge=True)
     verifier.model.to(device)
     images = dreams.images.to(device).float()
     if images.shape[2:] != card.input_size[1:]:

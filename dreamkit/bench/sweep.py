@@ -13,7 +13,7 @@ from dreamkit.bench.results import Settings, TeacherRow, read_results, write_res
 from dreamkit.bench.show import summary
 from dreamkit.card import Card
 from dreamkit.registry import Registries
-from dreamkit.teachers.checking import check_outputs
+from dreamkit.teachers.intake import admit
 from dreamkit.teachers.named import load_named
 from dreamkit.wording import say
 
@@ -70,6 +70,4 @@ def sweep(
 
 def _verifier(registries: Registries, named: str) -> Card:
     """Download the verifier, and return its card."""
-    teacher = load_named(registries, "--verifier", named, "default")
-    check_outputs(teacher)
-    return teacher.card
+    return admit(load_named(registries, "--verifier", named, "default"), judge=True).card

@@ -1,4 +1,4 @@
-"""Students as files: loaded again, exported."""
+"""Exporting students, and holding what was written against them."""
 
 from dreamkit.registry import Register, hookimpl
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,13 +14,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dreamkit.card import Card
-from dreamkit.deploy.students import load_student, load_unpruned
+from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import alternate
+from dreamkit.model_state import hide_extra_state, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.store.dreams import DreamStore, holds_dreams
+from dreamkit.students import load_student, load_unpruned
 from dreamkit.types import Exporter, RunContext, Timing
 from dreamkit.wording import one_line, say
 
@@ -84,7 +85,9 @@ def export_model(
     exporter = find_exporter(format, registries)
     if images is None:
         images = _noise(card, batch_size or COMPARED)
-    own = copy.deepcopy(model).cpu().eval()
+    own = copied(model).cpu()
+    to_eval(own)
+    hide_extra_state(own)
     if path.is_dir():
         raise DreamkitError(f"{path} is a folder: name the file itself")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass
 
@@ -13,6 +12,9 @@ with warnings.catch_warnings():
     # fvcore scripts its losses at import, which newer torch calls deprecated.
     warnings.simplefilter("ignore")
     from fvcore.nn import FlopCountAnalysis
+
+from dreamkit.copying import copied
+from dreamkit.model_state import hide_extra_state, to_eval
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
 
     The model itself is not touched: tracing runs on a copy on the CPU.
     """
-    twin = copy.deepcopy(model).cpu().eval()
+    twin = copied(model).cpu()
+    to_eval(twin)
+    hide_extra_state(twin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace, by which fvcore sees the graph
         analysis = FlopCountAnalysis(twin, torch.zeros(1, *input_size))

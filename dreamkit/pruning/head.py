@@ -5,7 +5,6 @@ DeepInversion (Yin et al., CVPR 2020), section 4.5: new classes get randomly ini
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dreamkit.copying import copied
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, seeded
 from dreamkit.pruning.record import PruningRecord
@@ -100,7 +100,7 @@ def grow_head(
     """
     name = find_head(model, input_size, rules)
     with seeded(seed):
-        fresh: Any = copy.deepcopy(model.get_submodule(name)).cpu()
+        fresh: Any = copied(model.get_submodule(name)).cpu()
         size = "out_channels" if isinstance(fresh, _ConvNd) else "out_features"
         had = getattr(fresh, size)
         shape = (outputs, *fresh.weight.shape[1:])
@@ -111,7 +111,7 @@ def grow_head(
     new = {
         key: parameter.detach()[had:] for key, parameter in fresh.named_parameters(recurse=False)
     }
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     PruningRecord().grow(trial, name, size, new)
     _check(model, trial, input_size, had, outputs)
     pruning_record.grow(model, name, size, new)

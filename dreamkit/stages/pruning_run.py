@@ -17,7 +17,7 @@ from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
-from dreamkit.model_state import load_state, seeded
+from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
@@ -260,7 +260,7 @@ class PruningRun:
         if self.table.points:
             path = self.context.folder / RunContext.TABLE
             write_atomically(path, table_text(self.table).encode())
-        tensors = prefixed("student", self.student.state_dict())
+        tensors = prefixed("student", tensors_of(self.student))
         tensors |= prefixed("ranking", self.ranking.state())
         tensors["generator"] = self.generator.get_state()
         metrics = self.context.log.metrics

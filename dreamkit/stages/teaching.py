@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from dreamkit.copying import copied
 from dreamkit.errors import placed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
@@ -34,7 +34,7 @@ class Recovery(Distillation):
 
 def trainable_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a network all of whose weights learn, whatever of it its owner froze."""
-    return copy.deepcopy(model).requires_grad_(True)
+    return copied(model).requires_grad_(True)
 
 
 def train_student(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError
+from dreamkit.model_state import tensors_of
 from dreamkit.store.atomic import write_atomically, write_json
 
 FORMAT = 3
@@ -57,7 +58,7 @@ def write_artifact(
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be made: {error.strerror}") from error
     # Cloned: tied weights share storage, which safetensors refuses.
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors_of(model).items()}
     blob = safetensors.torch.save(state)
     write_atomically(folder / WEIGHTS, blob)
     specification = {

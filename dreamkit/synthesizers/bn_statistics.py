@@ -19,14 +19,14 @@ def batch_norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     Besides torch's own BatchNorm these are timm's ``BatchNormAct2d``, ``SyncBatchNorm`` and the
     frozen variants, which are no subclasses; instance norm is not one, its statistics are an
-    image's own.
+    image's own. A layer in TorchScript is none: it takes no hooks, by which it would be watched.
     """
     return [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
-        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm | torch.jit.ScriptModule)
     ]
 
 
@@ -67,12 +67,14 @@ def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and biased variance over batch and positions (eq. 4).
 
     Args:
-        x: (N, C, ...), of any floating type.
+        x: (N, C, ...) or, as transformers have them, (N, ..., C); of any floating type.
         near: (C,), a value near the mean, for the accuracy of sums that are taken in one pass.
 
     Returns:
         Two tensors (C,), float32 whatever ``x`` is.
     """
+    if x.shape[1] != len(near) and x.shape[-1] == len(near):
+        x = x.flatten(0, -2)
     mean, var = _ChannelStatistics.apply(x, near)
     return mean, var
 

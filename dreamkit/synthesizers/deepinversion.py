@@ -27,9 +27,10 @@ from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, compet
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
 from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
-from dreamkit.synthesizers.stage import Plateau, Stage
+from dreamkit.synthesizers.stage import Plateau, Stage, check_stages
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.teachers.checking import check_fits, check_outputs
+from dreamkit.teachers.checking import check_fits
+from dreamkit.teachers.intake import admit
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
@@ -141,8 +142,7 @@ class DeepInversion(Synthesizer):
         if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
-            student = self.student.load(seed=0)
-            check_outputs(student)
+            student = admit(self.student.load(seed=0), role="the competitor")
             check_fits(student.card, teacher.card)
         return student.model
 
@@ -151,6 +151,7 @@ class DeepInversion(Synthesizer):
         check_terms(self.regularizers, teacher)
         self._load_student(teacher)
         check_labels(self.labels, teacher.card)
+        check_stages(self.stages, teacher)
 
 
 class Inversion(LossDreamer):

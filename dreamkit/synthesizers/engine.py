@@ -70,10 +70,16 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
     Frozen weights need no gradients, which is a third of a backward pass.
     """
-    # Subclasses may do more with their weights, such as view them, which this layout forbids.
+    # Subclasses may do more with their weights, such as view them, which this layout forbids; and
+    # weights that are computed anew before each pass are no parameters.
     kinds = {nn.Conv2d, nn.ConvTranspose2d}
     convolutions = [m for m in model.modules() if type(m) in kinds]
-    weights = list(dict.fromkeys(m.get_parameter("weight") for m in convolutions))
+    held = [
+        p
+        for m in convolutions
+        if (p := dict(m.named_parameters(recurse=False)).get("weight")) is not None
+    ]
+    weights = list(dict.fromkeys(held))
     laid_out = [p.data for p in weights]
     try:
         for weight in weights:

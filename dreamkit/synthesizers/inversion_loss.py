@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,11 +118,14 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
     """
     for index, term in enumerate(regularizers):
         if "bn_statistics" in term.entry.needs and not batch_norm_layers(teacher.model):
+            scripted = isinstance(teacher.model, torch.jit.ScriptModule)
+            lacks = "has no BatchNorm layer that stores statistics"
+            if scripted:
+                lacks = "is TorchScript, whose layers cannot be watched"
             raise TeacherMismatch(
-                f"{term.name} matches BatchNorm statistics, and {teacher.card.name} has no "
-                "BatchNorm layer. Choose a teacher that has (a ResNet, say), leave the term "
-                "out (DeepDream: tv and l2), or train on proxy images "
-                "({source: folder, path: ...})",
+                f"{term.name} matches BatchNorm statistics, and {teacher.card.name} {lacks}. "
+                "Choose a teacher that has (a ResNet, say), leave the term out (DeepDream: tv and "
+                "l2), or train on proxy images ({source: folder, path: ...})",
                 ("regularizers", index),
             )
         if "features" in term.entry.needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,6 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.card import Card
+from dreamkit.errors import TeacherMismatch
+from dreamkit.teachers.intake import refusal_of_size
+from dreamkit.types import Teacher
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -50,6 +54,24 @@ class Stage:
             return height // 16, width // 16
         last_height, last_width = last.resolution(card)
         return round(pixels * height / last_height), round(pixels * width / last_width)
+
+
+def check_stages(stages: Sequence[Stage], teacher: Teacher) -> None:
+    """Refuse a stage at a size that a teacher does not take.
+
+    Raises:
+        TeacherMismatch: naming the stage, and what the teacher says.
+    """
+    for index, stage in enumerate(stages):
+        size = stage.resolution(teacher.card)
+        if size != teacher.card.input_size[1:]:
+            reason = refusal_of_size(teacher, size)
+            if reason is not None:
+                raise TeacherMismatch(
+                    f"{teacher.card.name} takes images of {teacher.card.input_size[1:]} and none "
+                    f"of {size}: {reason}. Leave the size out",
+                    ("stages", index, "size"),
+                )
 
 
 class Plateau:

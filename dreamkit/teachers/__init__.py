@@ -11,4 +11,4 @@ def register_teachers(register: Register) -> None:
     register("cifar", "dreamkit.teachers.cifar:CifarTeacher")
     register("checkpoint", "dreamkit.teachers.checkpoint:CheckpointTeacher")
     register("bundled", "dreamkit.teachers.bundled:BundledTeacher")
-    register("student", "dreamkit.deploy.students:SavedStudent")
+    register("student", "dreamkit.students:SavedStudent")

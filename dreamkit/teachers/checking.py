@@ -27,7 +27,7 @@ def check_fits(student: Card, teacher: Card) -> None:
 
 @torch.no_grad()
 def check_outputs(teacher: Teacher) -> None:
-    """Run one blank image through a model.
+    """Run one blank image through a model that was taken in, and changed since.
 
     Raises:
         TeacherMismatch: it does not take images of the card's size, or does not return one logit

@@ -14,7 +14,8 @@ from torch import nn
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.importing import import_file
-from dreamkit.model_state import seeded
+from dreamkit.model_state import seeded, to_eval
+from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import (
     check_file,
     hash_weights,
@@ -69,6 +70,9 @@ class CheckpointTeacher(TeacherSource):
 
     def build(self) -> nn.Module:
         """Return the architecture with the builder's own initial weights."""
+        return self._build(lambda text: None)
+
+    def _build(self, note: Callable[[str], None]) -> nn.Module:
         try:
             model = import_builder(self.builder)(**self.arguments)
         except DreamkitError:
@@ -83,17 +87,20 @@ class CheckpointTeacher(TeacherSource):
             raise DreamkitError(
                 f"the builder {self.builder} returned {made}, not a module", ("builder",)
             )
-        return model
+        # A copy: a builder may return one object whenever it is called.
+        return made_ready(model, self.input_size, note, "its network")
 
     def load(self, seed: int) -> Teacher:
         """Return the model in eval mode with its card."""
+        notes: list[str] = []
         with seeded(seed):
-            model = self.build()
+            model = self._build(notes.append)
         if self.path is not None:
             load_into(model, read_state_dict(self.path, self.key, self.prefix), self.path)
         card = self._card(self.path or "random weights", hash_weights(model))
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
-        return Teacher(model.eval(), card, builder)
+        to_eval(model)
+        return Teacher(model, card, builder, notes=tuple(notes))
 
     def _card(self, origin: str, weights_sha256: str | None) -> Card:
         return Card(

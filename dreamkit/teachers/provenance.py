@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dreamkit.card import Card
+from dreamkit.model_state import tensors_of
 from dreamkit.types import Teacher
 
 
@@ -42,4 +43,4 @@ def told(model: nn.Module, card: Card) -> Teacher | None:
 
 
 def _layout(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
 from dreamkit.flat_state import hash_state
-from dreamkit.model_state import load_state
+from dreamkit.model_state import load_state, tensors_of
 from dreamkit.wording import first_line
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
@@ -39,7 +39,7 @@ def check_file(option: str, path: str) -> None:
 
 def hash_weights(model: nn.Module) -> str:
     """Return the SHA-256 over a model's state dict: names, dtypes, shapes and values."""
-    return hash_state(model.state_dict())
+    return hash_state(tensors_of(model))
 
 
 def read_state_dict(path: str, key: str | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     Raises:
         WeightsMismatch: naming the first keys that are missing, unexpected or of another shape.
     """
-    own = model.state_dict()
+    own = tensors_of(model)
     # BatchNorm's step counter is absent from old checkpoints and means nothing in eval mode.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]

@@ -17,7 +17,7 @@ from dreamkit.card import Card
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
-from dreamkit.model_state import load_state
+from dreamkit.model_state import load_state, tensors_of
 from dreamkit.training.augmenter import Augmenter
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.options import Training
@@ -208,10 +208,10 @@ class Trainer(ABC, Generic[Options]):
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, as a flat dictionary of tensors."""
         found = {"done": torch.tensor(self.done), "augmentation": self.augmenter.state()}
-        found |= prefixed("student", self.student.state_dict())
+        found |= prefixed("student", tensors_of(self.student))
         found |= prefixed("optimizer", optimizer_state(self.optimizer))
         if self.average is not None:
-            found |= prefixed("average", self.average.state_dict())
+            found |= prefixed("average", tensors_of(self.average))
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -20,12 +20,14 @@ class Teacher:
         card: of the model.
         builder: the recipe entry that builds it, unweighted.
         pruning_record: what was pruned of what that builds, as ``PruningRecord`` writes it.
+        notes: what was found out while it was loaded, for whoever takes it in to say.
     """
 
     model: nn.Module
     card: Card
     builder: dict[str, Any]
     pruning_record: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class TeacherSource(ABC):

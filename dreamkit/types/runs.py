@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from dreamkit.copying import copied
 from dreamkit.types.channels import ChannelRule
 from dreamkit.types.events import Event
 from dreamkit.types.images import Images
@@ -119,7 +119,7 @@ class Application(ABC):
 
         By default a copy of the teacher, as what is pruned or extended starts from.
         """
-        return replace(teacher, model=copy.deepcopy(teacher.model))
+        return replace(teacher, model=copied(teacher.model))
 
     def planned(
         self, teacher: Teacher, synthesis: Synthesis, context: RunContext

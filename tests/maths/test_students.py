@@ -15,11 +15,11 @@ from torch import nn
 
 import dreamkit
 from dreamkit.card import Card
-from dreamkit.deploy.students import SavedStudent
 from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.store.artifact import read_artifact, write_artifact
+from dreamkit.students import SavedStudent
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.weights import hash_weights
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from torch import nn
 
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, MissingPath
-from dreamkit.model_state import seeded
+from dreamkit.model_state import seeded, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
+from dreamkit.teachers.intake import take_logits
 from dreamkit.teachers.provenance import tell
+from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import hash_weights, load_into
 from dreamkit.types import Teacher, TeacherSource
 from dreamkit.wording import one_line
@@ -75,9 +76,12 @@ def load_student(
     artifact = read_artifact(folder)
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
+    card = artifact.card
+    take_logits(model, card.input_size, card.num_classes, lambda text: None, str(folder))
     # For whoever prunes it further: whatever built it here, these make it from nothing.
     tell(model, artifact.card, artifact.builder, artifact.pruning_record)
-    return cast(Student, model.eval())
+    to_eval(model)
+    return cast(Student, model)
 
 
 def load_unpruned(path: str | Path, allow_builder: bool = False) -> nn.Module:
@@ -91,7 +95,9 @@ def load_unpruned(path: str | Path, allow_builder: bool = False) -> nn.Module:
         ArtifactError: as ``load_student`` does.
     """
     folder = Path(path)
-    return _build(folder, read_artifact(folder).builder, allow_builder).eval()
+    model = _build(folder, read_artifact(folder).builder, allow_builder)
+    to_eval(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class SavedStudent(TeacherSource):
             trained=artifact.card.trained and self.weights is not None,
             weights_sha256=hash_weights(model),
         )
-        return Teacher(model.eval(), card, artifact.builder, artifact.pruning_record)
+        to_eval(model)
+        return Teacher(model, card, artifact.builder, artifact.pruning_record)
 
 
 def _architecture(
@@ -143,10 +150,9 @@ def _architecture(
     """Return what an artifact's weights fit into."""
     if builder is None:
         model = _build(folder, artifact.builder, allow_builder)
-    elif isinstance(builder, nn.Module):  # which is callable too
-        model = copy.deepcopy(builder)
-    else:
-        model = builder()
+    else:  # a network is callable too
+        model = builder if isinstance(builder, nn.Module) else builder()
+    model = made_ready(model, artifact.card.input_size, role=str(folder))
     try:
         pruning_record = PruningRecord.from_json(artifact.pruning_record)
         # Before there is room made for what a file claims.

@@ -1,0 +1,261 @@
+"""Taking a network in: all that is asked of a teacher or a student, found out by a few passes.
+
+A user's network may do anything. Whatever dreaming, pruning and training rely on is held here, once
+and before anything is written; what can be put right is, and said, and the rest is refused with
+what would help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit.copying import copied
+from dreamkit.errors import TeacherMismatch
+from dreamkit.model_state import device_of, eval_mode, frozen, seeded, tensors_of
+from dreamkit.teachers.doubts import doubt, doubt_training
+from dreamkit.teachers.logits import TakeLogits, copy_input, described, logits_in, why_no_logits
+from dreamkit.teachers.readying import made_ready
+from dreamkit.types import Teacher
+from dreamkit.wording import one_line
+
+Note = Callable[[str], None]
+
+
+def admit(
+    teacher: Teacher,
+    note: Note = lambda text: None,
+    role: str | None = None,
+    judge: bool = False,
+) -> Teacher:
+    """Return a teacher or student as the rest of the program may rely on it.
+
+    Its network is a copy in eval mode, of plain modules with float32 weights. It takes batches of
+    the card's size, returns logits (N, classes) for them in eval and in training mode, leaves its
+    input as it is, and lets gradients through to it.
+
+    Args:
+        teacher: on the device where it will work.
+        note: told what was put right, and what is doubtful.
+        role: what the network is called in messages; None for its card's name.
+        judge: it only says what it sees, so that gradients and training are not asked of it.
+
+    Raises:
+        TeacherMismatch: it does not, and cannot be made to; the message says what would help.
+    """
+    card = teacher.card
+    role = role or card.name
+    for text in teacher.notes:
+        note(f"{role}: {text}")
+    model = made_ready(teacher.model, card.input_size, note, role)
+    if judge:
+        take_logits(model, card.input_size, card.num_classes, note, role)
+        return dataclasses.replace(teacher, model=model, notes=())
+    examine(model, card.input_size, card.num_classes, note, role)
+    if card.trained:
+        doubt_training(model, note, role)
+    return dataclasses.replace(teacher, model=model, notes=())
+
+
+def examine(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    classes: int | None,
+    note: Note,
+    role: str,
+) -> int:
+    """Hold a network that was made ready to all that ``admit`` promises.
+
+    Args:
+        model: as ``made_ready`` returns it; gets hooks, where it needs them.
+        input_size: (channels, height, width).
+        classes: how many logits it should have; None takes what it has, two or more.
+        note: told what was put right, and what is doubtful.
+        role: what the network is called in messages.
+
+    Returns:
+        How many logits it has.
+
+    Raises:
+        TeacherMismatch: as of ``admit``.
+    """
+    classes = take_logits(model, input_size, classes, note, role)
+    _hold_to_gradient(model, input_size, role)
+    _hold_in_training(model, input_size, classes, note, role)
+    doubt(model, note, role)
+    return classes
+
+
+def take_logits(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    classes: int | None,
+    note: Note,
+    role: str,
+) -> int:
+    """Let a network return logits alone and leave its input as it is; return how many classes.
+
+    Args:
+        model: gets hooks, where it needs them.
+        input_size: (channels, height, width).
+        classes: how many it should have; None takes what it has, two or more.
+        note: told what was put right, and what is doubtful.
+        role: what the network is called in messages.
+
+    Raises:
+        TeacherMismatch: it does not run, or returns no logits, or none that are finite.
+    """
+    _refuse_what_cannot_learn(model, role)
+    images = blank_noise(model, input_size)
+    with torch.no_grad(), eval_mode(model):
+        _protect_input(model, images, note, role)
+        output = _call(model, images, role)
+        found = logits_in(output, classes)
+        if found is None:
+            raise TeacherMismatch(why_no_logits(output, classes, role))
+        place, logits = found
+        classes = logits.shape[1]
+        if not isinstance(output, Tensor) or output.shape != logits.shape:
+            where = f"'{place}' of the {type(output).__name__}" if place else "the only number"
+            note(f"{role}: {where} that it returns is taken as the logits")
+        if place or output.dtype != logits.dtype or output.shape != logits.shape:
+            _hook(model, TakeLogits(classes), role)
+        if not torch.isfinite(logits).all():
+            raise TeacherMismatch(
+                f"{role} returns values that are not finite for random images of its size: look "
+                "at its weights, its mean and its std"
+            )
+        _call(model, images[:1], role)
+        if not torch.allclose(_call(model, images, role), logits, rtol=1e-3, atol=1e-4):
+            note(
+                f"{role}: its outputs for the same images change from pass to pass in eval mode "
+                "(dropout that stays on?): dreams and measurements will too"
+            )
+        if _probabilities(logits):
+            note(
+                f"{role}: what it returns are probabilities already (rows that sum to 1), where "
+                "the cross-entropy and temperatures want logits: take the softmax out, or return "
+                "torch.log of it"
+            )
+    return int(classes)
+
+
+def blank_noise(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Return two images of noise, as normalised pixels are, where a model is."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *input_size, generator=generator).to(device_of(model))
+
+
+def refusal_of_size(teacher: Teacher, size: tuple[int, int]) -> str | None:
+    """Return why a teacher takes no images of (height, width); None if it does."""
+    card = teacher.card
+    images = blank_noise(teacher.model, (card.input_size[0], *size))
+    try:
+        with torch.no_grad(), eval_mode(teacher.model):
+            shape = tuple(teacher.model(images).shape)
+    except Exception as error:  # anyone's code
+        return one_line(error)
+    wanted = (2, card.num_classes)
+    return None if shape == wanted else f"it returns {shape} for 2 images, not {wanted}"
+
+
+def _hook(model: nn.Module, hook: TakeLogits, role: str) -> None:
+    try:
+        model.register_forward_hook(hook)
+    except RuntimeError as error:
+        raise TeacherMismatch(f"{role}: {type(model).__name__} takes no hooks: {error}") from error
+
+
+def _call(model: nn.Module, images: Tensor, role: str) -> Any:
+    try:
+        return model(images)
+    except Exception as error:  # anyone's code
+        raise TeacherMismatch(
+            f"{role} does not take {_shown(images)}: {one_line(error)}"
+        ) from error
+
+
+def _shown(images: Tensor) -> str:
+    count, size = len(images), tuple(images.shape[1:])
+    return f"{'an image' if count == 1 else f'{count} images'} of size {size}"
+
+
+def _protect_input(model: nn.Module, images: Tensor, note: Note, role: str) -> None:
+    """Find out whether a network writes on its input, and give it copies if so."""
+    shown = images.clone()
+    _call(model, shown, role)
+    if not torch.equal(shown, images):
+        model.register_forward_pre_hook(copy_input)
+        note(f"{role}: it changes the images it is given in place; it is given copies")
+
+
+def _refuse_what_cannot_learn(model: nn.Module, role: str) -> None:
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise TeacherMismatch(
+                f"{role}: '{name}' is quantised, and no gradient passes it: give the network as it "
+                "was before, in floating point"
+            )
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TeacherMismatch(f"{role}: '{name}' holds values that are not finite")
+
+
+def _probabilities(logits: Tensor) -> bool:
+    sums = logits.sum(1)
+    return bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+
+
+def _hold_to_gradient(model: nn.Module, input_size: tuple[int, int, int], role: str) -> None:
+    """Refuse a network that no gradient passes."""
+    leaf = blank_noise(model, input_size).requires_grad_()
+    with torch.enable_grad(), frozen(model):
+        logits = _call(model, leaf * 1, role)
+        if logits.is_inference() or not logits.requires_grad:
+            raise TeacherMismatch(
+                f"{role}: its outputs have no gradient in its images, so that nothing can be "
+                "dreamed of it: take torch.no_grad, torch.inference_mode or .detach() out of its "
+                "forward"
+            )
+        try:
+            torch.autograd.grad(logits.sum(), [leaf], allow_unused=True)
+        except Exception as error:  # anyone's code
+            raise TeacherMismatch(
+                f"{role}: its outputs cannot be differentiated by its images: {one_line(error)}"
+            ) from error
+
+
+def _hold_in_training(
+    model: nn.Module, input_size: tuple[int, int, int], classes: int, note: Note, role: str
+) -> None:
+    """See to it that a network returns logits in training mode too."""
+    trial = copied(model)
+    trial.train()
+    images = blank_noise(model, input_size)
+    shown = images.clone()
+    with torch.no_grad(), seeded(0, images.device):
+        try:
+            output = trial(shown)
+        except Exception as error:  # anyone's code
+            note(
+                f"{role}: in training mode it does not run, so that no student made of it can "
+                f"learn: {one_line(error)}"
+            )
+            return
+    if not torch.equal(shown, images):
+        model.register_forward_pre_hook(copy_input)
+    if isinstance(output, Tensor) and output.shape == (2, classes):
+        return
+    found = logits_in(output, classes)
+    if found is None:
+        note(
+            f"{role}: in training mode it returns {described(output)}, which holds no logits of "
+            f"shape (2, {classes}), so that no student made of it can learn"
+        )
+        return
+    _hook(model, TakeLogits(classes), role)
+    note(f"{role}: in training mode it returns {described(output)}; '{found[0]}' is taught")

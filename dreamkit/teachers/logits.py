@@ -1,0 +1,106 @@
+"""Letting a network return its logits, whatever it wraps them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dreamkit.wording import and_more
+
+NAMES = ("logits", "out", "output", "scores")
+"""Keys and attributes of an output that hold logits, the surest first."""
+TWO_LOGITS = (
+    "wrap it in a module whose forward returns two: x = net(images).reshape(-1, 1); "
+    "return torch.cat([-x, x], 1) / 2"
+)
+
+
+@dataclass(frozen=True)
+class TakeLogits:
+    """A forward hook: of what a network returns, the logits (N, classes) in float32.
+
+    Args:
+        classes: how many logits an image has.
+    """
+
+    classes: int
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Return the logits; what holds none stays as it is."""
+        found = logits_in(output, self.classes)
+        return output if found is None else found[1]
+
+
+def copy_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a network that works on its input in place a copy of it, a forward pre-hook."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
+def logits_in(output: Any, classes: int | None) -> tuple[str, Tensor] | None:
+    """Return where the logits stand in what a network returned, and themselves in float32.
+
+    Args:
+        output: a tensor; or a tuple, a mapping or an object that holds some.
+        classes: how many logits an image has; None for two or more.
+
+    Returns:
+        A name (empty for a plain tensor) and a tensor (N, classes); None if there are none.
+    """
+    for name, value in _parts(output):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
+            fits = value.shape[1] == classes if classes else value.shape[1] > 1
+            if fits and value[0].numel() == value.shape[1]:  # also (N, classes, 1, 1)
+                return name, value.flatten(1).float()
+    return None
+
+
+def _parts(output: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what an output holds, with its name, logits first."""
+    if isinstance(output, Tensor):
+        yield "", output
+        return
+    named: dict[str, Any] = {}
+    if isinstance(output, Mapping):
+        named = {str(key): value for key, value in output.items()}
+    elif hasattr(output, "_asdict"):  # a namedtuple
+        named = dict(output._asdict())
+    elif isinstance(output, tuple | list):
+        named = {f"[{number}]": value for number, value in enumerate(output)}
+    elif hasattr(output, "__dict__"):
+        named = dict(vars(output))
+    for name in NAMES:
+        if name in named:
+            yield name, named.pop(name)
+    yield from named.items()
+
+
+def why_no_logits(output: Any, classes: int | None, role: str) -> str:
+    """Return what to say of an output for two images that holds no logits."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else None
+    found = f"a tensor of shape {shape}" if shape is not None else described(output)
+    if shape in {(2,), (2, 1)}:
+        return f"{role} returns one logit an image, {found} for 2 images; {TWO_LOGITS}"
+    wanted = f"(2, {classes})" if classes else "(2, classes), two classes or more"
+    text = f"{role} returns {found} for 2 images; it should be logits of shape {wanted}"
+    if shape is not None and len(shape) == 2:
+        return f"{text}: write num_classes: {shape[1]} if that is how many it knows"
+    return f"{text}: let a function wrap it in a module whose forward returns them"
+
+
+def described(output: Any) -> str:
+    """Return what an output is and holds, e.g. ``dict (out: (2, 21, 8, 8))``."""
+    held = output
+    if hasattr(output, "_asdict"):
+        held = output._asdict()
+    if isinstance(held, list | tuple):
+        held = {f"[{number}]": value for number, value in enumerate(held)}
+    elif not isinstance(held, dict):
+        held = dict(getattr(output, "__dict__", {}))
+    shapes = [
+        f"{name}: {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+        for name, value in held.items()
+    ]
+    return type(output).__name__ + (f" ({and_more(shapes)})" if shapes else "")
