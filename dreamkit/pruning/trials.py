@@ -129,6 +129,6 @@ def _disagreement(
         for label, raw in zip(labels, others, strict=True):
             root = found.find(raw)
             if there.setdefault(label, root) != root or back.setdefault(root, label) != label:
-                other = back.get(root, NONE)
-                return [{label, other}, {*whole_labels, other}, every]
+                met = back.get(root, NONE)
+                return [{label, met}, {*whole_labels, met}, every]
     return None

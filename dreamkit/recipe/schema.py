@@ -173,18 +173,8 @@ def _check(
     preset: str | None,
     overrides: Sequence[str],
 ) -> tuple[Node, Registries, list[Problem], Any]:
-    base, presets = _split_presets(_read_nodes(Path(file)))
-    chosen = base
-    for name in () if preset is None else preset.split("+"):
-        if name not in presets:
-            choices = ", ".join(presets) or "none"
-            hint = did_you_mean(name, presets)
-            raise RecipeError(f"{file}: no preset '{name}'{hint} (presets: {choices})")
-        chosen = merge(chosen, presets[name], root=True)
-    for override in overrides:
-        chosen = apply_override(chosen, override)
-    chosen = _spelled_out(chosen)
-    registries = _registries(chosen, build_registries)
+    chosen, base, presets = chosen_nodes(Path(file), preset, overrides)
+    registries = registries_of(chosen, build_registries)
     builder = Builder(registries)
     recipe, problems = _construct(chosen, builder)
     for name, overlay in presets.items():
@@ -198,6 +188,27 @@ def _check(
     return chosen, registries, problems, recipe
 
 
+def chosen_nodes(
+    file: Path, preset: str | None, overrides: Sequence[str]
+) -> tuple[Node, Node, dict[str, Node]]:
+    """Return a recipe's nodes as they are to run, its base, and its presets.
+
+    Raises:
+        RecipeError: the file is no recipe, or has no such preset.
+    """
+    base, presets = _split_presets(_read_nodes(file))
+    chosen = base
+    for name in () if preset is None else preset.split("+"):
+        if name not in presets:
+            choices = ", ".join(presets) or "none"
+            hint = did_you_mean(name, presets)
+            raise RecipeError(f"{file}: no preset '{name}'{hint} (presets: {choices})")
+        chosen = merge(chosen, presets[name], root=True)
+    for override in overrides:
+        chosen = apply_override(chosen, override)
+    return _spelled_out(chosen), base, presets
+
+
 def _spelled_out(root: Node) -> Node:
     """Return the recipe with mappings for the bare names at its top: others read them there."""
     values = dict(root.value)
@@ -209,7 +220,14 @@ def _spelled_out(root: Node) -> Node:
     return Node(values, root.where, root.keys)
 
 
-def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registries]) -> Registries:
+def registries_of(
+    root: Node, build_registries: Callable[[Sequence[str]], Registries]
+) -> Registries:
+    """Return the registries with a recipe's plugins.
+
+    Raises:
+        PluginError: one of them cannot be loaded, with its place.
+    """
     try:
         return build_registries(_plugin_names(root))
     except PluginError as error:
