@@ -23,6 +23,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.named import load_named
 from dreamkit.types import LatencyBackend, Timing
 
 DIGITS = "bundled:digits_resnet8"
@@ -102,11 +103,12 @@ class Counted(LatencyBackend):
 def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, capsys):
     registries, path = build_registries(), tmp_path / "t.json"
     registries["latency_backends"].register("a-board", Counted, "someone")
-    build_for(registries, DIGITS, path, "a-board", 2, None, 0.75, Console())
-    check_for(registries, DIGITS, path, 3, 0, 1.0, Console())
+    digits = load_named(registries, "--teacher", DIGITS, "null")
+    build_for(registries, digits, path, "a-board", 2, None, 0.75, Console())
+    check_for(registries, digits, path, 3, 0, 1.0, Console())
     assert re.search(r"R² 0\.99|R² 1\.0", capsys.readouterr().out)
     with pytest.raises(DreamkitError, match=r"on another target .*board mine there, None here"):
-        check_for(build_registries(), DIGITS, path, 3, 0, 1.0, Console())
+        check_for(build_registries(), digits, path, 3, 0, 1.0, Console())
 
 
 PLUGIN = """

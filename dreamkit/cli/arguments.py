@@ -51,8 +51,8 @@ def load_network(
     overrides: list[str] | None = None,
 ) -> tuple[Teacher, Registries]:
     """Return the network that a command is told of, and the registries it is from."""
-    from dreamkit.teachers.named import NetworkName
-    from dreamkit.teachers.named import load_network as load
+    from dreamkit.cli.networks import NetworkName
+    from dreamkit.cli.networks import load_network as load
 
     name = NetworkName(option, text, weights, preset, tuple(overrides or ()))
     return load(name, lambda named: registries_with([*named, *(plugins or [])]))

@@ -55,6 +55,7 @@ def doctor(
 
         dreamkit doctor my.yaml --preset smoke
     """
+    print(f"{teacher}: loading it", flush=True)  # before torch is, which takes seconds
     from dreamkit.checkup.doctor import diagnose
     from dreamkit.devices import choose_device
     from dreamkit.plugins import added_rules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -81,17 +80,6 @@ class Normalisation(ChannelRule):
         return channels
 
 
-class Scripted(ChannelRule):
-    """TorchScript: its code and sizes are compiled."""
-
-    targets = (torch.jit.ScriptModule,)
-
-    def follow(self, call: ChannelCall) -> None:
-        """Tell what becomes of the channels."""
-        for channels in call.channels:
-            call.fix(channels, f"{call.name} is TorchScript, which cannot be cut")
-
-
 def _axes(module: nn.Module, axis: int) -> dict[str, int]:
     """Return which of a layer's tensors have its outputs (axis 0) or its inputs (1).
 
@@ -121,7 +109,7 @@ def _left_alone(call: ChannelCall, channels: Tensor, count: int, dim: int, reaso
     return made
 
 
-BUILT_IN: tuple[ChannelRule, ...] = (Scripted(), Convolution(), Linear(), Normalisation())
+BUILT_IN: tuple[ChannelRule, ...] = (Convolution(), Linear(), Normalisation())
 
 
 def built_in_rule(module: nn.Module) -> ChannelRule | None:

@@ -9,7 +9,7 @@ since none can go without the other. What becomes of them in a layer or an opera
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from dreamkit.model_state import device_of, eval_mode
 from dreamkit.pruning.channels import Place, Trace, TraceFailed, any_channels, distinct
 from dreamkit.pruning.layer_rules import BUILT_IN, built_in_rule
 from dreamkit.pruning.op_rules import follow_operation
+from dreamkit.pruning.outputs import tensors_in
 from dreamkit.pruning.rules import Call
 from dreamkit.types import ChannelRule
 
@@ -69,22 +70,6 @@ def trace(
     return found
 
 
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield every tensor of what a model returns: of containers, and of objects of any class."""
-    if isinstance(value, Tensor):
-        yield value
-    if isinstance(value, Tensor | nn.Module | type) or id(value) in seen:
-        return
-    seen.add(id(value))
-    inside: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, list | tuple | set):
-        inside = value
-    for part in (*inside, *getattr(value, "__dict__", {}).values()):
-        yield from _tensors_in(part, seen)
-
-
 class _Tracer(TorchDispatchMode):
     """Sees every operation that no layer stands for, and every layer."""
 
@@ -102,6 +87,13 @@ class _Tracer(TorchDispatchMode):
         self.known: dict[int, Tensor] = {}
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.called: set[str] = set()
+        # The tensors themselves, too: a scripted module makes new ones of Python's each time.
+        self.scripted = {
+            id(tensor): (name, tensor)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.jit.ScriptModule)
+            for tensor in (*module.parameters(), *module.buffers())
+        }
 
     def run(self, input_size: tuple[int, int, int], training: bool) -> None:
         """Follow channels through one run.
@@ -128,7 +120,7 @@ class _Tracer(TorchDispatchMode):
             raise
         except Exception as error:  # the model is anyone's code
             raise TraceFailed(self.trace, self._places()) from error
-        for output in _tensors_in(outputs, set()):
+        for output in tensors_in(outputs, set()):
             labels = self.labels(output)
             self.trace.block(labels, "makes the model's outputs")
             self.trace.outputs = self.trace.outputs or labels.reshape(-1).tolist()
@@ -174,6 +166,8 @@ class _Tracer(TorchDispatchMode):
         """Follow every layer's calls."""
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # it takes no hooks, nor do its parts
                 enter, leave = self._hooks(name, module)
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -250,7 +244,12 @@ class _Tracer(TorchDispatchMode):
         self.failed = None  # the model's code may have caught an earlier one
         if not self.inside:
             given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-            if any(any_channels(self.labels(t)) for t in given):
+            scripted = [self.scripted[id(t)][0] for t in given if id(t) in self.scripted]
+            if scripted:
+                for tensor in given:
+                    reason = f"{scripted[-1]} is TorchScript, which cannot be cut"
+                    self.trace.block(self.labels(tensor), reason)
+            elif any(any_channels(self.labels(t)) for t in given):
                 rule = self._added_rule(func.overloadpacket)
                 self._follow(rule, str(func.overloadpacket), func, args, kwargs, outputs)
         return outputs
