@@ -326,3 +326,26 @@ def test_nothing_to_export(tmp_path, invoke):
     code, _, err = invoke("export", tmp_path)
     assert code == 2
     assert "holds no student" in err
+
+
+def test_the_doctor_takes_a_recipe_of_which_the_teacher_alone_is_valid(invoke, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nteacher: {source: bundled, model: digits_resnet8}\n"
+        "application: {name: nonesuch}\n"
+        "presets:\n  seven: {teacher: {model: digits7_resnet8}}\n"
+    )
+    code, out, err = invoke("doctor", str(file), "--device", "cpu", "--batch-size", "1")
+    assert code == 0, err
+    assert "digits_resnet8" in out
+    assert "inversion: yes" in out
+    code, out, _ = invoke("doctor", str(file), "--preset", "seven", "--device", "cpu")
+    assert code == 0
+    assert "7 classes" in out
+    code, _, err = invoke("doctor", str(file), "--set", "teacher.model=digits_resnet9")
+    assert code == 2
+    assert "--set teacher.model" in err
+    code, _, err = invoke("doctor", str(file), "--weights", "null")
+    assert (code, "teacher.weights=null" in err) == (2, True)
+    code, _, err = invoke("doctor", "bundled:digits_resnet8", "--preset", "smoke")
+    assert (code, "are for recipes" in err) == (2, True)
