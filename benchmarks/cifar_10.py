@@ -15,8 +15,9 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.deepinversion import DeepInversion
+from dreamkit.teachers.checkpoint_file import read_checkpoint
 from dreamkit.teachers.small_resnet import SmallResNet
-from dreamkit.teachers.weights import hash_weights, load_into, read_state_dict
+from dreamkit.teachers.weights import find_states, hash_weights, load_into
 from dreamkit.types import Teacher
 
 
@@ -68,8 +69,11 @@ def cifar_checkpoint(weights: Path) -> Teacher:
     Args:
         weights: a ``.th`` file of github.com/akamaster/pytorch_resnet_cifar10.
     """
-    state = read_state_dict(str(weights), "state_dict", "module.")
-    renamed = {name.replace("linear.", "fc."): value for name, value in state.items()}
+    state = find_states(str(weights), read_checkpoint(weights), "state_dict")["state_dict"]
+    renamed = {
+        name.removeprefix("module.").replace("linear.", "fc."): value
+        for name, value in state.items()
+    }
     depth = depth_of(renamed)
     model = SmallResNet(depth, 10, shortcut="padded")
     load_into(model, renamed, str(weights))

@@ -35,9 +35,9 @@ from plain_loop import PlainLoop, paper_settings
 from dreamkit.card import Card
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.processor import processor_name
+from dreamkit.memory import peak_memory
 from dreamkit.synthesizers.deepinversion import Inversion
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.synthesizers.memory import peak_memory
 from dreamkit.types import BatchPlan, Teacher
 
 STEPS = {"cpu": 5, "cuda": 40}

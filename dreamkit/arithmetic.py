@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,29 @@ def resolve_precision(
     if device.type == "cpu" and depthwise:
         return "float32"
     return "bfloat16" if has_native_bfloat16(device) else "float32"
+
+
+@contextmanager
+def full_float32(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Keep CUDA from rounding float32 factors to TF32, which torch lets convolutions do.
+
+    It concerns the whole process, and is as it was in the end. Nothing happens for bfloat16, on
+    other devices, and where torch's newer settings (``fp32_precision``) are in use.
+    """
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    if precision != "float32" or device.type != "cuda":
+        settings = ()
+    try:
+        before = [setting.allow_tf32 for setting in settings]
+    except RuntimeError:  # torch refuses to mix old and new settings
+        settings, before = (), []
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
 
 
 def autocast(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+
+from dreamkit.errors import DreamkitError
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class Card:
         mean, std = self._per_channel(like)
         return -mean / std, (1 - mean) / std
 
+    def doubts(self) -> tuple[str, ...]:
+        """Return what is likely to be wrong with it, each with what to write; empty for nothing."""
+        if max(self.mean) <= 1 and max(self.std) <= 1:
+            return ()
+        mean = self.mean if max(self.mean) <= 1 else _divided(self.mean)
+        std = self.std if max(self.std) < 1 else _divided(self.std)
+        return (
+            f"mean {list(self.mean)} and std {list(self.std)} look like those of pixels in "
+            f"[0, 255]; pixels are in [0, 1] here, for which they are mean {list(mean)} and std "
+            f"{list(std)}",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON-safe data."""
         return asdict(self)
@@ -90,3 +106,57 @@ class Card:
 
 
 _CARDS = TypeAdapter(Card)
+
+
+def _divided(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(float(f"{value / 255:.4g}") for value in values)
+
+
+def read_class_names(given: Sequence[str | int] | Path | None) -> tuple[str, ...] | None:
+    """Return the names of classes in output order, as they are given or as a file has them.
+
+    Args:
+        given: the names; or the path of a text file with one a line, or of a JSON file with a list
+            of names, names by number (as ``{"0": "tench"}``) or numbers by name; None for none. A
+            text is a path.
+
+    Raises:
+        DreamkitError: the file cannot be read, or does not name classes 0, 1, 2 and so on.
+    """
+    if given is None or not isinstance(given, str | Path):
+        return None if given is None else tuple(str(name) for name in given)
+    try:
+        text = Path(given).expanduser().read_text(encoding="utf-8-sig")
+        found = _from_json(json.loads(text)) if text.lstrip()[:1] in {"[", "{"} else None
+    except OSError as error:
+        raise DreamkitError(
+            f"the file of names {given} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:  # of the encoding or of JSON too
+        raise DreamkitError(f"the file of names {given} cannot be read: {error}") from error
+    names = tuple(line.strip() for line in text.strip().splitlines()) if found is None else found
+    if not names or "" in names:
+        lacking = names.index("") + 1 if names else 1
+        raise DreamkitError(f"the file of names {given} has no name in line {lacking}")
+    return names
+
+
+def _from_json(data: Any) -> tuple[str, ...]:
+    """Return names in order.
+
+    Raises:
+        ValueError: the data does not tell them.
+    """
+    if isinstance(data, Mapping):
+        data = data.get("id2label", data)  # of a configuration of Hugging Face's
+        turned = all(isinstance(value, int) for value in data.values())
+        named = {int(n): name for name, n in data.items()} if turned else data
+        numbered = {int(number): name for number, name in named.items()}
+        if sorted(numbered) != list(range(len(numbered))):
+            raise ValueError("its numbers are not 0, 1, 2 and so on, each once")
+        data = [numbered[number] for number in range(len(numbered))]
+    # ImageNet's index has a pair for each class: its synset and its name.
+    names = [entry[-1] if isinstance(entry, list) and entry else entry for entry in data]
+    if not all(isinstance(name, str | int) for name in names):
+        raise ValueError("it is no list of names, and no names by number")
+    return tuple(str(name) for name in names)

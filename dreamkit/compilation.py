@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -29,6 +33,7 @@ def with_cache_of_its_own(method: Any) -> Callable[..., Any]:
 @contextmanager
 def quiet_compiler() -> Iterator[None]:
     """Keep the compiler's remarks on other devices from the user's terminal."""
+    name_the_cache()
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -38,6 +43,18 @@ def quiet_compiler() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def name_the_cache() -> None:
+    """Say where what is compiled is kept, where the system has no name for the user.
+
+    The compiler calls its folder by that name, and in a container a user may be a number alone.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        place = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place))
 
 
 def reason_of(error: Exception) -> str:

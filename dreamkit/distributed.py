@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -29,8 +29,16 @@ def ranks() -> Iterator[None]:
     if not distributed.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+    from torch.distributed.rendezvous import rendezvous
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun's store outlives ranks that it starts anew (--max-restarts): their addresses, and how
+    # far they were in a queue, are not to be taken for those of the new ones.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"attempt {attempt}", store)
+    distributed.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield
     finally:
@@ -71,13 +79,25 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """Return the first rank's value on every rank."""
+    """Return the first rank's value on every rank; tensors in it are on the CPU."""
     if size() == 1:
         return value
     held: list[Any] = [value]
     distributed.broadcast_object_list(held, src=0, device=torch.device("cpu"))
     found: T = held[0]
     return found
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the first rank's tensors on every rank.
+
+    Args:
+        tensors: on any device; what ranks but the first give is not looked at.
+        device: of this rank, where they are returned.
+    """
+    # A pickled tensor comes back on the device that it was sent from, which is another rank's.
+    sent = broadcast({name: tensor.cpu() for name, tensor in tensors.items()})
+    return {name: tensor.to(device) for name, tensor in sent.items()}
 
 
 def gather(value: T) -> list[T]:

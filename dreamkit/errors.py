@@ -53,6 +53,10 @@ class NonFiniteLoss(DreamkitError):
     """A batch of dreams came to nothing: its loss overflowed."""
 
 
+class OutOfMemory(DreamkitError):
+    """Memory could not be had; the message says which option asks for less."""
+
+
 class WeightsUnavailable(DreamkitError):
     """Pretrained weights could not be downloaded."""
 

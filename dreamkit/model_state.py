@@ -132,11 +132,22 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     in_use = on_cuda or torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count()) if in_use else []
     with torch.random.fork_rng(devices=devices):
-        if in_use or not torch.cuda.is_available():
-            torch.manual_seed(seed)
-        else:  # the other would wait for CUDA, and seed it whenever the caller begins to use it
-            torch.default_generator.manual_seed(seed)
+        reseed(seed, in_use)
         yield
+
+
+def reseed(seed: int, with_cuda: bool | None = None) -> None:
+    """Draw from torch's global generators by ``seed`` from here on.
+
+    Args:
+        seed: of the CPU's generator, and of CUDA's.
+        with_cuda: whether of CUDA's; None where CUDA is in use.
+    """
+    in_use = torch.cuda.is_initialized() if with_cuda is None else with_cuda
+    if in_use or not torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # the other would wait for CUDA, and seed it whenever the caller begins to use it
+        torch.default_generator.manual_seed(seed)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pluggy
 
+from dreamkit.docstrings import docstring_of
 from dreamkit.errors import DuplicateEntry, PluginError, did_you_mean
 from dreamkit.events import EventEmitter, Listener
 
@@ -40,6 +41,8 @@ KINDS: tuple[str, ...] = (
     "exporters",
     "trackers",
 )
+RECORDED = frozenset({"loss", "cross_entropy", "contrast"})
+"""Under these names a dreaming's records have what no regularizer gives."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _TARGET = re.compile(r"[\w.]+:\w+")
 
@@ -47,6 +50,14 @@ _TARGET = re.compile(r"[\w.]+:\w+")
 def name_key(kind: str) -> str:
     """Return the YAML key that names an entry: ``source`` for things read from somewhere."""
     return "source" if kind in {"teachers", "sources"} else "name"
+
+
+def mapping_of(kind: str, text: str) -> dict[str, str]:
+    """Return the mapping that a bare name stands for; of a teacher, ``SOURCE:MODEL`` does too."""
+    source, colon, model = text.partition(":")
+    if kind == "teachers" and colon:
+        return {name_key(kind): source, "model": model}
+    return {name_key(kind): text}
 
 
 WEIGHT_SCHEMA = {"type": "number", "minimum": 0}
@@ -98,7 +109,7 @@ class EntriesOf(EntryOf):
 class TermsOf(EntryOf):
     """Annotation marker: the option is a list of weighted registry entries of this kind.
 
-    A mapping of names to weights stands for such a list.
+    A mapping of names to weights stands for such a list, and one entry for a list of one.
     """
 
     def _schema(self, core: Any) -> Any:
@@ -113,7 +124,7 @@ class TermsOf(EntryOf):
     def _json_schema(self) -> dict[str, Any]:
         terms = {"type": "array", "items": {"$entry": f"#/$defs/weighted_{self.kind}"}}
         weights = {"type": "object", "additionalProperties": WEIGHT_SCHEMA}
-        return {"anyOf": [terms, weights]}
+        return {"anyOf": [terms, terms["items"], weights]}
 
 
 @dataclass(frozen=True)
@@ -156,13 +167,16 @@ class Registry:
 
         Raises:
             DuplicateEntry: the name is taken; the message names both providers.
-            ValueError: the name has characters other than ``a-z 0-9 _ . -``.
+            ValueError: the name has characters other than ``a-z 0-9 _ . -``, or is a regularizer's
+                under which records have something else.
             TypeError: the target is neither a class nor ``"package.module:Class"``.
         """
         if not (inspect.isclass(target) or (isinstance(target, str) and _TARGET.fullmatch(target))):
             raise TypeError(f"{self.kind} '{name}': register a class or 'package.module:Class'")
         if not _NAME.fullmatch(name):
             raise ValueError(f"{self.kind} name {name!r}: use lower-case letters, digits, '_-.'")
+        if self.kind == "regularizers" and name in RECORDED:
+            raise ValueError(f"regularizers name '{name}': records have the loss's own under it")
         if name in self.entries:
             first = self.entries[name].provider
             raise DuplicateEntry(
@@ -230,12 +244,15 @@ class Registry:
         return imported
 
     def summary(self, name: str) -> str:
-        """Return the first line of the entry's docstring.
+        """Return the first line of the entry's docstring, without importing it where that goes.
 
         A reference that leads nowhere has none; the error comes when the entry is used.
         """
+        found = self._registered(name)
+        if isinstance(found.target, str) and (read := docstring_of(found.target)):
+            return read.partition("\n")[0]
         try:
-            cls = self._imported(name, self._registered(name))
+            cls = self._imported(name, found)
             return (inspect.getdoc(cls) or "").partition("\n")[0]
         except PluginError:
             return ""

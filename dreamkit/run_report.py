@@ -22,7 +22,7 @@ from dreamkit.report.run_log import FileLog, read_records
 from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import DreamStore, holds_dreams
-from dreamkit.store.run_directory import RunDirectory
+from dreamkit.store.run_directory import PAGE, RunDirectory
 from dreamkit.types import RunContext, Teacher
 from dreamkit.version import __version__
 from dreamkit.wording import say
@@ -80,7 +80,7 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
         place = " / ".join(store.parent.relative_to(folder).parts)
         pictures[f"Dreams of {place}" if place else "Dreams"] = picture
     page = render(report, read_records(folder), directory.recipe() or "", pictures)
-    write_atomically(folder / "report.html", page.encode())
+    write_atomically(folder / PAGE, page.encode())
     directory.write_report(report)
 
 

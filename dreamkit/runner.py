@@ -13,18 +13,19 @@ from dreamkit import distributed
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
+from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
+from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.intake import admit
 from dreamkit.trackers.isolated import IsolatedTrackers
 from dreamkit.types import (
-    NO_LABEL,
     Application,
     Images,
     Outcome,
@@ -67,7 +68,7 @@ def run(
     Raises:
         DreamkitError: anything that the user can put right, with its place in the recipe.
     """
-    directory = RunDirectory(folder, loaded.resolved_yaml())
+    directory = RunDirectory(folder, loaded.resolved_yaml(), loaded.preset)
     distributed.barrier()  # before the first rank writes what another might take for foreign
     if resume and not directory.started:
         raise RunDirectoryError(f"{folder} holds no run to resume; leave --resume out to start one")
@@ -122,15 +123,15 @@ def _prepare(
     device = choose_device(recipe.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what times models asks for the current device
-    with placed("teacher"):
+    with placed("teacher"), log.progress("loading", 1), enough_memory("loading", ASK_LESS):
         loaded_teacher: Teacher = recipe.teacher.load(recipe.seed)
         loaded_teacher.model.to(device)
         teacher = admit(loaded_teacher, log.note, "the teacher")
     with placed("synthesis"):
         if recipe.synthesis is not None:
             recipe.synthesis.check(teacher)
-    evaluation = _open_evaluation(loaded, teacher)
-    images = _images(loaded, teacher)
+    evaluation = _open_evaluation(loaded, teacher, log)
+    images = _images(loaded, teacher, log)
     latency = recipe.latency or default_backend(loaded.registries, device)
     latency = latency if distributed.size() == 1 else FirstRank(latency)
     rules = added_rules(loaded.registries, log.note)
@@ -138,19 +139,18 @@ def _prepare(
     return teacher, images, context
 
 
-def _images(loaded: LoadedRecipe, teacher: Teacher) -> Images | Synthesis | None:
+def _images(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | Synthesis | None:
     """Return what the application works on: dreams to come, images that are there, or none."""
     application: Application = loaded.recipe.application
     if application.needs_synthesis:
         assert loaded.recipe.synthesis is not None  # the recipe's reader saw to it
-        return Synthesis(loaded.recipe.synthesis, loaded.root.plain()["synthesis"])
+        return Synthesis(loaded.recipe.synthesis, loaded.resolved()["synthesis"])
     option = application.images_option
     source = getattr(application, option, None)
     if source is None:
         return None
     with placed("application", option):
-        images: Images = source.open(teacher.card)
-    return images
+        return opened(source, teacher.card, log.note)
 
 
 def _run(
@@ -173,15 +173,16 @@ def _run(
         if first:
             log.listen(trackers.hear)
             log.listen(loaded.registries.events(log.note).emit)
-        plain, resumed = loaded.root.plain(), directory.started
-        log.emit(RunStarted(folder=directory.folder, recipe=plain, resumed=resumed))
+        whole, resumed = loaded.resolved(), directory.started
+        log.emit(RunStarted(folder=directory.folder, recipe=whole, resumed=resumed))
         _say_what(loaded, teacher, context, console)
-        with placed("application", always=False):
+        with placed("application", always=False), enough_memory("working", ASK_LESS):
             outcome: Outcome = loaded.recipe.application.run(teacher, images, context)
-        _keep(outcome, teacher, context)
+            _keep(outcome, teacher, context)
         if first:
-            report = build_report(loaded, teacher, context, log)
-            write_pages(report, directory)
+            with log.progress("report", 1):
+                report = build_report(loaded, teacher, context, log)
+                write_pages(report, directory)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
             log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
@@ -194,7 +195,7 @@ def _run(
         trackers.close()
         log.close()
         if came_to_nothing:
-            directory.withdraw()
+            directory.withdraw(trackers.withdraw)
         directory.release()
     distributed.barrier()
 
@@ -204,20 +205,23 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     student = outcome.student
     if student is None:
         return
+    if context.evaluation is None:
+        context.log.note(
+            "without evaluation images: how often the student agrees with the teacher was measured "
+            "on the images it was trained on"
+        )
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
-    write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
+    with context.log.progress("saving the student", 1):
+        write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
 
 
-def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher) -> Images | None:
+def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | None:
     source = loaded.recipe.evaluation
     if source is None:
         return None
     with placed("evaluation"):
-        images: Images = source.open(teacher.card)
-        if len(images) == 0 or int(images.batch([0])[1][0]) == NO_LABEL:
-            raise DreamkitError("evaluation needs images with labels")
-        return images
+        return open_evaluation(source, teacher.card, log.note)
 
 
 def _say_what(
@@ -236,7 +240,4 @@ def _say_what(
             "pictures and accuracies mean nothing"
         )
     if context.evaluation is None:
-        context.log.note(
-            "no evaluation images: accuracy on real data is unknown; how often the student agrees "
-            "with the teacher is measured on the images it was trained on"
-        )
+        context.log.note("no evaluation images: accuracy on real data is unknown")

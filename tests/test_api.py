@@ -161,8 +161,8 @@ def test_dreams_that_are_made_first_take_the_keywords_of_invert(digits):
         device="cpu",
         training={"steps": 1, "batch_size": 4},
     )
-    assert made.settings["synthesis"]["stages"] == [{"steps": 2}]
-    assert "parameterisation" not in made.settings["synthesis"], "the paper's has pixels"
+    assert [stage["steps"] for stage in made.settings["synthesis"]["stages"]] == [2]
+    assert made.settings["synthesis"]["parameterisation"] == {"name": "pixels"}, "the paper's"
 
 
 # --- dreams -----------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def test_options_of_students_are_checked_by_name(net, pixels):
         dreamkit.prune(net, pixels, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match=r"training\.lrr: unknown option"):
         dreamkit.distill(net, Net(), pixels, lrr=3, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match="evaluation: needs images with labels"):
+    with pytest.raises(dreamkit.DreamkitError, match="evaluation needs images with labels"):
         dreamkit.recover(net, pixels, sparsity=0.5, evaluation=pixels[0], progress=False, **VIEW)
 
 

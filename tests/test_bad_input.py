@@ -489,6 +489,7 @@ def test_the_same_teacher_dreams_without_the_term(
         ({"input_size": [1, 0, 0]}, "teacher"),
         ({"std": [0.0]}, "teacher"),
         ({"class_names": ["a", "b"]}, "teacher.class_names"),
+        ({"class_names": "no/such/names.txt"}, "teacher.class_names"),
         ({"mean": [0.5, 0.5]}, "teacher"),
     ],
 )

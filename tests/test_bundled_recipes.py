@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from dreamkit.errors import RecipeError
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
 from dreamkit.recipe.bundled import bundled_recipes, describe, find_recipe
 
 Invoke = Callable[..., Any]
@@ -145,3 +147,67 @@ def test_a_wheel_has_them_and_runs_one_without_a_clone(tmp_path: Path) -> None:
     assert (elsewhere / "runs" / "quickstart-smoke" / "report.json").is_file()
     dreamkit("new", "my.yaml", "--from", "prune", "--teacher", "timm:resnet18")
     assert dreamkit("validate", "my.yaml") == "my.yaml is valid\n"
+
+
+PIXELS = {"parameterisation.name": "pixels", "schedule": "constant", "clip": False, "lr": 0.05}
+SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "warmup": 0.0, "ema": None}
+CIFAR = {**SGD, "lr": 0.1, "batch_size": 256, "schedule": "step", "milestones": [0.4, 0.8]}
+CIFAR |= {"temperature": 3.0, "augmentation.mixup": 0.0}
+FAST = {**SGD, "lr": 0.2, "batch_size": 256, "schedule": "cosine", "weight_decay": 1e-4}
+FAST |= {"temperature": 20.0, "augmentation.mixup": 0.0}
+RANKED = {
+    "criteria": [
+        {"name": "taylor", "weight": 1.0, "loss": "exact_kl", "squares": "batch"}
+        | {"temperature": 5.0, "ema": 0.0},
+        {"name": "latency_lut", "weight": 0.01},
+    ],
+    "normalise": "none",
+    "selection.name": "greedy",
+    "reconstruction": None,
+    "finetune": None,
+    "ranking_batches": 30,
+}
+RECOVERED = {**SGD, "lr": 1e-3, "schedule": "step", "milestones": [0.333, 0.667]}
+PAPERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    *((f"cifar10/{name}", PIXELS, {}, CIFAR) for name in ("deepdream", "deepinversion")),
+    ("cifar10/adaptive", PIXELS, {"adaptive.every": 50}, CIFAR),
+    ("cifar10/noise", {"schedule": "constant", "lr": 0.05}, {}, CIFAR),
+    ("cifar10/dafl", {"latent": 1000}, {}, CIFAR),
+    ("cifar10/cmi", {"steps": 500, "lr": 1e-3}, {}, FAST),
+    ("cifar10/fast_meta", {"steps": 5, "lr": 3e-3, "lr_noise": 1e-2}, {}, FAST),
+    ("cifar10/prune_ha", PIXELS, RANKED, RECOVERED),
+    (
+        "prune_resnet50_ha",
+        {**PIXELS, "batch_size": 152},
+        {**RANKED, "step": 0.0028, "limits.chunk": 16, "batch_size": 256},
+        {**RECOVERED, "epochs": 30, "batch_size": 256, "temperature": 5.0},
+    ),
+    (
+        "imagenet/transfer_resnet50",
+        {**PIXELS, "batch_size": 152},
+        {},
+        {**SGD, "epochs": 90, "batch_size": 1024, "lr": 1.024, "temperature": 3.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "synthesis", "application", "training"), PAPERS)
+def test_a_paper_preset_has_the_papers_values(
+    name: str, synthesis: dict[str, Any], application: dict[str, Any], training: dict[str, Any]
+) -> None:
+    overrides = ["evaluation=null"]
+    loaded = read_recipe(find_recipe(name), build_registries, "paper", overrides)
+    whole = loaded.resolved()
+    done = whole["application"]
+    taught = done["recovery"] if "recovery" in done else done["training"]
+    for part, expected in (
+        (whole["synthesis"], synthesis),
+        (done, application),
+        (taught, training),
+    ):
+        found = {}
+        for path in expected:
+            found[path] = part
+            for step in path.split("."):
+                found[path] = found[path][step]
+        assert found == expected

@@ -260,6 +260,8 @@ def test_a_run_directory_is_gone_on_with(interrupted: Path, invoke: Invoke) -> N
     assert "1 of 2 batches kept" in out
     report = json.loads((interrupted / "report.json").read_text())
     assert (report["seed"], report["metrics"]["synthesis.images"]) == (3, 8)
+    assert report["preset"] == "twice"
+    assert not [note for note in report["notes"] if "student" in note], "it makes none"
     code, out, _ = invoke("run", "--resume", interrupted)
     assert code == 0
     assert "already holds this recipe's finished run" in out

@@ -325,6 +325,20 @@ def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke):
     assert "application.training: the last of 14 batches of dreams would come before" in err
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_dreams_of_some_of_the_old_classes_alone(tmp_path, recipe, recipe_file, invoke, dry):
+    recipe["synthesis"]["labels"] = [0, 1, 2, 3, 4, 5, 6]  # of seven classes; an eighth is learnt
+    flags = ("--dry-run",) if dry else ()
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run", *flags)
+    assert code == 2
+    assert "'labels' leave out class 7, which is old when 'eight_nine' is learnt" in err
+    recipe["synthesis"]["labels"] = [0, 1]
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run", *flags)
+    assert code == 2
+    assert "leave out class 2, which is old when 'seven'" in err
+    assert not (tmp_path / "run" / "dreams").exists()
+
+
 def test_a_source_without_classes(tmp_path, recipe, recipe_file, invoke, tiny):
     assert invoke("run", recipe_file(tiny, "tiny.yaml"), "--out", tmp_path / "other")[0] == 0
     bad = copy.deepcopy(recipe)

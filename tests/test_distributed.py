@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dreamkit
 from dreamkit import distributed
@@ -185,3 +188,68 @@ def test_without_torchrun_there_is_one_rank():
         distributed.barrier()
         with distributed.first_before_others():
             pass
+
+
+RESTARTED = """
+import os
+from dreamkit import distributed
+
+with distributed.ranks():
+    mine = []
+    for item in distributed.drawn_from(range(6), "queue"):
+        mine.append(item)
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and distributed.rank() == 1:
+            os._exit(3)
+    every = sorted(item for part in distributed.gather(mine) for item in part)
+    if distributed.is_first():
+        print("shared out:", every)
+"""
+
+
+def test_ranks_that_torchrun_starts_anew_begin_the_queue_anew(tmp_path):
+    (tmp_path / "work.py").write_text(RESTARTED)
+    command = [*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "work.py")]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert "shared out: [0, 1, 2, 3, 4, 5]" in found.stdout
+
+
+def test_tensors_are_sent_from_the_cpu_and_come_to_the_ranks_own_device(monkeypatch):
+    sent = []
+
+    def broadcast(held, src, device):
+        sent.extend(tensor.device.type for tensor in held[0].values())
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    with FakeTensorMode():  # a GPU that need not be there
+        masks = {"fc.weight": torch.ones(3, device="cuda")}
+        found = distributed.broadcast_tensors(masks, torch.device("cuda"))
+        assert found["fc.weight"].device.type == "cuda"
+    assert sent == ["cpu"]
+
+
+RECOVER = "application={name: recover, sparsity: 0.5, rounds: 2, reconstruction: {images: 64}, "
+RECOVER += "training: {steps: 20, batch_size: 16}}"
+
+
+@pytest.mark.slow
+def test_recovery_on_ranks_prunes_what_one_rank_does(tmp_path):
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        finished(run(ranks, folder, *SMALL[:2], "--set", RECOVER))
+        masks = {
+            name: weight != 0
+            for name, weight in load_file(folder / "student" / "model.safetensors").items()
+            if weight.dim() > 1
+        }
+        found[ranks] = report(folder)["metrics"], masks
+    (first, kept), (second, kept_on_two) = found[1], found[2]
+    for name in ("pruned.accuracy", "pruned.agreement", "student.sparsity"):
+        assert second[name] == first[name], name
+    assert 0.49 < second["student.sparsity"] < 0.51
+    assert abs(second["student.accuracy"] - first["student.accuracy"]) < 0.1
+    assert kept.keys() == kept_on_two.keys()
+    assert all(torch.equal(kept[name], kept_on_two[name]) for name in kept)

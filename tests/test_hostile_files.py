@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dreamkit
+from dreamkit import students
 from dreamkit.card import Card
-from dreamkit.deploy import students
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.recipe import build_entry
 from dreamkit.sources.folder import Folder
 from dreamkit.store.artifact import SPECIFICATION, WEIGHTS, write_artifact
-from dreamkit.teachers.weights import read_state_dict
+from dreamkit.teachers.checkpoint_file import read_checkpoint
+from dreamkit.teachers.weights import find_states
 
 MUTATED = settings(
     deadline=None,
@@ -163,7 +164,7 @@ def any_weights(data, tmp_path, files) -> bool:
     name = data.draw(st.sampled_from(sorted(files)), label="file")
     path = tmp_path / name
     path.write_bytes(damaged(data, files[name]))
-    return read_or_refused(lambda file: read_state_dict(str(file)), path)
+    return read_or_refused(lambda file: find_states(str(file), read_checkpoint(file)), path)
 
 
 @settings(MUTATED, max_examples=150)

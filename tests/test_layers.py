@@ -11,7 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dreamkit"
 LAYERS = (
-    {"types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"},
+    {
+        *("types", "card", "errors", "version", "stopping", "distributed", "wording", "copying"),
+        *("seeds", "docstrings"),
+    },
     {
         "recipe",
         "registry",
@@ -21,6 +24,8 @@ LAYERS = (
         "importing",
         "arithmetic",
         "compilation",
+        "memory",
+        "out_of_memory",
         "flat_state",
         "devices",
         "joined_images",

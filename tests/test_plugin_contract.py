@@ -162,7 +162,11 @@ def test_a_misspelt_need_of_a_class_without_the_base_is_an_error_when_it_is_reso
         ("regularizers", (), "Mine has no '__call__', 'needs': derive it from dreamkit.plugin.Reg"),
         ("regularizers", (Regularizer,), "Mine has no '__call__'$"),
         ("sources", (ImageSource,), "Mine has no 'open'$"),
-        ("trackers", (), "Mine has no 'close', 'finish', 'record', 'start': derive it from "),
+        (
+            "trackers",
+            (),
+            "Mine has no 'close', 'finish', 'record', 'start', 'withdraw': derive it from ",
+        ),
     ],
 )
 def test_a_class_that_lacks_something_is_refused(kind, bases, message):

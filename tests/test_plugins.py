@@ -727,3 +727,14 @@ def test_example_distribution_installs_and_serves_a_recipe(tmp_path):
     assert "color_balance" in file.read_text()
     assert "weight_std" in file.read_text()
     assert dreamkit("validate", file.name) == f"{file.name} is valid\n"
+
+
+def test_entries_are_listed_without_what_they_import():
+    code = (
+        "import sys; from dreamkit.plugins import build_registries; r = build_registries(); "
+        "assert all(k.summary(n) for k in r.by_kind.values() for n in k); "
+        "sys.exit(' '.join({'torch', 'torchvision'} & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "DREAMKIT_PLUGINS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert not done.stderr.strip(), done.stderr

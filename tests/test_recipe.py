@@ -23,13 +23,14 @@ from dreamkit.errors import DreamkitError, RecipeError, RecipePath
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry, build_options, read_recipe, validate_recipe
-from dreamkit.recipe.schema import MAX_BYTES
+from dreamkit.recipe.nodes_of_file import MAX_BYTES
 from dreamkit.registry import EntryOf, Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.budget import Target
 from dreamkit.synthesizers.deepinversion import Stage
+from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.types import InversionStep, Regularizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -142,8 +143,8 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(recipe_file:
         ("synthesis.schedule", "cosin", "synthesis.schedule: should be 'constant' or 'cosine'"),
         (
             "synthesis.regularizers",
-            {"name": "tv"},
-            "synthesis.regularizers: should be a list, not a mapping",
+            {"name": "tv", "wieght": 2},
+            "synthesis.regularizers.wieght: unknown option; did you mean 'weight'?",
         ),
         ("synthesis.regularizers", None, "synthesis.regularizers: should be a list, not null"),
         (
@@ -497,7 +498,30 @@ def test_a_missing_file_is_no_problem_to_validate_but_one_to_run(
     (line,) = problems(path)
     assert line.startswith(f"{path}:19:9 evaluation.path: no such folder: no/such/folder")
     _, missing = validate_recipe(path, build_registries)
-    assert missing == [line]
+    assert missing == [f"{line} (needed to run)"]
+
+
+def test_plugins_of_a_preset_that_was_not_chosen_are_not_run(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    path = recipe_file(tiny)
+    plugin, ran = path.parent / "own.py", path.parent / "ran"
+    plugin.write_text(
+        "from dreamkit.plugin import hookimpl\n"
+        f"open({str(ran)!r}, 'a').close()\n"
+        "@hookimpl\n"
+        "def register_losses(register):\n    pass\n"
+    )
+    tiny["presets"] = {"own": {"plugins": [str(plugin)], "device": 3}, "other": {"seed": 1}}
+    path = recipe_file(tiny)
+    read_recipe(path, build_registries, "other")
+    _, lines = validate_recipe(path, build_registries)
+    assert not ran.exists()
+    (line,) = lines
+    assert "presets.own: not checked, for it loads plugins of its own" in line
+    with pytest.raises(RecipeError, match="device"):
+        read_recipe(path, build_registries, "own")
+    assert ran.exists()
 
 
 def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
@@ -514,6 +538,51 @@ def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
     again = read_recipe(recipe_file(text, "again.yaml"), build_registries)
     assert again.recipe == loaded.recipe
     assert again.resolved_yaml() == text
+
+
+def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["synthesis"]["regularizers"] = {"tv": 1}
+    tiny["application"] = prune(limits={"chunk": 2})
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    data = yaml.safe_load(loaded.resolved_yaml())
+    assert data["latency"] is None
+    synthesis, application = data["synthesis"], data["application"]
+    assert synthesis["regularizers"] == [{"name": "tv", "weight": 1.0, "norm": "l2"}]
+    assert synthesis["parameterisation"] == {"name": "pixels"}
+    assert synthesis["engine"] == {"precision": "auto", "compile": "auto"}
+    assert application["selection"] == {"name": "greedy"}
+    assert application["limits"] == {
+        **{"chunk": 2, "max_ratio": 0.9, "min_channels": 2, "exceptions": []},
+    }
+    assert application["recovery"]["augmentation"].keys() == {"crop", "flip", "mixup"}
+
+
+def test_recipes_that_differ_in_how_they_are_written_resolve_alike(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    tiny["synthesis"] |= {"lr": 1, "regularizers": ["tv"]}
+    one = read_recipe(recipe_file(tiny), build_registries).resolved_yaml()
+    tiny["synthesis"] |= {"lr": 1.0, "regularizers": [{"weight": 1, "name": "tv"}], "clip": False}
+    tiny = dict(reversed(tiny.items()))
+    assert read_recipe(recipe_file(tiny), build_registries).resolved_yaml() == one
+
+
+def test_a_default_that_its_own_option_does_not_take_is_left_out(
+    tiny: dict[str, Any], recipe_file: Write
+) -> None:
+    class Careless(Smooth):
+        def __init__(self, often: int = "3", well: int = 3) -> None:  # type: ignore[assignment]
+            self.well = well
+
+    def registries(plugins: Any) -> Registries:
+        made = build_registries(plugins)
+        made["regularizers"].register("careless", Careless, "me")
+        return made
+
+    tiny["synthesis"]["regularizers"] = ["careless"]
+    loaded = read_recipe(recipe_file(tiny), registries)
+    (term,) = loaded.resolved()["synthesis"]["regularizers"]
+    assert term == {"name": "careless", "weight": 1.0, "well": 3}
 
 
 def test_the_resolved_recipe_keeps_strings_that_look_like_something_else(
@@ -755,6 +824,27 @@ def test_an_entry_may_be_its_name_alone(tiny: dict[str, Any], recipe_file: Write
     assert loaded.root.plain()["application"] == {"name": "synthesize"}
     again = read_recipe(recipe_file(loaded.resolved_yaml(), "again.yaml"), build_registries)
     assert again.recipe == recipe
+
+
+TV = TotalVariation()
+
+
+@pytest.mark.parametrize("alone", ["tv", {"name": "tv"}, TV, Term("tv", 1.0, TV)])
+def test_one_term_may_stand_for_a_list_of_it(alone: Any) -> None:
+    given = {"name": "deepinversion", "images": 4, "batch_size": 4, "regularizers": alone}
+    made = build_entry(build_registries(), "synthesizers", given | {"stages": [{"steps": 1}]})
+    assert made.regularizers == (Term("tv", 1.0, TotalVariation()),)
+
+
+def test_a_teacher_may_be_its_source_and_model(tiny: dict[str, Any], recipe_file: Write) -> None:
+    tiny["teacher"] = "bundled:digits_resnet8"
+    loaded = read_recipe(recipe_file(tiny), build_registries)
+    assert loaded.recipe.teacher == BundledTeacher("digits_resnet8")
+    assert loaded.resolved()["teacher"] == {"source": "bundled", "model": "digits_resnet8"}
+    tiny["teacher"] = "bundeld:digits_resnet8"
+    path = recipe_file(tiny)
+    (line,) = problems(path)
+    assert line.startswith(f"{path}:3:10 teacher.source: no source 'bundeld' among the teachers")
 
 
 def test_terms_may_be_a_mapping_of_weights(tiny: dict[str, Any], recipe_file: Write) -> None:

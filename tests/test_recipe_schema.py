@@ -24,7 +24,7 @@ def entry(schema: dict[str, Any], definition: str, name: str) -> dict[str, Any]:
     (found,) = (
         candidate
         for candidate in schema["$defs"][definition]["anyOf"][1:]
-        if {"const": name} in candidate["properties"].values()
+        if {"const": name} in candidate.get("properties", {}).values()
     )
     return dict(found)
 
@@ -62,7 +62,8 @@ def test_ranges_weights_and_descriptions(schema: dict[str, Any]) -> None:
     dreams = entry(schema, "synthesizers", "deepinversion")["properties"]
     assert dreams["lr"]["exclusiveMinimum"] == 0
     assert dreams["lr"]["description"] == "Adam's learning rate"
-    listed, weights = dreams["regularizers"]["anyOf"]
+    listed, alone, weights = dreams["regularizers"]["anyOf"]
+    assert alone == listed["items"]
     assert listed == {"type": "array", "items": {"$ref": "#/$defs/weighted_regularizers"}}
     assert weights["additionalProperties"] == {"type": "number", "minimum": 0}
     assert "weight" in entry(schema, "weighted_regularizers", "tv")["properties"]

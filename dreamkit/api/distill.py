@@ -32,7 +32,7 @@ def distill(
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: bool | None = None,

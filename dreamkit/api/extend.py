@@ -37,7 +37,7 @@ def extend(
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: bool | None = None,

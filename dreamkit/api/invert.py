@@ -53,7 +53,7 @@ def invert(
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Path | None = None,
     preset: Literal["fast", "paper"] = "fast",
     method: str = "deepinversion",
     steps: int | None = None,
@@ -76,7 +76,7 @@ def invert(
             know it, and then it may be left out, as ``mean`` and ``std`` may.
         mean: per channel, of pixels in [0, 1], as training normalised them.
         std: per channel, of pixels in [0, 1].
-        class_names: of its outputs, in order.
+        class_names: of its outputs, in order; or a text file with one a line, or a JSON file.
         preset: what ``options`` are laid over: ``fast``, or ``paper``, the paper's for CIFAR-10.
         method: a registered synthesizer; presets are of ``deepinversion`` alone.
         steps: optimizer steps, in place of the preset's; of several stages each has its share.
@@ -209,9 +209,12 @@ def _by_layer(work: Session, synthesis: Synthesis) -> dict[str, float]:
     """Return each layer's part of R_feature, averaged over the batches as the sum is."""
     store = run_store(work.teacher, synthesis, work.context)
     total: dict[str, float] = {}
-    for index, shard in store.shards.items():
-        batch, device = store.read(index), work.context.device
-        _, parts = feature_distances(batch.images.to(device), batch.labels.to(device), work.teacher)
-        for name, value in parts.items():
-            total[name] = total.get(name, 0.0) + value * shard.images / len(store)
+    with work.log.progress("R_feature by layer", len(store.shards)) as advance:
+        for number, (index, shard) in enumerate(store.shards.items(), 1):
+            batch, device = store.read(index), work.context.device
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            _, parts = feature_distances(images, labels, work.teacher)
+            for name, value in parts.items():
+                total[name] = total.get(name, 0.0) + value * shard.images / len(store)
+            advance(number)
     return total

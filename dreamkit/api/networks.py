@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 
-from dreamkit.card import Card
+from dreamkit.card import Card, read_class_names
 from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import tensors_of
@@ -37,13 +38,13 @@ class View:
         size: (channels, height, width).
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
-        class_names: in output order.
+        class_names: in output order, or a file of them.
     """
 
     size: Sequence[int] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    class_names: Sequence[str] | None = None
+    class_names: Sequence[str] | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def take_in(
     own = made_ready(model, size, note, role)
     classes = (take_logits if judge else examine)(own, size, None, note, role)
     card = _card(own, told, view, {**stated, **_said(view)}, classes, role)
+    for text in card.doubts():
+        note(f"{role}: {text}")
     if isinstance(network, Teacher):
         made = dataclasses.replace(network, model=own, card=card)
     else:
@@ -205,10 +208,15 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
         ) from error
 
 
-def _names(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    if isinstance(given, str):
-        raise DreamkitError(f"class_names: should be several names, not one (got {given!r})")
-    return None if given is None else tuple(str(name) for name in given)
+def _names(given: Sequence[str] | Path | None) -> tuple[str, ...] | None:
+    if isinstance(given, str) and not Path(given).expanduser().is_file():
+        raise DreamkitError(
+            f"class_names: should be several names, or a file of them (got {given!r})"
+        )
+    try:
+        return read_class_names(given)
+    except DreamkitError as error:
+        raise DreamkitError(f"class_names: {error}") from error
 
 
 def _stated(model: nn.Module) -> dict[str, Any]:

@@ -17,19 +17,21 @@ from rich.console import Console
 from torch import nn
 
 from dreamkit.api.call_folder import NETWORK, claimed
-from dreamkit.api.given_images import GivenImages, as_images
+from dreamkit.api.given_images import GivenImages
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
+from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules, build_registries
 from dreamkit.recipe import build_entry
+from dreamkit.recipe.defaults import entry_with_defaults
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.run_log import MemoryLog
+from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
-    NO_LABEL,
     Images,
     LatencyBackend,
     RunContext,
@@ -99,8 +101,10 @@ class Session:
             DreamkitError: the folder holds the work of another call.
         """
         told = plain(settings)
+        application = settings["application"]
+        whole = entry_with_defaults(self.registries, "applications", application)
         call = {
-            "settings": told,
+            "settings": {**told, "application": plain(whole)},
             "seed": self.context.seed,
             NETWORK: self.teacher.card.to_json(),
             "images or networks": list(given),
@@ -119,13 +123,14 @@ class Session:
 
     def images(self, given: Any, role: str = "images") -> Images:
         """Return a caller's images at the size that the teacher takes."""
-        return as_images(given, self.teacher.card, role)
+        return opened(GivenImages(given, role), self.teacher.card, self.log.note)
 
     def synthesis(self, options: Mapping[str, Any]) -> Synthesis:
         """Return dreams to come, by a synthesizer whose options are given as in a recipe."""
         synthesizer: Synthesizer = build_entry(self.registries, "synthesizers", dict(options))
         synthesizer.check(self.teacher)
-        return Synthesis(synthesizer, plain(options))
+        whole = entry_with_defaults(self.registries, "synthesizers", dict(options))
+        return Synthesis(synthesizer, plain(whole))
 
 
 @contextmanager
@@ -153,7 +158,8 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
             stack.enter_context(torch.cuda.device(device))  # what times models asks for it
         stack.enter_context(seeded(conditions.seed, device))
         try:
-            yield _session(network, conditions, device, registries, log, stack, started)
+            with enough_memory("working", ASK_LESS):
+                yield _session(network, conditions, device, registries, log, stack, started)
         except BaseException as error:
             log.emit(RunFailed(error=error))
             if isinstance(error, DreamkitError) and error.path:
@@ -179,9 +185,8 @@ def _session(
     folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dreamkit-")))
     evaluation = None
     if conditions.evaluation is not None:
-        evaluation = as_images(conditions.evaluation, teacher.card, "evaluation")
-        if int(evaluation.batch([0])[1][0]) == NO_LABEL:
-            raise DreamkitError("evaluation: needs images with labels")
+        source = GivenImages(conditions.evaluation, "evaluation")
+        evaluation = open_evaluation(source, teacher.card, log.note)
     latency = _backend(conditions.latency_backend, registries)
     latency = latency or default_backend(registries, device)
     rules = added_rules(registries, log.note)

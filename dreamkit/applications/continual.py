@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
 from dreamkit import distributed
@@ -24,6 +23,7 @@ from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head
 from dreamkit.registry import EntryOf, Term, TermsOf
+from dreamkit.seeds import stream
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
@@ -142,6 +142,7 @@ class Continual(Application):
     ) -> tuple[Synthesis, RunContext]:
         """Return dreams that cost what those of all steps do."""
         course = Course(self.sets, self.names, teacher.card, context.log)
+        course.check_replay(synthesis.synthesizer)
         images = self.images_per_class * sum(course.old_classes)
         folder = context.folder / STEPS / "1"
         return synthesis.of(images), dataclasses.replace(context, folder=folder)
@@ -167,10 +168,7 @@ class Continual(Application):
 
 
 class _Learning:
-    """The sets being learnt, one after the other.
-
-    Whatever does not fit is refused here, before any work is done.
-    """
+    """The sets being learnt, one after the other; what does not fit is refused before any work."""
 
     def __init__(
         self,
@@ -190,7 +188,9 @@ class _Learning:
             raise DreamkitError("this application needs a synthesizer, or images that are there")
         if options.adaptive is not None:
             self._check_rhythm(options.adaptive)
-        if images is not None and not isinstance(images, Synthesis):
+        if isinstance(images, Synthesis):
+            self.course.check_replay(images.synthesizer)
+        elif images is not None:
             with placed("replay"):
                 check_size(images, card)
 
@@ -256,7 +256,7 @@ class _Learning:
             old.card,
             options,
             step.device,
-            torch.Generator().manual_seed(step.seed + 1),
+            step.seed,
             options.total_steps(len(task.train)),
             step.log.note,
         )
@@ -266,10 +266,11 @@ class _Learning:
                 taught_on = teach(trainer, sets, step, "training")
         if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
-            generator = torch.Generator().manual_seed(step.seed)
+            generator = stream(step.seed, "refresh")
             added = drawn_by_class(task.train, self.options.images_per_class, generator)
             images = JoinedImages([added, *taught_on[1:]])
-            refresh(new.model, images, new.card, step.device, options.batch_size)
+            with step.log.progress("statistics", len(images) // options.batch_size) as advance:
+                refresh(new.model, images, new.card, step.device, options.batch_size, advance)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store)
 

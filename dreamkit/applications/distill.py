@@ -56,7 +56,7 @@ class Distill(TrainsOnImages):
         Raises:
             DreamkitError: it does not fit the teacher.
         """
-        with placed("student"):
+        with placed("student"), context.log.progress("loading the student", 1):
             loaded = self.student.load(context.seed)
             loaded.model.to(context.device)
             made = admit(loaded, context.log.note, "the student")

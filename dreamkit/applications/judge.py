@@ -20,9 +20,9 @@ from dreamkit.evaluation.features import find_layer
 from dreamkit.evaluation.fidelity import check_fidelity, fidelity_scores
 from dreamkit.evaluation.judgement import Judgement, judge_by
 from dreamkit.registry import EntriesOf, EntryOf
-from dreamkit.sources.joined import Joined
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.measuring import measure_quality
+from dreamkit.stages.opening import dreamed_from, opened
 from dreamkit.store.source import is_own_dreams
 from dreamkit.teachers.intake import admit
 from dreamkit.teachers.weights import hash_weights
@@ -83,7 +83,7 @@ class Judge(Application):
     ) -> Outcome:
         """Load every verifier, dream, and judge."""
         self._check(teacher, images)
-        reference = self._open_reference(teacher.card)
+        reference = self._open_reference(teacher.card, context)
         numbers = range(len(self.verifiers))
         verifiers = [self._load(number, teacher, context) for number in numbers]
         layers = [self._layer(verifier) for verifier in verifiers]
@@ -110,17 +110,17 @@ class Judge(Application):
             with placed("fidelity"):
                 check_fidelity(teacher.card.input_size[0])
 
-    def _open_reference(self, card: Card) -> Images | None:
+    def _open_reference(self, card: Card, context: RunContext) -> Images | None:
         if self.reference is None:
             return None
         with placed("reference"):
-            images = self.reference.open(card)
+            images = opened(self.reference, card, context.log.note)
             if len(images) < 2:
                 raise DreamkitError("a covariance needs at least two reference images")
         return images
 
     def _load(self, index: int, teacher: Teacher, context: RunContext) -> Teacher:
-        with placed("verifiers", index):
+        with placed("verifiers", index), context.log.progress("loading a verifier", 1):
             verifier = admit(self.verifiers[index].load(context.seed), context.log.note, judge=True)
             check_verifier(verifier, teacher, dreamed_from(self.images))
         if not verifier.card.trained:
@@ -191,14 +191,6 @@ def _describe(name: str, card: Card, layer: str | None, found: Judgement) -> dic
         "layer": layer,
         "features": found.features,
     }
-
-
-def dreamed_from(source: ImageSource | None) -> set[str]:
-    """Return the hashes of the networks that a source's images were dreamed from."""
-    if isinstance(source, Joined):
-        return {found for part in source.of for found in dreamed_from(part)}
-    found = None if source is None else source.teacher_sha256()
-    return set() if found is None else {found}
 
 
 def check_verifier(verifier: Teacher, teacher: Teacher, inverted: Collection[str] = ()) -> None:

@@ -19,6 +19,7 @@ from dreamkit.copying import copied
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state, tensors_of
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
@@ -33,8 +34,8 @@ from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
+from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
-from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     Images,
@@ -127,21 +128,25 @@ class Recover(TrainsOnImages):
         """Prune in all rounds, from where an interrupted try was; return the masks."""
         checkpoint = PruningCheckpoint(teacher, context)
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
-        for number, sparsity in enumerate(self.schedule[done:], done + 1):
-            masks = distributed.broadcast(choose_weights(student, sparsity))
-            remove_weights(student, masks)
-            fit = self.reconstruction
-            if fit is None:
-                self._recalibrate(teacher, student, images, context)
-            else:
-                reconstruct_student(teacher, student, PruningRecord(), images, fit, context, masks)
-            look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
-            context.log.record("pruning", number, look)
-            if fit is not None:  # else it is as quickly done again as read
-                tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)
-                checkpoint.save(images, number, tensors, {})
-            context.log.emit(RoundPruned(round=number, numbers=look))
-            context.log.check(together=True)
+        with context.log.progress("pruning", self.rounds) as advance:
+            for number, sparsity in enumerate(self.schedule[done:], done + 1):
+                chosen = choose_weights(student, sparsity)
+                masks = distributed.broadcast_tensors(chosen, context.device)
+                remove_weights(student, masks)
+                fit = self.reconstruction
+                if fit is None:
+                    self._recalibrate(teacher, student, images, context)
+                else:
+                    record = PruningRecord()
+                    reconstruct_student(teacher, student, record, images, fit, context, masks)
+                look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
+                context.log.record("pruning", number, look)
+                if fit is not None:  # else it is as quickly done again as read
+                    tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)
+                    checkpoint.save(images, number, tensors, {})
+                context.log.emit(RoundPruned(round=number, numbers=look))
+                context.log.check(together=True)
+                advance(number)
         return masks
 
     def _go_on(
@@ -164,6 +169,10 @@ class Recover(TrainsOnImages):
         if self.recalibration_batches == 0:
             return
         batches, size = self.recalibration_batches, self.training.batch_size
-        # Drawn: image folders come sorted by class.
-        sample = drawn(images, batches * size, torch.Generator().manual_seed(context.seed))
-        recalibrate(student, sample, teacher.card, context.device, batches, size)
+        sample = fitting_sample(images, batches * size, context.seed, "recalibration")
+        cure = f"lower training.batch_size ({size} now)"
+        with (
+            context.log.progress("statistics", batches) as advance,
+            enough_memory("taking BatchNorm statistics", cure, ("training", "batch_size")),
+        ):
+            recalibrate(student, sample, teacher.card, context.device, batches, size, advance)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -28,6 +27,7 @@ from dreamkit.plugins import added_rules
 from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.registry import Registries, UnknownEntry
+from dreamkit.report.run_log import ConsoleLog
 from dreamkit.store.atomic import write_atomically
 from dreamkit.types import ChannelRule, LatencyBackend, LayerShape, Teacher, Timing
 from dreamkit.wording import say
@@ -46,9 +46,11 @@ def build_table(
     # A stretch of time in which the machine is slower then has some of every layer.
     random.Random(0).shuffle(missing)
     parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
-    for part in track(parts, "measuring", console=console, disable=not console.is_terminal):
-        table.measure(part)
-        write_atomically(path, table_text(table).encode())
+    with ConsoleLog(console).progress("measuring layers", len(missing)) as advance:
+        for number, part in enumerate(parts, 1):
+            table.measure(part)
+            write_atomically(path, table_text(table).encode())
+            advance(min(number * AT_ONCE, len(missing)))
     return len(missing)
 
 
@@ -90,13 +92,15 @@ def check_table(
     while len(models) < _KNOWN + variants:
         most = _MOST * float(torch.rand((), generator=draws))
         models.append(pruned(graph, most / 2, most, draws))
-    layers = []
-    for model in track(models, "checking", console=console, disable=not console.is_terminal):
-        shapes = table.shapes(model, size)
-        table.prepare(shapes.values())
-        layers.append(CostModel(shapes).total(table.predict))
+    layers, log = [], ConsoleLog(console)
+    with log.progress("measuring layers", len(models)) as advance:
+        for number, model in enumerate(models, 1):
+            shapes = table.shapes(model, size)
+            table.prepare(shapes.values())
+            layers.append(CostModel(shapes).total(table.predict))
+            advance(number)
     example = torch.randn(table.backend.batch_size, *size)
-    with console.status("timing"):
+    with log.progress("timing networks", 1):
         measured = mean_times(table.backend, [(model, example) for model in models], seconds)
     # The line is told from networks among the others: their place in turn and in memory may tell.
     order = [0, 1, *(2 + torch.randperm(len(models) - 2, generator=draws)).tolist()]

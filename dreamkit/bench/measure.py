@@ -18,6 +18,7 @@ from dreamkit.devices import default_backend
 from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.evaluation.cost import count
 from dreamkit.model_state import eval_mode
+from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -201,7 +202,7 @@ def explain(error: Exception) -> str:
         text = first_line(error.message)
     elif isinstance(error, DreamkitError):
         text = error.message
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    elif is_out_of_memory(error):
         text = f"out of memory ({error})"
     else:
         text = f"{type(error).__name__}: {error}"

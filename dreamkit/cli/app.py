@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dreamkit.cli import look, measure, results, run
+from dreamkit.cli.streams import restart_in_utf8, standard_streams
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import with_commands
 from dreamkit.version import __version__
@@ -49,6 +50,12 @@ app.add_typer(measure.lut, name="lut", rich_help_panel="Measure")
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
+    restart_in_utf8()
+    with standard_streams():
+        _main()
+
+
+def _main() -> None:
     try:
         program, failures = with_commands(app)
         for failure in failures:

@@ -38,7 +38,7 @@ def recipes(as_json: AsJson = False) -> None:
     console = Console()
     for row in rows:
         console.print(f"[bold]{escape(row['recipe'])}[/]", highlight=False)
-        for key in ("description", "teacher", "needs", "takes"):
+        for key in ("description", "teacher", "presets", "needs", "takes"):
             if row[key]:
                 text = row[key] if key == "description" else f"{key}: {row[key]}"
                 say(console, textwrap.indent(textwrap.fill(text, console.width - 4), "    "))

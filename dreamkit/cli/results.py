@@ -26,6 +26,14 @@ def export(
     allow_builder: Annotated[
         bool, typer.Option(help="Run the builder function that the student names. Trust it first.")
     ] = False,
+    builder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE:FUNCTION",
+            help="Build the unpruned network by this function, in place of the one that the "
+            "student names: path/to/file.py:make_net or package.module:make_net.",
+        ),
+    ] = None,
 ) -> None:
     """Export a run's student, run the file, and compare it with the model.
 
@@ -38,8 +46,17 @@ def export(
         dreamkit export runs/quickstart --format torch-export --batch-size 1
     """
     from dreamkit.deploy.exporting import export_student, show_exported
+    from dreamkit.report.run_log import ConsoleLog
+    from dreamkit.students import BuilderNeeded
 
-    show_exported(export_student(run_directory, format_, out, batch_size, allow_builder), Console())
+    console = Console()
+    try:
+        with ConsoleLog(console).progress("exporting", 1):
+            found = export_student(run_directory, format_, out, batch_size, allow_builder, builder)
+    except BuilderNeeded as error:
+        words = ("pass --allow-builder", "pass --builder path/to/file.py:function")
+        raise error.in_words(*words) from error
+    show_exported(found, console)
 
 
 def export_dreams(
@@ -78,6 +95,10 @@ def verify(
         dreamkit verify runs/quickstart
     """
     from dreamkit.checkup.verifying import show_findings, verify_run
+    from dreamkit.report.run_log import ConsoleLog
 
-    if not show_findings(verify_run(run_directory), Console()):
+    console = Console()
+    with ConsoleLog(console).progress("verifying", 1):
+        found = verify_run(run_directory)
+    if not show_findings(found, console):
         raise typer.Exit(1)

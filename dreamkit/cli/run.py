@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,7 +109,7 @@ def _load(
     from dreamkit.recipe import read_recipe
     from dreamkit.recipe.bundled import bundled_recipes, find_recipe
     from dreamkit.runner import default_folder
-    from dreamkit.store.run_directory import RECIPE
+    from dreamkit.store.run_directory import RECIPE, stored_preset
 
     folder = Path(named)
     stored = folder / RECIPE
@@ -127,7 +128,7 @@ def _load(
             f"--resume {folder} goes on with the recipe that is stored there: leave --preset, "
             "--set and --out out"
         )
-    return read_recipe(stored, build_registries), folder
+    return replace(read_recipe(stored, build_registries), preset=stored_preset(folder)), folder
 
 
 def validate(recipe: RecipeName, preset: Preset = None, set_: Overrides = None) -> None:
@@ -143,10 +144,10 @@ def validate(recipe: RecipeName, preset: Preset = None, set_: Overrides = None) 
     from dreamkit.recipe.bundled import find_recipe
 
     file = find_recipe(recipe)
-    registries, missing = validate_recipe(file, build_registries, preset, set_ or [])
+    registries, lines = validate_recipe(file, build_registries, preset, set_ or [])
     warn_of_failures(registries)
-    for line in missing:
-        print(f"warning: {line} (needed to run)", file=sys.stderr)
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
     print(f"{file} is valid")
 
 

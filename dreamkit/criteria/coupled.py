@@ -34,21 +34,37 @@ def check_makers(
     Raises:
         NothingToPrune: no layer of some group counts; the message names such groups.
     """
-    made = {
-        group.name: [member.layer for member in group.members if member.axis == "out"]
-        for group in groups
-    }
     without = [
-        name
-        for name, layers in made.items()
-        if all(counts(model.get_submodule(layer)) is None for layer in layers)
+        group
+        for group in groups
+        if all(counts(model.get_submodule(layer)) is None for layer in _makers(group))
     ]
-    if without:
+    refuse_groups(without, lacking, instead)
+
+
+def refuse_groups(
+    groups: Sequence[ChannelGroup], lacking: str, instead: str = "use taylor, or "
+) -> None:
+    """Refuse some channel groups, if there are any.
+
+    Args:
+        groups: that cannot be scored.
+        lacking: what they have none of, for the message.
+        instead: what to do about it, beside leaving the groups alone.
+
+    Raises:
+        NothingToPrune: there are some; the message names them.
+    """
+    if groups:
         raise NothingToPrune(
-            f"there is no {lacking} in the channel groups {and_more(without)}: {instead}leave such "
-            f"groups alone, each by one of limits.exceptions: {{layers: {made[without[0]][0]}, "
-            "max_ratio: 0}"
+            f"there is no {lacking} in the channel groups {and_more([g.name for g in groups])}: "
+            f"{instead}leave such groups alone, each by one of limits.exceptions: "
+            f"{{layers: {_makers(groups[0])[0]}, max_ratio: 0}}"
         )
+
+
+def _makers(group: ChannelGroup) -> list[str]:
+    return [member.layer for member in group.members if member.axis == "out"]
 
 
 def coupled_scores(

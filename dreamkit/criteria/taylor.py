@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dreamkit.criteria.coupled import check_makers
+from dreamkit.criteria.coupled import refuse_groups
 from dreamkit.errors import DreamkitError, NothingToPrune
 from dreamkit.model_state import frozen
 from dreamkit.types import NO_LABEL, ChannelGroup, Criterion, PruningStep
@@ -22,12 +24,15 @@ from dreamkit.types import NO_LABEL, ChannelGroup, Criterion, PruningStep
 
 @dataclass(frozen=True)
 class Taylor(Criterion):
-    """First-order Taylor importance of gates after BatchNorm: (Σ gate·∂L/∂gate)².
+    """First-order Taylor importance of a channel, as its readers see it: (Σ gate·∂L/∂gate)².
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. A gate of 1
-    multiplies each channel that a BatchNorm layer puts out (activated, where the layer does that
-    too, as some of timm's), or a convolution or linear layer where there is none. Gates of coupled
-    channels add up, the sum is squared, and the squares are averaged.
+    multiplies each channel where a convolution or a linear layer reads it: removal sets that to 0.
+    The gates of all its readers add up, the sum is squared, and the squares are averaged.
+
+    The paper's gates stand behind BatchNorm. Through ReLU and a residual sum that is the same
+    number, but where one BatchNorm follows another before anything reads (as around a depthwise
+    convolution) each such gate tells of the same removal, and their sum tells of it twice.
 
     Args:
         loss: ``kl`` is KL(p_T ‖ p_pruned), which needs no labels, with its gradient estimated by
@@ -50,23 +55,24 @@ class Taylor(Criterion):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def check(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
-        """Refuse groups with no layer to put a gate behind.
+        """Refuse groups that no layer reads.
 
         Raises:
             NothingToPrune: there are some.
         """
-        check_makers(model, groups, _gated, "layer to put a gate behind", instead="")
+        unread = [group for group in groups if all(m.axis != "in" for m in group.members)]
+        refuse_groups(unread, "layer that reads channels", instead="")
 
     def __call__(self, step: PruningStep) -> list[Tensor]:
         """Return importances >= 0, one tensor (channels,) for each group.
 
         Raises:
             DreamkitError: ``loss: ce`` of images without labels.
-            NothingToPrune: a group has no layer to put a gate behind, or one that the model does
-                not call, or calls with other than an image a row.
+            NothingToPrune: no layer reads a group, or one that the model does not call, or calls
+                with other than an image a row.
         """
         scores = [torch.zeros(group.channels) for group in step.groups]
-        layers = [gated_layers(step.model, group) for group in step.groups]
+        layers = [reading_layers(group) for group in step.groups]
         wanted = {name for names in layers for name in names}
         count = 0
         with frozen(step.model), _gates(step.model, wanted) as gates:
@@ -105,20 +111,16 @@ class Taylor(Criterion):
         return F.cross_entropy(logits / self.temperature, drawn.to(logits.device))
 
 
-def gated_layers(model: nn.Module, group: ChannelGroup) -> list[str]:
-    """Return the layers behind which a group's gates stand.
-
-    These are its BatchNorm layers, or its convolutions and linear layers where it has none.
+def reading_layers(group: ChannelGroup) -> list[str]:
+    """Return the layers before which a group's gates stand: those that read its channels.
 
     Raises:
         NothingToPrune: there is none.
     """
-    made = {m.layer: model.get_submodule(m.layer) for m in group.members if m.axis == "out"}
-    norms = [name for name, layer in made.items() if _scales(layer)]
-    found = norms or [name for name, layer in made.items() if _gated(layer)]
+    found = [member.layer for member in group.members if member.axis == "in"]
     if not found:
-        raise NothingToPrune(f"the channel group {group.name} has no layer that makes its channels")
-    return found
+        raise NothingToPrune(f"the channel group {group.name} has no layer that reads its channels")
+    return list(dict.fromkeys(found))
 
 
 def gate_gradients(group: ChannelGroup, gradients: Mapping[str, Tensor]) -> Tensor:
@@ -126,41 +128,38 @@ def gate_gradients(group: ChannelGroup, gradients: Mapping[str, Tensor]) -> Tens
 
     Args:
         group: channels that can only be removed together.
-        gradients: by layer behind which gates stand, of each image and channel (N, C).
+        gradients: by layer before which gates stand, of each image and input (N, C).
     """
     total = torch.zeros(len(next(iter(gradients.values()))), group.channels)
     for member in group.members:
-        if member.axis == "out" and member.layer in gradients:
+        if member.axis == "in" and member.layer in gradients:
             total.index_add_(1, member.channel, gradients[member.layer][:, member.index])
     return total
 
 
-def _gated(layer: nn.Module) -> nn.Module | None:
-    return layer if _scales(layer) or isinstance(layer, nn.Conv2d | nn.Linear) else None
-
-
-def _scales(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.batchnorm._NormBase) and isinstance(layer.weight, Tensor)
-
-
 @contextmanager
 def _gates(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Multiply what layers put out by gates of 1, one for each image and channel.
+    """Multiply what layers read by gates of 1, one for each image and channel.
 
     Yields:
         The gates of every call by layer, until the dictionary is emptied.
     """
     gates: dict[str, list[Tensor]] = defaultdict(list)
 
-    def gate(name: str, layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        channels = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        shape = [size if dim in (0, channels) else 1 for dim, size in enumerate(output.shape)]
-        ones = torch.ones(shape, dtype=output.dtype, device=output.device, requires_grad=True)
+    def gate(name: str, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        given, structure = tree_flatten((args, kwargs))
+        place = next(i for i, value in enumerate(given) if isinstance(value, Tensor))
+        read = given[place]
+        channels = 1 if read.dim() == 4 or isinstance(layer, _ConvNd) else read.dim() - 1
+        shape = [size if dim in (0, channels) else 1 for dim, size in enumerate(read.shape)]
+        ones = torch.ones(shape, dtype=read.dtype, device=read.device, requires_grad=True)
         gates[name].append(ones)
-        return output * ones
+        given[place] = read * ones
+        return tree_unflatten(given, structure)
 
     handles = [
-        model.get_submodule(name).register_forward_hook(partial(gate, name)) for name in names
+        model.get_submodule(name).register_forward_pre_hook(partial(gate, name), with_kwargs=True)
+        for name in names
     ]
     try:
         yield gates

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dreamkit.card import Card
 from dreamkit.copying import copied
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import hide_extra_state, to_eval
 from dreamkit.plugins import build_registries
@@ -23,6 +23,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.registry import Registries
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.students import load_student, load_unpruned
+from dreamkit.teachers.builders import call_builder, check_builder
 from dreamkit.types import Exporter, RunContext, Timing
 from dreamkit.wording import one_line, say
 
@@ -30,6 +31,7 @@ COMPARED = 64
 """Images that the file and the model are compared on."""
 TOLERANCE = 1e-3
 """By how much outputs may differ, as a share of the largest: runtimes add in other orders."""
+_COUNTS = (1, 3)
 _WARMUP, _REPEATS = 3, 21
 
 
@@ -96,6 +98,9 @@ def export_model(
             written = Path(scratch) / f"model{exporter.suffix}"
             _write(exporter, format, own, written, images, batch_size)
             found = _compared(exporter, format, own, written, images)
+            if batch_size is None:  # a file for any number is held to more than one
+                for count in _COUNTS:
+                    _compared(exporter, format, own, written, images[:count])
             written.replace(path)
     except OSError as failure:
         raise DreamkitError(f"{path} cannot be written: {failure.strerror}") from failure
@@ -108,6 +113,7 @@ def export_student(
     out: Path | None = None,
     batch_size: int | None = None,
     allow_builder: bool = False,
+    builder: str | None = None,
     registries: Registries | None = None,
 ) -> Exported:
     """Export a run's student as ``export_model`` does, and time it beside what it was before.
@@ -118,6 +124,8 @@ def export_student(
         out: the file; beside the student if None.
         batch_size: as of ``export_model``.
         allow_builder: see ``load_student``.
+        builder: ``package.module:function`` or ``path/to/file.py:function`` that returns the
+            network before it was pruned, in place of the one that the student names.
         registries: as of ``export_model``.
 
     Raises:
@@ -127,7 +135,14 @@ def export_student(
     folder = run_directory / RunContext.STUDENT
     if not folder.is_dir():
         folder = run_directory
-    student = load_student(folder, allow_builder=allow_builder)
+    given = None
+    if builder is not None:
+        try:
+            check_builder(builder)
+        except OptionError as error:
+            raise DreamkitError(f"builder: {error}") from error
+        given = partial(call_builder, builder, {})
+    student = load_student(folder, given, allow_builder)
     card, exporter = student.card, find_exporter(format, registries)
     assert isinstance(card, Card)
     path = out or folder / f"model{exporter.suffix}"
@@ -136,7 +151,7 @@ def export_student(
     found = export_model(student, card, format, path, batch_size, registries, images)
     with tempfile.TemporaryDirectory() as scratch:
         unpruned = Path(scratch) / f"unpruned{exporter.suffix}"
-        model, one = load_unpruned(folder, allow_builder), images[: batch_size or 1]
+        model, one = load_unpruned(folder, given, allow_builder), images[: batch_size or 1]
         _write(exporter, format, model, unpruned, images, batch_size)
         calls = [partial(_opened(exporter, file), one) for file in (path, unpruned)]
         timings = alternate(calls, _WARMUP, _REPEATS)
@@ -182,7 +197,13 @@ def _compared(
         DreamkitError: their outputs differ.
     """
     expected = model(images)
-    found = _opened(exporter, path)(images)
+    try:
+        found = _opened(exporter, path)(images)
+    except Exception as failure:  # each runtime has errors of its own
+        raise DreamkitError(
+            f"the exported {name} file does not run on {len(images)} images: {one_line(failure)}; "
+            "nothing was written. Try a batch size of 1, or another format"
+        ) from failure
     error = float((found - expected).abs().max())
     largest = float(expected.abs().max())
     same = float((found.argmax(1) == expected.argmax(1)).float().mean())

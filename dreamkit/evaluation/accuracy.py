@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dreamkit import distributed
 from dreamkit.card import Card
 from dreamkit.model_state import eval_mode
+from dreamkit.out_of_memory import InParts
 from dreamkit.types import Images
 
 _BATCH = 256
 
+Advance = Callable[[int], None]
+"""Told how many images are done."""
+
+
+def unheard(images: int) -> None:
+    """Tell nobody."""
+
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Images, card: Card, device: torch.device
+    model: nn.Module,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    advance: Advance = unheard,
 ) -> tuple[Tensor, Tensor]:
     """Return the predicted class of every image (N,) and the labels (N,), in order, on the CPU.
 
-    Where there are several ranks each does a part, and has all of it in the end.
+    Where there are several ranks each does a part, and has all of it in the end. Batches that
+    memory is short of are done in parts.
     """
     starts = range(0, len(images), _BATCH)
     mine = {}
+    classes = InParts(lambda stored: model(card.normalise(stored.to(device))).argmax(1).cpu())
     with eval_mode(model):
         for first in starts[distributed.rank() :: distributed.size()]:
             stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
-            mine[first] = model(card.normalise(stored.to(device))).argmax(1).cpu(), given
+            mine[first] = classes(stored), given
+            advance(first + len(stored))
     found = {first: pair for part in distributed.gather(mine) for first, pair in part.items()}
     predicted, labels = zip(*(found[first] for first in starts), strict=True)
     return torch.cat(predicted), torch.cat(labels)
 
 
-def accuracy(model: nn.Module, images: Images, card: Card, device: torch.device) -> float:
+def accuracy(
+    model: nn.Module,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    advance: Advance = unheard,
+) -> float:
     """Return top-1 accuracy on labelled images, in [0, 1]."""
-    predicted, labels = predict(model, images, card, device)
+    predicted, labels = predict(model, images, card, device, advance)
     return float((predicted == labels).float().mean())
 
 
 def agreement(
-    model: nn.Module, teacher: nn.Module, images: Images, card: Card, device: torch.device
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    advance: Advance = unheard,
 ) -> float:
-    """Return how often two models predict the same class, in [0, 1]; labels are not used."""
-    ours, _ = predict(model, images, card, device)
-    theirs, _ = predict(teacher, images, card, device)
+    """Return how often two models predict the same class, in [0, 1]; labels are not used.
+
+    ``advance`` is told twice the images: each goes through both.
+    """
+    ours, _ = predict(model, images, card, device, advance)
+    done = len(images)
+    theirs, _ = predict(teacher, images, card, device, lambda more: advance(done + more))
     return float((ours == theirs).float().mean())

@@ -18,6 +18,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.features import find_layer, pooled
 from dreamkit.evaluation.frechet_distance import Gaussian
 from dreamkit.model_state import eval_mode, inputs_of
+from dreamkit.out_of_memory import InParts
 from dreamkit.types import NO_LABEL, Images, Teacher
 
 _BATCH = 256
@@ -98,17 +99,27 @@ def observe(
     watched = [find_layer(model, card, layer)] if layer is not None else []
     logits, labels, features = [], [], None
     with eval_mode(model), inputs_of(watched) as tap:
-        for first in range(0, len(images), _BATCH):
-            stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
-            logits.append(model(as_seen_by(card, stored.to(device))).float().cpu())
-            labels.append(given)
+
+        def seen(stored: Tensor) -> Tensor:
+            """Return logits and, behind them, the layer's features of each image."""
+            columns = [model(as_seen_by(card, stored.to(device))).float()]
             for name, module in watched:
                 if name not in tap.inputs:
                     raise DreamkitError(f"{card.name} never calls its module '{layer}'", ("layer",))
-                part = Gaussian.of(pooled(module, tap.inputs[name]))
+                columns.append(pooled(module, tap.inputs[name]).float())
+            return torch.cat(columns, 1).cpu()
+
+        in_parts = InParts(seen)
+        for first in range(0, len(images), _BATCH):
+            stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
+            found = in_parts(stored)
+            logits.append(found[:, : card.num_classes])
+            labels.append(given)
+            if watched:
+                part = Gaussian.of(found[:, card.num_classes :])
                 features = part if features is None else features.joined(part)
             advance(first + len(stored))
-    found = Observed(torch.cat(logits), torch.cat(labels), features)
-    if not found.logits.isfinite().all():
+    observed = Observed(torch.cat(logits), torch.cat(labels), features)
+    if not observed.logits.isfinite().all():
         raise DreamkitError(f"{card.name} returns values that are not finite for these images")
-    return found
+    return observed

@@ -8,7 +8,8 @@ target computes them apart.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
@@ -23,6 +24,14 @@ _AGAIN = 16
 """Layers of a table that are measured again, at the most, where it grows."""
 
 
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Begins a stage with a name and a number of units; the callable takes how many are done."""
+
+
+def _unseen(stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
+
+
 class LookUpTable:
     """Measured latencies of layers by shape; what is missing is measured when asked for.
 
@@ -35,6 +44,9 @@ class LookUpTable:
     Args:
         backend: how to measure.
         points: measured before, on the same target.
+
+    Attributes:
+        progress: shows how many of how many layers are measured, e.g. that of a run's log.
     """
 
     def __init__(
@@ -42,6 +54,7 @@ class LookUpTable:
     ) -> None:
         self.backend = backend
         self.points = dict(points or {})
+        self.progress: Progress = _unseen
         self.asked = False
         """Whether anything wanted a latency to be told."""
         self.block = backend.channel_block
@@ -71,8 +84,12 @@ class LookUpTable:
         the new ones, which are put on its scale.
         """
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self.points]
-        for first in range(0, len(missing), AT_ONCE):
-            self._measure(missing[first : first + AT_ONCE])
+        if not missing:
+            return
+        with self.progress("measuring layers", len(missing)) as advance:
+            for first in range(0, len(missing), AT_ONCE):
+                self._measure(missing[first : first + AT_ONCE])
+                advance(min(first + AT_ONCE, len(missing)))
 
     def _measure(self, missing: Sequence[LayerShape]) -> None:
         known = list(self.points)[:: max(1, len(self.points) // _AGAIN)][:_AGAIN]

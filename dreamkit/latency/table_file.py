@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,12 @@ def _place(shape: LayerShape) -> tuple[Any, ...]:
     return (*facts.values(), *counts)
 
 
-def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> LookUpTable:
+def read_table(
+    path: Path,
+    backend: LatencyBackend,
+    strict: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> LookUpTable:
     """Read a table.
 
     Args:
@@ -46,6 +52,7 @@ def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> Loo
         backend: the target it must have been measured on.
         strict: refuse a file that does not serve. Else a table is a cache: one that is absent,
             damaged or of another target is an empty one.
+        note: told of a table that is there and not used.
 
     Raises:
         DreamkitError: the file does not serve, and ``strict`` is set.
@@ -53,23 +60,24 @@ def read_table(path: Path, backend: LatencyBackend, strict: bool = False) -> Loo
     here = backend.describe()
     try:
         target, points = read_file(path)
-    except DreamkitError:
+    except DreamkitError as error:
         if strict:
             raise
+        if path.exists():
+            note(f"{error}; its layers are measured again")
         return LookUpTable(backend)
     if target == here:
         return LookUpTable(backend, points)
+    keys = sorted(target.keys() | here.keys())
+    other = [
+        f"{key} {target.get(key)} there, {here.get(key)} here"
+        for key in keys
+        if target.get(key) != here.get(key)
+    ]
+    told = f"{path} was measured on another target ({'; '.join(other)})"
     if strict:
-        keys = sorted(target.keys() | here.keys())
-        other = [
-            f"{key} {target.get(key)} there, {here.get(key)} here"
-            for key in keys
-            if target.get(key) != here.get(key)
-        ]
-        raise DreamkitError(
-            f"{path} was measured on another target ({'; '.join(other)}): measure it here with "
-            "'dreamkit lut build'"
-        )
+        raise DreamkitError(f"{told}: measure it here with 'dreamkit lut build'")
+    note(f"{told}: its layers are measured again, and the file is written anew")
     return LookUpTable(backend)
 
 

@@ -55,9 +55,10 @@ def find_recipe(named: str) -> Path:
 
 
 def describe(file: Path) -> dict[str, str]:
-    """Return a recipe's ``description`` and ``teacher``, what it ``needs`` and how long it takes.
+    """Return a recipe's ``description``, ``teacher``, ``presets``, ``needs`` and ``takes``.
 
-    The last two are lines of its first comment: ``# Needs: ...`` and ``# Takes: ...``.
+    What it needs and how long it takes are lines of its first comment: ``# Needs: ...`` and
+    ``# Takes: ...``.
     """
     text = file.read_text(encoding="utf-8")
     recipe = parse_yaml(text, str(file)).plain()
@@ -66,4 +67,5 @@ def describe(file: Path) -> dict[str, str]:
     said = {key.lower(): value for key, _, value in pairs if key.lower() in _FACTS}
     teacher = f"{recipe['teacher']['source']}:{recipe['teacher']['model']}"
     facts = {"description": recipe["description"], "teacher": teacher}
+    facts["presets"] = ", ".join(recipe.get("presets") or ())
     return facts | {key: said.get(key, "") for key in _FACTS}

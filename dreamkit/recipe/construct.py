@@ -21,7 +21,7 @@ from dreamkit.errors import OptionError, PluginError
 from dreamkit.recipe.problems import Problem, problems_of
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import type_name
-from dreamkit.registry import Registries, Term, UnknownEntry, name_key
+from dreamkit.registry import Registries, Term, UnknownEntry, mapping_of, name_key
 
 _PLAIN = (dict, list, tuple, str, bytes, int, float, type, type(None))
 """What is data, or a mistake; anything else that stands for an entry is one."""
@@ -88,9 +88,13 @@ class Builder:
     def listed(self, kind: str, value: Any) -> Any:
         """Return a mapping of names to weights as the list of terms that it stands for.
 
-        A weight may also be an object, or a pair of a weight and an object.
+        A weight may also be an object, or a pair of a weight and an object. One entry stands for a
+        list of one.
         """
-        if not isinstance(value, dict) or name_key(kind) in value:
+        alone = isinstance(value, str | Term) or not isinstance(value, _PLAIN)
+        if alone or (isinstance(value, dict) and name_key(kind) in value):
+            return [value]
+        if not isinstance(value, dict):
             return value
         terms: list[Any] = []
         for name, given in value.items():
@@ -105,7 +109,7 @@ class Builder:
     def _named(self, kind: str, value: Any, *extra: str) -> Term[Any]:
         key = name_key(kind)
         if isinstance(value, str):
-            value = {key: value}
+            value = mapping_of(kind, value)
         if not isinstance(value, _PLAIN):
             _check_entry(kind, value)
             return Term(self._name_of(kind, value), 1.0, value)

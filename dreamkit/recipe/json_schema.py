@@ -43,6 +43,8 @@ def recipe_schema(registries: Registries) -> dict[str, Any]:
         names, key = list(registries[kind]), name_key(kind)
         for prefix, more in (("", {}), ("weighted_", {"weight": WEIGHT_SCHEMA})):
             entries: list[Any] = [{"enum": names}]
+            if kind == "teachers":
+                entries.append({"type": "string", "pattern": "^[^:]+:.+$"})
             for name in names:
                 entry = made[(kind, name), "validation"]
                 properties = {key: {"const": name}, **more, **entry.get("properties", {})}

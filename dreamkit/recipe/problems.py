@@ -138,8 +138,11 @@ def _written(data: Any, location: tuple[str | int, ...]) -> tuple[RecipePath, An
     parent = data
     for step in location:
         inside = data
-        if isinstance(inside, dict) and isinstance(step, int) and step < len(inside):
-            step = list(inside)[step]
+        if isinstance(inside, dict) and isinstance(step, int):
+            if {"name", "source"} & inside.keys():
+                continue  # one entry, validated as a list of one
+            if step < len(inside):
+                step = list(inside)[step]
         is_key = isinstance(inside, dict) and step in inside
         if is_key or (isinstance(inside, list | tuple) and step in range(len(inside))):
             parent, data = inside, inside[step]

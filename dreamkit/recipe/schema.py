@@ -20,14 +20,13 @@ from dreamkit.errors import (
     did_you_mean,
 )
 from dreamkit.recipe.construct import Builder
+from dreamkit.recipe.defaults import with_defaults
+from dreamkit.recipe.nodes_of_file import plugin_names, read_nodes, split_presets
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, located
 from dreamkit.recipe.signature import options_of
-from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
-from dreamkit.registry import EntriesOf, EntryOf, Registries, name_key
-
-MAX_BYTES = 1_000_000
-"""A recipe is written by hand; a larger file is a mistake."""
+from dreamkit.recipe.yaml_nodes import Node, dump_yaml
+from dreamkit.registry import EntriesOf, EntryOf, Registries, mapping_of
 
 
 def _check_name(name: str) -> str:
@@ -101,9 +100,14 @@ class LoadedRecipe:
     preset: str | None
     registries: Registries
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as it runs: presets and overrides applied, defaults written out."""
+        whole: dict[str, Any] = with_defaults(self.registries, Recipe, self.root.plain())
+        return whole
+
     def resolved_yaml(self) -> str:
-        """Return the recipe as it runs, presets and overrides applied."""
-        return dump_yaml(self.root.plain())
+        """Return the same as YAML, which reads as the same recipe."""
+        return dump_yaml(self.resolved())
 
     def locate(self, path: RecipePath) -> str:
         """Return ``file:line:column path`` of a value, or of its nearest parent."""
@@ -124,6 +128,8 @@ def read_recipe(
 ) -> LoadedRecipe:
     """Read and check a recipe whole: its base, the chosen preset, and the presets not chosen.
 
+    A preset not chosen that names plugins of its own is not checked: they would have to be run.
+
     Args:
         file: the YAML file.
         build_registries: given the recipe's plugins, returns the registries to check against.
@@ -135,9 +141,9 @@ def read_recipe(
             chosen preset names and that is not there is one.
         PluginError: a plugin that the recipe names cannot be loaded.
     """
-    chosen, registries, problems, recipe = _check(file, build_registries, preset, overrides)
-    _raise_if_any(problems)
-    return LoadedRecipe(recipe, chosen, preset, registries)
+    checked = _check(file, build_registries, preset, overrides)
+    _raise_if_any(checked.problems)
+    return LoadedRecipe(checked.recipe, checked.root, preset, checked.registries)
 
 
 def validate_recipe(
@@ -149,15 +155,17 @@ def validate_recipe(
     """Check a recipe as ``read_recipe`` does, but let files be missing.
 
     Returns:
-        The registries, and a line for each file that a run would need and that is not there.
+        The registries, and a line for each file that a run would need and that is not there, and
+        for each preset that was not checked.
 
     Raises:
         RecipeError: every other problem.
         PluginError: a plugin that the recipe names cannot be loaded.
     """
-    _, registries, problems, _ = _check(file, build_registries, preset, overrides)
-    _raise_if_any([problem for problem in problems if not problem.missing])
-    return registries, list(map(str, problems))
+    checked = _check(file, build_registries, preset, overrides)
+    _raise_if_any([problem for problem in checked.problems if not problem.missing])
+    lines = [f"{problem} (needed to run)" for problem in checked.problems]
+    return checked.registries, lines + checked.unchecked
 
 
 def _raise_if_any(problems: Sequence[Problem]) -> None:
@@ -167,25 +175,43 @@ def _raise_if_any(problems: Sequence[Problem]) -> None:
         raise RecipeError("\n".join(dict.fromkeys(map(str, ordered))))
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """What came of checking a recipe; ``unchecked`` has a line for each preset left out."""
+
+    recipe: Any
+    root: Node
+    registries: Registries
+    problems: list[Problem]
+    unchecked: list[str]
+
+
 def _check(
     file: str | Path,
     build_registries: Callable[[Sequence[str]], Registries],
     preset: str | None,
     overrides: Sequence[str],
-) -> tuple[Node, Registries, list[Problem], Any]:
+) -> _Checked:
     chosen, base, presets = chosen_nodes(Path(file), preset, overrides)
     registries = registries_of(chosen, build_registries)
     builder = Builder(registries)
     recipe, problems = _construct(chosen, builder)
+    unchecked = []
     for name, overlay in presets.items():
-        if name != preset:
-            other = merge(base, overlay, root=True)
-            names = _plugin_names(other)
-            same = names == _plugin_names(chosen)
-            _, others = _construct(other, builder if same else Builder(build_registries(names)))
-            # The files of a preset not chosen are not needed.
-            problems += [problem for problem in others if not problem.missing]
-    return chosen, registries, problems, recipe
+        if name == preset:
+            continue
+        other = merge(base, overlay, root=True)
+        if not {*plugin_names(other)} <= {*plugin_names(chosen)}:
+            place = located(presets[name].where, ("presets", name))
+            unchecked.append(
+                f"{place}: not checked, for it loads plugins of its own; check it "
+                f"with --preset {name}"
+            )
+            continue
+        _, others = _construct(other, builder)
+        # The files of a preset not chosen are not needed.
+        problems += [problem for problem in others if not problem.missing]
+    return _Checked(recipe, chosen, registries, problems, unchecked)
 
 
 def chosen_nodes(
@@ -196,7 +222,7 @@ def chosen_nodes(
     Raises:
         RecipeError: the file is no recipe, or has no such preset.
     """
-    base, presets = _split_presets(_read_nodes(file))
+    base, presets = split_presets(read_nodes(file))
     chosen = base
     for name in () if preset is None else preset.split("+"):
         if name not in presets:
@@ -215,8 +241,9 @@ def _spelled_out(root: Node) -> Node:
     for name, option in options_of(Recipe).items():
         node = values.get(name)
         if node is not None and type(option.marker) is EntryOf and isinstance(node.value, str):
-            key = name_key(option.marker.kind)
-            values[name] = Node({key: node}, node.where, {key: node.where})
+            given = mapping_of(option.marker.kind, node.value)
+            written = {key: Node(text, node.where) for key, text in given.items()}
+            values[name] = Node(written, node.where, dict.fromkeys(given, node.where))
     return Node(values, root.where, root.keys)
 
 
@@ -229,7 +256,7 @@ def registries_of(
         PluginError: one of them cannot be loaded, with its place.
     """
     try:
-        return build_registries(_plugin_names(root))
+        return build_registries(plugin_names(root))
     except PluginError as error:
         place = located(root.value["plugins"].where, ("plugins",))
         raise PluginError(f"{place}: {error}") from error
@@ -238,42 +265,3 @@ def registries_of(
 def _construct(root: Node, builder: Builder) -> tuple[Any, list[Problem]]:
     recipe, problems = builder.build(partial(builder.construct, Recipe), root.plain())
     return recipe, [replace(p, place=root.place(p.path, p.unknown)) for p in problems]
-
-
-def _read_nodes(file: Path) -> Node:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError(f"{file}: {size} bytes is no recipe (limit {MAX_BYTES})")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not a UTF-8 text file") from error
-    root = parse_yaml(text, str(file))
-    _mapping(root, ())
-    return root
-
-
-def _mapping(node: Node, path: RecipePath) -> dict[str, Node]:
-    if isinstance(node.value, dict):
-        return node.value
-    message = f"should be a mapping, not {type_name(node.value)}"
-    raise RecipeError(f"{located(node.where, path)}: {message}")
-
-
-def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
-    rest = {key: node for key, node in root.value.items() if key != "presets"}
-    node = root.child("presets")
-    presets = {} if node is None or node.value is None else _mapping(node, ("presets",))
-    for name, overlay in presets.items():
-        _mapping(overlay, ("presets", name))
-    return Node(rest, root.where, root.keys), presets
-
-
-def _plugin_names(root: Node) -> list[str]:
-    node = root.value.get("plugins", Node([], Position("")))
-    if not isinstance(node.value, list) or not all(isinstance(n.value, str) for n in node.value):
-        place = located(node.where, ("plugins",))
-        raise RecipeError(f"{place}: should be a list of modules or .py files")
-    return [child.value for child in node.value]

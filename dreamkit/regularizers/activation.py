@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreamkit.types import InversionStep, Regularizer
+from dreamkit.types.needs import supplied
 
 
 @dataclass(frozen=True)
@@ -20,5 +21,4 @@ class Activation(Regularizer):
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""
-        assert step.features is not None, "the synthesizer supplies what 'needs' declares"
-        return -step.features.abs().mean()
+        return -supplied(step.features, "features", self).abs().mean()

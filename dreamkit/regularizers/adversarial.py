@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.types import InversionStep, Regularizer
+from dreamkit.types.needs import supplied
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Adversarial(Regularizer):
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""
-        assert step.student_logits is not None, "the synthesizer supplies what 'needs' declares"
-        log_p = F.log_softmax(step.student_logits, dim=1)
+        student_logits = supplied(step.student_logits, "student_logits", self)
+        log_p = F.log_softmax(student_logits, dim=1)
         log_q = F.log_softmax(step.teacher_logits, dim=1)
         divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
-        agreed = step.student_logits.argmax(1) == step.teacher_logits.argmax(1)
+        agreed = student_logits.argmax(1) == step.teacher_logits.argmax(1)
         return -(divergence * agreed).mean()

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.types import InversionStep, LayerStatistics, Regularizer
+from dreamkit.types.needs import supplied
 
 _FLOOR = 1e-3
 """Least variance of a channel that ``relative`` divides by, as a share of its layer's mean."""
@@ -41,6 +42,7 @@ class BNFeature(Regularizer):
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
+        supplied(step.bn_statistics or None, "bn_statistics", self)
         parts = torch.stack(list(self.per_layer(step).values()))
         total = parts.sum() + (self.first_layer_scale - 1) * parts[0]
         return total if self.form == "paper" else total / len(parts)

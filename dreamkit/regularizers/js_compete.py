@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.types import InversionStep, Regularizer
+from dreamkit.types.needs import supplied
 
 _REFERENCE_TEMPERATURE = 3.0
 _REFERENCE_CLAMP = (0.01, 0.99)
@@ -35,10 +36,10 @@ class JSCompete(Regularizer):
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, of shape ()."""
-        assert step.student_logits is not None, "the synthesizer supplies what 'needs' declares"
+        student_logits = supplied(step.student_logits, "student_logits", self)
         if self.form == "paper":
-            return 1 - jensen_shannon(step.teacher_logits, step.student_logits)
-        return 1 - _reference_divergence(step.teacher_logits, step.student_logits).clamp(0, 1)
+            return 1 - jensen_shannon(step.teacher_logits, student_logits)
+        return 1 - _reference_divergence(step.teacher_logits, student_logits).clamp(0, 1)
 
 
 def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from dreamkit import distributed
 from dreamkit.errors import RunDirectoryError
-from dreamkit.types import Event, Noted, Recorded
+from dreamkit.report.progress import Stages
+from dreamkit.types import Event, Noted, Recorded, RunContext
 from dreamkit.wording import say
-
-_PLAIN_LINE_SECONDS = 5.0
 
 
 class ConsoleLog:
@@ -43,6 +31,7 @@ class ConsoleLog:
         failures: what was asked for and not reached.
         notes: what the user must know, in the order in which it was said.
         seconds: spent in each stage.
+        stages: that the run is in.
     """
 
     def __init__(
@@ -55,6 +44,7 @@ class ConsoleLog:
         self.failures: list[str] = []
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.stages = Stages(console)
         self._listeners: list[Callable[[Event], object]] = []
 
     def listen(self, listener: Callable[[Event], object]) -> None:
@@ -71,6 +61,7 @@ class ConsoleLog:
         self.notes.append(text)
         if self.console is not None:
             say(self.console, f"note: {text}")
+            self.stages.spoke()
         self.emit(Noted(text=text))
 
     def check(self, together: bool = False) -> None:
@@ -80,23 +71,17 @@ class ConsoleLog:
 
     @contextmanager
     def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with the time left on a terminal, a line every few seconds elsewhere."""
-        start = time.perf_counter()
-        console = self.console
+        """Show a bar with the time left on a terminal, a line every few seconds elsewhere.
+
+        Stages may lie one within the other.
+        """
+        start = self.stages.clock()
         try:
-            if console is None:
-                yield lambda done: None
-            elif _draws_bars(console):
-                with _bar(console) as bar:
-                    task = bar.add_task(stage, total=total)
-                    yield lambda done: bar.update(task, completed=done)
-            else:
-                yield _PlainProgress(console, stage, total)
+            with self.stages.stage(stage, total) as advance:
+                yield advance
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self.stages.clock() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        if console is not None and not _draws_bars(console):
-            console.print(f"{stage}: done in {seconds:.1f} s", highlight=False)
 
 
 class MemoryLog(ConsoleLog):
@@ -142,7 +127,7 @@ class FileLog(ConsoleLog):
         self, folder: Path, console: Console, stopping: Callable[[], bool] = lambda: False
     ) -> None:
         super().__init__(console, stopping)
-        self.path = folder / "log.jsonl"
+        self.path = folder / RunContext.LOG
         self._file: TextIO | None = None
 
     def open(self) -> None:
@@ -196,48 +181,6 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
     return {name: (value if math.isfinite(value) else None) for name, value in numbers.items()}
 
 
-def _draws_bars(console: Console) -> bool:
-    """Whether a bar can move there: on a terminal, and in a notebook that has widgets."""
-    if console.is_jupyter:
-        return importlib.util.find_spec("ipywidgets") is not None
-    return console.is_terminal
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-class _PlainProgress:
-    """Progress for a log file: a line now and then, with the time left."""
-
-    def __init__(self, console: Console, stage: str, total: int) -> None:
-        self.console = console
-        self.stage = stage
-        self.total = total
-        self.start = time.perf_counter()
-        self.last = self.start
-
-    def __call__(self, done: int) -> None:
-        now = time.perf_counter()
-        if now - self.last < _PLAIN_LINE_SECONDS or done >= self.total or done < 1:
-            return
-        self.last = now
-        left = (now - self.start) / done * (self.total - done)
-        share = 100 * done / self.total
-        self.console.print(
-            f"{self.stage}: {share:.0f} % ({done}/{self.total}), {left:.0f} s left", highlight=False
-        )
-
-
 def read_records(folder: Path) -> dict[str, dict[int, dict[str, float | None]]]:
     """Return the records of ``log.jsonl`` by stage: numbers by step, in order.
 
@@ -245,7 +188,7 @@ def read_records(folder: Path) -> dict[str, dict[int, dict[str, float | None]]]:
     a crash is passed over.
     """
     stages: dict[str, dict[int, dict[str, float | None]]] = {}
-    for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (folder / RunContext.LOG).read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -59,7 +59,9 @@ class Digits(ImageSource):
         stored = (torch.as_tensor(images) * 255 / 16).round().to(torch.uint8).unsqueeze(1)
         outputs = torch.full((len(NAMES),), NO_LABEL)
         numbers = taken(NAMES, self.classes, "digits")
-        outputs[numbers] = torch.tensor(outputs_of(self.class_names(), card, "digits"))
+        matched = outputs_of(self.class_names(), card, "digits", self.classes is not None)
+        outputs[numbers] = torch.tensor(matched.outputs)
         mapped = outputs[torch.as_tensor(labels, dtype=torch.int64)]
         there = mapped != NO_LABEL
-        return StoredImages(stored[there], mapped[there])
+        notes = () if matched.note is None else (matched.note,)
+        return StoredImages(stored[there], mapped[there], notes=notes)

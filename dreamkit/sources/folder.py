@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, MissingPath, OptionError
-from dreamkit.sources.classes import outputs_of, taken
-from dreamkit.sources.fitting import fitted
+from dreamkit.sources.class_folders import class_folders, misplaced, pictures
+from dreamkit.sources.classes import outputs_of, quoted, taken
+from dreamkit.sources.pictures import THREADS, check_files, mode_of, read_picture
 from dreamkit.types import NO_LABEL, Images, ImageSource
-
-_THREADS = 4
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
 class Folder(ImageSource):
     """Images in ``path/<class>/*``: real ones to evaluate on, or any to stand in for dreams.
 
-    Class folders in alphabetical order are the teacher's outputs in order, one for each, unless
-    they are named like the teacher's classes; then some may be absent. Images are
-    scaled to cover the teacher's input and cropped in the centre.
+    Folders named like the teacher's classes are these, however the names are written (``red_fox``
+    is ``Red Fox``); some may be absent. Folders named by numbers are the outputs of these numbers.
+    Any others are the outputs in alphabetical order, one for each, and a note says so. Hidden and
+    empty folders are no classes. Images are scaled to cover the teacher's input and cropped in the
+    centre. Like torchvision, it takes the first frame, drops transparency and does not turn
+    photographs upright; 16-bit greys are scaled to 8 bits, and 32-bit ones and floats are refused.
 
     Args:
         path: the folder.
         resize: length of the shorter side before cropping, as a multiple of the crop
             (256/224 is usual for ImageNet evaluation).
-        labelled: false where class folders mean nothing to the teacher (proxy images).
-        classes: the class folders to take, e.g. ``[cat, dog]``; null takes all.
+        labelled: false where class folders mean nothing to the teacher (proxy images), or where
+            there are none.
+        classes: the class folders to take, e.g. ``[cat, dog]``, in the order of the outputs where
+            their names do not tell; null takes all.
     """
 
     path: str
@@ -55,58 +59,81 @@ class Folder(ImageSource):
         Raises:
             DreamkitError: there are none.
         """
-        if not self.labelled:
-            return None
-        try:
-            names, _ = find_classes(self.path)
-        except FileNotFoundError as error:
-            raise DreamkitError(f"{self.path}: {error}") from error
-        return tuple(names[number] for number in taken(names, self.classes, self.path))
+        return tuple(self._chosen()) if self.labelled else None
 
     def open(self, card: Card) -> Images:
         """Return the folder's images, decoded when a batch is asked for.
 
         Raises:
-            DreamkitError: no images, or classes that are not the teacher's.
+            DreamkitError: no images, files that are none, or classes that are not the teacher's.
         """
-        try:
-            found = ImageFolder(self.path)
-        except FileNotFoundError as error:
-            raise DreamkitError(f"{self.path}: {error}") from error
-        numbers = taken(found.classes, self.classes, self.path)
-        if self.labelled:
-            outputs = self._outputs([found.classes[number] for number in numbers], card)
+        if not self.labelled and self.classes is None:
+            found = {"": pictures(self.path)}  # at any depth
         else:
-            outputs = [NO_LABEL] * len(numbers)
-        label = dict(zip(numbers, outputs, strict=True))
-        samples = [(file, label[number]) for file, number in found.samples if number in label]
-        files = [file for file, _ in samples]
-        return FolderImages(files, [target for _, target in samples], card, self.resize)
+            found = {name: pictures(os.path.join(self.path, name)) for name in self._chosen()}
+        others = sum((part.others for part in found.values()), Counter[str]())
+        full = {name: part.files for name, part in found.items() if part.files}
+        if not full:
+            there = f" but {_counted(others)}" if others else ""
+            raise DreamkitError(f"{self.path}: there is no image in it{there}", ("path",))
+        outputs, notes = [NO_LABEL] * len(full), list[str]()
+        if self.labelled:
+            empty = [name for name in found if name not in full]
+            outputs, notes = self._outputs(list(full), empty, list(found), card)
+            loose = len(pictures(self.path, deep=False).files)
+            if loose:
+                notes.append(f"{self.path}: {loose} images beside the class folders are left out")
+        if others:
+            notes.append(f"{self.path}: what is no picture is left out: {_counted(others)}")
+        files = [file for part in full.values() for file in part]
+        check_files(files)
+        counts = torch.tensor([len(part) for part in full.values()])
+        labels = torch.tensor(outputs).repeat_interleave(counts)
+        return FolderImages(files, labels, card, self.resize, tuple(notes))
 
-    def _outputs(self, names: list[str], card: Card) -> list[int]:
+    def _chosen(self) -> list[str]:
+        """Return the class folders that are taken, in order."""
+        names = class_folders(self.path)
+        return [names[number] for number in taken(names, self.classes, self.path)]
+
+    def _outputs(
+        self, full: list[str], empty: list[str], places: list[str], card: Card
+    ) -> tuple[list[int], list[str]]:
+        """Return the output that each folder with images is, and what is to be told of it."""
         try:
-            return outputs_of(names, card, self.path)
+            matched = outputs_of(full, card, self.path, self.classes is not None, places)
         except DreamkitError as error:
             raise DreamkitError(
-                f"{error.message}; with 'labelled: false' the classes are ignored (for training "
-                "only)",
+                f"{error.message}{misplaced(self.path, full)}; with 'labelled: false' the classes "
+                "are ignored (for training only)",
                 ("path",),
             ) from error
+        notes = [matched.note] if matched.note else []
+        if empty:
+            notes.append(f"{self.path}: there is no image in {quoted(empty)}")
+        return matched.outputs, notes
+
+
+def _counted(others: Counter[str]) -> str:
+    return and_more([f"{count} {suffix}" for suffix, count in others.most_common()])
 
 
 class FolderImages:
     """Image files with labels, decoded by a few threads when asked for."""
 
-    def __init__(self, files: list[str], labels: list[int], card: Card, resize: float) -> None:
-        channels, height, width = card.input_size
+    def __init__(
+        self,
+        files: list[str],
+        labels: Tensor,
+        card: Card,
+        resize: float,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        mode_of(card)  # refuses a network that takes no pictures
         self.files = files
-        self.labels = torch.tensor(labels)
-        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-        if self.mode is None:
-            raise DreamkitError(
-                f"image files have 1, 3 or 4 channels; {card.name} takes {channels}"
-            )
-        self.size = (height, width)
+        self.labels = labels
+        self.notes = notes
+        self.card = card
         self.resize = resize
 
     def __len__(self) -> int:
@@ -115,14 +142,8 @@ class FolderImages:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return stored images and labels."""
         chosen = [int(i) for i in indices]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            images = list(pool.map(lambda i: self._decode(self.files[i]), chosen))
+        with ThreadPoolExecutor(THREADS) as pool:
+            images = list(
+                pool.map(lambda i: read_picture(self.files[i], self.card, self.resize), chosen)
+            )
         return torch.stack(images), self.labels[chosen]
-
-    def _decode(self, file: str) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                pixels = image.convert(self.mode)
-            return fitted(pixels, self.size, self.resize)
-        except Exception as error:  # a damaged file fails in as many ways as it has bytes
-            raise DreamkitError(f"{file} cannot be decoded: {error}") from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
-from dreamkit.joined_images import JoinedImages
+from dreamkit.joined_images import JoinedImages, lacks_labels
 from dreamkit.registry import EntriesOf
 from dreamkit.types import Images, ImageSource
 
@@ -16,7 +16,8 @@ from dreamkit.types import Images, ImageSource
 class Joined(ImageSource):
     """Several sources as one, such as the dreams of two synthesizers.
 
-    What a few good images teach and what many cheap ones do adds up.
+    What a few good images teach and what many cheap ones do adds up. Where some have no labels,
+    those of the others are not used.
 
     Args:
         of: the sources; each image of each counts once.
@@ -46,4 +47,8 @@ class Joined(ImageSource):
                 size = size or own
                 if own != size:
                     raise DreamkitError(f"these images are {own}, those before them {size}")
-        return JoinedImages(parts)
+        bare = [number for number, part in enumerate(parts) if len(part) and lacks_labels(part)]
+        if not bare or len(bare) == len([part for part in parts if len(part)]):
+            return JoinedImages(parts)
+        note = f"the images of 'of[{bare[0]}]' have no labels: those of the others are not used"
+        return JoinedImages(parts, labelled=False, told=(note,))

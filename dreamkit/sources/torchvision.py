@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,11 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
 from dreamkit.sources.classes import outputs_of, taken
 from dreamkit.sources.fitting import fitted
+from dreamkit.sources.pictures import as_mode, mode_of
 from dreamkit.types import Images, ImageSource
 from dreamkit.wording import first_line
+
+_OF_FOLDERS = frozenset(("ImageFolder", "DatasetFolder"))
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class TorchvisionDataset(ImageSource):
         Raises:
             DreamkitError: it cannot be made or downloaded.
         """
-        names = getattr(self._made(), "classes", None)
+        names = _names(self._made())
         if names is None:
             return None
-        return tuple(str(names[number]) for number in taken(names, self.classes, self.dataset))
+        return tuple(names[number] for number in taken(names, self.classes, self.dataset))
 
     def open(self, card: Card) -> Images:
         """Return the data set's images at the teacher's size.
@@ -58,22 +62,27 @@ class TorchvisionDataset(ImageSource):
             DreamkitError: it cannot be made or downloaded, or its classes are not the teacher's.
         """
         found = self._made()
-        names = getattr(found, "classes", None)
+        names = _names(found)
         if names is None:
             if self.classes is not None:
                 raise DreamkitError(f"{self.dataset} does not name its classes", ("classes",))
             return DatasetImages(found, card)
         numbers = taken(names, self.classes, self.dataset)
         with placed("dataset"):
-            outputs = outputs_of([names[number] for number in numbers], card, self.dataset)
-        if self.classes is None and outputs == numbers:
-            return DatasetImages(found, card)
-        label = dict(zip(numbers, outputs, strict=True))
+            wanted = [names[number] for number in numbers]
+            # Folders are in the alphabet's order; other data sets have one of their own.
+            ordered = self.classes is not None or self.dataset not in _OF_FOLDERS
+            matched = outputs_of(wanted, card, self.dataset, ordered)
+        notes = () if matched.note is None else (matched.note,)
+        if self.classes is None and matched.outputs == numbers:
+            return DatasetImages(found, card, notes=notes)
+        label = dict(zip(numbers, matched.outputs, strict=True))
         targets = self._targets(found)
         return DatasetImages(
             found,
             card,
             [(i, label[target]) for i, target in enumerate(targets) if target in label],
+            notes,
         )
 
     def _made(self) -> Any:
@@ -108,6 +117,14 @@ class TorchvisionDataset(ImageSource):
         )
 
 
+def _names(dataset: Any) -> list[str] | None:
+    """Return the names of a data set's classes; of several for a class, the first."""
+    names = getattr(dataset, "classes", None)
+    if names is None:
+        return None
+    return [str(name[0] if isinstance(name, list | tuple) and name else name) for name in names]
+
+
 class DatasetImages:
     """A data set of (PIL image, label) pairs.
 
@@ -115,14 +132,24 @@ class DatasetImages:
         dataset: torchvision's.
         card: of the network that sees them.
         chosen: (position, label) of the images that are taken; None for all as they are.
+        notes: what is to be known of them.
+
+    Raises:
+        DreamkitError: pictures do not have the card's channels.
     """
 
     def __init__(
-        self, dataset: Any, card: Card, chosen: list[tuple[int, int]] | None = None
+        self,
+        dataset: Any,
+        card: Card,
+        chosen: list[tuple[int, int]] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.dataset = dataset
+        self.card = card
         self.chosen = chosen
-        self.mode = "L" if card.input_size[0] == 1 else "RGB"
+        self.notes = notes
+        self.mode = mode_of(card)
         self.size = card.input_size[1:]
 
     def __len__(self) -> int:
@@ -133,10 +160,28 @@ class DatasetImages:
         images, labels = [], []
         for index in indices:
             position, output = (index, None) if self.chosen is None else self.chosen[index]
-            image, label = self.dataset[int(position)]
             try:
-                images.append(fitted(image.convert(self.mode), self.size))
+                image, label = self.dataset[int(position)]
+                images.append(fitted(as_mode(image, self.mode), self.size))
+                labels.append(self._label(label) if output is None else output)
             except DreamkitError as error:
                 raise DreamkitError(f"image {position} of the data set: {error}") from error
-            labels.append(int(label if output is None else output))
+            except Exception as error:  # a data set's files may be damaged, or no pictures
+                raise DreamkitError(
+                    f"image {position} of the data set cannot be read: {first_line(error)}"
+                ) from error
         return torch.stack(images), torch.tensor(labels)
+
+    def _label(self, label: Any) -> int:
+        try:
+            number = operator.index(label)
+        except TypeError:
+            raise DreamkitError(
+                f"its label is {type(label).__name__}, not the number of a class"
+            ) from None
+        if not 0 <= number < self.card.num_classes:
+            raise DreamkitError(
+                f"its label {number} is none of the {self.card.num_classes} classes of "
+                f"{self.card.name} (0 to {self.card.num_classes - 1})"
+            )
+        return number

@@ -19,7 +19,15 @@ from dreamkit.stages.dreaming import Dreaming, dreaming
 from dreamkit.stages.run_store import open_store
 from dreamkit.store.pool import Pool
 from dreamkit.store.source import is_own_dreams
-from dreamkit.types import Application, Images, ImageSource, RunContext, Synthesis, Teacher
+from dreamkit.types import (
+    Application,
+    BatchPlan,
+    Images,
+    ImageSource,
+    RunContext,
+    Synthesis,
+    Teacher,
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +135,20 @@ class AdaptivePool:
                 f"dreaming {self.options.batches} batches against the student as it is"
             )
         until = min(self.batches + self.options.batches, len(self.dreams.plans))
-        store, check = self.dreams.store, self.dreams.context.log.check
+        store = self.dreams.store
         coming = self.dreams.plans[self.batches : until]
         done = {*store.shards, *store.skipped}
         lacking = [plan for plan in coming if plan.index not in done]
-        self.dreams.batches(lacking, lambda plan, done: check())
+        steps = self.dreams.synthesizer.steps_per_batch
+        places = {plan.index: i for i, plan in enumerate(lacking)}
+        log = self.dreams.context.log
+        with log.progress("dreams against the student", steps * len(lacking)) as advance:
+
+            def on_step(plan: BatchPlan, done: int) -> None:
+                advance(places[plan.index] * steps + done)
+                log.check()
+
+            self.dreams.batches(lacking, on_step)
         while self.batches < until:
             self._merge()
         if len(self.pool) == 0:

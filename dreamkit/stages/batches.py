@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.bn_statistics import tapped
-from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Teacher
+from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
 
 
 def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
@@ -22,10 +21,25 @@ def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
     return plans
 
 
+def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
+    """Return a sentence if there are more classes to show than images; None if not.
+
+    Args:
+        synthesizer: its option ``labels``, if it has one, says which classes.
+        num_classes: of the teacher.
+    """
+    labels, images = getattr(synthesizer, "labels", "random"), synthesizer.images
+    classes = num_classes if isinstance(labels, str) else len(set(labels))
+    if images >= classes:
+        return None
+    least = "at least " if labels == "random" else ""
+    plural = "class gets" if classes - images == 1 else "classes get"
+    return f"images: {images} for {classes} classes: {least}{classes - images} {plural} no image"
+
+
 def batch_seed(seed: int, index: int) -> int:
     """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return derived_seed(seed, str(index))
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ class Budget:
     """The goals of a pruning run as shares of what its teacher costs.
 
     A latency is predicted by the look-up table while channels go, and measured when the prediction
-    meets the goal. If the measurement does not, the prediction is corrected by it.
+    meets the goal. If the measurement does not, the prediction is corrected by it. A goal that the
+    teacher meets already is held while the others are sought.
 
     Args:
         target: the goals.
@@ -68,7 +69,7 @@ class Budget:
         teacher_ms: its latency, where an earlier try of the run measured it.
 
     Raises:
-        NothingToPrune: the teacher is as fast as asked for already.
+        NothingToPrune: the teacher is as fast as asked for already, and nothing else is asked for.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Budget:
         self.size = teacher.card.input_size
         stated = {name: getattr(target, name) for name in ("flops", "params", "channels")}
         self.goals: dict[str, float] = {k: v for k, v in stated.items() if v is not None}
+        self.notes: list[str] = []
+        """What the user must know of the goals."""
         if target.timed:
             if teacher_ms is None:
                 self.teacher_ms = self._measured(teacher.model)["model"]
@@ -101,11 +104,13 @@ class Budget:
         if target.latency_ms is not None:
             shares.append(target.latency_ms / self.teacher_ms)
             if shares[-1] >= 1:
-                raise NothingToPrune(
+                met = (
                     f"the teacher takes {self.teacher_ms:.3f} ms here, which meets the budget of "
-                    f"{target.latency_ms} ms already",
-                    ("target", "latency_ms"),
+                    f"{target.latency_ms} ms already"
                 )
+                if not self.goals and target.latency is None:
+                    raise NothingToPrune(f"{met}: ask for less", ("target", "latency_ms"))
+                self.notes.append(f"{met}: it is kept while the other goals are sought")
         return min(shares)
 
     def _measured(self, *models: nn.Module) -> dict[str, float]:
@@ -177,7 +182,8 @@ class Budget:
 
     def progress(self, shares: Mapping[str, float]) -> float:
         """Return the share of the way to the goal that is furthest, 1 where all are reached."""
-        return min((1 - shares[name]) / (1 - goal) for name, goal in self.goals.items())
+        ways = ((1 - shares[name]) / (1 - goal) for name, goal in self.goals.items() if goal < 1)
+        return min(ways)
 
     def verified(self, model: nn.Module, shares: Mapping[str, float]) -> dict[str, float]:
         """Measure the latency where it is a goal; return the shares with it, and learn from it.

@@ -10,17 +10,27 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, OptionError, placed
-from dreamkit.joined_images import JoinedImages
+from dreamkit.joined_images import JoinedImages, lacks_labels
 from dreamkit.pruning.head import grow_head
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.registry import EntryOf
+from dreamkit.seeds import stream
+from dreamkit.stages.opening import opened
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import Shifted, drawn, drawn_by_class
-from dreamkit.types import NO_LABEL, ChannelRule, Event, Images, ImageSource, RunLog, Teacher
+from dreamkit.types import (
+    ChannelRule,
+    Event,
+    Images,
+    ImageSource,
+    Labelled,
+    RunLog,
+    Synthesizer,
+    Teacher,
+)
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Course:
         first = card.num_classes
         for number, (name, added) in enumerate(zip(names, sets, strict=True)):
             with placed("sets", number):
-                task = _opened(name, added, card, first)
+                task = _opened(name, added, card, first, log)
                 again = sorted(known & set(task.class_names))
                 if again:
                     raise DreamkitError(
@@ -101,6 +111,23 @@ class Course:
         """How many classes there are before each set."""
         sizes = [len(task.class_names) for task in self.tasks]
         return list(itertools.accumulate(sizes, initial=self.base))[:-1]
+
+    def check_replay(self, synthesizer: Synthesizer) -> None:
+        """Refuse dreams of some of the old classes alone, as a synthesizer's list of labels asks.
+
+        Raises:
+            DreamkitError: naming the first class that would not be dreamed.
+        """
+        listed = getattr(synthesizer, "labels", "balanced")
+        if isinstance(listed, str):
+            return
+        for task, classes in zip(self.tasks, self.old_classes, strict=True):
+            lacking = sorted({*range(classes)} - {*listed})
+            if lacking:
+                raise DreamkitError(
+                    f"the synthesizer's 'labels' leave out class {lacking[0]}, which is old when "
+                    f"'{task.name}' is learnt and would be forgotten: leave them at 'balanced'"
+                )
 
     def known_images(self, number: int, evaluation: Images | None) -> Images | None:
         """Return test images of every class that is known after a set; None if some lack.
@@ -122,10 +149,10 @@ class Course:
             count: how many there may be of a class.
             seed: of what is drawn.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "replay")
         parts: list[Images] = [
             drawn(replay, count * self.base, generator)
-            if int(replay.batch([0])[1][0]) == NO_LABEL
+            if lacks_labels(replay)
             else drawn_by_class(replay, count, generator)
         ]
         earlier = self.tasks[: number - 1]
@@ -165,7 +192,7 @@ def with_classes(
     return Teacher(model, card, old.builder, pruning_record.to_json())
 
 
-def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
+def _opened(name: str, added: NewClasses, card: Card, first: int, log: RunLog) -> Task:
     """Open a set whose first class is the output ``first``."""
     with placed("train"):
         names = added.train.class_names()
@@ -177,8 +204,9 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
         own = dataclasses.replace(
             card, name=f"the set '{name}'", num_classes=len(names), class_names=names
         )
-        train = added.train.open(own)
+        train = opened(added.train, own, log.note)
         check_size(train, card)
+        _check_classes(train, names)
     test: Images | None = None
     if added.test is not None:
         with placed("test"):
@@ -187,10 +215,20 @@ def _opened(name: str, added: NewClasses, card: Card, first: int) -> Task:
             if strange:
                 learnt = ", ".join(names[:20])
                 raise DreamkitError(f"'{strange[0]}' is none of the classes learnt: {learnt}")
-            test = Shifted(added.test.open(own), first)
+            test = Shifted(opened(added.test, own, log.note), first)
             check_size(test, card)
     called = tuple(added.prefix + class_name for class_name in names)
     return Task(name, called, Shifted(train, first), test)
+
+
+def _check_classes(images: Images, names: Sequence[str]) -> None:
+    """Refuse classes to be learnt of which there is no image, where images tell their classes."""
+    there = set(images.labels.tolist()) if isinstance(images, Labelled) else set(range(len(names)))
+    lacking = [f"'{name}'" for number, name in enumerate(names) if number not in there]
+    if lacking:
+        raise DreamkitError(
+            f"there is no image of {and_more(lacking)}, and no class is learnt without: take it out"
+        )
 
 
 def check_size(images: Images, card: Card) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
-from dreamkit.stages.batches import as_stored, batch_plans
-from dreamkit.stages.run_store import open_store, report_synthesis, run_store
+from dreamkit.out_of_memory import enough_memory
+from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out
+from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
@@ -89,11 +91,26 @@ def estimate_synthesis(
     store = run_store(teacher, synthesis, context)
     if not store.lacks(synthesis.synthesizer.images):
         return None
-    with synthesis.synthesizer.session(
-        teacher, context.device, store.choices, context.log.note, student
-    ) as dreamer:
+    with ExitStack() as stack:
+        dreamer = _at_work(teacher, synthesis, context, store.choices, student, stack)
         work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         return work.estimate()
+
+
+def _at_work(
+    teacher: Teacher,
+    synthesis: Synthesis,
+    context: RunContext,
+    choices: Mapping[str, Any],
+    student: nn.Module | None,
+    stack: ExitStack,
+) -> Dreamer:
+    """Return a synthesizer bound to a teacher until the stack is left."""
+    begin, note, seed = synthesis.synthesizer.session, context.log.note, context.seed
+    with context.log.progress("preparing", 1):  # it may try batch sizes
+        return stack.enter_context(
+            begin(teacher, context.device, choices, note, student, seed=seed)
+        )
 
 
 class Dreaming:
@@ -142,8 +159,11 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
+        if lacking := classes_left_out(self.synthesizer, self.teacher.card.num_classes):
+            context.log.note(lacking)
         start = time.perf_counter()
-        cost = self.dreamer.prepare(sum(plan.size for plan in mine))
+        with context.log.progress("preparing", 1), self._enough_memory():
+            cost = self.dreamer.prepare(sum(plan.size for plan in mine))
         context.log.metrics |= {
             "synthesis.preparation_seconds": time.perf_counter() - start,
             "synthesis.estimated_seconds": cost.seconds,
@@ -175,11 +195,11 @@ class Dreaming:
             drawn = distributed.drawn_from(plans, name)
         for plan in drawn:
             self._batch(plan, partial(on_step, plan))
-            on_step(plan, self.steps)  # it may have stopped early
+            on_step(plan, self.synthesizer.steps_per_batch)  # it may have stopped early
         if distributed.size() > 1:
             mine, mine_skipped = set(self.store.shards), set(self.store.skipped)
             distributed.barrier()
-            self.store.refresh(plan.index for plan in plans)
+            find_batches(self.store, [plan.index for plan in plans])
             for index in sorted(self.store.shards.keys() - mine if distributed.is_first() else ()):
                 self._tell(index, self.store.read(index))  # listeners are on the first rank alone
             for index in sorted(self.store.skipped.keys() - mine_skipped):
@@ -190,14 +210,9 @@ class Dreaming:
                     self.context.log.record(stage, step, numbers)
             self.records = []
 
-    @property
-    def steps(self) -> int:
-        """How many steps a batch has."""
-        return self.synthesizer.steps_per_batch
-
     def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
         """Dream one batch into the store, or note that it came to nothing."""
-        log, index, steps = self.context.log, plan.index, self.steps
+        log, index, steps = self.context.log, plan.index, self.synthesizer.steps_per_batch
         every = max(1, steps // _CURVE_POINTS)
 
         def on_step(done: int, terms: Mapping[str, Tensor]) -> None:
@@ -208,12 +223,14 @@ class Dreaming:
 
         start = time.perf_counter()
         try:
-            dream = self.dreamer.dream(plan, on_step)
+            with self._enough_memory():
+                dream = self.dreamer.dream(plan, on_step)
         except NonFiniteLoss as error:
             log.note(f"batch {index} is left out: {error.message}")
             self.store.skip(index, plan.size, error.message)
             return
-        content, per_layer = as_stored(dream, self.teacher)
+        with self._enough_memory():
+            content, per_layer = as_stored(dream, self.teacher)
         r_feature = sum(per_layer.values()) if per_layer else None
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
@@ -222,6 +239,10 @@ class Dreaming:
         if r_feature is not None:
             self._record("batches", index, {"r_feature": r_feature})
             self._record("r_feature by layer", index, per_layer)
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        cure = f"lower the synthesis's batch_size ({self.dreamer.batch_size} now)"
+        return enough_memory("dreaming", f"{cure}; batches that are finished are kept")
 
     def _tell(self, index: int, content: StoredImages) -> None:
         loss = self.store.shards[index].loss
@@ -256,9 +277,8 @@ def dreaming(
     log = context.log
     # What is left to the machine is resolved by the first rank, for the rest to do likewise.
     resolved = store.choices if distributed.is_first() else distributed.broadcast(store.choices)
-    with synthesis.synthesizer.session(
-        teacher, context.device, resolved, log.note, student
-    ) as dreamer:
+    with ExitStack() as stack:
+        dreamer = _at_work(teacher, synthesis, context, resolved, student, stack)
         work = Dreaming(teacher, synthesis, context, store, dreamer, shared=student is None)
         if work.missing():
             work.estimate()

@@ -10,11 +10,11 @@ from torch import nn
 from dreamkit.evaluation.accuracy import accuracy, agreement
 from dreamkit.evaluation.cost import count
 from dreamkit.model_state import device_of
+from dreamkit.seeds import stream
+from dreamkit.stages.samples import compared_sample
 from dreamkit.training.batches import drawn
 from dreamkit.types import Images, LatencyBackend, Outcome, RunContext, Teacher, Timing
 
-COMPARED = 8192
-"""Dreams on which a model is compared with its teacher at the most: half a percent of doubt."""
 EVALUATED = 2048
 """Evaluation images that are looked at after every round of pruning."""
 
@@ -24,9 +24,11 @@ def measure_quality(
 ) -> None:
     """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
 
-    Agreement is how often the model predicts the teacher's class; it needs no real data. Of many
-    dreams it is that on a draw of ``COMPARED``, the same for all models on these dreams. Where the
-    teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
+    Agreement is how often the model predicts the teacher's class; it needs no real data. It is
+    that on ``compared_sample``, the same for all models on these dreams: what fits layers or
+    statistics is drawn from the rest as far as that goes, and only a training sees all of them.
+    Where the teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share
+    of it.
 
     Args:
         name: ``teacher``, or what the model is called.
@@ -37,13 +39,15 @@ def measure_quality(
     """
     metrics, device = context.log.metrics, context.device
     if context.evaluation is not None:
-        found = accuracy(model, context.evaluation, teacher.card, device)
+        with context.log.progress(f"{name} accuracy", len(context.evaluation)) as advance:
+            found = accuracy(model, context.evaluation, teacher.card, device, advance)
         metrics[f"{name}.accuracy"] = found
         if name != "teacher" and metrics.get("teacher.accuracy"):
             metrics[f"{name}.accuracy_ratio"] = found / metrics["teacher.accuracy"]
     if images is not None and name != "teacher":
-        sample = drawn(images, COMPARED, torch.Generator().manual_seed(context.seed))
-        agreed = agreement(model, teacher.model, sample, teacher.card, device)
+        sample = compared_sample(images, context.seed)
+        with context.log.progress(f"{name} agreement", 2 * len(sample)) as advance:
+            agreed = agreement(model, teacher.model, sample, teacher.card, device, advance)
         metrics[f"{name}.agreement"] = agreed
 
 
@@ -51,8 +55,9 @@ def glance(model: nn.Module, teacher: Teacher, context: RunContext) -> dict[str,
     """Return a model's accuracy on a draw of ``EVALUATED`` images; empty where there are none."""
     if context.evaluation is None:
         return {}
-    some = drawn(context.evaluation, EVALUATED, torch.Generator().manual_seed(context.seed))
-    return {"accuracy": accuracy(model, some, teacher.card, context.device)}
+    some = drawn(context.evaluation, EVALUATED, stream(context.seed, "evaluation"))
+    with context.log.progress("accuracy", len(some)) as advance:
+        return {"accuracy": accuracy(model, some, teacher.card, context.device, advance)}
 
 
 def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, latency: bool) -> None:
@@ -82,8 +87,12 @@ def measure_size(
     models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
 ) -> None:
     """Add ``<name>.params`` and ``<name>.flops`` (of one image, a multiply-add counted once)."""
-    for name, model in models.items():
-        cost = count(model, input_size)
+    with context.log.progress("counting FLOPs", len(models)) as advance:
+        costs = {}
+        for number, (name, model) in enumerate(models.items(), 1):
+            costs[name] = count(model, input_size)
+            advance(number)
+    for name, cost in costs.items():
         context.log.metrics[f"{name}.params"] = cost.params
         context.log.metrics[f"{name}.flops"] = cost.flops
         if cost.uncounted:
@@ -95,7 +104,9 @@ def measure_latency(
 ) -> None:
     """Add ``<name>.latency_ms`` and its spread; the models are timed in turn."""
     metrics = context.log.metrics
-    for name, timing in time_models(models, input_size, context.latency).items():
+    with context.log.progress("timing latencies", 1):
+        timings = time_models(models, input_size, context.latency)
+    for name, timing in timings.items():
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
     context.log.details["latency_target"] = context.latency.describe()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dreamkit import distributed
@@ -18,19 +18,22 @@ from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state, seeded, tensors_of
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import removable
+from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
+from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
@@ -41,9 +44,6 @@ from dreamkit.types import (
     SelectionStep,
     Teacher,
 )
-
-SEEDS_OF_A_PAUSE = 1000
-"""How far the seeds of two trainings of a run lie apart: more than one training uses."""
 
 
 class PruningRun:
@@ -66,37 +66,39 @@ class PruningRun:
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
         self.ranking = Ranking(options.criteria, options.normalise)
-        self.generator = torch.Generator().manual_seed(context.seed)
+        self.generator = stream(context.seed, "criteria")
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
         self.table = self._read_tables()
+        self.table.progress = context.log.progress
         rules = context.channel_rules
-        self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
+        with context.log.progress("following channels", 1):
+            self.graph = ChannelGraph(self.student, self.card.input_size, self.cut, rules)
         groups, skipped = self.graph.groups()
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.originals = {group.name: group.channels for group in groups}
-        limits = options.limits
-        self.open = {group.name for group in groups if limits.chunks(group, group.channels)}
+        self.open = {g.name for g in groups if options.limits.chunks(g, g.channels)}
         """Groups that the limits do not leave alone from the start; these are ranked."""
         self._check_any(groups, skipped)
-        self.ranking.check(self.student, [group for group in groups if group.name in self.open])
+        self.ranking.check(self.student, [g for g in groups if g.name in self.open])
         self.checkpoint = PruningCheckpoint(teacher, context)
         found = self.checkpoint.found
-        teacher_ms = None if found is None else found[1]["teacher_ms"]
-        channels = sum(self.originals.values())
-        with seeded(context.seed):  # what layers are timed on is drawn
-            self.budget = Budget(
-                options.target, teacher, self.table, channels, context.latency, teacher_ms
-            )
+        ms, total = found and found[1]["teacher_ms"], sum(self.originals.values())
+        goal, latency = options.target, context.latency  # what is timed on is drawn:
+        with context.log.progress("measuring the teacher", 1), seeded(context.seed):
+            self.budget = Budget(goal, teacher, self.table, total, latency, ms)
+        for text in self.budget.notes:
+            context.log.note(text)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
         latency, given = self.context.latency, self.options.latency_table
-        table = read_table(self.context.folder / RunContext.TABLE, latency)
+        path = self.context.folder / RunContext.TABLE
+        table = read_table(path, latency, note=self.context.log.note)
         if given is not None:
             with placed("latency_table"):
                 known = read_table(Path(given), latency, strict=True)
@@ -117,9 +119,11 @@ class PruningRun:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
         self.images = images
-        count = options.batch_size * max(options.ranking_batches, options.recalibration_batches)
-        # Drawn: image folders come sorted by class.
-        self.sample = drawn(images, count, torch.Generator().manual_seed(self.context.seed))
+        seed, size = self.context.seed, options.batch_size
+        count = size * options.ranking_batches
+        self.ranked_on = fitting_sample(images, count, seed, "ranking")
+        count = size * options.recalibration_batches
+        self.recalibrated_on = fitting_sample(images, count, seed, "recalibration")
         found = self.checkpoint.go_on(images)
         if found is not None:
             self._restore(*found)
@@ -133,7 +137,9 @@ class PruningRun:
             NothingToPrune: the limits are reached before the target.
         """
         log, budget = self.context.log, self.budget
-        with log.progress("pruning", 1000) as advance, seeded(self.context.seed):
+        cure = f"lower batch_size ({self.options.batch_size} now)"
+        short = enough_memory("pruning", cure, ("batch_size",))
+        with log.progress("pruning", 1000) as advance, seeded(self.context.seed), short:
             while not budget.met(self.shares):
                 start = time.perf_counter()
                 removed = self._round()
@@ -187,26 +193,30 @@ class PruningRun:
 
     def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
-        limits = self.options.limits
-        step = PruningStep(
-            model=self.student,
-            teacher=self.teacher.model,
-            groups=groups,
-            card=self.card,
-            chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
-            device=self.context.device,
-            batches=self._batches,
-            latency=self.table,
-            generator=self.generator,
-        )
-        return self.ranking(step)
+        options, limits = self.options, self.options.limits
+        passes = options.ranking_batches * len(options.criteria)
+        with self.context.log.progress("ranking", passes) as advance:
+            step = PruningStep(
+                model=self.student,
+                teacher=self.teacher.model,
+                groups=groups,
+                card=self.card,
+                chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
+                device=self.context.device,
+                batches=partial(self._batches, advance, itertools.count(1)),
+                latency=self.table,
+                generator=self.generator,
+            )
+            return self.ranking(step)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        options, device = self.options, self.context.device
-        for stored, labels in itertools.islice(
-            in_order(self.sample, options.batch_size), options.ranking_batches
-        ):
+    def _batches(
+        self, advance: Callable[[int], None], passed: Iterator[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device, size = self.context.device, self.options.batch_size
+        all_batches = in_order(self.ranked_on, size)
+        for stored, labels in itertools.islice(all_batches, self.options.ranking_batches):
             yield self.card.normalise(stored.to(device)), labels.to(device)
+            advance(next(passed))
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
@@ -215,12 +225,15 @@ class PruningRun:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
             batches, size = options.recalibration_batches, options.batch_size
-            recalibrate(self.student, self.sample, self.card, context.device, batches, size)
+            student, sample, device = self.student, self.recalibrated_on, context.device
+            with context.log.progress("statistics", batches) as advance:
+                recalibrate(student, sample, self.card, device, batches, size, advance)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 number = self.rounds + 1
                 # Each pause draws other images, other crops and other pairs to mix.
-                pause = dataclasses.replace(context, seed=context.seed + SEEDS_OF_A_PAUSE * number)
+                seed = derived_seed(context.seed, f"finetune {number}")
+                pause = dataclasses.replace(context, seed=seed)
                 stage, how = f"finetune {number}", options.finetune
                 train_student(teacher, self.student, self.images, how, pause, stage, False)
 

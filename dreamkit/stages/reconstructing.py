@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.training.batches import drawn, in_order
+from dreamkit.stages.samples import fitting_sample
+from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import Images, RunContext, RunLog, Teacher
 from dreamkit.wording import and_more
@@ -64,19 +65,39 @@ def reconstruct_student(
         masks: by parameter name, 0 where a weight is to stay zero.
     """
     start = time.perf_counter()
-    card, device, size = teacher.card, context.device, options.batch_size
-    sample = drawn(images, options.images, torch.Generator().manual_seed(context.seed))
-    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
     context.log.begin("reconstruction")
-    with context.log.progress("reconstruction", 1000) as advance:
+    cure = f"lower reconstruction.images ({options.images} now) or its batch_size"
+    with (
+        context.log.progress("reconstruction", 1000) as advance,
+        enough_memory("reconstruction", cure, ("reconstruction",)),
+    ):
 
         def fitted(done: int, of: int) -> None:
             advance(round(1000 * done / of))
             context.log.check(together=True)
 
-        done = reconstruct(
-            student, teacher.model, pruning_record, batches, masks, options.ridge, fitted
-        )
+        _fit(teacher, student, pruning_record, images, options, context, masks, fitted)
+    log = context.log
+    spent = log.metrics.get("reconstruction.seconds", 0.0)
+    log.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start
+
+
+def _fit(
+    teacher: Teacher,
+    student: nn.Module,
+    pruning_record: PruningRecord,
+    images: Images,
+    options: Reconstruction,
+    context: RunContext,
+    masks: Mapping[str, Tensor] | None,
+    advance: Callable[[int, int], None],
+) -> None:
+    card, device, size = teacher.card, context.device, options.batch_size
+    sample = fitting_sample(images, options.images, context.seed, "reconstruction")
+    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
+    done = reconstruct(
+        student, teacher.model, pruning_record, batches, masks, options.ridge, advance
+    )
     left = [name for name, _ in weighted_layers(student) if name not in done]
     lost = [name for name in left if f"{name}.weight" in {*pruning_record.kept, *(masks or {})}]
     if lost:
@@ -85,10 +106,7 @@ def reconstruct_student(
             "statistics are taken anew"
         )
         recalibrate(student, sample, card, device, len(batches), size)
-    log = context.log
-    log.details["reconstruction_left_alone"] = left
-    spent = log.metrics.get("reconstruction.seconds", 0.0)
-    log.metrics["reconstruction.seconds"] = spent + time.perf_counter() - start
+    context.log.details["reconstruction_left_alone"] = left
 
 
 def reconstruction_facts(log: RunLog) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Retention:
             self.history.append({})
             return
         images = JoinedImages(list(self.images.values()))
-        predicted, labels = predict(model, images, self.card, self.context.device)
+        with self.context.log.progress("accuracy on all sets", len(images)) as advance:
+            predicted, labels = predict(model, images, self.card, self.context.device, advance)
         right = (predicted == labels).float()
         found = {}
         for name in self.images:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 from dreamkit import distributed
+from dreamkit.errors import DreamkitError
 from dreamkit.store.dreams import DreamStore
 from dreamkit.types import RunContext, Synthesis, Teacher
+
+FOUND_SECONDS = 60.0
+"""How long a file that another rank wrote may take to be seen on a network drive."""
 
 
 def report_synthesis(context: RunContext, store: DreamStore) -> None:
@@ -24,7 +31,7 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
 
 def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:
     """Return the run's store, and tell what it left out."""
-    with distributed.first_before_others():
+    with context.log.progress("opening the dreams", 1), distributed.first_before_others():
         store = run_store(teacher, synthesis, context)
         if distributed.is_first():
             store.mend()
@@ -49,3 +56,24 @@ def run_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> Dr
             "synthesis": dict(synthesis.settings),
         },
     )
+
+
+def find_batches(store: DreamStore, indices: Sequence[int]) -> None:
+    """Take in the batches of a plan that all ranks are done with.
+
+    Raises:
+        DreamkitError: one is nowhere.
+    """
+    end, lacking = time.monotonic() + FOUND_SECONDS, list(indices)
+    while True:
+        store.refresh(lacking)
+        lacking = [i for i in lacking if i not in store.shards and i not in store.skipped]
+        if not lacking or time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    if distributed.anywhere(bool(lacking)):
+        named = f"batch {lacking[0]}" if lacking else "another rank's batch"
+        raise DreamkitError(
+            f"{named} is not in {store.folder}, though every rank is done: all of them have to "
+            "work in one folder that each can read, on a drive that machines share"
+        )

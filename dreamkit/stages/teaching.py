@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -67,7 +66,7 @@ def train_student(
         teacher.card,
         options,
         context.device,
-        torch.Generator().manual_seed(context.seed + 1),
+        context.seed,
         options.total_steps(count),
         context.log.note,
     )

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, StoreError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.flat_state import below, prefixed
-from dreamkit.joined_images import JoinedImages
+from dreamkit.model_state import reseed
+from dreamkit.out_of_memory import enough_memory
+from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.adaptive import AdaptivePool
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.training.batches import Draws
-from dreamkit.training.trainer import Batch, Trainer
+from dreamkit.training.reading import BatchReader
+from dreamkit.training.trainer import Trainer
 from dreamkit.types import Images, RunContext
 
 CHECKPOINT_SECONDS = 60.0
@@ -54,7 +58,7 @@ class TrainingRun:
         self.grows = 0
         """Which of the sets grows, if one does."""
         self.pools: list[Images] = []
-        self.draws: list[Draws] = []
+        draws: list[Draws] = []
         for number, images in enumerate(sets):
             if isinstance(images, AdaptivePool):
                 images.check(self.total)
@@ -62,31 +66,48 @@ class TrainingRun:
                 self.pools.append(images.pool)
             else:
                 self.pools.append(images)
-            seed = context.seed + 2 * number  # the trainer's own is between
-            generator = torch.Generator().manual_seed(seed)
-            self.draws.append(Draws(trainer.options.batch_size, generator))
-        self._share = 1.0
+            generator = stream(context.seed, f"batches of set {number}")
+            draws.append(Draws(trainer.options.batch_size, generator))
+        self.reader = BatchReader(self.pools, draws, context.log.note)
+        self._diverged = torch.zeros((), dtype=torch.int64, device=context.device)
+        """The first step whose loss was not finite, 0 if none was."""
         self.seconds = 0.0
         self.saved = time.perf_counter()
 
     def run(self) -> None:
-        """Take all steps, from where an interrupted try was."""
+        """Take all steps, from where an interrupted try was.
+
+        Raises:
+            DreamkitError: the training diverged, or its batches do not fit in memory.
+        """
+        cure = (
+            f"lower batch_size ({self.trainer.options.batch_size} now), or raise accumulate "
+            f"({self.trainer.options.accumulate} now), which sends a step's images through in parts"
+        )
+        with enough_memory(self.stage, cure, ("batch_size",)):
+            self._run()
+
+    def _run(self) -> None:
         log, every = self.context.log, max(1, self.total // _CURVE_POINTS)
         if self.trainer.options.evaluate_every is not None and self.context.evaluation is None:
             log.note("evaluate_every has no effect: there are no evaluation images")
         if not self._restore():
             log.begin(self.stage)
-            for draws, pool in zip(self.draws, self.pools, strict=True):
+            for draws, pool in zip(self.reader.draws, self.pools, strict=True):
                 draws.add(len(pool))
-        with log.progress(self.stage, self.total) as advance:
+        with log.progress(self.stage, self.total) as advance, self.reader.at_work():
             while (done := self.trainer.done) < self.total:
                 if self.adaptive is not None and self.adaptive.due(done):
+                    self._refuse_divergence()
                     with self._saved_if_stopped():
                         self._dream(self.adaptive)
                 start = time.perf_counter()
-                loss = self.trainer.step(*self._batches(), share=self._share)
+                loss = self._step()
                 done += 1
-                if done % every == 0 or done == self.total:
+                recorded = done % every == 0 or done == self.total
+                if recorded or loss.device.type == "cpu":  # elsewhere a look waits
+                    self._refuse_divergence()
+                if recorded:
                     log.record(self.stage, done, {"loss": float(loss)})
                 self.seconds += time.perf_counter() - start
                 self._look(done)
@@ -96,7 +117,8 @@ class TrainingRun:
                 with self._saved_if_stopped():
                     log.check(together=True)
         start = time.perf_counter()
-        self.trainer.finish(self.pools[0] if len(self.pools) == 1 else JoinedImages(self.pools))
+        with log.progress(f"end of {self.stage}", 1):
+            self.trainer.finish(self.pools)
         self.seconds += time.perf_counter() - start
         spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.log.metrics  # a run may train more than once
@@ -108,7 +130,7 @@ class TrainingRun:
         try:
             yield
         except KeyboardInterrupt:
-            dealt = [draws.size for draws in self.draws]
+            dealt = [draws.size for draws in self.reader.draws]
             if dealt == [len(pool) for pool in self.pools]:  # else it was stopped amid a merge
                 self._save()
             raise
@@ -120,26 +142,39 @@ class TrainingRun:
         the same student, and finds these dreams in the store.
         """
         self.trainer.agree()  # it is one student that all ranks dream against
-        self.draws[self.grows].add(pool.dream())
+        self.reader.draws[self.grows].add(pool.dream())
         self.context.log.record("pool", self.trainer.done, {"images": len(pool.pool)})
 
-    def _batches(self) -> list[Batch]:
-        """Return this rank's part of the next batch of every set."""
-        rank, ranks = distributed.rank(), distributed.size()
-        found = []
-        for number, (pool, draws) in enumerate(zip(self.pools, self.draws, strict=True)):
-            drawn = draws.next()
-            mine = drawn[rank::ranks]
-            if len(drawn) < 2 * ranks and ranks > 1:
-                raise DreamkitError(
-                    f"{len(drawn)} images in a batch leave {ranks} ranks less than two each: give "
-                    "it more, or use fewer ranks",
-                    ("batch_size",),
-                )
-            if number == 0:
-                self._share = len(mine) * ranks / len(drawn)
-            found.append(pool.batch(mine))
-        return found
+    def _step(self) -> Tensor:
+        """Take one step, while the next one's images are read; return its loss, of shape ()."""
+        batches, share, done = self.reader.next(), self.reader.share, self.trainer.done
+        # What networks draw, as dropout does, follows from the step: an interrupted run draws it
+        # again, and each rank draws its own.
+        reseed(derived_seed(self.context.seed, f"step {done} on rank {distributed.rank()}"))
+        follows = done + 1 < self.total
+        grows = self.adaptive is not None and self.adaptive.due(done + 1)
+        with self.reader.reading_ahead(follows and not grows):
+            loss = self.trainer.step(*batches, share=share)
+        first = (self._diverged == 0) & ~loss.isfinite()
+        self._diverged = torch.where(first, done + 1, self._diverged)
+        return loss
+
+    def _refuse_divergence(self) -> None:
+        """End a training whose loss is not finite any more.
+
+        Raises:
+            DreamkitError: it is not.
+        """
+        step, options = int(self._diverged), self.trainer.options
+        if not distributed.anywhere(step > 0):
+            return
+        float32 = "" if self.trainer.precision == "float32" else ", or precision: float32"
+        raise DreamkitError(
+            f"the loss is not finite at step {step or self.trainer.done} of {self.total}, so the "
+            f"training diverged: lower lr (it is {options.lr}), or set clip_norm{float32}. The "
+            "images that it was taught on are kept",
+            ("lr",),
+        )
 
     def _look(self, done: int) -> None:
         """Measure the accuracy on evaluation images, where that is asked for."""
@@ -148,18 +183,16 @@ class TrainingRun:
             return
         self.trainer.agree()
         model, card = self.trainer.current, self.trainer.card
-        found = accuracy(model, images, card, self.context.device)
+        with self.context.log.progress(f"{self.stage} accuracy", len(images)) as advance:
+            found = accuracy(model, images, card, self.context.device, advance)
         self.context.log.record(f"{self.stage} accuracy", done, {"accuracy": found})
 
     def _save(self) -> None:
         if self.checkpoint is None or not self.trainer.finite:
             return
         state = prefixed("trainer", self.trainer.state())
-        for number, draws in enumerate(self.draws):
-            state |= prefixed(f"draws.{number}", draws.state())
-        state["random"] = torch.get_rng_state()
-        if self.context.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.context.device)
+        for number, dealt in enumerate(self.reader.state()):
+            state |= prefixed(f"draws.{number}", dealt)
         facts = {"seconds": self.seconds, "of": self._of}
         facts["batches"] = 0 if self.adaptive is None else self.adaptive.batches
         write_checkpoint(self.checkpoint, state, facts)
@@ -191,11 +224,8 @@ class TrainingRun:
         if self.adaptive is not None:
             self.adaptive.restore(facts["batches"])
         self.trainer.restore(below("trainer", state))
-        for number, draws in enumerate(self.draws):
-            draws.restore(below(f"draws.{number}", state))
-        torch.set_rng_state(state["random"])
-        if self.context.device.type == "cuda" and "random.cuda" in state:
-            torch.cuda.set_rng_state(state["random.cuda"], self.context.device)
+        sets = range(len(self.pools))
+        self.reader.restore([below(f"draws.{number}", state) for number in sets])
         self.seconds = facts["seconds"]
         done = self.trainer.done
         self.context.log.note(f"{self.stage}: going on from step {done} of {self.total}")

@@ -21,6 +21,7 @@ from dreamkit.errors import TeacherMismatch
 from dreamkit.evaluation.features import pooled
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import inputs_of, seeded
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
@@ -71,7 +72,7 @@ class CMIDreamer(GenerativeDreamer):
         with torch.no_grad():
             blank = torch.zeros(2, *self.shape, device=self.device)
             width = self._features(blank, self.evaluator).shape[1]
-        with seeded(options.seed):
+        with seeded(derived_seed(session.seed, "projection")):
             head = nn.Sequential(
                 nn.Linear(width, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
@@ -114,7 +115,7 @@ class CMIDreamer(GenerativeDreamer):
             found = evaluator(images, labels, views[step])
             images.backward(found.gradient + leaf.grad)
             total = found.loss + contrast.detach()
-            best.offer(images, total)
+            best.offer(images, total, found.terms)
             optimizer.step()
             self.head_optimizer.step()
             on_step(step + 1, {"loss": total, "contrast": contrast.detach(), **found.terms})
@@ -169,7 +170,6 @@ class CMI(Generative):
         temperature: of the contrastive term.
         smallest_crop: area of the smallest part that is compared, as a share of the image's.
         bank: how many earlier images are compared with.
-        seed: of the projection's first weights.
         engine: how the teacher is computed.
     """
 
@@ -182,7 +182,6 @@ class CMI(Generative):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.25
     bank: Annotated[int, Field(ge=0)] = 1024
-    seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = CMIDreamer
 

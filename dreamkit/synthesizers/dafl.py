@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
@@ -26,7 +27,7 @@ class DAFLDreamer(GenerativeDreamer):
 
     def __init__(self, options: DAFL, session: Session) -> None:
         super().__init__(options, session)
-        self.generator = self.new_generator(options.seed)
+        self.generator = self.new_generator(derived_seed(session.seed, "generator"))
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=options.lr)
 
     def state(self) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ class DAFLDreamer(GenerativeDreamer):
             images.backward(found.gradient)
             self.optimizer.step()
             last = found.loss.clone()  # what is compiled may write over it
-            best.offer(best.found, last)
+            best.offer(best.found, last, found.terms)
             on_step(step + 1, {"loss": found.loss, **found.terms})
         best.require_finite(plan)
         with torch.no_grad():
@@ -81,14 +82,12 @@ class DAFL(Generative):
         flip: mirror what the teacher sees left to right in half of the steps; wrong for digits
             and text.
         lr: Adam's learning rate.
-        seed: of the generator's first weights.
         engine: how the teacher is computed.
     """
 
     jitter: Annotated[int, Field(ge=0)] | None = 0
     steps: Annotated[int, Field(ge=1)] = 1
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = DAFLDreamer
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.errors import placed
+from dreamkit.memory import largest_batch
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import EntryOf, Term, TermsOf
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
-from dreamkit.synthesizers.memory import largest_batch
 from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.stage import Plateau, Stage, check_stages
 from dreamkit.synthesizers.views import draw_views
@@ -125,24 +126,25 @@ class DeepInversion(Synthesizer):
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
         student: nn.Module | None = None,
+        seed: int = 0,
     ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         check_terms(self.regularizers, teacher)
         with ExitStack() as stack:
-            named = self._load_student(teacher)
+            named = self._load_student(teacher, seed)
             if named is not None:
                 student = named.to(device)
                 stack.enter_context(borrowed(student))
             loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
-            inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note))
+            inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note, seed))
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
 
-    def _load_student(self, teacher: Teacher) -> nn.Module | None:
+    def _load_student(self, teacher: Teacher, seed: int = 0) -> nn.Module | None:
         if self.student is None or competing(self.regularizers) is None:
             return None
         with placed("student"):
-            student = admit(self.student.load(seed=0), role="the competitor")
+            student = admit(self.student.load(derived_seed(seed, "rival")), role="the competitor")
             check_fits(student.card, teacher.card)
         return student.model
 
@@ -183,8 +185,7 @@ class Inversion(LossDreamer):
         generator = torch.Generator().manual_seed(plan.seed)
         labels = deal_labels(options.labels, plan, card.num_classes, generator).to(self.device)
         images: Tensor | None = None
-        best: Best | None = None
-        done = 0
+        loss, done = math.inf, 0
         for stage in options.stages:
             size = stage.resolution(card)
             if images is None:
@@ -200,10 +201,9 @@ class Inversion(LossDreamer):
             best = self._stage(start, labels, stage, generator, evaluator, counted)
             best.require_finite(plan)
             images = options.parameterisation.render(best.found, size)
-            done += stage.steps
-        assert images is not None
-        assert best is not None
-        return Dream(images, labels, float(best.loss))
+            loss, done = float(best.loss), done + stage.steps
+        assert images is not None  # there is a stage
+        return Dream(images, labels, loss)
 
     def _stage(
         self,
@@ -236,7 +236,7 @@ class Inversion(LossDreamer):
             (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
-            best.offer(parameters, found.loss)  # the loss is of the parameters before the step
+            best.offer(parameters, found.loss, found.terms)  # of before the step
             optimizer.step()
             if limits is not None:
                 with torch.no_grad():

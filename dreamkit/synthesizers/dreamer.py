@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dreamkit.arithmetic import resolve_precision
-from dreamkit.errors import NonFiniteLoss
+from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
 from dreamkit.synthesizers.inversion_loss import InversionLoss
 from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
 from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Teacher
+from dreamkit.wording import and_more
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Session:
         device: where to work.
         choices: what an earlier session resolved.
         note: told what the user must know.
+        seed: of what is drawn once for all batches.
     """
 
     teacher: Teacher
@@ -37,6 +39,7 @@ class Session:
     device: torch.device
     choices: Mapping[str, Any]
     note: Callable[[str], None]
+    seed: int = 0
 
 
 class LossDreamer(ABC):
@@ -92,8 +95,16 @@ class LossDreamer(ABC):
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state that ``state`` returned."""
-        assert not state, "who carries something on knows how to take it up again"
+        """Go on from a state that ``state`` returned: nothing.
+
+        Raises:
+            DreamkitError: there is something, which another synthesizer carried on.
+        """
+        if state:
+            raise DreamkitError(
+                f"what was kept between batches ({and_more(sorted(state))}) is of another "
+                "synthesizer: remove the run's folder 'dreams'"
+            )
 
     def dream(self, plan: BatchPlan, on_step: OnStep) -> Dream:
         """Make one batch; one whose loss overflows starts once more from its seed, in float32.
@@ -169,9 +180,20 @@ class Best:
         self.loss = torch.tensor(torch.inf, device=start.device)
         self.finite = torch.tensor(True, device=start.device)
         """Whether every loss was, a tensor of shape ()."""
+        self._sound: dict[str, Tensor] = {}
+        """Whether each term was, at the first step whose loss was not."""
 
-    def offer(self, found: Tensor, loss: Tensor) -> None:
-        """Take what a step found, if its loss (of shape ()) is lower."""
+    def offer(self, found: Tensor, loss: Tensor, terms: Mapping[str, Tensor] | None = None) -> None:
+        """Take what a step found, if its loss (of shape ()) is lower.
+
+        Args:
+            found: by the step.
+            loss: of shape ().
+            terms: that it is the sum of, to name those that are not finite.
+        """
+        for name, value in (terms or {}).items():
+            before = self._sound.get(name, self.finite)
+            self._sound[name] = torch.where(self.finite, torch.isfinite(value), before)
         better = loss < self.loss
         self.found = torch.where(better, found.detach(), self.found)
         self.loss = torch.where(better, loss.detach(), self.loss)
@@ -184,7 +206,9 @@ class Best:
             NonFiniteLoss: one was not.
         """
         if not self.finite:
+            first = [name for name, sound in self._sound.items() if not sound]
+            named = f" (not finite first: {', '.join(first)})" if first else ""
             raise NonFiniteLoss(
                 f"the loss of batch {plan.index} is not finite: lower the learning rate or the "
-                "weights of the regularizers"
+                f"weights of the regularizers{named}"
             )

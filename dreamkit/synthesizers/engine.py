@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dreamkit.arithmetic import Precision, autocast, resolve_precision
+from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.views import View
@@ -46,8 +46,8 @@ class Engine:
 
     Args:
         precision: of the network's arithmetic; statistics, regularizers and the loss are always
-            float32. ``auto`` is bfloat16 where the hardware multiplies it natively, except for
-            networks with depthwise convolutions on a CPU.
+            float32, and float32 is no TF32. ``auto`` is bfloat16 where the hardware multiplies it
+            natively, except for networks with depthwise convolutions on a CPU.
         compile: ``auto`` compiles if the run is long enough to pay for it.
     """
 
@@ -153,8 +153,9 @@ class Evaluator:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         leaf = images.detach().contiguous().requires_grad_()
-        loss, terms = function(leaf, labels, draw)
-        (gradient,) = torch.autograd.grad(loss, [leaf])
+        with full_float32(self.precision, self.device):
+            loss, terms = function(leaf, labels, draw)
+            (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
 
     def compile(self, images: Tensor, labels: Tensor) -> str | None:

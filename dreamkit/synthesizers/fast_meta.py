@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
+from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.bn_statistics import SmoothedStatistics
 from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
@@ -33,8 +34,8 @@ class FastMetaDreamer(GenerativeDreamer):
     def __init__(self, options: FastMeta, session: Session) -> None:
         super().__init__(options, session)
         self.options = options
-        self.first_whole_batch = options.warmup
-        self.generator = self.new_generator(options.seed)
+        self.first_whole_batch = max(options.warmup - 1, 0)
+        self.generator = self.new_generator(derived_seed(session.seed, "generator"))
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=options.lr * options.steps, betas=BETAS
         )
@@ -66,7 +67,7 @@ class FastMetaDreamer(GenerativeDreamer):
     ) -> Dream:
         """Adapt a copy of the generator and its noise to a batch, and learn from the way there."""
         options = self.options
-        self.terms.student = self.student if plan.index >= options.warmup else None
+        self.terms.student = self.student if plan.index + 1 >= options.warmup else None
         draws = torch.Generator().manual_seed(plan.seed)
         labels = self.labels(plan.size, draws)
         noise = self.noise(plan.size, draws).requires_grad_()
@@ -84,7 +85,7 @@ class FastMetaDreamer(GenerativeDreamer):
             images = self.render(fast, noise, evaluator)
             found = evaluator(images, labels, views[step])
             images.backward(found.gradient)
-            best.offer(images, found.loss)
+            best.offer(images, found.loss, found.terms)
             if options.meta == "maml":
                 self._gather(fast)
             inner.step()
@@ -97,8 +98,8 @@ class FastMetaDreamer(GenerativeDreamer):
     def _gather(self, fast: Generator) -> None:
         """Add the copy's gradients to the generator's: MAML to the first order."""
         for slow, quick in zip(self.generator.parameters(), fast.parameters(), strict=True):
-            assert quick.grad is not None
-            slow.grad = quick.grad.clone() if slow.grad is None else slow.grad + quick.grad
+            if quick.grad is not None:
+                slow.grad = quick.grad.clone() if slow.grad is None else slow.grad + quick.grad
 
     @torch.no_grad()
     def _learn(self, fast: Generator) -> None:
@@ -146,8 +147,7 @@ class FastMeta(Generative):
         reptile_rate: how far towards it.
         smoothing: share of earlier batches in the statistics that are matched, a moving average;
             0 matches each batch's own.
-        warmup: batches before terms that need the student count.
-        seed: of the generator's first weights.
+        warmup: the first batch, counted from 1, in which terms that need the student count.
         engine: how the teacher is computed.
     """
 
@@ -159,7 +159,6 @@ class FastMeta(Generative):
     reptile_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     warmup: Annotated[int, Field(ge=0)] = 20
-    seed: Annotated[int, Field(ge=0)] = 0
 
     dreamer: ClassVar[type[GenerativeDreamer]] = FastMetaDreamer
 

@@ -90,6 +90,7 @@ class Generative(Synthesizer):
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
         student: nn.Module | None = None,
+        seed: int = 0,
     ) -> Iterator[GenerativeDreamer]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         self.check(teacher)
@@ -97,7 +98,7 @@ class Generative(Synthesizer):
             loss = stack.enter_context(
                 bound_loss(teacher, self.regularizers, student, self.label_weight)
             )
-            dreamer = self.dreamer(self, Session(teacher, loss, device, choices or {}, note))
+            dreamer = self.dreamer(self, Session(teacher, loss, device, choices or {}, note, seed))
             stack.callback(dreamer.evaluator.discard_compiled)
             yield dreamer
 
@@ -164,7 +165,8 @@ class GenerativeDreamer(LossDreamer):
         """Return an untrained generator on the device, in training mode."""
         with seeded(seed):
             made = Generator(self._common.latent, self._common.width, self.shape)
-        return made.to(self.device).train()
+        made.train()
+        return made.to(self.device)
 
     def noise(self, size: int, generator: torch.Generator) -> Tensor:
         """Draw noise (N, latent) from N(0, 1)."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.evaluation.features import find_layer, penultimate_layer
 from dreamkit.model_state import InputTap, inputs_of
-from dreamkit.registry import Term
+from dreamkit.registry import RECORDED, Term
 from dreamkit.synthesizers.bn_statistics import (
     BatchNormTap,
     SmoothedStatistics,
@@ -94,10 +94,24 @@ class InversionLoss:
         for term in self.regularizers:
             if student_logits is None and "student_logits" in term.entry.needs:
                 continue
-            value = term.weight * term.entry(step)
+            value = term.weight * _checked(term, term.entry(step))
             # A name may stand in the recipe more than once; its values add up.
             terms[term.name] = terms[term.name] + value if term.name in terms else value
         return terms
+
+
+def _checked(term: Term[Regularizer], value: object) -> Tensor:
+    """Return what a regularizer returned, which is anyone's code.
+
+    Raises:
+        DreamkitError: it is no tensor of shape ().
+    """
+    if isinstance(value, Tensor) and value.shape == ():
+        return value
+    what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+    raise DreamkitError(
+        f"the regularizer {term.name} should return a tensor of shape (), not {what}"
+    )
 
 
 def needed(regularizers: Terms) -> frozenset[str]:
@@ -115,8 +129,14 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
 
     Raises:
         TeacherMismatch: naming the term, and what else could be done.
+        DreamkitError: a term has a name that the loss itself has in records.
     """
     for index, term in enumerate(regularizers):
+        if term.name in RECORDED:
+            raise DreamkitError(
+                f"records have the loss's own under '{term.name}': call the regularizer otherwise",
+                ("regularizers", index),
+            )
         if "bn_statistics" in term.entry.needs and not batch_norm_layers(teacher.model):
             scripted = isinstance(teacher.model, torch.jit.ScriptModule)
             lacks = "has no BatchNorm layer that stores statistics"

@@ -12,9 +12,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dreamkit.memory import peak_memory
 from dreamkit.synthesizers.engine import EXPECTED_SPEEDUP, Engine, Evaluator
-from dreamkit.synthesizers.memory import peak_memory
 from dreamkit.types import Estimate, OnStep
+from dreamkit.wording import duration
 
 TIMED_SECONDS = 1.0
 """How long the steps of a phase are timed for, or until ``StepClock.most_steps`` are done."""
@@ -64,11 +65,12 @@ def prepare(
         eager = _seconds_a_batch(phases, device)
     estimate = Estimate(batches * eager, peak.total)
     chosen_here = engine.compile == "auto"
+    cost = len({tuple(phase.images.shape) for phase in phases}) * compile_seconds
     if chosen_here:
-        cost = len({tuple(phase.images.shape) for phase in phases}) * compile_seconds
         engine = replace(engine, compile=_pays(estimate.seconds, cost, device, note))
     if engine.compile is not True:
         return engine, estimate
+    note(f"compiling the inversion: about {duration(cost)}")
     start = time.perf_counter()
     problem, compiled = compile_phases(evaluator, phases), eager
     spent = time.perf_counter() - start

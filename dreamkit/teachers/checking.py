@@ -7,6 +7,7 @@ import torch
 from dreamkit.card import Card
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode
+from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.types import Teacher
 from dreamkit.wording import one_line
 
@@ -40,6 +41,8 @@ def check_outputs(teacher: Teacher) -> None:
                 torch.zeros(1, *card.input_size, device=device_of(teacher.model))
             )
     except Exception as error:  # the model may be anyone's code
+        if is_out_of_memory(error):
+            raise
         reason = one_line(error)
         raise TeacherMismatch(
             f"{card.name} does not take an image of input_size {card.input_size}: {reason}"

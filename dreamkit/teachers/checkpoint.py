@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -12,16 +11,17 @@ from pydantic import Field
 from torch import nn
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError, OptionError
-from dreamkit.importing import import_file
+from dreamkit.errors import OptionError
 from dreamkit.model_state import seeded, to_eval
-from dreamkit.teachers.readying import made_ready
-from dreamkit.teachers.weights import (
-    check_file,
-    hash_weights,
-    load_into,
-    read_state_dict,
+from dreamkit.teachers.builders import (
+    call_builder,
+    check_builder,
+    origin_of,
+    reference_from_anywhere,
 )
+from dreamkit.teachers.class_names import names_of_classes
+from dreamkit.teachers.readying import made_ready
+from dreamkit.teachers.weights import check_weights, hash_weights, load_file
 from dreamkit.types import Teacher, TeacherSource
 
 
@@ -29,7 +29,8 @@ from dreamkit.types import Teacher, TeacherSource
 class CheckpointTeacher(TeacherSource):
     """A model built by a function of yours, with weights from a checkpoint.
 
-    The builder is your code and runs as such. The checkpoint is read with ``weights_only=True``.
+    The builder is your code and runs as such. Nothing of the checkpoint is run: only tensors,
+    numbers and texts are read from it.
 
     Args:
         builder: ``package.module:function`` or ``path/to/file.py:function``; returns a module.
@@ -37,56 +38,47 @@ class CheckpointTeacher(TeacherSource):
         mean: per channel, of pixels in [0, 1], as in training.
         std: per channel, of pixels in [0, 1], as in training.
         num_classes: number of outputs.
-        path: the checkpoint (.pth, .pt, .safetensors); null for random weights.
-        key: dotted path to the state dict inside it, e.g. ``state_dict``.
-        prefix: removed from the front of its keys, e.g. ``module.``.
+        path: the checkpoint, of ``torch.save`` or safetensors; null for the weights that the
+            builder returns, which may be trained or random.
+        key: dotted path to the state dict inside it, e.g. ``state_dict``; not needed where one
+            alone fits.
+        prefix: removed from the front of its keys, e.g. ``model.``; ``module.`` and what they all
+            have in common need not be told.
         arguments: keyword arguments for the builder.
-        class_names: in output order.
+        class_names: in output order; or a text file with one a line, or a JSON file.
     """
 
     builder: str
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    num_classes: Annotated[int, Field(ge=2)]
+    num_classes: Annotated[int, Field(ge=1)]
     path: str | None = None
     key: str | None = None
     prefix: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str | int, ...] | str | None = None
 
     def __post_init__(self) -> None:
-        module, colon, function = self.builder.rpartition(":")
-        if not colon or not module or not function.isidentifier():
-            raise OptionError("builder", "write package.module:function or path/file.py:function")
-        if module.endswith(".py"):
-            check_file("builder", module)
+        check_builder(self.builder)
         if self.path is not None:
-            check_file("path", self.path)
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            given = len(self.class_names)
-            raise OptionError("class_names", f"{given} names for {self.num_classes} classes")
-        self._card("unchecked", None)
+            check_weights("path", self.path)
+        if self.num_classes == 1:
+            raise OptionError(
+                "num_classes",
+                "should be at least 2: for a network of one logit x (its sigmoid the probability "
+                "of the second class) return two in the builder's forward, "
+                "torch.cat([-x, x], 1) / 2, and write num_classes: 2",
+            )
+        names_of_classes(self.class_names, self.num_classes)
+        self._card("unchecked")
 
     def build(self) -> nn.Module:
-        """Return the architecture with the builder's own initial weights."""
+        """Return the architecture with the builder's own weights."""
         return self._build(lambda text: None)
 
     def _build(self, note: Callable[[str], None]) -> nn.Module:
-        try:
-            model = import_builder(self.builder)(**self.arguments)
-        except DreamkitError:
-            raise
-        except Exception as error:  # the user's function may raise anything
-            raise DreamkitError(
-                f"the builder {self.builder} failed: {type(error).__name__}: {error}",
-                ("builder",),
-            ) from error
-        if not isinstance(model, nn.Module):
-            made = type(model).__name__
-            raise DreamkitError(
-                f"the builder {self.builder} returned {made}, not a module", ("builder",)
-            )
+        model = call_builder(self.builder, self.arguments)
         # A copy: a builder may return one object whenever it is called.
         return made_ready(model, self.input_size, note, "its network")
 
@@ -96,41 +88,29 @@ class CheckpointTeacher(TeacherSource):
         with seeded(seed):
             model = self._build(notes.append)
         if self.path is not None:
-            load_into(model, read_state_dict(self.path, self.key, self.prefix), self.path)
-        card = self._card(self.path or "random weights", hash_weights(model))
+            notes += load_file(model, self.path, self.key, self.prefix)
+            card = self._card(self.path, trained=True)
+        else:
+            with seeded(seed + 1):
+                origin = origin_of(model, self.build(), self.input_size)
+            notes += origin.said
+            card = self._card(origin.text, origin.trained)
+        card = dataclasses.replace(card, weights_sha256=hash_weights(model))
+        # A student of it is built from anywhere, and has its weights in a file of its own.
         builder = dataclasses.asdict(self) | {"source": "checkpoint", "path": None}
+        builder |= {"builder": reference_from_anywhere(self.builder), "key": None, "prefix": ""}
+        builder |= {"class_names": card.class_names}
         to_eval(model)
         return Teacher(model, card, builder, notes=tuple(notes))
 
-    def _card(self, origin: str, weights_sha256: str | None) -> Card:
+    def _card(self, origin: str, trained: bool = False) -> Card:
         return Card(
             name=f"checkpoint/{self.builder}",
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,
             num_classes=self.num_classes,
-            class_names=self.class_names,
+            class_names=names_of_classes(self.class_names, self.num_classes),
             origin=origin,
-            trained=self.path is not None,
-            weights_sha256=weights_sha256,
+            trained=trained,
         )
-
-
-def import_builder(reference: str) -> Callable[..., Any]:
-    """Import ``package.module:function`` or ``path/file.py:function``.
-
-    Raises:
-        DreamkitError: there is no such module, file or function.
-    """
-    place, _, name = reference.rpartition(":")
-    try:
-        module = import_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # importing runs the user's code
-        raise DreamkitError(
-            f"the builder's module {place} cannot be imported: {type(error).__name__}: {error}",
-            ("builder",),
-        ) from error
-    if not callable(getattr(module, name, None)):
-        raise DreamkitError(f"{place} has no function '{name}'", ("builder",))
-    function: Callable[..., Any] = getattr(module, name)
-    return function

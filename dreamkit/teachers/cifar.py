@@ -16,18 +16,23 @@ from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.model_state import seeded
 from dreamkit.teachers.cifar_networks import NETWORKS, build_network
+from dreamkit.teachers.class_names import names_of_classes
 from dreamkit.teachers.weights import (
-    check_file,
+    check_weights,
     hash_weights,
     is_weights_file,
-    load_into,
-    read_state_dict,
+    load_file,
 )
 from dreamkit.types import Teacher, TeacherSource
 
 SIZE = (3, 32, 32)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+def _named_alike(state: dict[str, Any]) -> dict[str, Any]:
+    """Call the classifier ``fc``, which most others who publish CIFAR ResNets call ``linear``."""
+    return {re.sub(r"(^|\.)linear\.", r"\1fc.", name): value for name, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,14 @@ class CifarTeacher(TeacherSource):
     Args:
         model: resnet20, resnet32, resnet56, resnet18, resnet34, vgg11_bn, wrn_40_2, wrn_16_1,
             wrn_16_2 or mobilenetv2.
-        weights: a path to .safetensors or .pth, or null for random weights.
+        weights: the path of a file, or null for random weights.
         key: dotted path to the state dict inside the file, e.g. ``state_dict``.
         prefix: removed from the front of its keys, e.g. ``module.``.
         num_classes: number of outputs; 10 where no card tells.
         input_size: (channels, height, width); (3, 32, 32) where no card tells.
         mean: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
         std: per channel, of pixels in [0, 1]; CIFAR-10's where no card tells.
-        class_names: in output order.
+        class_names: in output order; or a text file with one a line, or a JSON file.
     """
 
     model: str
@@ -63,7 +68,7 @@ class CifarTeacher(TeacherSource):
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str | int, ...] | str | None = None
 
     def __post_init__(self) -> None:
         if self.model not in NETWORKS:
@@ -74,14 +79,11 @@ class CifarTeacher(TeacherSource):
             if not is_weights_file(self.weights):
                 raise OptionError(
                     "weights",
-                    f"'{self.weights}' is no path to .safetensors or .pth; none are published, "
+                    f"'{self.weights}' is no path of a file; none are published, "
                     "benchmarks/train_teacher.py makes them; null for random ones",
                 )
-            check_file("weights", self.weights)
-        card = self._card(self._written(), "unchecked", None)
-        if card.class_names is not None and len(card.class_names) != card.num_classes:
-            given = len(card.class_names)
-            raise OptionError("class_names", f"{given} names for {card.num_classes} classes")
+            check_weights("weights", self.weights)
+        self._card(self._written(), "unchecked", None)
 
     @classmethod
     def known_models(cls, pretrained: bool) -> list[str]:
@@ -97,18 +99,17 @@ class CifarTeacher(TeacherSource):
         """Return the model in eval mode with its card."""
         with seeded(seed):
             model = self.build()
+        said: list[str] = []
         if self.weights is not None:
-            state = read_state_dict(self.weights, self.key, self.prefix)
-            # In the CIFAR ResNets that most others publish, the classifier is called ``linear``.
-            named = {re.sub(r"^linear\.", "fc.", name): value for name, value in state.items()}
-            load_into(model, named, self.weights)
+            said = load_file(model, self.weights, self.key, self.prefix, _named_alike)
         origin = self.weights or "random weights"
         card = self._card(self._written(), origin, hash_weights(model))
         resolved = {
             key: getattr(card, key)
             for key in ("num_classes", "input_size", "mean", "std", "class_names")
         }
-        return Teacher(model.eval(), card, {"source": "cifar", "model": self.model} | resolved)
+        builder = {"source": "cifar", "model": self.model} | resolved
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
 
     def _written(self) -> dict[str, Any]:
         """Return the card that lies beside the weights; empty if there is none."""
@@ -146,4 +147,6 @@ class CifarTeacher(TeacherSource):
             "trained": self.weights is not None,
             "weights_sha256": weights_sha256,
         }
-        return Card(**(default | written | given | fixed))
+        options = default | written | given | fixed
+        names = names_of_classes(options.get("class_names"), options["num_classes"])
+        return Card(**(options | {"class_names": names}))

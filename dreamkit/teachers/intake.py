@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dreamkit.copying import copied
 from dreamkit.errors import TeacherMismatch
 from dreamkit.model_state import device_of, eval_mode, frozen, seeded, tensors_of
+from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.teachers.doubts import doubt, doubt_training
 from dreamkit.teachers.logits import TakeLogits, copy_input, described, logits_in, why_no_logits
 from dreamkit.teachers.readying import made_ready
@@ -49,7 +50,7 @@ def admit(
     """
     card = teacher.card
     role = role or card.name
-    for text in teacher.notes:
+    for text in (*teacher.notes, *card.doubts()):
         note(f"{role}: {text}")
     model = made_ready(teacher.model, card.input_size, note, role)
     if judge:
@@ -174,6 +175,8 @@ def _call(model: nn.Module, images: Tensor, role: str) -> Any:
     try:
         return model(images)
     except Exception as error:  # anyone's code
+        if is_out_of_memory(error):
+            raise
         raise TeacherMismatch(
             f"{role} does not take {_shown(images)}: {one_line(error)}"
         ) from error
@@ -224,6 +227,8 @@ def _hold_to_gradient(model: nn.Module, input_size: tuple[int, int, int], role: 
         try:
             torch.autograd.grad(logits.sum(), [leaf], allow_unused=True)
         except Exception as error:  # anyone's code
+            if is_out_of_memory(error):
+                raise
             raise TeacherMismatch(
                 f"{role}: its outputs cannot be differentiated by its images: {one_line(error)}"
             ) from error
@@ -241,6 +246,8 @@ def _hold_in_training(
         try:
             output = trial(shown)
         except Exception as error:  # anyone's code
+            if is_out_of_memory(error):
+                raise
             note(
                 f"{role}: in training mode it does not run, so that no student made of it can "
                 f"learn: {one_line(error)}"

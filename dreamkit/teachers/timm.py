@@ -13,12 +13,11 @@ from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
-    check_file,
+    check_weights,
     download,
     hash_weights,
     is_weights_file,
-    load_into,
-    read_state_dict,
+    load_file,
 )
 from dreamkit.types import Teacher, TeacherSource
 
@@ -30,8 +29,8 @@ class TimmTeacher(TeacherSource):
     Args:
         model: a name of ``timm.list_models()``, with or without a pretrained tag, or
             ``hf-hub:owner/name``.
-        weights: ``default``, a pretrained tag such as ``a1_in1k``, a path to .safetensors or
-            .pth, or null for random weights.
+        weights: ``default``, a pretrained tag such as ``a1_in1k``, the path of a file, or null for
+            random weights.
         num_classes: outputs of a model whose weights are a file or random.
         input_size: (channels, height, width), where it is not the one timm states.
     """
@@ -49,7 +48,7 @@ class TimmTeacher(TeacherSource):
             hint = did_you_mean(name, timm.list_models())
             raise OptionError("model", f"timm has no model '{name}'{hint}")
         if is_weights_file(self.weights):
-            check_file("weights", str(self.weights))
+            check_weights("weights", str(self.weights))
         elif self.weights is not None:
             if self.num_classes is not None:
                 raise OptionError("num_classes", "only for weights from a file or null")
@@ -74,7 +73,7 @@ class TimmTeacher(TeacherSource):
             raise OptionError(
                 "weights" if self.weights != "default" else "model",
                 f"timm has no pretrained '{self._full_name}'{did_you_mean(tag, tags)} "
-                f"(tags: {choices}); weights may also be a path, or null",
+                f"(tags: {choices}); weights may also be the path of a file, or null",
             )
 
     def build(self) -> nn.Module:
@@ -89,13 +88,14 @@ class TimmTeacher(TeacherSource):
         else:
             model = download(f"timm/{self._full_name}", lambda: self._create(pretrained=True))
         origin = f"timm/{self._full_name}"
+        said: list[str] = []
         if is_weights_file(self.weights):
-            load_into(model, read_state_dict(str(self.weights)), str(self.weights))
+            said = load_file(model, str(self.weights))
             origin = str(self.weights)
         card = self._card(model, "random weights" if self.weights is None else origin)
         builder = dataclasses.asdict(self) | {"source": "timm", "weights": None}
         builder |= {"num_classes": card.num_classes}
-        return Teacher(model.eval(), card, builder)
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
 
     @property
     def _full_name(self) -> str:

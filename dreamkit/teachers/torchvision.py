@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,18 +15,20 @@ from dreamkit.card import Card
 from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.model_state import seeded
 from dreamkit.teachers.weights import (
-    check_file,
+    check_weights,
     download,
     hash_weights,
     is_weights_file,
-    load_into,
-    read_state_dict,
+    load_file,
 )
 from dreamkit.types import Teacher, TeacherSource
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+_AUXILIARY = {
+    "googlenet": re.compile(r"(^|\.)aux[12]\."),
+    "inception_v3": re.compile(r"(^|\.)AuxLogits\."),
+}
 """Heads for training only: the published weights have them, the models here do not."""
 
 
@@ -35,8 +38,8 @@ class TorchvisionTeacher(TeacherSource):
 
     Args:
         model: a name of ``torchvision.models.list_models()``.
-        weights: ``default``, a name of the model's weights such as ``IMAGENET1K_V2``, a path to
-            .safetensors or .pth, or null for random weights.
+        weights: ``default``, a name of the model's weights such as ``IMAGENET1K_V2``, the path of
+            a file, or null for random weights.
         num_classes: outputs of a model whose weights are a file or random.
         input_size: (channels, height, width), where it is not the one torchvision states.
     """
@@ -54,7 +57,7 @@ class TorchvisionTeacher(TeacherSource):
         if self.input_size is not None and self.input_size[0] != 3:
             raise OptionError("input_size", "torchvision's models take 3 channels; timm's take any")
         if is_weights_file(self.weights):
-            check_file("weights", str(self.weights))
+            check_weights("weights", str(self.weights))
         elif self.weights is not None:
             if self.num_classes is not None:
                 raise OptionError("num_classes", "only for weights from a file or null")
@@ -71,7 +74,9 @@ class TorchvisionTeacher(TeacherSource):
         if name not in known:
             hint = did_you_mean(name, known)
             choices = ", ".join(known)
-            raise OptionError("weights", f"no weights '{name}'{hint} (choices: {choices}, a path)")
+            raise OptionError(
+                "weights", f"no weights '{name}'{hint} (choices: {choices}, the path of a file)"
+            )
 
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""
@@ -86,15 +91,17 @@ class TorchvisionTeacher(TeacherSource):
         else:
             name = self.weights.upper() if self.weights == "default" else self.weights
             model = download(origin, lambda: self._create(name))
+        said: list[str] = []
         if is_weights_file(self.weights):
-            state = read_state_dict(str(self.weights))
-            if self.model in _AUXILIARY:
-                state = {k: v for k, v in state.items() if not k.startswith(_AUXILIARY[self.model])}
-            load_into(model, state, str(self.weights))
+            said = load_file(model, str(self.weights), renamed=self._without_auxiliary)
             origin = str(self.weights)
         card = self._card(model, "random weights" if self.weights is None else origin)
         builder = dataclasses.asdict(self) | {"source": "torchvision", "weights": None}
-        return Teacher(model.eval(), card, builder)
+        return Teacher(model.eval(), card, builder, notes=tuple(said))
+
+    def _without_auxiliary(self, state: dict[str, Any]) -> dict[str, Any]:
+        heads = _AUXILIARY.get(self.model)
+        return state if heads is None else {k: v for k, v in state.items() if not heads.search(k)}
 
     def _create(self, weights: str | None) -> nn.Module:
         options: dict[str, Any] = {}

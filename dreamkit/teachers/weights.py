@@ -1,40 +1,79 @@
-"""Reading state dicts safely, and fitting them to a model."""
+"""Weights from files: which of what a file holds fits a network, and loading it."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from dreamkit.errors import DreamkitError, MissingPath, WeightsMismatch, WeightsUnavailable
+from dreamkit.errors import (
+    DreamkitError,
+    MissingPath,
+    OptionError,
+    WeightsMismatch,
+    WeightsUnavailable,
+)
 from dreamkit.flat_state import hash_state
 from dreamkit.model_state import load_state, tensors_of
-from dreamkit.wording import first_line
+from dreamkit.teachers.checkpoint_file import CURE, StandIn, named, read_checkpoint
+from dreamkit.teachers.file_kinds import strange_kind
+from dreamkit.teachers.key_names import Reading, complaint, fitting, readings
+from dreamkit.wording import and_more, first_line
 
-WEIGHT_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt"})
-_SHOWN_KEYS = 4
+_SUFFIXES = frozenset(
+    {".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".h5"}
+)
+_DEPTH = 3
+"""Levels of a checkpoint that are searched for state dicts."""
 M = TypeVar("M")
+State = dict[str, Any]
+"""A state dict as it was found: by name, and perhaps not all of it tensors."""
 
 
 def is_weights_file(weights: str | None) -> bool:
     """Return whether a ``weights`` option is a path rather than a name on a hub."""
-    return weights is not None and Path(weights).suffix in WEIGHT_SUFFIXES
+    if weights in {None, "default"}:
+        return False
+    text = str(weights)
+    written_as_one = "/" in text or "\\" in text or text.startswith(("~", "."))
+    return written_as_one or Path(text).suffix in _SUFFIXES or Path(text).is_file()
 
 
 def check_file(option: str, path: str) -> None:
     """Refuse a path that is no file.
 
     Raises:
-        MissingPath: naming the option.
+        MissingPath: naming the option, and where a relative path was looked for.
     """
-    if not Path(path).is_file():
-        raise MissingPath(option, f"no such file: {path}")
+    if "://" in path:
+        raise OptionError(option, f"{path} is an address: download it, and give the file's path")
+    file = Path(path).expanduser()
+    if file.is_file():
+        return
+    if "\\" in path:
+        raise MissingPath(option, f"no such file: {path} (paths are written with '/' here)")
+    place = "" if file.is_absolute() else f" (looked for in the working folder, {Path.cwd()})"
+    raise MissingPath(option, f"no such file: {path}{place}")
+
+
+def check_weights(option: str, path: str) -> None:
+    """Refuse a path that holds no weights, as far as its first bytes tell.
+
+    Raises:
+        MissingPath: there is nothing.
+        OptionError: it is something else; the message says what, and the cure.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        check_file(option, path)
+    try:
+        kind = strange_kind(place)
+    except OSError as error:
+        raise OptionError(option, f"{path} cannot be read: {error.strerror}") from error
+    if kind is not None:
+        raise OptionError(option, f"{path} is {kind}")
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -42,50 +81,136 @@ def hash_weights(model: nn.Module) -> str:
     return hash_state(tensors_of(model))
 
 
-def read_state_dict(path: str, key: str | None = None, prefix: str = "") -> dict[str, Tensor]:
-    """Read a state dict from safetensors or a PyTorch checkpoint, without running its code.
+def load_file(
+    model: nn.Module,
+    path: str,
+    key: str | None = None,
+    prefix: str = "",
+    renamed: Callable[[State], State] = dict,
+) -> list[str]:
+    """Load the state dict of a checkpoint that fits a model; none of the file's code runs.
+
+    Of several in a file it is the one that fits. Names may have prefixes of wrappers, and counters
+    of other tools among them.
 
     Args:
-        path: the file.
-        key: dotted key under which the state dict lies in the checkpoint, e.g. ``state_dict``.
-        prefix: removed from the front of every key that has it, e.g. ``module.``.
+        model: takes the weights, whole.
+        path: the file: safetensors, or of ``torch.save``.
+        key: dotted path of the state dict in it; found if None.
+        prefix: removed from the front of its names; those without it are left out if need be.
+        renamed: makes the model's names of a state dict's.
+
+    Returns:
+        Sentences that say what was chosen and left out.
 
     Raises:
-        DreamkitError: the file is not readable as weights, holds pickled code, or has no
-            state dict at ``key``.
+        DreamkitError: the file holds no state dict, or several that fit.
+        WeightsMismatch: saying what does not fit, and what to write.
     """
-    content = _read(path)
-    for step in key.split(".") if key else ():
-        if not isinstance(content, Mapping) or step not in content:
-            found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else ""
-            raise DreamkitError(f"{path}: no key '{step}' (of key: {key}); it holds: {found}")
-        content = content[step]
-    tensors = isinstance(content, Mapping) and dict(content)
-    if not tensors or not all(isinstance(v, Tensor) for v in tensors.values()):
-        keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else ""
-        raise DreamkitError(
-            f"{path}: not a state dict; give 'key' (a dotted path) if it lies deeper. "
-            f"It holds: {keys or type(content).__name__}"
+    states = find_states(path, read_checkpoint(Path(path).expanduser()), key)
+    own = tensors_of(model)
+    found = {where: readings(renamed(state), own, prefix) for where, state in states.items()}
+    fit = {where: read for where, several in found.items() if (read := fitting(several, own))}
+    if len(fit) > 1:
+        choice = " or ".join(f"key: {where}" for where in fit)
+        raise DreamkitError(f"{path} holds several state dicts that fit: write {choice}{_NO_KEY}")
+    if not fit:
+        where, several = min(
+            found.items(), key=lambda item: min(read.misfits(own) for read in item[1])
         )
-    return {str(name).removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        origin = f"{path} (key: {where})" if where and key is None else path
+        raise WeightsMismatch(f"{origin} does not fit the model: {complaint(several, own)}")
+    ((where, reading),) = fit.items()
+    _load(model, reading, path)
+    chosen = [] if not where or key is not None else [f"the state dict is that of key: {where}"]
+    return [f"{path}: {said}" for said in (*chosen, *reading.said)]
 
 
-def _read(path: str) -> Any:
-    try:
-        if Path(path).suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols; what matters is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+_NO_KEY = (
+    " (an option of the sources 'checkpoint' and 'cifar'; for another source save that one alone: "
+    "torch.save(torch.load(path)['...'], 'weights.pth'))"
+)
+
+
+def find_states(path: str, content: Any, key: str | None = None) -> dict[str, State]:
+    """Return the state dicts in a checkpoint by their dotted keys; ``""`` is the whole.
+
+    Args:
+        path: of the file, for messages.
+        content: as it was read.
+        key: of the one that is wanted.
+
+    Raises:
+        DreamkitError: there is none; the message says what there is.
+    """
+    for step in _steps(content, key):
+        if not isinstance(content, Mapping) or step not in content:
+            raise DreamkitError(f"{path}: no key '{step}' (of key: {key}){_held(content)}")
+        content = content[step]
+    if _is_state(content):
+        return {key or "": dict(content)}
+    nested = _nested(content) if key is None else {}
+    if nested:
+        return nested
+    if isinstance(content, StandIn):
         raise DreamkitError(
-            f"{path}: refused: it pickles more than tensors, and loading that would run its code. "
-            "Save the state dict alone: torch.save(model.state_dict(), path) or, better, "
-            "safetensors.torch.save_file(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        reason = first_line(error) or type(error).__name__
-        raise DreamkitError(f"{path}: cannot be read as weights: {reason}") from error
+            f"{path}: refused: it is a pickled network or object, of class {named(content)}, and "
+            f"loading that would run its code. {CURE}"
+        )
+    objects = [*content.values()] if isinstance(content, Mapping) else []
+    pickled = any(isinstance(value, StandIn) for value in objects)
+    advice = "; give 'key' (a dotted path) if it lies deeper" if objects else ""
+    refused = f". Its objects were refused: to load them would run their code. {CURE}"
+    rest = _held(content) + (refused if pickled else advice)
+    raise DreamkitError(f"{path}: not a state dict, {{name: tensor}}{rest}")
+
+
+def _steps(content: Any, key: str | None) -> list[str]:
+    if not key or (isinstance(content, Mapping) and key in content):
+        return [key] if key else []
+    return key.split(".")
+
+
+def _is_state(content: Any) -> bool:
+    """Whether it is a state dict: names, and mostly tensors."""
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        return False
+    tensors = sum(isinstance(value, Tensor) for value in content.values())
+    return 2 * tensors > len(content)
+
+
+def _nested(content: Any, depth: int = _DEPTH) -> dict[str, State]:
+    """Return the state dicts in a mapping, by their dotted keys."""
+    found: dict[str, State] = {}
+    if not isinstance(content, Mapping) or depth == 0:
+        return found
+    for name, value in content.items():
+        if not isinstance(name, str):
+            continue
+        if _is_state(value):
+            found[name] = dict(value)
+        else:
+            below = _nested(value, depth - 1)
+            found |= {f"{name}.{rest}": state for rest, state in below.items()}
+    return found
+
+
+def _held(content: Any) -> str:
+    """Say what there is in place of a state dict."""
+    if isinstance(content, Mapping):
+        names = [
+            f"{name} (an object of {named(value)})" if isinstance(value, StandIn) else str(name)
+            for name, value in content.items()
+        ]
+        return f"; it holds: {and_more(names)}" if names else "; it is empty"
+    if isinstance(content, list | tuple):
+        return (
+            f"; it is a {type(content).__name__} of {len(content)}, and nothing tells which layer "
+            "each is of: save model.state_dict()"
+        )
+    if isinstance(content, Tensor):
+        return f"; it is one tensor, of shape {tuple(content.shape)}"
+    return f"; it is of type {type(content).__name__}"
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -95,27 +220,17 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         WeightsMismatch: naming the first keys that are missing, unexpected or of another shape.
     """
     own = tensors_of(model)
-    # BatchNorm's step counter is absent from old checkpoints and means nothing in eval mode.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)}, model has {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    complaints = [
-        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN_KEYS])}"
-        + (", ..." if len(keys) > _SHOWN_KEYS else "")
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of other shape", shapes),
-        )
-        if keys
-    ]
-    if complaints:
-        raise WeightsMismatch(f"{origin} does not fit the model: {'; '.join(complaints)}")
-    load_state(model, state, strict=False)
+    reading = Reading(dict(state))
+    if reading.misfits(own):
+        raise WeightsMismatch(f"{origin} does not fit the model: {complaint([reading], own)}")
+    _load(model, reading, origin)
+
+
+def _load(model: nn.Module, reading: Reading, origin: str) -> None:
+    try:
+        load_state(model, reading.state, strict=False)
+    except RuntimeError as error:  # a network may have a way of loading of its own
+        raise WeightsMismatch(f"{origin} does not fit the model: {first_line(error)}") from error
 
 
 def download(what: str, fetch: Callable[[], M]) -> M:

@@ -42,6 +42,11 @@ class CSVTracker(Tracker):
         """Write the final metrics under the stage ``final``."""
         self._write([("final", 0, name, value) for name, value in metrics.items()])
 
+    def withdraw(self) -> None:
+        """Remove the file."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
     def _write(self, rows: list[tuple[Any, ...]], mode: Literal["a", "w"] = "a") -> None:
         assert self._path is not None, "start comes first"
         with self._path.open(mode, newline="", encoding="utf-8") as file:

@@ -45,6 +45,10 @@ class IsolatedTrackers:
         """Pass the final metrics on."""
         self._trackers.each(lambda tracker: tracker.finish(metrics))
 
+    def withdraw(self) -> None:
+        """Have every tracker that works remove what it wrote."""
+        self._trackers.each(lambda tracker: tracker.withdraw())
+
     def close(self) -> None:
         """Close every tracker, those that failed too; a second call does nothing."""
         fit = {id(tracker) for tracker in self._trackers.left}

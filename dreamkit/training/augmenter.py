@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit import distributed
+from dreamkit.seeds import derived_seed
 from dreamkit.training.augmentation import random_crop, random_flip
 
 
@@ -46,16 +48,23 @@ class Mixed:
 
 
 class Augmenter:
-    """Varies batches; what it draws next can be saved and restored.
+    """Varies batches; what it draws follows from the seed, the step and the rank alone.
 
     Args:
         options: how.
-        generator: on the CPU.
+        seed: of what is drawn.
     """
 
-    def __init__(self, options: Augmentation, generator: torch.Generator) -> None:
+    def __init__(self, options: Augmentation, seed: int) -> None:
         self.options = options
-        self.generator = generator
+        self.seed = seed
+        self.generator = torch.Generator()
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Draw what a step (from 0) of this rank draws, whatever was drawn before."""
+        purpose = f"augmentation of step {step} on rank {distributed.rank()}"
+        self.generator.manual_seed(derived_seed(self.seed, purpose))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Mixed:
         """Return images (N, C, H, W), normalised, varied, with what their labels (N,) become."""
@@ -76,11 +85,3 @@ class Augmenter:
         alpha = torch.full((2,), self.options.mixup, dtype=torch.float64)
         pair = torch._standard_gamma(alpha, generator=self.generator)
         return float(pair[0] / pair.sum().clamp(min=1e-300))
-
-    def state(self) -> Tensor:
-        """Return the state of the generator, uint8."""
-        return self.generator.get_state()
-
-    def restore(self, state: Tensor) -> None:
-        """Go on drawing from a state."""
-        self.generator.set_state(state.cpu())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamkit.joined_images import JoinedImages
 from dreamkit.types import Images, Labelled
 
 
@@ -71,6 +72,24 @@ def drawn(images: Images, count: int, generator: torch.Generator) -> Subset:
     return Subset(images, order[:count].tolist())
 
 
+def drawn_evenly(sets: Sequence[Images], count: int, generator: torch.Generator) -> Subset:
+    """Return at most ``count`` images of each set, as many of each, shuffled.
+
+    That is what a training sees that takes as many of each in every step: a set that is smaller
+    than the largest comes more than once.
+    """
+    sizes = [len(images) for images in sets]
+    count = min(count, max(sizes))
+    chosen, first = [], 0
+    for size in sizes:
+        passes = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+        chosen.append(first + torch.cat(passes)[:count])
+        first += size
+    order = torch.cat(chosen)
+    order = order[torch.randperm(len(order), generator=generator)]
+    return Subset(sets[0] if len(sets) == 1 else JoinedImages(sets), order.tolist())
+
+
 def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once: stored images (N, C, H, W) and labels (N,)."""
     for first in range(0, len(images), batch_size):
@@ -112,7 +131,7 @@ class Draws:
         """Return all that the next batches depend on."""
         return {
             "size": torch.tensor(self.size),
-            "coming": self._coming.clone(),
+            "coming": self._coming,  # never written to
             "generator": self.generator.get_state(),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,7 @@ def recalibrate(
     device: torch.device,
     batches: int,
     batch_size: int,
+    advance: Callable[[int], None] = lambda batches: None,
 ) -> None:
     """Recompute every BatchNorm's running statistics over some batches of images.
 
@@ -43,7 +44,9 @@ def recalibrate(
         card: how to normalise them.
         device: where the model is.
         batches: how many batches at the most.
-        batch_size: images in each; a last batch of one image is left out.
+        batch_size: images in each; a last batch of one image is left out. Layers that are given
+            one value a channel, and so no variance, keep the statistics that they have.
+        advance: told how many batches are done.
     """
     layers = _layers(model)
     momenta = [layer.momentum for layer in layers]
@@ -52,7 +55,7 @@ def recalibrate(
             for layer in layers:
                 layer.train()
                 layer.momentum = 0.0  # the forward pass itself leaves what is stored alone
-            seen = _inputs(model, layers, images, card, device, batches, batch_size)
+            seen = _inputs(model, layers, images, card, device, batches, batch_size, advance)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -65,7 +68,12 @@ def recalibrate(
 
 @torch.no_grad()
 def refresh(
-    model: nn.Module, images: Images, card: Card, device: torch.device, batch_size: int
+    model: nn.Module,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda batches: None,
 ) -> None:
     """Let every BatchNorm state what it is given, and compute in eval mode what it did.
 
@@ -80,10 +88,11 @@ def refresh(
         card: how to normalise them.
         device: where the model is.
         batch_size: images at once.
+        advance: told how many batches are done.
     """
     layers = [m for m in model.modules() if _states_and_scales(m)]
     with eval_mode(model):
-        seen = _inputs(model, layers, images, card, device, None, batch_size)
+        seen = _inputs(model, layers, images, card, device, None, batch_size, advance)
     # Ranks may differ in the last bit, and are to have one network.
     found = distributed.broadcast(
         [(m.mean.cpu(), (m.squares / m.count).cpu()) for m in seen.values()]
@@ -127,14 +136,24 @@ def _inputs(
     device: torch.device,
     batches: int | None,
     batch_size: int,
+    advance: Callable[[int], None],
 ) -> dict[_Layer, _Moments]:
     """Return the moments of what layers are given, of those that are reached."""
     seen = {layer: _Moments() for layer in layers}
     named = ((str(number), layer) for number, layer in enumerate(layers))
-    with hooked(named, lambda number, _, x: seen[layers[int(number)]].add(x.float())):
-        for stored, _ in itertools.islice(in_order(images, batch_size), batches):
-            if len(stored) > 1 or len(images) == 1:
+
+    def see(number: str, layer: nn.Module, x: Tensor) -> None:
+        if x.numel() > x.shape[1]:
+            seen[layers[int(number)]].add(x.float())
+        else:  # one value a channel: torch refuses to normalise that by itself
+            layer.eval()
+
+    with hooked(named, see):
+        taken = itertools.islice(in_order(images, batch_size), batches)
+        for number, (stored, _) in enumerate(taken, 1):
+            if len(stored) > 1 or len(images) == 1 or batch_size == 1:
                 model(card.normalise(stored.to(device)))
+            advance(number)
     return {layer: moments for layer, moments in seen.items() if moments.count}
 
 

@@ -15,7 +15,8 @@ from dreamkit.training.losses.distillation import (
     mixed_cross_entropy,
 )
 from dreamkit.training.options import Training
-from dreamkit.training.trainer import Batch, Trainer
+from dreamkit.training.reading import Batch
+from dreamkit.training.trainer import Trainer
 from dreamkit.types import NO_LABEL, DistillationLoss
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dreamkit.registry import Term
 from dreamkit.training.options import Training
-from dreamkit.training.trainer import Batch, Trainer
+from dreamkit.training.reading import Batch
+from dreamkit.training.trainer import Trainer
 from dreamkit.types import IncrementalLoss, IncrementalStep
 
 

@@ -24,8 +24,9 @@ class Training:
         batch_size: images a step.
         accumulate: parts in which a step's images go through the networks, to save memory;
             BatchNorm sees one part at a time.
-        optimizer: ``sgd`` with Nesterov momentum, or ``adamw``.
+        optimizer: ``sgd`` or ``adamw``.
         momentum: of SGD.
+        nesterov: SGD's momentum is Nesterov's.
         weight_decay: of either.
         schedule: of the learning rate after the warm-up; ``step`` divides it by ten at each of
             the milestones.
@@ -63,6 +64,7 @@ class Training:
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
+    nesterov: bool = True
 
     def __post_init__(self) -> None:
         if self.accumulate > self.batch_size // 2:

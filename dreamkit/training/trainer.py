@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -18,14 +19,13 @@ from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_ow
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import load_state, tensors_of
+from dreamkit.seeds import stream
 from dreamkit.training.augmenter import Augmenter
+from dreamkit.training.batches import drawn_evenly
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.options import Training
+from dreamkit.training.reading import Batch
 from dreamkit.types import Images
-
-Batch = tuple[Tensor, Tensor]
-"""Stored images (N, C, H, W) uint8 and their labels (N,) int64."""
-
 
 Options = TypeVar("Options", bound=Training)
 
@@ -39,7 +39,7 @@ class Trainer(ABC, Generic[Options]):
         card: how to normalise stored images.
         options: hyper-parameters.
         device: where both models are.
-        generator: draws augmentation; on the CPU.
+        seed: of what is drawn: augmentation, and the images of ``recalibrate``.
         total: steps in all.
         note: told if compilation fails.
     """
@@ -51,7 +51,7 @@ class Trainer(ABC, Generic[Options]):
         card: Card,
         options: Options,
         device: torch.device,
-        generator: torch.Generator,
+        seed: int,
         total: int,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -60,6 +60,7 @@ class Trainer(ABC, Generic[Options]):
         self.card = card
         self.options = options
         self.device = device
+        self.seed = seed
         self.total = total
         self.note = note
         self.done = 0
@@ -69,7 +70,7 @@ class Trainer(ABC, Generic[Options]):
         lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
-        self.augmenter = Augmenter(options.augmentation, generator)
+        self.augmenter = Augmenter(options.augmentation, seed)
         self.average: AveragedModel | None = None
         if options.ema is not None:
             averaging = get_ema_multi_avg_fn(options.ema)
@@ -96,7 +97,7 @@ class Trainer(ABC, Generic[Options]):
             lr=options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
-            nesterov=options.momentum > 0,
+            nesterov=options.nesterov and options.momentum > 0,
         )
 
     def step(self, *batches: Batch, share: float = 1.0) -> Tensor:
@@ -111,6 +112,7 @@ class Trainer(ABC, Generic[Options]):
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * self.options.lr_factor(self.done, self.total)
+        self.augmenter.begin(self.done)
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         # BatchNorm in training has no variance to learn from a single image of 1×1 features.
@@ -123,7 +125,8 @@ class Trainer(ABC, Generic[Options]):
         for part in zip(*split, strict=True):
             weight = len(part[0][1]) / len(batches[0][1])
             moved = [(stored.to(self.device), labels.to(self.device)) for stored, labels in part]
-            partial = weight * self.loss(*moved)
+            with several_rows():
+                partial = weight * self.loss(*moved)
             (share * partial).backward()
             loss += partial.detach()
         if self.options.clip_norm is not None:
@@ -176,11 +179,12 @@ class Trainer(ABC, Generic[Options]):
         """The network that the student would be if training ended now."""
         return self.student if self.average is None else self.average.module
 
-    def finish(self, images: Images) -> None:
+    def finish(self, sets: Sequence[Images]) -> None:
         """Leave the student as it is to be used, in eval mode.
 
         Args:
-            images: for BatchNorm statistics, where they are to be taken anew.
+            sets: that it was taught on, for BatchNorm statistics where they are to be taken anew:
+                as many images of each, as its steps had them.
 
         Raises:
             DreamkitError: training diverged.
@@ -198,7 +202,11 @@ class Trainer(ABC, Generic[Options]):
             )
         if self.options.recalibrate and self.done:
             batches, size = self.options.recalibrate, self.options.batch_size
-            recalibrate(self.student, images, self.card, self.device, batches, size)
+            sample = drawn_evenly(
+                sets, batches * size, stream(self.seed, "recalibration at the end")
+            )
+            size *= len(sets)
+            recalibrate(self.student, sample, self.card, self.device, batches, size)
 
     @property
     def finite(self) -> bool:
@@ -207,7 +215,7 @@ class Trainer(ABC, Generic[Options]):
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, as a flat dictionary of tensors."""
-        found = {"done": torch.tensor(self.done), "augmentation": self.augmenter.state()}
+        found = {"done": torch.tensor(self.done)}
         found |= prefixed("student", tensors_of(self.student))
         found |= prefixed("optimizer", optimizer_state(self.optimizer))
         if self.average is not None:
@@ -217,11 +225,29 @@ class Trainer(ABC, Generic[Options]):
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a state that ``state`` returned."""
         self.done = int(state["done"])
-        self.augmenter.restore(state["augmentation"])
         load_state(self.student, below("student", state))
         restore_optimizer(self.optimizer, below("optimizer", state))
         if self.average is not None:
             self.average.load_state_dict(below("average", state))
+
+
+@contextmanager
+def several_rows() -> Iterator[None]:
+    """Say what is to be done where BatchNorm in training is given a single value a channel.
+
+    Raises:
+        DreamkitError: it was.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DreamkitError(
+            "a step has one image, of which BatchNorm cannot tell a variance here: train on two "
+            "images or more; dreams that come one batch at a time need a synthesis batch_size of "
+            "2 or more"
+        ) from error
 
 
 def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:

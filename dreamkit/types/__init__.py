@@ -17,7 +17,15 @@ from dreamkit.types.events import (
     RunFinished,
     RunStarted,
 )
-from dreamkit.types.images import NO_LABEL, Images, ImageSource, Labelled, StoredImages
+from dreamkit.types.images import (
+    NO_LABEL,
+    Images,
+    ImageSource,
+    Labelled,
+    StoredImages,
+    WithNotes,
+    notes_of,
+)
 from dreamkit.types.incremental import IncrementalLoss, IncrementalNeed, IncrementalStep
 from dreamkit.types.inversion import (
     BatchPlan,
@@ -100,4 +108,6 @@ __all__ = [
     "TeacherSource",
     "Timing",
     "Tracker",
+    "WithNotes",
+    "notes_of",
 ]

@@ -35,6 +35,20 @@ class Labelled(Protocol):
         """The label of every image (N,) int64, or ``NO_LABEL``."""
 
 
+@runtime_checkable
+class WithNotes(Protocol):
+    """What a set of images has of which its user must know something."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Each for the report, such as how classes were matched."""
+
+
+def notes_of(images: Images) -> tuple[str, ...]:
+    """Return what the user of a set of images must know of it."""
+    return images.notes if isinstance(images, WithNotes) else ()
+
+
 @dataclass(frozen=True)
 class StoredImages:
     """Images held in memory: stored images (N, C, H, W) uint8, labels and teacher logits."""
@@ -42,6 +56,7 @@ class StoredImages:
     images: Tensor
     labels: Tensor
     teacher_logits: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,6 +73,8 @@ class ImageSource(ABC):
     @abstractmethod
     def open(self, card: Card) -> Images:
         """Return the images at the card's input size and channels.
+
+        What the user must know of them may stand in their ``notes``, a tuple of texts.
 
         Raises:
             DreamkitError: they cannot be read, or are not what the card asks for.

@@ -188,6 +188,7 @@ class Synthesizer(ABC):
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
         student: nn.Module | None = None,
+        seed: int = 0,
     ) -> AbstractContextManager[Dreamer]:
         """Bind to a teacher on ``device``; on leaving, the teacher is as it was.
 
@@ -198,6 +199,7 @@ class Synthesizer(ABC):
             note: told what the user must know.
             student: on ``device``, trained between dreams; each batch is dreamed against it as
                 it then is, if the recipe names no other.
+            seed: the run's, of what is drawn once for all batches, as a generator's first weights.
         """
 
 

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
-from dreamkit.errors import did_you_mean
+from dreamkit.errors import DreamkitError, did_you_mean
+
+T = TypeVar("T")
+
+
+def supplied(value: T | None, need: str, entry: object) -> T:
+    """Return what a step holds of what an entry's ``needs`` asks for.
+
+    Args:
+        value: as the step holds it.
+        need: what is asked for.
+        entry: that asks.
+
+    Raises:
+        DreamkitError: whoever made the step left it out.
+    """
+    if value is None:
+        raise DreamkitError(
+            f"{type(entry).__name__} needs '{need}', and is given a step without it: whoever calls "
+            "it has to supply what its 'needs' declare"
+        )
+    return value
 
 
 def check_needs(cls: type, known: Sequence[str]) -> None:

@@ -80,6 +80,7 @@ class RunContext:
     STUDENT: ClassVar[str] = "student"
     CHECKPOINTS: ClassVar[str] = "checkpoints"
     TABLE: ClassVar[str] = "latency_lut.json"
+    LOG: ClassVar[str] = "log.jsonl"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ class Tracker(ABC):
 
     It is called in the order ``start``, ``record`` (many times), ``finish``, ``close``. What it
     raises ends neither the run nor its report: it is named once and not called again, but for
-    ``close``.
+    ``close`` and ``withdraw``.
     """
 
     def start(self, folder: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
@@ -34,3 +34,9 @@ class Tracker(ABC):
 
     def close(self) -> None:
         """Let go of what is open. It is called once on every way out: the end, errors, Ctrl-C."""
+
+    def withdraw(self) -> None:
+        """Remove what it wrote into the run directory: the run failed with nothing to keep.
+
+        It is called after ``close``. A file that stays keeps the folder from other recipes.
+        """

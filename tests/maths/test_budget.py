@@ -22,7 +22,8 @@ from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Greedy, LayerLimits, Limits, removable
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.stages import measuring, pruning_run
+from dreamkit.seeds import derived_seed
+from dreamkit.stages import measuring, pruning_run, samples
 from dreamkit.stages.budget import Budget, Target
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.stages.pruning_run import PruningRun
@@ -133,6 +134,30 @@ def test_a_budget_that_the_teacher_meets_already(residual):
     backend = Weights()
     with pytest.raises(NothingToPrune, match="meets the budget of 99 ms already"):
         Budget(Target(latency_ms=99), residual, LookUpTable(backend), 9, backend)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_goal_that_is_met_is_held_while_the_others_are_sought(toys, teacher, tmp_path, selection):
+    run = toys.context(tmp_path, latency=Weights())
+    whole = 1e-3 * weights_of(teacher.model)
+    target = Target(flops=0.6, latency_ms=1.25 * whole)
+    pruning(target=target, recovery=UNTRAINED, selection=SELECTIONS[selection]).run(
+        teacher, toys.images(24), run
+    )
+    assert run.log.metrics["pruned.flops_ratio"] <= 0.6
+    assert run.log.metrics["pruned.latency_ratio"] <= 1.25
+    assert [note for note in run.log.notes if "meets the budget" in note] == [
+        f"the teacher takes {whole:.3f} ms here, which meets the budget of {1.25 * whole} ms "
+        "already: it is kept while the other goals are sought"
+    ]
+
+
+def test_of_two_latency_goals_one_may_be_met_already(residual):
+    backend = Weights()
+    target = Target(latency=0.5, latency_ms=99)
+    budget = Budget(target, residual, LookUpTable(backend), 9, backend)
+    assert budget.goals == {"latency": 0.5}
+    assert len(budget.notes) == 1
 
 
 def test_predictions_are_corrected_by_measurements(residual):
@@ -275,10 +300,10 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, teacher, 
 def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
     toys, teacher, context, monkeypatch
 ):
-    monkeypatch.setattr(measuring, "COMPARED", 5)
+    monkeypatch.setattr(samples, "COMPARED", 5)
     seen = []
 
-    def counted(model, teacher, images, card, device):
+    def counted(model, teacher, images, card, device, advance):
         seen.append(images.batch(range(len(images)))[0])
         return 0.5
 
@@ -430,7 +455,8 @@ def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     options = pruning(finetune=between, step=0.1)
     options.run(teacher, toys.images(24), toys.context(tmp_path, seed=7))
     assert len(seeds) > 1
-    assert seeds == [(f"finetune {n}", 7 + 1000 * n, False) for n in range(1, len(seeds) + 1)]
+    stages = [f"finetune {n}" for n in range(1, len(seeds) + 1)]
+    assert seeds == [(stage, derived_seed(7, stage), False) for stage in stages]
 
 
 class Interrupted(BaseException):

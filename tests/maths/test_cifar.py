@@ -265,3 +265,14 @@ def test_a_bundled_cifar_network(tmp_path, monkeypatch):
     assert (teacher.card.input_size, teacher.card.class_names) == ((3, 16, 16), ("a", "b", "c"))
     assert teacher.builder == {"source": "bundled", "model": "tiny_wrn"}
     assert isinstance(BundledTeacher("tiny_wrn").build(), WideResNet)
+
+
+def test_the_names_of_classes_may_be_a_file(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\n", encoding="utf-8")
+    teacher = CifarTeacher("resnet20", num_classes=3, class_names=str(names)).load(0)
+    assert teacher.card.class_names == ("ant", "bee", "cat")
+    assert teacher.builder["class_names"] == ("ant", "bee", "cat"), "a student needs no such file"
+    with pytest.raises(OptionError, match="3 names for 10 classes") as caught:
+        CifarTeacher("resnet20", class_names=str(names))
+    assert caught.value.option == "class_names"

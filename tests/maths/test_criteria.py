@@ -116,7 +116,7 @@ def by_name(step, scores):
 # --- taylor -----------------------------------------------------------------------------------
 
 
-def test_gates_after_batch_norm(toys):
+def test_gates_where_channels_are_read_are_the_papers_after_batch_norm(toys):
     model = toys.two_bn()
     step = step_of(toys, model)
     scores = by_name(step, Taylor(loss="ce")(step))
@@ -149,12 +149,109 @@ def test_coupled_gates_add_up_before_the_square(toys):
     torch.testing.assert_close(coupled, together, rtol=1e-4, atol=1e-9)
 
 
-def test_gates_of_a_depthwise_pair(toys):
+def test_of_gates_in_series_the_last_tells_the_removal(toys):
+    # bn1 → depthwise → bn2: nothing reads the channels before bn2 is through with them.
     model = toys.depthwise()
     step = step_of(toys, model)
     (score,) = [s for s in Taylor(loss="ce")(step) if len(s) == 4]
-    expected = explicit(model, one_by_one(two_batches(toys)), ["bn1", "bn2"], cross_entropy)
+    expected = explicit(model, one_by_one(two_batches(toys)), ["bn2"], cross_entropy)
     torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+class Inverted(nn.Module):
+    """A stem, two inverted residuals (1×1 up, depthwise, 1×1 down) and a classifier."""
+
+    def __init__(self, width=8, classes=10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
+        self.blocks = nn.ModuleList(self.block(width, 4 * width) for _ in range(2))
+        self.fc = nn.Linear(width, classes)
+
+    @staticmethod
+    def block(width, wide):
+        return nn.Sequential(
+            *(nn.Conv2d(width, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()),
+            *(nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide)),
+            *(nn.ReLU6(), nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width)),
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_importance_compares_groups_as_removing_their_channels_does(toys):
+    # To first order importance is a squared change; here, of the loss of each image, by a channel
+    # made a hundredth smaller wherever it is read.
+    torch.manual_seed(0)
+    model = Inverted()
+    images = torch.randn(64, 3, 16, 16)
+    labels = torch.randint(10, (64,))
+    with torch.no_grad():
+        for _ in range(30):
+            model.train()(images)  # statistics of its own
+    model.eval()
+    step = step_of(toys, model, batches=[(images, labels)], size=(3, 16, 16))
+    found = Taylor(loss="ce")(step)
+
+    def losses():
+        with torch.no_grad():
+            return F.cross_entropy(model(images).double(), labels, reduction="none")
+
+    whole, smaller = losses(), 0.01
+    for group, score in zip(step.groups, found, strict=True):
+        changes = []
+        for channel in range(group.channels):
+            kept = [
+                (weight, member.index[member.channel == channel], weight.detach().clone())
+                for member in group.members
+                if member.axis == "in"
+                for weight in [model.get_submodule(member.layer).weight]
+            ]
+            with torch.no_grad():
+                for weight, places, _ in kept:
+                    weight[:, places] *= 1 - smaller
+                changes.append(((losses() - whole) / smaller).square().mean())
+                for weight, _, before in kept:
+                    weight.copy_(before)
+        expected = torch.stack(changes).float()
+        assert float(score.sum() / expected.sum()) == pytest.approx(1, abs=0.05), group.name
+
+
+@pytest.mark.parametrize("kind", ["before", "behind"])
+def test_each_reader_counts_whatever_stands_between(toys, kind):
+    # Two branches read the stem's channels, one of them through a BatchNorm of its own.
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.left, self.right = nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+            self.fc = nn.Linear(5, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.bn(F.relu(x)) if kind == "behind" else F.relu(self.bn(x))
+            return self.fc((self.left(F.silu(y)) * self.right(F.relu(x))).mean((2, 3)))
+
+    torch.manual_seed(1)
+    model = Branches().eval()
+    step = step_of(toys, model)
+    score = by_name(step, Taylor(loss="ce")(step))["stem"]
+    images, labels = (torch.cat(parts) for parts in zip(*two_batches(toys), strict=True))
+    total = 0
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        gates = torch.ones(4, requires_grad=True)
+        handles = [
+            layer.register_forward_pre_hook(lambda m, x, g=gates: (x[0] * g.view(1, -1, 1, 1),))
+            for layer in (model.left, model.right)
+        ]
+        loss = F.cross_entropy(model(image), label)
+        total = total + torch.autograd.grad(loss, gates)[0].square() / len(images)
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(score, total, rtol=1e-4, atol=1e-9)
 
 
 def test_squares_of_batches_are_averaged_not_gradients(toys):
@@ -193,10 +290,9 @@ def test_a_layer_that_is_called_twice_has_one_gate(toys):
             return self.fc(x.mean((2, 3)))
 
     torch.manual_seed(0)
-    model, channels = Twice().eval(), torch.arange(4)
-    group = ChannelGroup("again", 4, (Member("again", "out", channels, channels),))
-    step = step_of(toys, model, groups=[group])
-    expected = explicit(model, one_by_one(two_batches(toys)), ["again"], cross_entropy)
+    model = Twice().eval()
+    step = step_of(toys, model)
+    expected = explicit(model, one_by_one(two_batches(toys)), ["stem", "again"], cross_entropy)
     (score,) = Taylor(loss="ce")(step)
     torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
 
@@ -215,10 +311,11 @@ def test_rows_that_are_no_images_have_no_gradients_of_their_own(toys, twin):
             )
 
     channels = torch.arange(4)
-    group = ChannelGroup("conv", 4, (Member("conv", "out", channels, channels),))
+    members = (Member("conv", "out", channels, channels), Member("fc", "in", channels, channels))
+    group = ChannelGroup("conv", 4, members)
     model = Odd().eval()
     step = step_of(toys, model, groups=[group], batches=two_batches(toys))
-    with pytest.raises(NothingToPrune, match=r"conv is given .* set 'squares: batch'"):
+    with pytest.raises(NothingToPrune, match=r"fc is given .* set 'squares: batch'"):
         Taylor(loss="ce")(step)
     (score,) = Taylor(loss="ce", squares="batch")(step)
     expected = explicit(model, two_batches(toys), ["conv"], cross_entropy)
@@ -232,11 +329,11 @@ def test_weights_that_are_taken_past_their_layer_cannot_be_gated(toys):
             self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
 
         def forward(self, x):
-            return self.fc(F.conv2d(x, self.conv.weight).mean((2, 3)))
+            return F.linear(self.conv(x).mean((2, 3)), self.fc.weight)
 
     channels = torch.arange(4)
-    group = ChannelGroup("conv", 4, (Member("conv", "out", channels, channels),))
-    with pytest.raises(NothingToPrune, match="conv cannot be gated"):
+    group = ChannelGroup("conv", 4, (Member("fc", "in", channels, channels),))
+    with pytest.raises(NothingToPrune, match="fc cannot be gated"):
         Taylor(loss="ce")(step_of(toys, Past().eval(), groups=[group]))
 
 
@@ -321,8 +418,8 @@ def test_the_models_gradients_and_modes_are_restored(toys, fails):
 
 def test_gradients_are_restored_when_a_group_has_nothing_to_gate(toys):
     model = toys.two_bn()
-    consumer = Member("conv2", "in", torch.arange(4), torch.arange(4))
-    step = step_of(toys, model, groups=[ChannelGroup("odd", 4, (consumer,))])
+    maker = Member("conv1", "out", torch.arange(4), torch.arange(4))
+    step = step_of(toys, model, groups=[ChannelGroup("odd", 4, (maker,))])
     before = toys.state(model)
     with pytest.raises(NothingToPrune, match="odd"):
         Taylor(loss="ce")(step)
@@ -343,7 +440,7 @@ def test_frozen_weights_count_too(toys):
 def test_gate_gradients_by_hand():
     # Two layers of two channels, of which the second's are dealt to group channels 1 and 0.
     places = torch.tensor([0, 1])
-    members = (Member("a", "out", places, places), Member("b", "out", places, places.flip(0)))
+    members = (Member("a", "in", places, places), Member("b", "in", places, places.flip(0)))
     gradients = {"a": torch.tensor([[1.0, 2]]), "b": torch.tensor([[10.0, 20]])}
     assert gate_gradients(ChannelGroup("g", 2, members), gradients).tolist() == [[21, 12]]
 
@@ -482,7 +579,16 @@ def test_bn_scale_refuses_groups_without_batch_norm(toys):
     BNScale().check(toys.depthwise(), [group for group in groups if group.name != "pointwise"])
 
 
-@pytest.mark.parametrize("criterion", [Magnitude(), FPGM(), Taylor()])
+def test_a_group_that_no_layer_reads_is_refused(toys):
+    model = toys.two_bn()
+    read, unread = step_of(toys, model, batches=[]).groups
+    Taylor().check(model, [read, unread])
+    makers = tuple(member for member in unread.members if member.axis == "out")
+    with pytest.raises(NothingToPrune, match=r"no layer that reads channels in .* conv2: leave"):
+        Taylor().check(model, [read, dataclasses.replace(unread, members=makers)])
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), FPGM()])
 def test_what_a_criterion_reads_is_looked_for_in_every_group(toys, criterion):
     model = toys.two_bn()
     groups = step_of(toys, model, batches=[]).groups

@@ -7,6 +7,7 @@ import torch
 
 from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.evaluation.judgement import judge_by
+from dreamkit.memory import available_memory, largest_batch, peak_memory
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -14,7 +15,6 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.types import BatchPlan
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit.errors import TeacherMismatch
+from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
@@ -177,6 +177,32 @@ def test_the_competition_is_added_with_its_weight(toys):
     m = (p + q) / 2
     js = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
     assert terms["js_compete"].item() == pytest.approx(10 * (1 - js.item()), rel=1e-5)
+
+
+def test_a_competitor_without_weights_is_drawn_by_the_runs_seed(toys):
+    seeds = []
+
+    class Drawn(Source):
+        def load(self, seed):
+            seeds.append(seed)
+            return super().load(seed)
+
+    given = options(
+        regularizers=(Term("js_compete", 10.0, JSCompete()),),
+        student=Drawn(toys.residual(), toys.card()),
+    )
+    for seed in (3, 4, 3):
+        with given.session(toys.teacher(toys.two_bn()), CPU, seed=seed):
+            pass
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_what_another_synthesizer_carried_on_is_refused(toys):
+    with (
+        options().session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(DreamkitError, match=r"\(bank\) is of another synthesizer"),
+    ):
+        session.restore({"bank": torch.zeros(1)})
 
 
 def test_terms_of_one_name_add_up(toys):

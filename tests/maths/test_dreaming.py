@@ -15,6 +15,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.stages import run_store
 from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
 from dreamkit.stages.dreaming import (
     dream_into_store,
@@ -44,7 +45,7 @@ class Counting:
         return getattr(self.inner, name)
 
     @contextmanager
-    def session(self, teacher, device, choices=None, note=lambda text: None, student=None):
+    def session(self, teacher, device, choices=None, note=lambda text: None, student=None, seed=0):
         counting = self
 
         class Dreamer:
@@ -62,7 +63,7 @@ class Counting:
                 counting.dreamed.append(plan.index)
                 return self.session.dream(plan, on_step)
 
-        with self.inner.session(teacher, device, choices, note, student) as session:
+        with self.inner.session(teacher, device, choices, note, student, seed) as session:
             yield Dreamer(session)
 
 
@@ -334,7 +335,7 @@ class Recorder:
         self.carried, self.asked, self.plans = carried, [], []
 
     @contextmanager
-    def session(self, teacher, device, choices, note, student):
+    def session(self, teacher, device, choices, note, student, seed):
         yield self
 
     def state(self):
@@ -364,6 +365,26 @@ def test_ranks_share_what_is_to_be_dreamed(run, monkeypatch, carried, student, i
     assert run.synthesizer.asked == [images]
     (told,) = run.log.notes
     assert ("3 batches on 2 ranks: about 1 s" in told) == (images == 4)
+
+
+def test_a_batch_that_no_rank_made_is_not_passed_over(run, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
+    monkeypatch.setattr(distributed, "anywhere", lambda here: here)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    monkeypatch.setattr(distributed, "drawn_from", lambda plans, name: iter(plans[::2]))
+    monkeypatch.setattr(run_store, "FOUND_SECONDS", 0.0)
+    with pytest.raises(DreamkitError, match=r"batch 1 is not in .*dreams, though every rank"):
+        run.dream()
+    assert sorted(DreamStore(run.folder / "dreams").shards) == [0, 2]
+
+
+def test_the_same_dreaming_of_another_number_of_images():
+    recorder = Recorder()  # not a dataclass, as a plugin's synthesizer need not be
+    other = Synthesis(recorder, {"name": "recorder"}).of(9)
+    assert (other.synthesizer.images, recorder.images) == (9, 5)
+    assert other.synthesizer.asked is recorder.asked
 
 
 def test_an_estimate_dreams_nothing(run):

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dreamkit import compilation
-from dreamkit.arithmetic import has_native_bfloat16, resolve_precision
+from dreamkit import compilation, memory
+from dreamkit.arithmetic import full_float32, has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
-from dreamkit.registry import Term
+from dreamkit.memory import available_memory, largest_batch, peak_memory
+from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored
-from dreamkit.synthesizers import deepinversion, dreamer, memory, planning
+from dreamkit.synthesizers import deepinversion, dreamer, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
-from dreamkit.synthesizers.memory import available_memory, largest_batch, peak_memory
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate, Regularizer
@@ -296,6 +296,34 @@ def test_a_borrowed_model_is_given_back_as_it_was(toys):
     assert [p.stride() for p in model.parameters()] == strides
 
 
+@pytest.fixture
+def tf32():
+    """Let products be TF32, as torch lets convolutions; return what tells whether they may be."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = True
+    yield lambda: [setting.allow_tf32 for setting in settings]
+    for setting, value in zip(settings, before, strict=True):
+        setting.allow_tf32 = value
+
+
+def test_float32_on_cuda_is_no_tf32_and_the_setting_stays(tf32):
+    seen = []
+
+    def objective(images, labels, arithmetic):
+        seen.append(tf32())
+        return {"square": images.square().sum()}
+
+    images, labels = torch.ones(2, 3, 4, 4), torch.zeros(2)
+    for device in ("cuda", "cpu"):
+        Evaluator(objective, torch.device(device), "float32")(images, labels, NO_VIEW)
+    with full_float32("bfloat16", torch.device("cuda")):
+        seen.append(tf32())
+    assert seen == [[False, False], [True, True], [True, True]]
+    assert tf32() == [True, True]
+
+
 # --- losses that overflow ---------------------------------------------------------------------
 
 
@@ -311,6 +339,44 @@ class Overflowing(Regularizer):
         self.calls += 1
         value = step.images.square().mean()
         return value / 0 if self.calls in self.at else value
+
+
+class Odd(Regularizer):
+    """A regularizer that returns whatever it is given."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return self.value(step)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (lambda step: step.images.square().mean(1), r"a tensor of shape \(4, 8, 8\)"),
+        (lambda step: step.images.mean((1, 2, 3)), r"a tensor of shape \(4,\)"),
+        (lambda step: 0.5, "0.5"),
+        (lambda step: None, "None"),
+    ],
+)
+def test_a_regularizer_that_returns_no_scalar_is_named(toys, value, what):
+    given = options(regularizers=(Term("tv", 1.0, TotalVariation()), Term("odd", 2.0, Odd(value))))
+    with (
+        given.session(toys.teacher(toys.two_bn()), CPU) as session,
+        pytest.raises(DreamkitError, match=f"odd should return a tensor of .*, not {what}$"),
+    ):
+        session.dream(BatchPlan(7, 0, 4, 11), lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["loss", "cross_entropy", "contrast"])
+def test_a_regularizer_does_not_take_a_name_of_the_losss_own_records(toys, name):
+    given = options(regularizers=(Term(name, 1.0, TotalVariation()),))
+    with pytest.raises(DreamkitError, match=f"the loss's own under '{name}'"):
+        given.check(toys.teacher(toys.two_bn()))
+    with pytest.raises(ValueError, match=f"name '{name}': records have"):
+        Registry("regularizers").register(name, TotalVariation, "a plugin")
+    Registry("losses").register(name, TotalVariation, "a plugin")
 
 
 def overflowing(at, precision="bfloat16"):
@@ -337,7 +403,7 @@ def test_a_batch_that_overflows_starts_again_in_float32(toys):
 def test_a_batch_that_overflows_again_is_given_up(toys):
     with (
         overflowing({2, 5, 6}).session(toys.teacher(toys.two_bn()), CPU) as session,
-        pytest.raises(NonFiniteLoss, match="batch 7 is not finite"),
+        pytest.raises(NonFiniteLoss, match=r"batch 7 .* \(not finite first: overflowing\)$"),
     ):
         session.dream(BatchPlan(7, 0, 4, 11), lambda *_: None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -166,6 +167,18 @@ def test_dafl_labels_are_the_teachers_choices(toys):
     assert torch.equal(found.labels, model(found.images).argmax(1))
 
 
+@methods
+def test_what_outlives_a_batch_is_drawn_by_the_runs_seed(toys, name):
+    states = []
+    for seed in (3, 4, 3):
+        teacher, student = toys.teacher(toys.two_bn()), toys.two_bn()
+        with METHODS[name].session(teacher, CPU, student=student, seed=seed) as dreamer:
+            states.append({key: value.clone() for key, value in dreamer.state().items()})
+    (weight,) = (key for key in states[0] if key.endswith((".project.weight", "head.0.weight")))
+    assert torch.equal(states[0][weight], states[2][weight])
+    assert not torch.equal(states[0][weight], states[1][weight])
+
+
 def test_maml_steps_by_the_sum_of_the_inner_gradients(toys):
     options = METHODS["fast_meta"]
     with options.session(toys.teacher(toys.two_bn()), CPU, student=toys.two_bn()) as dreamer:
@@ -193,11 +206,10 @@ def test_reptile_goes_a_tenth_of_the_way_to_the_copy(toys, monkeypatch):
     torch.testing.assert_close(after, before + 0.1 * (copies[0] - before))
 
 
-def test_the_student_counts_after_the_warm_up(toys):
-    terms = {}
-    with METHODS["fast_meta"].session(
-        toys.teacher(toys.two_bn()), CPU, student=toys.two_bn()
-    ) as dreamer:
+def test_the_student_counts_from_the_batch_that_the_warm_up_names(toys):
+    terms, options = {}, dataclasses.replace(METHODS["fast_meta"], warmup=2)
+    with options.session(toys.teacher(toys.two_bn()), CPU, student=toys.two_bn()) as dreamer:
+        assert dreamer.first_whole_batch == 1
         for index in (0, 1):
             dreamer.dream(
                 plan(index), lambda done, found, index=index: terms.update({index: found})
@@ -274,7 +286,7 @@ def test_every_term_of_dafl_by_hand(toys):
     logits = model(x)
     p = logits.softmax(1)
     features = F.relu(model.bn2(model.conv2(F.relu(model.bn1(model.conv1(x)))))).mean((2, 3))
-    entropy = -(p.mean(0) * p.mean(0).log()).sum()
+    entropy = -(p.mean(0) * p.mean(0).log10()).sum()
     assert terms["cross_entropy"].item() == 0
     assert terms["one_hot"].item() == pytest.approx(-p.max(1).values.log().mean().item(), rel=1e-4)
     assert terms["information_entropy"].item() == pytest.approx(-5 * entropy.item(), rel=1e-4)

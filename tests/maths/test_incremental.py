@@ -88,6 +88,13 @@ def test_lwf_mc_by_hand():
     assert LwFMC()(two).item() == pytest.approx(3 * LN2)  # averaged over the images
 
 
+@pytest.mark.parametrize("loss", [ReplayDistillation(), ReplayCrossEntropy()])
+def test_a_step_without_the_images_that_a_loss_needs_is_named(loss):
+    step = IncrementalStep(torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor([2, 2]))
+    with pytest.raises(DreamkitError, match="needs 'replay'"):
+        loss(step)
+
+
 def test_which_losses_look_at_old_classes():
     looking = [ReplayDistillation, ReplayCrossEntropy]
     for entry in (*looking, CrossEntropy, OldDistillation, LwFMC):
@@ -101,10 +108,9 @@ def trainer(toys, old, student, losses, **changes):
     options = IncrementalTraining(
         **({"steps": 4, "batch_size": 4, "lr": 0.1, "precision": "float32"} | changes)
     )
-    generator = torch.Generator().manual_seed(1)
     card = toys.card()
     total = options.total_steps(8)
-    return IncrementalTrainer(losses, student, old, card, options, CPU, generator, total)
+    return IncrementalTrainer(losses, student, old, card, options, CPU, 1, total)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(toys):

@@ -383,7 +383,11 @@ def test_a_table_whose_content_is_wrong(tmp_path, change, reason):
 
 def test_a_table_of_another_target_is_not_used(tmp_path):
     _, path = saved(tmp_path, Bilinear("old machine"))
-    assert read_table(path, Bilinear("new machine")).points == {}
+    notes = []
+    assert read_table(path, Bilinear("new machine"), note=notes.append).points == {}
+    (told,) = notes
+    assert "was measured on another target (" in told
+    assert "new machine here): its layers are measured again" in told
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 99}', '{"format": 1}'], ids=repr)

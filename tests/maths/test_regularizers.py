@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dreamkit.errors import DreamkitError
 from dreamkit.regularizers.activation import Activation
 from dreamkit.regularizers.adversarial import Adversarial
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -210,11 +211,31 @@ def test_adversarial_by_hand():
     assert Adversarial()(step).item() == pytest.approx(-kl / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("term", "need"),
+    [
+        (JSCompete(), "student_logits"),
+        (Adversarial(), "student_logits"),
+        (Activation(), "features"),
+        (BNFeature(), "bn_statistics"),
+    ],
+)
+def test_a_step_without_what_a_term_needs_is_named(term, need):
+    with pytest.raises(DreamkitError, match=rf"{type(term).__name__} needs '{need}'"):
+        term(step_of())
+
+
 def test_information_entropy_by_hand():
-    # One image of each class for certain: the mean is even, and its entropy ln 2.
+    # One image of each class for certain: the mean is even, and its entropy log10 2.
     even = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
     images = torch.zeros(2, 1, 1, 1)
-    assert InformationEntropy()(step_of(images, even)).item() == pytest.approx(-math.log(2))
+    assert InformationEntropy()(step_of(images, even)).item() == pytest.approx(-math.log10(2))
+    # Ten classes equally often, the authors' best value, and 1/10 and 9/10 of two.
+    ten = torch.zeros(1, 10)
+    assert InformationEntropy()(step_of(images[:1], ten)).item() == pytest.approx(-1)
+    uneven = torch.tensor([[math.log(9), 0.0]])
+    expected = 0.1 * -1 + 0.9 * math.log10(0.9)
+    assert InformationEntropy()(step_of(images[:1], uneven)).item() == pytest.approx(expected)
     one = torch.tensor([[1000.0, 0.0], [1000.0, 0.0]], requires_grad=True)
     value = InformationEntropy()(step_of(images, one))
     value.backward()

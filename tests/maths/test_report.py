@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from dreamkit.errors import OptionError, RunDirectoryError
-from dreamkit.report import run_log
+from dreamkit.report import progress
 from dreamkit.report.figures import curves, grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, MemoryLog, read_records
@@ -421,63 +422,146 @@ def test_notes_are_shown_and_kept(log):
 # --- progress ---------------------------------------------------------------------------------
 
 
-def test_plain_progress(log, monkeypatch):
-    monkeypatch.setattr(run_log, "_PLAIN_LINE_SECONDS", 0.0)
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def lines(log):
+    return log.console.file.getvalue().splitlines()
+
+
+@pytest.fixture
+def clock(log, monkeypatch):
+    """Time as the log knows it; its thread looks at it hardly ever."""
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 3600.0)
+    log.stages.clock = Clock()
+    return log.stages.clock
+
+
+def test_plain_progress_tells_the_time_left(log, clock):
     with log.progress("dreaming", 4) as advance:
-        for done in range(5):
-            advance(done)
-    lines = log.console.file.getvalue().splitlines()
-    assert [line.partition(",")[0] for line in lines[:-1]] == [
-        "dreaming: 25 % (1/4)",
-        "dreaming: 50 % (2/4)",
-        "dreaming: 75 % (3/4)",
-    ]
-    assert all(re.search(r", \d+ s left$", line) for line in lines[:-1])
-    assert re.fullmatch(r"dreaming: done in \d+\.\d s", lines[-1])
-
-
-def test_plain_progress_is_silent_between_its_lines(log):
-    with log.progress("dreaming", 1000) as advance:
-        for done in range(1000):
-            advance(done)
-    assert log.console.file.getvalue().count("\n") == 1
-
-
-def test_plain_progress_tells_the_time_left(log, monkeypatch):
-    now = iter([0.0, 0.0, 10.0, 12.0])  # start, the progress's own start, one step, the end
-    monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))
-    with log.progress("dreaming", 4) as advance:
+        clock.now = 10.0
         advance(1)  # one of four in 10 s: three more take 30 s
-    text = log.console.file.getvalue()
-    assert text == "dreaming: 25 % (1/4), 30 s left\ndreaming: done in 12.0 s\n"
+        clock.now = 12.0
+    assert lines(log) == ["dreaming: 25 % (1/4), 30 s left", "dreaming: done in 12.0 s"]
     assert log.seconds == {"dreaming": 12.0}
 
 
-def test_a_failing_stage_is_timed_but_not_done(log):
-    with pytest.raises(KeyboardInterrupt), log.progress("dreaming", 4):
+def test_plain_progress_is_silent_between_its_lines(log, clock):
+    with log.progress("dreaming", 1000) as advance:
+        for done in range(1000):
+            clock.now = done / 50
+            advance(done)
+    assert len(lines(log)) == 2 + 1  # after 8 s and 16 s, and in the end
+
+
+def test_a_quick_stage_leaves_no_line(log, clock):
+    with log.progress("counting", 4):
+        clock.now = 0.5
+    assert lines(log) == []
+    assert log.seconds == {"counting": 0.5}
+
+
+def test_a_stage_that_does_not_advance_is_not_silent(log, clock):
+    with log.progress("compiling", 1):
+        for clock.now in (5.0, 9.0, 12.0, 18.0):
+            log.stages.beat()
+    assert lines(log)[:2] == ["compiling: 9 s so far", "compiling: 18 s so far"]
+
+
+def test_lines_come_from_a_thread_while_the_stage_is_busy(log, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    with log.progress("compiling", 1):
+        deadline = time.monotonic() + 10
+        while not lines(log) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert lines(log)[0] == "compiling: 1 s so far"
+    before = len(lines(log))
+    time.sleep(0.2)
+    assert len(lines(log)) == before, "the thread ends with the stage"
+
+
+def test_a_note_is_a_sign_of_life(log, clock):
+    with log.progress("dreaming", 1):
+        clock.now = 7.0
+        log.note("mind")
+        clock.now = 9.0
+        log.stages.beat()
+    assert lines(log) == ["note: mind", "dreaming: done in 9.0 s"]
+
+
+def test_stages_within_a_stage_say_where_they_are(log, clock):
+    with log.progress("pruning", 1000) as advance:
+        clock.now = 4.0
+        advance(120)
+        with log.progress("ranking", 8) as ranked:
+            assert log.stages.innermost == "ranking"
+            clock.now = 14.0
+            ranked(4)
+        assert log.stages.innermost == "pruning"
+    assert log.stages.innermost is None
+    assert lines(log) == [
+        "pruning 12 %: ranking: 50 % (4/8), 10 s left",
+        "pruning 12 %: ranking: done in 10.0 s",
+        "pruning: done in 14.0 s",
+    ]
+
+
+def test_a_failing_stage_is_timed_but_not_done(log, clock):
+    def fail():
+        clock.now = 5.0
         raise KeyboardInterrupt
-    assert "done" not in log.console.file.getvalue()
-    assert "dreaming" in log.seconds
+
+    with pytest.raises(KeyboardInterrupt), log.progress("dreaming", 4):
+        fail()
+    assert lines(log) == []
+    assert log.seconds == {"dreaming": 5.0}
 
 
-def test_a_stage_entered_twice_adds_up(log, monkeypatch):
-    now = iter([0.0, 0.0, 2.0, 5.0, 5.0, 8.0])
-    monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))
+def test_a_stage_entered_twice_adds_up(log, clock):
     for _ in range(2):
         with log.progress("a", 1):
-            pass
+            clock.now += 2.5
     assert log.seconds == {"a": 5.0}
 
 
-def test_progress_on_a_terminal(tmp_path):
+@pytest.mark.parametrize(("seconds", "shown"), [(2.0, True), (0.5, False)])
+def test_progress_on_a_terminal(seconds, shown):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
-    log = FileLog(tmp_path, terminal)
+    log = MemoryLog(terminal)
+    log.stages.clock = Clock()
     with log.progress("dreaming", 4) as advance:
+        with log.progress("preparing", 1):
+            pass
+        log.stages.clock.now = seconds
         advance(4)
-    log.close()
-    text = terminal.file.getvalue()
-    assert "4/4" in text
-    assert "100%" in text
+    last = terminal.file.getvalue().rpartition("\x1b[2K")[2]  # the lines before are erased
+    assert ("4/4" in last) == shown
+    assert ("\n" in last) == shown, "a stage that left no bar leaves no empty line"
+    assert "preparing" not in last
+
+
+def test_a_dumb_terminal_has_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    assert not progress.draws_bars(terminal)
+
+
+def test_bars_are_plain_where_the_encoding_has_no_others():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    log = MemoryLog(Console(file=output, force_terminal=True, width=120))
+    with log.progress("dreaming", 4) as advance:
+        advance(2)
+        log.stages._bars.refresh()
+    output.flush()
+    assert b"2/4" in output.buffer.getvalue()
 
 
 # --- csv --------------------------------------------------------------------------------------
@@ -499,6 +583,14 @@ def test_csv_tracker(tmp_path):
         ["a", "3", "tv", ""],
         ["final", "0", "student.accuracy", "0.5"],
     ]
+
+
+def test_csv_tracker_takes_back_what_it_wrote(tmp_path):
+    tracker = CSVTracker()
+    tracker.withdraw()
+    tracker.start(tmp_path, {}, resumed=False)
+    tracker.withdraw()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_csv_tracker_goes_on_after_a_resume(tmp_path):

@@ -53,8 +53,11 @@ def test_folders_named_like_the_teachers_classes_are_mapped(toys, tmp_path):
         write(tmp_path / name, "0.png", pixels(8, 8))
     card = toys.card(class_names=("zebra", "dog", "cat"))
     assert Folder(str(tmp_path)).open(card).labels.tolist() == [2, 0]
-    write(tmp_path / "unknown", "0.png", pixels(8, 8))  # then it is by order
-    assert Folder(str(tmp_path)).open(card).labels.tolist() == [0, 1, 2]
+    write(tmp_path / "unknown", "0.png", pixels(8, 8))  # and is not taken for the dog
+    with pytest.raises(
+        DreamkitError, match="'unknown' is none of the classes of toy, and its 'dog'"
+    ):
+        Folder(str(tmp_path)).open(card)
 
 
 def test_the_centre_is_cropped(toys, tmp_path):
@@ -381,7 +384,10 @@ def test_joined_sources_are_one_set(toys, tmp_path):
     assert len(images) == 4
     stored, labels = images.batch([3, 1, 2])
     assert torch.equal(stored, torch.stack([others[1], known, others[0]]))
-    assert labels.tolist() == [NO_LABEL, 1, NO_LABEL]
+    assert labels.tolist() == [NO_LABEL] * 3, "no image has -1 for a class beside others' classes"
+    assert images.notes[-1] == (
+        "the images of 'of[1]' have no labels: those of the others are not used"
+    )
 
 
 def test_what_a_joined_source_raises_is_placed_at_it(toys, tmp_path):

@@ -20,7 +20,7 @@ from dreamkit.store import shard
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.picture_files import export_dreams
-from dreamkit.store.run_directory import RunDirectory, read_report
+from dreamkit.store.run_directory import RunDirectory, read_report, stored_preset
 from dreamkit.store.shard import Header, read_header
 from dreamkit.store.source import Dreams
 from dreamkit.types import StoredImages
@@ -585,6 +585,27 @@ def test_what_is_finished_is_not_withdrawn(tmp_path, kept):
     with pytest.raises(RunDirectoryError) as refused:
         RunDirectory(tmp_path / "run", "name: b\n")
     assert "dreams" not in refused.value.message, "there are none to be used again"
+
+
+def test_another_recipe_is_told_by_what_differs(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "name: a\nseed: 1\nteacher: {x: [1, 2]}\n", "big")
+    directory.claim()
+    directory.release()
+    assert stored_preset(tmp_path / "run") == "big"
+    assert RunDirectory(tmp_path / "run", directory.recipe_yaml.partition("\n")[2]).started
+    with pytest.raises(RunDirectoryError, match=r"differs in seed, teacher\.x\[1\]\); choose"):
+        RunDirectory(tmp_path / "run", "name: a\nseed: 2\nteacher: {x: [1, 3]}\n")
+
+
+def test_files_of_others_stay_when_a_run_is_withdrawn(tmp_path):
+    directory = RunDirectory(tmp_path / "run", "name: a\n")
+    directory.claim()
+    for name in ("log.jsonl", "notes.txt", "submit.sh"):
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "dreams").mkdir()
+    directory.withdraw((tmp_path / "run" / "submit.sh").unlink)
+    directory.release()
+    assert [f.name for f in (tmp_path / "run").iterdir() if f.name[0] != "."] == ["notes.txt"]
 
 
 def test_what_came_to_nothing_is_withdrawn(tmp_path):

@@ -17,10 +17,11 @@ from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.sources.digits import Digits
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.checkpoint import CheckpointTeacher
+from dreamkit.teachers.checkpoint_file import read_checkpoint
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.timm import TimmTeacher
 from dreamkit.teachers.torchvision import TorchvisionTeacher
-from dreamkit.teachers.weights import hash_weights, is_weights_file, load_into, read_state_dict
+from dreamkit.teachers.weights import find_states, hash_weights, is_weights_file, load_into
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -193,9 +194,9 @@ def test_torchvision_file_with_heads_for_training_only(tmp_path, monkeypatch):
     # goes without; giving its path is what a failed download advises.
     published = models.googlenet(weights=None, aux_logits=True, init_weights=False)
     path = tmp_path / "googlenet-1378be20.pth"
-    path.touch()
+    path.write_text("weights")
     state = published.state_dict()  # 50 MB that need not go over the disk
-    monkeypatch.setattr("dreamkit.teachers.torchvision.read_state_dict", lambda path: state)
+    monkeypatch.setattr("dreamkit.teachers.weights.read_checkpoint", lambda path: state)
     teacher = TorchvisionTeacher("googlenet", weights=str(path)).load(0)
     assert torch.equal(teacher.model.fc.weight, published.fc.weight)
 
@@ -309,21 +310,20 @@ def test_checkpoints_that_pickle_code_are_refused(code, tmp_path):
         CheckpointTeacher(f"{code}:make", **CARD, path=str(path)).load(0)
     path.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(DreamkitError, match=str(path)):
-        read_state_dict(str(path))
+        read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_state_dict_is_explained(tmp_path):
-    path = str(tmp_path / "x.pth")
-    torch.save({"epoch": 3, "model": {"w": torch.ones(1)}}, path)
-    with pytest.raises(DreamkitError, match=r"give 'key'.*epoch, model"):
-        read_state_dict(path)
-    with pytest.raises(DreamkitError, match=r"no key 'net'.*epoch, model"):
-        read_state_dict(path, "net")
-    assert read_state_dict(path, "model") == {"w": torch.ones(1)}
+    content = {"epoch": 3, "model": {"w": torch.ones(1)}}
+    with pytest.raises(DreamkitError, match=r"x: no key 'net'.*epoch, model"):
+        find_states("x", content, "net")
+    assert find_states("x", content, "model") == {"model": {"w": torch.ones(1)}}
+    with pytest.raises(DreamkitError, match=r"it holds: epoch; give 'key'"):
+        find_states("x", {"epoch": 3})
     (tmp_path / "y.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(DreamkitError, match="cannot be read as weights"):
-        read_state_dict(str(tmp_path / "y.safetensors"))
+        read_checkpoint(tmp_path / "y.safetensors")
 
 
 def test_weights_that_do_not_fit_are_named():

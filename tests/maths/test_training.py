@@ -37,8 +37,7 @@ def taught(epochs=30, temperature=3.0, **changes):
 
 def distiller(toys, student, teacher, images, options, seed=0):
     total = options.total_steps(len(images))
-    generator = torch.Generator().manual_seed(seed + 1)
-    return Distiller(student, teacher, toys.card(), options, CPU, generator, total)
+    return Distiller(student, teacher, toys.card(), options, CPU, seed, total)
 
 
 def train(toys, student, teacher, images, options, seed=0):
@@ -49,7 +48,7 @@ def train(toys, student, teacher, images, options, seed=0):
         losses = []
         while made.done < made.total:
             losses.append(float(made.step(images.batch(draws.next()))))
-        made.finish(images)
+        made.finish([images])
     return losses
 
 
@@ -312,6 +311,19 @@ def test_statistics_are_taken_anew_where_that_is_asked_for(toys):
     torch.testing.assert_close(student.bn1.running_mean, seen.mean((0, 2, 3)))
 
 
+def test_the_first_step_of_sgd_with_and_without_nesterov(toys):
+    # Momentum 0.9 alone takes the gradient; Nesterov's looks ahead by nine tenths of it.
+    images, moved = toys.images(8), []
+    for nesterov in (False, True):
+        student = toys.plain()
+        before = student.conv1.weight.detach().clone()
+        options = taught(1, batch_size=8, weight_decay=0, warmup=0, nesterov=nesterov)
+        made = distiller(toys, student, toys.two_bn(), images, options)
+        made.step((images.images, images.labels))
+        moved.append(student.conv1.weight.detach() - before)
+    torch.testing.assert_close(moved[1], 1.9 * moved[0], rtol=1e-4, atol=1e-7)
+
+
 def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypatch):
     def compile(function, **settings):
         def compiled(*arguments):
@@ -322,10 +334,7 @@ def test_a_compiler_that_fails_leaves_training_eager_and_says_so(toys, monkeypat
     monkeypatch.setattr(torch, "compile", compile)
     notes = []
     options = taught(1, batch_size=4, compile=True)
-    generator = torch.Generator()
-    made = Distiller(
-        toys.plain(), toys.two_bn(), toys.card(), options, CPU, generator, 2, notes.append
-    )
+    made = Distiller(toys.plain(), toys.two_bn(), toys.card(), options, CPU, 0, 2, notes.append)
     images = toys.images(8)
     assert made.step((images.images[:4], images.labels[:4])).isfinite()
     assert made.step((images.images[4:], images.labels[4:])).isfinite()
@@ -373,7 +382,7 @@ def test_training_in_two_parts_ends_where_one_does(toys, changes):
         assert second.done == 3
         while second.done < second.total:
             second.step(images.batch(draws.next()))
-        second.finish(images)
+        second.finish([images])
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 
@@ -382,7 +391,7 @@ def test_training_in_two_parts_ends_where_one_does(toys, changes):
 
 
 def augmenter(seed=0, **options):
-    return Augmenter(Augmentation(**options), torch.Generator().manual_seed(seed))
+    return Augmenter(Augmentation(**options), seed)
 
 
 def test_without_augmentation_images_stay_as_they_are(toys):
@@ -564,6 +573,23 @@ def test_dropout_is_off_while_statistics_are_taken(toys):
     images = toys.images(6)
     recalibrate(model, images, toys.card(), CPU, 1, 6)
     assert_statistics(model[1], toys.card().normalise(images.images))
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(1, 4), (3, 1)])
+def test_layers_of_single_rows_keep_their_statistics(toys, images, batch_size):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.bn_last = toys.two_bn(), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn_last(self.body(x))
+
+    model = toys.fill(Head())
+    last, first = model.bn_last.running_var.clone(), model.body.bn1.running_var.clone()
+    recalibrate(model, toys.images(images), toys.card(), CPU, batches=9, batch_size=batch_size)
+    assert torch.equal(model.bn_last.running_var, last)
+    assert not torch.equal(model.body.bn1.running_var, first), "of 8×8 values there is a variance"
 
 
 def test_a_last_batch_of_one_image_with_single_features(toys):

@@ -57,7 +57,7 @@ def check_synthesizer(entry: Synthesizer | type) -> None:
 
 def _dreamed(synthesizer: Synthesizer, teacher: Teacher, name: str) -> Dream:
     steps: list[int] = []
-    with synthesizer.session(teacher, _CPU) as dreamer:
+    with synthesizer.session(teacher, _CPU, seed=3) as dreamer:
         estimate = dreamer.prepare(synthesizer.images)
         expect(estimate.seconds >= 0, f"{name} expects to take {estimate.seconds} s")
         size = min(2, dreamer.batch_size)

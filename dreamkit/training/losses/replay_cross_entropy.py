@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dreamkit.errors import DreamkitError
 from dreamkit.types import NO_LABEL, IncrementalLoss, IncrementalStep
+from dreamkit.types.needs import supplied
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class ReplayCrossEntropy(IncrementalLoss):
         Raises:
             DreamkitError: an image has no label.
         """
-        assert step.replay_logits is not None
-        assert step.replay_labels is not None
-        if bool((step.replay_labels == NO_LABEL).any()):
+        logits = supplied(step.replay_logits, "replay", self)
+        labels = supplied(step.replay_labels, "replay", self)
+        if bool((labels == NO_LABEL).any()):
             raise DreamkitError("replay_cross_entropy: images of old classes have no labels")
-        return F.cross_entropy(step.replay_logits, step.replay_labels)
+        return F.cross_entropy(logits, labels)

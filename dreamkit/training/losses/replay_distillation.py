@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamkit.types import IncrementalLoss, IncrementalStep
+from dreamkit.types.needs import supplied
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class ReplayDistillation(IncrementalLoss):
 
     def __call__(self, step: IncrementalStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
-        assert step.replay_logits is not None
-        assert step.replay_old_logits is not None
+        logits = supplied(step.replay_logits, "replay", self)
+        old_logits = supplied(step.replay_old_logits, "replay", self)
         # Over all classes, of which the old ones alone weigh: 0·log 0 is 0.
-        ours = F.log_softmax(step.replay_logits / self.temperature, dim=1)
-        theirs = F.log_softmax(step.replay_old_logits / self.temperature, dim=1)
+        ours = F.log_softmax(logits / self.temperature, dim=1)
+        theirs = F.log_softmax(old_logits / self.temperature, dim=1)
         kept = ours[:, : theirs.shape[1]]
         return F.kl_div(kept, theirs, reduction="batchmean", log_target=True) * self.temperature**2

@@ -60,6 +60,7 @@ class SignAscent(Synthesizer):
         choices: Mapping[str, Any] | None = None,
         note: Callable[[str], None] = lambda text: None,
         student: nn.Module | None = None,
+        seed: int = 0,
     ) -> Iterator[Walker]:
         """Bind to a teacher, of which nothing is changed."""
         yield Walker(self, teacher, device)
