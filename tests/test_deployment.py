@@ -23,6 +23,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.named import load_named
 from dreamkit.types import LatencyBackend, Timing
 
 DIGITS = "bundled:digits_resnet8"
@@ -102,11 +103,12 @@ class Counted(LatencyBackend):
 def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, capsys):
     registries, path = build_registries(), tmp_path / "t.json"
     registries["latency_backends"].register("a-board", Counted, "someone")
-    build_for(registries, DIGITS, path, "a-board", 2, None, 0.75, Console())
-    check_for(registries, DIGITS, path, 3, 0, 1.0, Console())
+    digits = load_named(registries, "--teacher", DIGITS, "null")
+    build_for(registries, digits, path, "a-board", 2, None, 0.75, Console())
+    check_for(registries, digits, path, 3, 0, 1.0, Console())
     assert re.search(r"R² 0\.99|R² 1\.0", capsys.readouterr().out)
     with pytest.raises(DreamkitError, match=r"on another target .*board mine there, None here"):
-        check_for(build_registries(), DIGITS, path, 3, 0, 1.0, Console())
+        check_for(build_registries(), digits, path, 3, 0, 1.0, Console())
 
 
 PLUGIN = """
@@ -324,3 +326,26 @@ def test_nothing_to_export(tmp_path, invoke):
     code, _, err = invoke("export", tmp_path)
     assert code == 2
     assert "holds no student" in err
+
+
+def test_the_doctor_takes_a_recipe_of_which_the_teacher_alone_is_valid(invoke, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nteacher: {source: bundled, model: digits_resnet8}\n"
+        "application: {name: nonesuch}\n"
+        "presets:\n  seven: {teacher: {model: digits7_resnet8}}\n"
+    )
+    code, out, err = invoke("doctor", str(file), "--device", "cpu", "--batch-size", "1")
+    assert code == 0, err
+    assert "digits_resnet8" in out
+    assert "inversion: yes" in out
+    code, out, _ = invoke("doctor", str(file), "--preset", "seven", "--device", "cpu")
+    assert code == 0
+    assert "7 classes" in out
+    code, _, err = invoke("doctor", str(file), "--set", "teacher.model=digits_resnet9")
+    assert code == 2
+    assert "--set teacher.model" in err
+    code, _, err = invoke("doctor", str(file), "--weights", "null")
+    assert (code, "teacher.weights=null" in err) == (2, True)
+    code, _, err = invoke("doctor", "bundled:digits_resnet8", "--preset", "smoke")
+    assert (code, "are for recipes" in err) == (2, True)

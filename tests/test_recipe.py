@@ -23,7 +23,7 @@ from dreamkit.errors import DreamkitError, RecipeError, RecipePath
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry, build_options, read_recipe, validate_recipe
-from dreamkit.recipe.schema import MAX_BYTES
+from dreamkit.recipe.nodes_of_file import MAX_BYTES
 from dreamkit.registry import EntryOf, Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm

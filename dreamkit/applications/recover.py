@@ -24,6 +24,7 @@ from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
     kept_at_zero,
+    left_alone,
     prune_weights,
     remove_weights,
     sparsity_of,
@@ -101,6 +102,8 @@ class Recover(TrainsOnImages):
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
         """Dream, prune, recover."""
+        for name, reason in left_alone(teacher.model).items():
+            context.log.note(f"the weights of {name} stay: {reason}")
         training = StudentTraining(
             teacher, images, context, self.training, self.adaptive, "recovery", "training"
         )

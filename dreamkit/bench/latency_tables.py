@@ -29,7 +29,6 @@ from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.report.run_log import ConsoleLog
 from dreamkit.store.atomic import write_atomically
-from dreamkit.teachers.named import load_named
 from dreamkit.types import ChannelRule, LatencyBackend, LayerShape, Teacher, Timing
 from dreamkit.wording import say
 
@@ -129,7 +128,7 @@ def pruned(graph: ChannelGraph, least: float, most: float, draws: torch.Generato
 
 def build_for(
     registries: Registries,
-    teacher: str,
+    found: Teacher,
     path: Path,
     backend: str,
     batch_size: int | None,
@@ -137,12 +136,11 @@ def build_for(
     least: float,
     console: Console,
 ) -> None:
-    """Build the table of a network that ``SOURCE:MODEL`` names.
+    """Build the table of a network.
 
     Raises:
-        DreamkitError: there is no such network or backend, or the file is of another target.
+        DreamkitError: there is no such backend, or the file is of another target.
     """
-    found = load_named(registries, "TEACHER", teacher, "null")
     target = _backend(registries, backend, {"batch_size": batch_size, "threads": threads})
     table = LookUpTable(target)
     if path.is_file():
@@ -222,19 +220,18 @@ def _channels(shape: LayerShape) -> str:
 
 def check_for(
     registries: Registries,
-    teacher: str,
+    found: Teacher,
     path: Path,
     variants: int,
     seed: int,
     seconds: float,
     console: Console,
 ) -> None:
-    """Hold a table against the network that ``SOURCE:MODEL`` names, and print how well it fits.
+    """Hold a table against a network, and print how well it fits.
 
     Raises:
-        DreamkitError: there is no such network, or the table is of another target.
+        DreamkitError: the table is of another target.
     """
-    found = load_named(registries, "--teacher", teacher, "null")
     target, _ = read_file(path)
     backend, refused = _measured_by(registries, target)
     try:

@@ -9,6 +9,7 @@ import typer
 
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
+from dreamkit.types import Teacher
 
 RecipeName = Annotated[
     str,
@@ -31,9 +32,30 @@ Plugins = Annotated[
     typer.Option("--plugin", help="Load this module or .py file as well (repeatable)."),
 ]
 TeacherName = Annotated[
-    str, typer.Argument(metavar="SOURCE:MODEL", help="The network, e.g. timm:resnet50.")
+    str,
+    typer.Argument(
+        metavar="NETWORK",
+        help="SOURCE:MODEL, e.g. timm:resnet50; a recipe's file or name, whose teacher is taken; "
+        "or the folder of a saved student.",
+    ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Compute on this device.")]
+
+
+def load_network(
+    option: str,
+    text: str,
+    plugins: list[str] | None,
+    weights: Literal["default", "null"] | None = None,
+    preset: str | None = None,
+    overrides: list[str] | None = None,
+) -> tuple[Teacher, Registries]:
+    """Return the network that a command is told of, and the registries it is from."""
+    from dreamkit.cli.networks import NetworkName
+    from dreamkit.cli.networks import load_network as load
+
+    name = NetworkName(option, text, weights, preset, tuple(overrides or ()))
+    return load(name, lambda named: registries_with([*named, *(plugins or [])]))
 
 
 def registries_with(plugins: list[str] | None) -> Registries:

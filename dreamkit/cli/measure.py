@@ -11,7 +11,15 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from dreamkit.cli.arguments import Device, Plugins, TeacherName, registries_with
+from dreamkit.cli.arguments import (
+    Device,
+    Overrides,
+    Plugins,
+    Preset,
+    TeacherName,
+    load_network,
+    registries_with,
+)
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -22,10 +30,15 @@ lut = typer.Typer(no_args_is_help=True)
 
 def doctor(
     teacher: TeacherName,
+    preset: Preset = None,
+    set_: Overrides = None,
     weights: Annotated[
-        Literal["default", "null"],
-        typer.Option(help="Use trained weights, or with null random ones: nothing is downloaded."),
-    ] = "null",
+        Literal["default", "null"] | None,
+        typer.Option(
+            help="Of SOURCE:MODEL, use trained weights, or with null random ones: nothing is "
+            "downloaded [default: null]."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Invert so many images together.")] = 8,
     device: Device = "auto",
     plugin: Plugins = None,
@@ -39,18 +52,19 @@ def doctor(
         dreamkit doctor torchvision:resnet50
 
         dreamkit doctor timm:hrnet_w18_small --batch-size 2
+
+        dreamkit doctor my.yaml --preset smoke
     """
-    from dreamkit.checkup.doctor import diagnose, show_diagnosis
+    print(f"{teacher}: loading it", flush=True)  # before torch is, which takes seconds
+    from dreamkit.checkup.doctor import diagnose
     from dreamkit.devices import choose_device
     from dreamkit.plugins import added_rules
-    from dreamkit.teachers.named import load_named
     from dreamkit.wording import say
 
-    registries = registries_with(plugin)
-    found = load_named(registries, "TEACHER", teacher, weights)
     console = Console()
+    found, registries = load_network("NETWORK", teacher, plugin, weights, preset, set_)
     rules = added_rules(registries, partial(say, console))
-    show_diagnosis(found.card, diagnose(found, choose_device(device), batch_size, rules), console)
+    diagnose(found, choose_device(device), batch_size, rules, console)
 
 
 @lut.callback()
@@ -82,6 +96,8 @@ def lut_build(
             min=0.01, max=1, help="Serve prunings down to this share of a layer's channels."
         ),
     ] = 0.1,
+    preset: Preset = None,
+    set_: Overrides = None,
     plugin: Plugins = None,
 ) -> None:
     """Measure every distinct layer of a network, at many counts of channels.
@@ -97,10 +113,9 @@ def lut_build(
     """
     from dreamkit.bench.latency_tables import build_for
 
+    found, registries = load_network("NETWORK", teacher, plugin, None, preset, set_)
     try:
-        build_for(
-            registries_with(plugin), teacher, out, backend, batch_size, threads, least, Console()
-        )
+        build_for(registries, found, out, backend, batch_size, threads, least, Console())
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -112,9 +127,13 @@ def lut_show(
     teacher: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE:MODEL", help="Compare with prunings of this network, measured."
+            metavar="NETWORK",
+            help="Compare with prunings of this network, measured: SOURCE:MODEL, a recipe or a "
+            "saved student.",
         ),
     ] = None,
+    preset: Preset = None,
+    set_: Overrides = None,
     variants: Annotated[
         int, typer.Option(min=2, help="Measure so many random prunings of it.")
     ] = 20,
@@ -139,7 +158,8 @@ def lut_show(
     console = Console()
     show_table(table, console)
     if teacher is not None:
-        check_for(registries_with(plugin), teacher, table, variants, seed, seconds, console)
+        found, registries = load_network("--teacher", teacher, plugin, None, preset, set_)
+        check_for(registries, found, table, variants, seed, seconds, console)
 
 
 @bench.command("teachers")

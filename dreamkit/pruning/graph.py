@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from dreamkit.errors import NothingToPrune, PluginError
-from dreamkit.pruning.channels import NONE, Trace, Use
+from dreamkit.errors import NothingToPrune
+from dreamkit.pruning.channels import NONE, Trace, TraceFailed, Use
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.tracing import trace
+from dreamkit.pruning.trials import Trials
 from dreamkit.types import ChannelGroup, ChannelRule, Member
 from dreamkit.wording import one_line
 
@@ -51,17 +51,13 @@ class ChannelGraph:
     ) -> None:
         self.model = model
         self.pruning_record = PruningRecord() if pruning_record is None else pruning_record
-        self._size = input_size
-        self._rules = tuple(rules)
         try:
             found = trace(model, input_size, rules)
-        except PluginError:
-            raise
-        except Exception as error:  # the model is anyone's code
-            reason = one_line(error)
+        except TraceFailed as error:
+            reason = one_line(error.__cause__ or error)
             raise NothingToPrune(f"the model's channels cannot be followed: {reason}") from error
         self._take(found)
-        self._rule_out_fixed()
+        self._rule_out_fixed(Trials(model, input_size, rules, found, self._cuts))
 
     def _take(self, found: Trace) -> None:
         """Sort channels into groups: those that the same layers have."""
@@ -158,95 +154,104 @@ class ChannelGraph:
 
     # --- what code fixes ----------------------------------------------------------------------
 
-    def _rule_out_fixed(self) -> None:
+    def _rule_out_fixed(self, trials: Trials) -> None:
         """Rule out groups without some of whose channels the model does not run, or runs askew."""
-        self._rule_out(set(self._failing(self._suspects())), _FIXED)
+        self._rule_out_failing(trials)
         # Only now: where something fails in any case, no number shows that it is needless.
-        self._drop_needless(self._suspects())
+        before = self._uses
+        self._drop_needless(trials)
         held = {(use.name, use.axis) for use in self._uses}
-        for labels, numbers in self._slices:
-            if not held & set(numbers):
-                self._rule_out({self._names[label] for label in labels if label != NONE}, _CUT)
-        self._rule_out(set(self._failing(self._suspects())), _FIXED)
+        cut = [
+            self._names[label]
+            for labels, numbers in self._slices
+            if not held & set(numbers)
+            for label in labels
+            if label != NONE
+        ]
+        self._rule_out(cut, _CUT)
+        if cut or self._uses is not before:
+            self._rule_out_failing(trials)
 
-    def _suspects(self) -> list[str]:
-        return [group.name for group in self.groups()[0] if group.channels > 1]
+    def _suspects(self) -> dict[str, list[int]]:
+        """Return the groups that may lose channels, and the channels of each."""
+        channels: dict[str, dict[int, None]] = {}
+        made = {label for use in self._uses if use.axis == "out" for label in use.labels}
+        for use in self._uses:
+            for label in use.labels:
+                if label in made and label != NONE and self._reasons[label] is None:
+                    channels.setdefault(self._names[label], {})[label] = None
+        return {name: list(labels) for name, labels in channels.items() if len(labels) > 1}
 
-    def _rule_out(self, names: set[str], reason: str) -> None:
+    def _rule_out(self, names: Iterable[str], reason: str) -> None:
+        names = set(names)
         for label, name in self._names.items():
             if name in names and self._reasons[label] is None:
                 self._reasons[label] = reason
 
-    def _drop_needless(self, suspects: list[str]) -> None:
+    def _drop_needless(self, trials: Trials) -> None:
         """Forget numbers of modules that happen to equal a number of channels.
 
-        A number is one only if the model cannot do without its change.
+        A number is one only if the model cannot do without its change. Modules of one class run
+        the same code, so their numbers of one name are tried together.
         """
-        numbers = [use for use in self._uses if use.axis.startswith("attribute:")]
-        if not numbers:
-            return
-        needed = [use for use in self._uses if use not in numbers]
-        for use in [None, *numbers]:
-            others = [n for n in numbers if use is not None and n is not use]
-            if self._runs_without(suspects, needed + others):
-                self._uses = needed + others
-                numbers = others
-                if not numbers:
-                    return
+        numbers: dict[tuple[type, str], list[Use]] = {}
+        for use in self._uses:
+            if use.axis.startswith("attribute:"):
+                kind = type(self.model.get_submodule(use.name)), use.axis
+                numbers.setdefault(kind, []).append(use)
+        gone = _some_of(self._suspects())
+        every = [use for uses in numbers.values() for use in uses]
+        for dropped in [every, *numbers.values()]:
+            others = [use for use in self._uses if use not in dropped]
+            if len(others) < len(self._uses) and trials.blame(others, gone) is None:
+                self._uses = others
 
-    def _failing(self, suspects: list[str]) -> list[str]:
+    def _rule_out_failing(self, trials: Trials) -> None:
+        """Rule out groups that cannot lose a channel: those to blame for a failed run, in turn."""
+        suspects = self._suspects()
+        while suspects:
+            blame = trials.blame(self._uses, _some_of(suspects))
+            if blame is None:
+                return
+            guilty: dict[str, list[int]] = {}
+            likely: dict[str, list[int]] = {}
+            for labels in blame:
+                named = {self._names.get(label) for label in labels}
+                near = {name: suspects[name] for name in suspects if name in named}
+                if near and near != likely and near != suspects:
+                    guilty = self._failing(near, trials)
+                    likely = likely or near
+                if guilty:
+                    break
+            # Where none fails alone, some fail together; those nearest to the failure then.
+            guilty = guilty or self._halved(suspects, trials) or likely or suspects
+            self._rule_out(guilty, _FIXED)
+            suspects = {name: suspects[name] for name in suspects if name not in guilty}
+
+    def _failing(self, suspects: dict[str, list[int]], trials: Trials) -> dict[str, list[int]]:
         """Return those groups that cannot lose a channel, by halving."""
-        if not suspects or self._runs_without(suspects, self._uses):
-            return []
-        if len(suspects) == 1:
-            return suspects
-        half = len(suspects) // 2
-        return self._failing(suspects[:half]) + self._failing(suspects[half:])
+        if not suspects or trials.blame(self._uses, _some_of(suspects)) is None:
+            return {}
+        return suspects if len(suspects) == 1 else self._halved(suspects, trials)
 
-    def _runs_without(self, names: list[str], uses: list[Use]) -> bool:
-        """Whether every layer still reads what it should once some groups lost channels.
-
-        Groups lose one or two in turn, and not the first ones alone: what is coupled without our
-        knowing shows by numbers that differ.
-        """
-        trial = copy.copy(self)
-        trial.model = copy.deepcopy(self.model)
-        trial.pruning_record = PruningRecord()
-        trial._uses = [replace(use) for use in uses]
-        sizes = {group.name: group.channels for group in self.groups()[0]}
-        removed = {}
-        for number, name in enumerate(names):
-            count = 1 + number % 2 if sizes[name] > 2 else 1
-            removed[name] = [(number + i) % sizes[name] for i in range(count)]
-        gone = trial._labels_of(removed)
-        try:
-            trial.remove(removed)
-            found = trace(trial.model, self._size, self._rules)
-        except Exception:  # whatever the model's code raises when its numbers do not fit
-            return False
-        cuts = [[label for label in cut if label not in gone] for cut in self._cuts]
-        return _same_structure(trial._uses, cuts, found)
+    def _halved(self, suspects: dict[str, list[int]], trials: Trials) -> dict[str, list[int]]:
+        names = list(suspects)
+        half = len(names) // 2
+        parts = ({n: suspects[n] for n in part} for part in (names[:half], names[half:]))
+        found: dict[str, list[int]] = {}
+        for part in parts:
+            found |= self._failing(part, trials)
+        return found
 
 
-def _same_structure(expected: list[Use], cuts: list[list[int]], found: Trace) -> bool:
-    """Whether the same channels meet in two traces, whatever their numbers."""
-    pairs = []
-    for use in expected:
-        if use.axis.startswith("attribute"):
-            continue  # whether a number is found again depends on what else equals it
-        other = found.uses.get((use.name, use.axis))
-        if other is None:
-            return False
-        pairs.append((use.labels, other.labels))
-    if len(cuts) != len(found.cuts):
-        return False
-    there: dict[int, int] = {}
-    back: dict[int, int] = {}
-    for labels, others in [*pairs, *zip(cuts, found.cuts, strict=True)]:
-        if len(labels) != len(others):
-            return False
-        for label, raw in zip(labels, others, strict=True):
-            root = found.find(raw)
-            if there.setdefault(label, root) != root or back.setdefault(root, label) != label:
-                return False
-    return True
+def _some_of(groups: Mapping[str, Sequence[int]]) -> set[int]:
+    """Return the channels that groups lose for trial.
+
+    One or two in turn, and not the first ones alone: what is coupled without our knowing shows by
+    numbers that differ.
+    """
+    gone: set[int] = set()
+    for number, labels in enumerate(groups.values()):
+        count = 1 + number % 2 if len(labels) > 2 else 1
+        gone.update(labels[(number + i) % len(labels)] for i in range(count))
+    return gone

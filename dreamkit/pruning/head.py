@@ -38,9 +38,9 @@ def find_head(
         TeacherMismatch: none is, or it is of a kind that cannot be given more outputs.
     """
     try:
-        found = trace(model, input_size, rules)
+        found = trace(model, input_size, rules, training_size=None)
     except Exception as error:  # the model is anyone's code
-        reason = one_line(error)
+        reason = one_line(error.__cause__ or error)
         raise TeacherMismatch(f"the model's channels cannot be followed: {reason}") from error
     outputs = [found.find(label) for label in found.outputs]
     users = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
+from dreamkit.pruning.computed import why_left
 from dreamkit.types import ChannelCall, ChannelRule
 
 
@@ -23,11 +25,13 @@ class Convolution(ChannelRule):
         if module.transposed:
             call.fix(channels, f"{call.name} is transposed")
             return None
-        made = {"weight": 0} | ({} if module.bias is None else {"bias": 0})
+        if (reason := why_left(module)) is not None:
+            return _left_alone(call, channels, module.out_channels, 1, reason)
+        made = _axes(module, 0)
         if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
             sizes = ("out_channels", "in_channels", "groups")
             return call.spread(call.holds(channels, 1, made, sizes), 1)
-        read = call.holds(channels, 1, {"weight": 1}, ("in_channels",), axis="in")
+        read = call.holds(channels, 1, _axes(module, 1), ("in_channels",), axis="in")
         if module.groups > 1:
             call.couple_groups(read, module.groups)
         return call.makes(module.out_channels, 1, made, ("out_channels",), module.groups)
@@ -40,10 +44,11 @@ class Linear(ChannelRule):
 
     def follow(self, call: ChannelCall) -> Tensor:
         """Tell what becomes of the channels."""
-        module = call.target
-        call.holds(call.channels[0], -1, {"weight": 1}, ("in_features",), axis="in")
-        made = {"weight": 0} | ({} if module.bias is None else {"bias": 0})
-        return call.makes(module.out_features, -1, made, ("out_features",))
+        module, channels = call.target, call.channels[0]
+        if (reason := why_left(module)) is not None:
+            return _left_alone(call, channels, module.out_features, -1, reason)
+        call.holds(channels, -1, _axes(module, 1), ("in_features",), axis="in")
+        return call.makes(module.out_features, -1, _axes(module, 0), ("out_features",))
 
 
 class Normalisation(ChannelRule):
@@ -55,6 +60,9 @@ class Normalisation(ChannelRule):
     def follow(self, call: ChannelCall) -> Tensor:
         """Tell what becomes of the channels."""
         module, channels = call.target, call.channels[0]
+        if parametrize.is_parametrized(module):
+            call.fix(channels, str(why_left(module)))
+            return channels
         own = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
         if {tensor.numel() for tensor in own.values()} <= {0, 1}:
             return channels
@@ -70,6 +78,35 @@ class Normalisation(ChannelRule):
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
             call.couple_groups(along, module.num_groups)
         return channels
+
+
+def _axes(module: nn.Module, axis: int) -> dict[str, int]:
+    """Return which of a layer's tensors have its outputs (axis 0) or its inputs (1).
+
+    Beside weight and bias, layers of other libraries have tensors of their weight's shape, as
+    masks, or with a number for each output, as the gains of weights that are standardised.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    found = {}
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
+        wide = [a for a, size in enumerate(tensor.shape) if size > 1]
+        alike = tensor.shape == weight.shape
+        each = tensor.shape[:1] == weight.shape[:1] and (wide == [0] or name == "bias")
+        if alike or (axis == 0 and each):
+            found[name] = axis
+    return found
+
+
+def _left_alone(call: ChannelCall, channels: Tensor, count: int, dim: int, reason: str) -> Tensor:
+    """Return the channels that a layer makes which has to stay as it is, and so do its inputs."""
+    call.fix(channels, f"{call.name} reads them, and {reason}")
+    made = call.makes(count, dim, {})
+    call.fix(made, reason)
+    return made
 
 
 BUILT_IN: tuple[ChannelRule, ...] = (Convolution(), Linear(), Normalisation())

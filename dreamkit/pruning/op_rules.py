@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from dreamkit.pruning.channels import NONE
+from dreamkit.pruning.channels import NONE, any_channels, distinct
 from dreamkit.pruning.cut_rules import check_cuts
 from dreamkit.pruning.rules import Call
 
@@ -83,7 +83,8 @@ def _reduce(call: Call) -> Tensor | None:
         return None
     for dim in mixed:  # channels of several that are added up, as of stacked branches
         call.trace.couple_along(channels, dim)
-    return channels.amax(dims, keepdim=call.output.dim() == channels.dim())
+    left = distinct(channels)[0].amax(dims, keepdim=call.output.dim() == channels.dim())
+    return left.expand(call.output.shape)
 
 
 def _meet(call: Call) -> Tensor | None:
@@ -92,7 +93,7 @@ def _meet(call: Call) -> Tensor | None:
     output = found[0] if found and isinstance(found[0], Tensor) else None
     together: Tensor | None = None
     for channels in call.channels:
-        if not bool((channels != NONE).any()):
+        if not any_channels(channels):
             continue
         if output is None or not _broadcasts(channels.shape, output.shape):
             call.fix(channels, f"they go through {call.target.overloadpacket}")
@@ -105,15 +106,16 @@ def _meet(call: Call) -> Tensor | None:
             for met in (channels, together):
                 call.fix(met, "some of them meet constants where others meet channels")
         call.trace.couple_tensors(together, channels)
-        together = torch.where(together == NONE, channels, together)
+        before, now = distinct(together, channels)
+        together = torch.where(before == NONE, now, before).expand(output.shape)
     return together
 
 
 def _partial(call: Call, channels: Tensor) -> bool:
     """Whether an axis has channels in some places and none in others."""
     for dim in call.trace.varying(channels):
-        along = channels.movedim(dim, 0).reshape(channels.shape[dim], -1).amax(1)
-        if bool((along == NONE).any()):
+        (few,) = distinct(channels)
+        if bool((few.movedim(dim, 0).reshape(few.shape[dim], -1).amax(1) == NONE).any()):
             return True
     return False
 

@@ -79,7 +79,8 @@ class PruningRecord:
             self._state(module, use.name, {size: (len(kept),) if several else len(kept)})
 
     def _take(self, model: nn.Module, name: str, dim: int, kept: Sequence[int]) -> None:
-        tensor = _tensors(model)[name]
+        owner, _, key = name.rpartition(".")
+        tensor: Tensor = getattr(model.get_submodule(owner), key)
         # All groups keep the same places: those of the first tell what a filter keeps.
         places = [place for place in kept if place < tensor.shape[dim]]
         axes: Axes = [places if axis == dim else None for axis in range(tensor.dim())]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+
+from dreamkit.errors import NothingToPrune
+from dreamkit.pruning.computed import why_left
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -24,20 +26,48 @@ def choose_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         sparsity: share of them that goes, in (0, 1).
 
     Returns:
-        By parameter name, 1 for what stays and 0 for what goes.
+        By parameter name, 1 for what stays and 0 for what goes. Layers whose weight is computed
+        from others are not there.
+
+    Raises:
+        NothingToPrune: no layer has a weight of its own.
     """
+    layers = [(name, m) for name, m in model.named_modules() if _has_own_weight(m)]
+    if not layers:
+        raise NothingToPrune(
+            "no convolution or linear layer has a weight of its own: "
+            + "; ".join(f"{name}: {reason}" for name, reason in left_alone(model).items())
+            if left_alone(model)
+            else "the network has no convolution and no linear layer"
+        )
     # torch's pruning registers parameters anew, in another order, and wants them contiguous.
-    copied = copy.deepcopy(model)
-    layers = [(name, m) for name, m in copied.named_modules() if isinstance(m, _LAYERS)]
+    held = []
     for _, layer in layers:
-        layer.weight = nn.Parameter(layer.get_parameter("weight").detach().contiguous())
+        holder = nn.Module()
+        holder.weight = nn.Parameter(layer.get_parameter("weight").detach().contiguous())
+        held.append(holder)
     prune.global_unstructured(
-        [(layer, "weight") for _, layer in layers], prune.L1Unstructured, amount=sparsity
+        [(holder, "weight") for holder in held], prune.L1Unstructured, amount=sparsity
     )
     return {
-        f"{name}.weight" if name else "weight": layer.get_buffer("weight_mask")
-        for name, layer in layers
+        f"{name}.weight" if name else "weight": holder.get_buffer("weight_mask")
+        for (name, _), holder in zip(layers, held, strict=True)
     }
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """Return the layers whose weights stay since others make them, by name, with the reason."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
+    return {
+        name: why_left(m) or "its weight is not its own"
+        for name, m in layers
+        if not _has_own_weight(m)
+    }
+
+
+def _has_own_weight(layer: nn.Module) -> bool:
+    own = layer._parameters.get("weight")
+    return isinstance(layer, _LAYERS) and own is not None
 
 
 @torch.no_grad()

@@ -21,14 +21,12 @@ from dreamkit.errors import (
 )
 from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.defaults import with_defaults
+from dreamkit.recipe.nodes_of_file import plugin_names, read_nodes, split_presets
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, located
 from dreamkit.recipe.signature import options_of
-from dreamkit.recipe.yaml_nodes import Node, Position, dump_yaml, parse_yaml, type_name
+from dreamkit.recipe.yaml_nodes import Node, dump_yaml
 from dreamkit.registry import EntriesOf, EntryOf, Registries, mapping_of
-
-MAX_BYTES = 1_000_000
-"""A recipe is written by hand; a larger file is a mistake."""
 
 
 def _check_name(name: str) -> str:
@@ -194,18 +192,8 @@ def _check(
     preset: str | None,
     overrides: Sequence[str],
 ) -> _Checked:
-    base, presets = _split_presets(_read_nodes(Path(file)))
-    chosen = base
-    for name in () if preset is None else preset.split("+"):
-        if name not in presets:
-            choices = ", ".join(presets) or "none"
-            hint = did_you_mean(name, presets)
-            raise RecipeError(f"{file}: no preset '{name}'{hint} (presets: {choices})")
-        chosen = merge(chosen, presets[name], root=True)
-    for override in overrides:
-        chosen = apply_override(chosen, override)
-    chosen = _spelled_out(chosen)
-    registries = _registries(chosen, build_registries)
+    chosen, base, presets = chosen_nodes(Path(file), preset, overrides)
+    registries = registries_of(chosen, build_registries)
     builder = Builder(registries)
     recipe, problems = _construct(chosen, builder)
     unchecked = []
@@ -213,7 +201,7 @@ def _check(
         if name == preset:
             continue
         other = merge(base, overlay, root=True)
-        if not {*_plugin_names(other)} <= {*_plugin_names(chosen)}:
+        if not {*plugin_names(other)} <= {*plugin_names(chosen)}:
             place = located(presets[name].where, ("presets", name))
             unchecked.append(
                 f"{place}: not checked, for it loads plugins of its own; check it "
@@ -224,6 +212,27 @@ def _check(
         # The files of a preset not chosen are not needed.
         problems += [problem for problem in others if not problem.missing]
     return _Checked(recipe, chosen, registries, problems, unchecked)
+
+
+def chosen_nodes(
+    file: Path, preset: str | None, overrides: Sequence[str]
+) -> tuple[Node, Node, dict[str, Node]]:
+    """Return a recipe's nodes as they are to run, its base, and its presets.
+
+    Raises:
+        RecipeError: the file is no recipe, or has no such preset.
+    """
+    base, presets = split_presets(read_nodes(file))
+    chosen = base
+    for name in () if preset is None else preset.split("+"):
+        if name not in presets:
+            choices = ", ".join(presets) or "none"
+            hint = did_you_mean(name, presets)
+            raise RecipeError(f"{file}: no preset '{name}'{hint} (presets: {choices})")
+        chosen = merge(chosen, presets[name], root=True)
+    for override in overrides:
+        chosen = apply_override(chosen, override)
+    return _spelled_out(chosen), base, presets
 
 
 def _spelled_out(root: Node) -> Node:
@@ -238,9 +247,16 @@ def _spelled_out(root: Node) -> Node:
     return Node(values, root.where, root.keys)
 
 
-def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registries]) -> Registries:
+def registries_of(
+    root: Node, build_registries: Callable[[Sequence[str]], Registries]
+) -> Registries:
+    """Return the registries with a recipe's plugins.
+
+    Raises:
+        PluginError: one of them cannot be loaded, with its place.
+    """
     try:
-        return build_registries(_plugin_names(root))
+        return build_registries(plugin_names(root))
     except PluginError as error:
         place = located(root.value["plugins"].where, ("plugins",))
         raise PluginError(f"{place}: {error}") from error
@@ -249,42 +265,3 @@ def _registries(root: Node, build_registries: Callable[[Sequence[str]], Registri
 def _construct(root: Node, builder: Builder) -> tuple[Any, list[Problem]]:
     recipe, problems = builder.build(partial(builder.construct, Recipe), root.plain())
     return recipe, [replace(p, place=root.place(p.path, p.unknown)) for p in problems]
-
-
-def _read_nodes(file: Path) -> Node:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError(f"{file}: {size} bytes is no recipe (limit {MAX_BYTES})")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not a UTF-8 text file") from error
-    root = parse_yaml(text, str(file))
-    _mapping(root, ())
-    return root
-
-
-def _mapping(node: Node, path: RecipePath) -> dict[str, Node]:
-    if isinstance(node.value, dict):
-        return node.value
-    message = f"should be a mapping, not {type_name(node.value)}"
-    raise RecipeError(f"{located(node.where, path)}: {message}")
-
-
-def _split_presets(root: Node) -> tuple[Node, dict[str, Node]]:
-    rest = {key: node for key, node in root.value.items() if key != "presets"}
-    node = root.child("presets")
-    presets = {} if node is None or node.value is None else _mapping(node, ("presets",))
-    for name, overlay in presets.items():
-        _mapping(overlay, ("presets", name))
-    return Node(rest, root.where, root.keys), presets
-
-
-def _plugin_names(root: Node) -> list[str]:
-    node = root.value.get("plugins", Node([], Position("")))
-    if not isinstance(node.value, list) or not all(isinstance(n.value, str) for n in node.value):
-        place = located(node.where, ("plugins",))
-        raise RecipeError(f"{place}: should be a list of modules or .py files")
-    return [child.value for child in node.value]
