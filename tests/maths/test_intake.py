@@ -313,9 +313,11 @@ def test_a_second_input_a_fixed_batch_and_weights_that_are_not_finite() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.view(1, *SIZE))
 
-    broken = Net()
+    broken, masked = Net(), Net()
     with torch.no_grad():
         broken.conv.weight[0] = torch.inf
+    masked.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    assert taken(masked)[1] == ""
     with pytest.raises(TeacherMismatch, match="missing 1 required positional argument: 'y'"):
         taken(Two())
     with pytest.raises(TeacherMismatch, match="does not take 2 images"):
