@@ -79,14 +79,16 @@ class Taylor(Criterion):
             for images, labels in step.batches():
                 gates.clear()
                 loss = self._loss(step, images, labels)
-                if uncalled := wanted - gates.keys():
+                # A head that training alone runs reads channels too, and moves no output here.
+                unseen = [names for names in layers if not gates.keys() & {*names}]
+                if unseen:
                     raise NothingToPrune(
-                        f"{', '.join(sorted(uncalled))} cannot be gated: the model takes its "
-                        "weights and does not call it"
+                        f"{', '.join(unseen[0])} cannot be gated: the model takes its weights and "
+                        "does not call it"
                     )
                 gradients = _gradients(loss, gates, len(images), self.squares == "image")
-                for score, group, names in zip(scores, step.groups, layers, strict=True):
-                    sums = gate_gradients(group, {name: gradients[name] for name in names})
+                for score, group in zip(scores, step.groups, strict=True):
+                    sums = gate_gradients(group, gradients)
                     score += sums.square().sum(0)
                 count += len(images) if self.squares == "image" else 1
         found = [score / max(count, 1) for score in scores]

@@ -337,6 +337,27 @@ def test_weights_that_are_taken_past_their_layer_cannot_be_gated(toys):
         Taylor(loss="ce")(step_of(toys, Past().eval(), groups=[group]))
 
 
+def test_a_head_that_training_alone_runs_adds_nothing(toys):
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.conv(x).mean((2, 3))
+            return (self.fc(x), self.head(x)) if self.training else self.fc(x)
+
+    channels = torch.arange(4)
+    fc, head = (Member(name, "in", channels, channels) for name in ("fc", "head"))
+    model = Headed().eval()
+    alone, both = (
+        Taylor(loss="ce")(step_of(toys, model, groups=[ChannelGroup("conv", 4, members)]))[0]
+        for members in ((fc,), (fc, head))
+    )
+    assert alone.min() > 0
+    assert torch.equal(alone, both)
+
+
 def test_exact_kl_is_zero_where_student_and_teacher_are_one_and_kl_is_not(toys):
     model = toys.two_bn()
     step = step_of(toys, model)
