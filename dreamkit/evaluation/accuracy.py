@@ -14,6 +14,8 @@ from dreamkit.out_of_memory import InParts
 from dreamkit.types import Images
 
 _BATCH = 256
+NO_CLASS = -2
+"""Predicted of nothing; no label equals it, nor ``NO_LABEL``."""
 
 Advance = Callable[[int], None]
 """Told how many images are done."""
@@ -33,12 +35,13 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Return the predicted class of every image (N,) and the labels (N,), in order, on the CPU.
 
-    Where there are several ranks each does a part, and has all of it in the end. Batches that
-    memory is short of are done in parts.
+    Outputs that are not finite are of no class, ``NO_CLASS``. Where there are several ranks
+    each does a part, and has all of it in the end. Batches that memory is short of are done in
+    parts.
     """
     starts = range(0, len(images), _BATCH)
     mine = {}
-    classes = InParts(lambda stored: model(card.normalise(stored.to(device))).argmax(1).cpu())
+    classes = InParts(lambda stored: _classes(model(card.normalise(stored.to(device)))))
     with eval_mode(model):
         for first in starts[distributed.rank() :: distributed.size()]:
             stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
@@ -47,6 +50,10 @@ def predict(
     found = {first: pair for part in distributed.gather(mine) for first, pair in part.items()}
     predicted, labels = zip(*(found[first] for first in starts), strict=True)
     return torch.cat(predicted), torch.cat(labels)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_CLASS).cpu()
 
 
 def accuracy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +34,9 @@ def made_ready(
 
     Compiled and parallel wrappers are taken off, of the whole and of its parts. Lazy modules get
     their shapes from a blank image. Weights of other precisions, and those that were made in
-    ``torch.inference_mode``, become float32 that can learn. ``SyncBatchNorm`` becomes BatchNorm,
-    which alone runs on a CPU. The names of the state dict are the unwrapped network's.
+    ``torch.inference_mode``, become float32 that can learn. ``SyncBatchNorm``, also timm's with an
+    activation, becomes BatchNorm, which alone learns on a CPU. The names of the state dict are the
+    unwrapped network's.
 
     Args:
         model: left as it is, except that its lazy modules get their shapes.
@@ -49,8 +51,8 @@ def made_ready(
     _run_lazy(model, input_size, role)  # before: what has no shape yet cannot be copied
     own = _copy(model, role)
     for parent in list(own.modules()):
-        for name, child in list(parent.named_children()):
-            if (inner := unwrapped(child)) is not child:
+        for name, child in list(parent._modules.items()):  # one child may have several names
+            if child is not None and (inner := unwrapped(child)) is not child:
                 setattr(parent, name, inner)
     _make_ordinary(own)
     kinds = {t.dtype for t in (*own.parameters(), *own.buffers()) if t.is_floating_point()}
@@ -94,7 +96,7 @@ def _run_lazy(model: nn.Module, input_size: tuple[int, int, int], role: str) -> 
         return
     try:
         with torch.no_grad(), eval_mode(model):
-            model(torch.zeros(2, *input_size))
+            model(torch.zeros(2, *input_size, device=device_of(model)))
     except Exception as error:  # anyone's module
         raise DreamkitError(
             f"{role}: its lazy modules do not take an image of size {input_size}: {one_line(error)}"
@@ -136,17 +138,32 @@ def _replace_synchronised(model: nn.Module, input_size: tuple[int, int, int]) ->
         for handle in handles:
             handle.remove()
     for name, layer in found:
-        kind = _BATCH_NORMS.get(dimensions.get(name, 4), nn.BatchNorm2d)
-        plain = kind(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            layer.affine,
-            layer.track_running_stats,
-        )
+        plain = _not_synchronised(layer, dimensions.get(name, 4))
+        if plain is None:
+            continue
         plain.load_state_dict(layer.state_dict())
         plain.to(device_of(model)).train(layer.training)
         for key, parameter in layer.named_parameters():
             plain.get_parameter(key).requires_grad_(parameter.requires_grad)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+
+
+def _not_synchronised(layer: nn.SyncBatchNorm, dimensions: int) -> nn.Module | None:
+    """Return a layer that does the same on one device; None if the layer's class does more."""
+    sizes: Any = (
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.affine,
+        layer.track_running_stats,
+    )
+    if type(layer) is nn.SyncBatchNorm:
+        return _BATCH_NORMS.get(dimensions, nn.BatchNorm2d)(*sizes)
+    if type(layer).__name__ != "SyncBatchNormAct":
+        return None
+    from timm.layers.norm_act import BatchNormAct2d  # imported where one of its networks is
+
+    plain = BatchNormAct2d(*sizes)
+    plain.act, plain.drop = layer.get_submodule("act"), layer.get_submodule("drop")
+    return plain

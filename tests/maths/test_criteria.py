@@ -337,6 +337,29 @@ def test_weights_that_are_taken_past_their_layer_cannot_be_gated(toys):
         Taylor(loss="ce")(step_of(toys, Past().eval(), groups=[group]))
 
 
+def test_a_linear_layer_reads_the_last_axis_of_an_image_too(toys):
+    class Nets(nn.Module):
+        def __init__(self, last):
+            super().__init__()
+            torch.manual_seed(0)
+            self.last, self.conv, self.fc = last, nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            if self.last:  # (N, H, W, C), as in Swin and ConvNeXt
+                return self.fc(x.permute(0, 2, 3, 1)).mean((1, 2))
+            return self.fc(x.flatten(2).mT).mean(1)
+
+    channels = torch.arange(4)
+    group = ChannelGroup("conv", 4, (Member("fc", "in", channels, channels),))
+    images, tokens = (
+        Taylor(loss="ce")(step_of(toys, Nets(last).eval(), groups=[group]))[0]
+        for last in (True, False)
+    )
+    assert tokens.min() > 0
+    torch.testing.assert_close(images, tokens)
+
+
 def test_a_head_that_training_alone_runs_adds_nothing(toys):
     class Headed(nn.Module):
         def __init__(self):

@@ -71,6 +71,16 @@ def test_agreement_by_hand(card):
     assert agreement(FirstPixel(), FirstPixel(offset=1), images, card, CPU) == 0
 
 
+def test_outputs_that_are_not_finite_are_never_right_and_agree_with_nothing(card):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), float("nan"))
+
+    images = labelled([0, 0, 1], [0, 0, 1])
+    assert agreement(Broken(), FirstPixel(), images, card, CPU) == 0
+    assert accuracy(Broken(), images, card, CPU) == 0
+
+
 def test_modes_are_kept_and_no_gradients_are_made(toys, card):
     model = FirstPixel().train()
     images = labelled([0, 1], [0, 1])

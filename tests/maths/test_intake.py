@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -179,6 +180,26 @@ def test_synchronised_batch_norm_runs_on_a_cpu() -> None:
     assert torch.equal(model.bn.running_mean, net.bn.running_mean)
     model.train()
     assert model(images()).shape == (3, 4)
+
+
+def test_synchronised_batch_norm_of_timm_keeps_its_activation() -> None:
+    net = Net()
+    net.bn = BatchNormAct2d(6, act_layer=nn.SiLU)
+    net.bn.running_mean += 0.1
+    expected = net.eval()(images())
+    model, notes = taken(convert_sync_batchnorm(net))
+    assert notes == ""
+    assert torch.equal(model(images()), expected)
+    assert model.train()(images()).isfinite().all()  # as SyncBatchNorm does on a GPU alone
+
+
+def test_a_wrapped_part_of_two_names_is_unwrapped_under_both() -> None:
+    net = Net()
+    net.conv = nn.DataParallel(net.conv)
+    net.same = net.conv
+    model, _ = taken(net)
+    assert isinstance(model.conv, nn.Conv2d)
+    assert model.same is model.conv
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
