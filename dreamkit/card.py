@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -52,6 +53,8 @@ class Card:
             )
         if min(self.input_size) < 1:
             raise ValueError(f"input_size should be at least 1 everywhere (got {self.input_size})")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError(f"mean and std should be finite (got {self.mean} and {self.std})")
         if min(self.std) <= 0:
             raise ValueError(f"std should be greater than 0 (got {self.std})")
 

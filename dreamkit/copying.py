@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from typing import TypeVar
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +19,33 @@ def copied(model: M) -> M:
     """Return a deep copy of a model.
 
     ``weight_norm``, ``spectral_norm`` and ``torch.nn.utils.prune`` leave the weights that they
-    compute before each pass as attributes, which cannot be copied while they know how they were
-    computed. Their copies are plain values until the copy's first pass.
+    compute before each pass as attributes, and others keep activations, in lists too. They cannot
+    be copied while they know how they were computed: their copies are plain values until the
+    copy's first pass.
 
     Raises:
         Exception: whatever a module's own attributes raise that cannot be copied.
     """
-    computed = [
-        (module, name, value)
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    # TorchScript's own copies have weights that remember what they were copied from.
-    whole = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
-    scripted = {id(module): _reloaded(module) for module in whole}
-    try:
-        for module, name, value in computed:
-            vars(module)[name] = value.detach()
-        return copy.deepcopy(model, scripted)
-    finally:
-        for module, name, value in computed:
-            vars(module)[name] = value
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            # TorchScript's own copies have weights that remember what they were copied from.
+            known[id(module)] = _reloaded(module)
+        else:
+            for tensor in _computed_in(vars(module), set()):
+                known[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, known)
+
+
+def _computed_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers that remember how they were computed."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif isinstance(value, Mapping | list | tuple | set | deque) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _computed_in(part, seen)
 
 
 def _reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:

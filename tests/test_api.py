@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dreamkit
 from dreamkit.api.given_images import as_images
-from dreamkit.api.networks import View, builder_of, take_in
+from dreamkit.api.networks import View, take_in
+from dreamkit.api.recognising import builder_of
+from dreamkit.card import Card
 from dreamkit.plugin import Regularizer
 from dreamkit.report.run_log import read_records
 
@@ -539,9 +542,51 @@ def test_timm_and_torchvision_tell_how_they_see_images():
     changed = torchvision.models.resnet18(weights=None)
     changed.layer4 = nn.Identity()
     changed.fc = nn.Linear(256, 10)
-    assert builder_of(changed, 10)["source"] == "memory"
+    card = Card("it", (3, 64, 64), (0.5,) * 3, (0.5,) * 3, 10, "here")
+    assert builder_of(changed, card)["source"] == "memory"
     changed.fc = nn.BatchNorm1d(256)
-    assert builder_of(changed, 256)["source"] == "memory", "its last tensor has no side"
+    card = dataclasses.replace(card, num_classes=256)
+    assert builder_of(changed, card)["source"] == "memory", "its last tensor has no side"
+
+
+def test_a_builder_that_makes_the_same_shapes_has_to_do_the_same():
+    import timm
+    import torchvision
+
+    size, state = {**VIEW, "size": (3, 32, 32)}, torch.get_rng_state()
+    changed = timm.create_model("resnet10t", num_classes=7, act_layer=nn.SiLU).eval()
+    assert take_in(changed, View(**size), [].append).builder["source"] == "memory"
+    changed = torchvision.models.resnet18(num_classes=7).eval()
+    changed.relu = nn.SiLU()
+    torch.set_rng_state(state)
+    assert take_in(changed, View(**size), [].append).builder["source"] == "memory"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [(3, -1, 12), (3, 0, 12), (3, 12.5, 12), (3, 12), 12])
+def test_sizes_that_are_none_are_refused(net, size):
+    with pytest.raises(dreamkit.DreamkitError, match=r"^size: should be"):
+        dreamkit.invert(net, 4, progress=False, **{**VIEW, "size": size})
+
+
+def test_means_that_are_no_numbers_are_refused(net):
+    with pytest.raises(dreamkit.DreamkitError, match="mean and std should be finite"):
+        dreamkit.invert(net, 4, progress=False, **{**VIEW, "mean": (float("nan"),) * 3})
+
+
+def test_of_several_outputs_the_number_of_names_tells_the_logits(net):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return x.mean((2, 3)).repeat(1, 5), self.net(x)
+
+    with pytest.raises(dreamkit.DreamkitError, match="more than one may be its logits"):
+        take_in(Both(), View(**VIEW), [].append)
+    names = ("a", "b", "c")
+    assert take_in(Both(), View(**VIEW, class_names=names), [].append).card.num_classes == 3
 
 
 # --- the package ------------------------------------------------------------------------------

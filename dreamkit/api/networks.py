@@ -8,24 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
 from torch import nn
 
+from dreamkit.api.recognising import MEMORY, builder_of, stated
 from dreamkit.card import Card, read_class_names
 from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
-from dreamkit.model_state import tensors_of
 from dreamkit.teachers.intake import examine, take_logits
 from dreamkit.teachers.provenance import told as told_by
 from dreamkit.teachers.readying import made_ready, unwrapped
-from dreamkit.teachers.timm import TimmTeacher
-from dreamkit.teachers.torchvision import TorchvisionTeacher
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.types import Teacher, TeacherSource
 
-MEMORY = "memory"
-"""Source of a builder that is in the caller's program alone."""
 IN_MEMORY = "a network in memory"
 """Where weights come from that nobody else has."""
 
@@ -126,17 +120,20 @@ def take_in(
     model = unwrapped(model)
     told = network.card if isinstance(network, Teacher) else getattr(model, "card", None)
     told = told if isinstance(told, Card) else None
-    stated = _view_of(told) if told else {**_view_of(otherwise), **_stated(model)}
-    size = _size(model, {**stated, **_said(view)}, role)
+    known = _view_of(told) if told else {**_view_of(otherwise), **stated(model)}
+    known |= _said(view)
+    size = _size(model, known, role)
     own = made_ready(model, size, note, role)
-    classes = (take_logits if judge else examine)(own, size, None, note, role)
-    card = _card(own, told, view, {**stated, **_said(view)}, classes, role)
+    names = _names(view.class_names)
+    likely = told.num_classes if told else None if names is None else len(names)
+    classes = (take_logits if judge else examine)(own, size, None, note, role, likely)
+    card = _card(own, told, view, known, classes, role)
     for text in card.doubts():
         note(f"{role}: {text}")
     if isinstance(network, Teacher):
         made = dataclasses.replace(network, model=own, card=card)
     else:
-        made = told_by(own, card) or Teacher(own, card, builder_of(own, card.num_classes))
+        made = told_by(own, card) or Teacher(own, card, builder_of(own, card))
     return made
 
 
@@ -156,10 +153,14 @@ def _size(model: nn.Module, known: Mapping[str, Any], role: str) -> tuple[int, i
             "your training normalised pixels in [0, 1], e.g. mean=(0.485, 0.456, 0.406), "
             "std=(0.229, 0.224, 0.225)"
         )
-    sides = tuple(int(side) for side in _numbers("size", known["size"]))
-    if len(sides) != 3:
-        raise DreamkitError(f"size: should be (channels, height, width) (got {sides})")
-    return sides[0], sides[1], sides[2]
+    sides = _numbers("size", known["size"])
+    if len(sides) != 3 or not all(side >= 1 and side.is_integer() for side in sides):
+        raise DreamkitError(
+            "size: should be (channels, height, width), whole numbers of 1 or more (got "
+            f"{known['size']})"
+        )
+    channels, height, width = map(int, sides)
+    return channels, height, width
 
 
 def _card(
@@ -217,77 +218,3 @@ def _names(given: Sequence[str] | Path | None) -> tuple[str, ...] | None:
         return read_class_names(given)
     except DreamkitError as error:
         raise DreamkitError(f"class_names: {error}") from error
-
-
-def _stated(model: nn.Module) -> dict[str, Any]:
-    """Return what timm's and torchvision's networks tell of how they see images."""
-    stated = getattr(model, "pretrained_cfg", None)
-    if isinstance(stated, Mapping) and {"input_size", "mean", "std"} <= set(stated):
-        return {"size": stated["input_size"], "mean": stated["mean"], "std": stated["std"]}
-    return _stated_by_torchvision(model)
-
-
-def _torchvision_names(model: nn.Module) -> list[str]:
-    """Return torchvision's builders in the module that a network's class comes from."""
-    module = type(model).__module__
-    if not module.startswith("torchvision.models."):
-        return []
-    names: list[str] = torchvision.models.list_models()
-    return [n for n in names if torchvision.models.get_model_builder(n).__module__ == module]
-
-
-def _stated_by_torchvision(model: nn.Module) -> dict[str, Any]:
-    """Return the preprocessing that all weights of a network's family share; else nothing."""
-    found = set()
-    for name in _torchvision_names(model):
-        for weights in torchvision.models.get_model_weights(name):
-            transforms = weights.transforms()
-            if not hasattr(transforms, "crop_size"):
-                return {}
-            crop = tuple(transforms.crop_size)
-            found.add((crop * 2 if len(crop) == 1 else crop, *map(tuple, _normal(transforms))))
-    sizes = {size for size, _, _ in found}
-    normal = {(mean, std) for _, mean, std in found}
-    told: dict[str, Any] = {}
-    if len(sizes) == 1:
-        told["size"] = (3, *sizes.pop())
-    if len(normal) == 1:
-        told["mean"], told["std"] = normal.pop()
-    return told
-
-
-def _normal(transforms: Any) -> tuple[list[float], list[float]]:
-    return transforms.mean, transforms.std
-
-
-def builder_of(model: nn.Module, classes: int) -> dict[str, Any]:
-    """Return the recipe entry that builds a network's architecture, without its weights.
-
-    It is told by the shapes of its parameters and buffers. A network that neither timm nor
-    torchvision builds has its class there, for the message that asks for a builder.
-    """
-    shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
-    stated = getattr(model, "pretrained_cfg", None)
-    if isinstance(stated, Mapping) and isinstance(stated.get("architecture"), str):
-        channels = next((p.shape[1] for p in model.parameters() if p.dim() == 4), 3)
-        entry: dict[str, Any] = {"model": stated["architecture"], "num_classes": classes}
-        size = [channels, *stated["input_size"][1:]]
-        entry |= {} if channels == 3 else {"input_size": tuple(size)}
-        if _builds(TimmTeacher(weights=None, **entry), shapes):
-            return {"source": "timm", "weights": None, **entry}
-    for name in _torchvision_names(model):
-        entry = {"model": name} | ({} if classes == 1000 else {"num_classes": classes})
-        if _builds(TorchvisionTeacher(weights=None, **entry), shapes):
-            return {"source": "torchvision", "weights": None, **entry}
-    kind = type(model)
-    return {"source": MEMORY, "class": f"{kind.__module__}.{kind.__qualname__}"}
-
-
-def _builds(source: TeacherSource, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a source's architecture has parameters and buffers of these names and shapes."""
-    try:
-        with torch.device("meta"):
-            built = source.build()
-    except Exception:  # options that this architecture does not take
-        return False
-    return {name: tuple(t.shape) for name, t in tensors_of(built).items()} == dict(shapes)

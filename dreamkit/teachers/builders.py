@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.importing import failure, import_file, import_named, lies_here
 from dreamkit.model_state import eval_mode
+from dreamkit.teachers.logits import logits_in
 from dreamkit.teachers.weights import check_file
 from dreamkit.wording import and_more
 
@@ -168,7 +169,7 @@ def origin_of(built: nn.Module, again: nn.Module, input_size: tuple[int, int, in
 
     Args:
         built: by the builder.
-        again: by the same builder, under another seed; put in eval mode.
+        again: by the same builder, under another seed.
         input_size: (channels, height, width), to see whether what differs has any effect.
     """
     others = dict(again.named_parameters())
@@ -217,7 +218,8 @@ def _same_outputs(built: nn.Module, again: nn.Module, size: tuple[int, int, int]
     """Whether two models do the same with an image."""
     image = torch.linspace(-1, 1, math.prod(size)).view(1, *size)
     try:
-        with eval_mode(built):
-            return torch.equal(built(image), again.eval()(image))
+        with eval_mode(built), eval_mode(again):
+            ours, theirs = logits_in(built(image), None), logits_in(again(image), None)
     except Exception:  # what is asked of a network is asked of it elsewhere
         return False
+    return ours is not None and theirs is not None and torch.equal(ours[1], theirs[1])

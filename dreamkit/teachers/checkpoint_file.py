@@ -92,6 +92,11 @@ def read_checkpoint(path: Path) -> Any:
         if kind is None:
             return _unpickled(path)
     except pickle.UnpicklingError as error:
+        if _reason(error).startswith("Unsupported operand"):
+            raise DreamkitError(
+                f"{path}: it is pickled by another protocol than torch.save's own, which torch "
+                f"loads by running its code alone. {CURE}, without pickle_protocol"
+            ) from error
         raise DreamkitError(
             f"{path}: refused: it pickles more than data ({first_line(_reason(error))}), and "
             f"loading that would run its code. {CURE}"

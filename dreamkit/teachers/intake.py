@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dreamkit.copying import copied
 from dreamkit.errors import TeacherMismatch
-from dreamkit.model_state import device_of, eval_mode, frozen, seeded, tensors_of
-from dreamkit.out_of_memory import is_out_of_memory
+from dreamkit.model_state import eval_mode, tensors_of
 from dreamkit.teachers.doubts import doubt, doubt_training
-from dreamkit.teachers.logits import TakeLogits, copy_input, described, logits_in, why_no_logits
+from dreamkit.teachers.learning import hold_in_training, hold_to_gradient
+from dreamkit.teachers.logits import (
+    TakeLogits,
+    ambiguous,
+    copy_input,
+    described,
+    logits_in,
+    why_no_logits,
+)
 from dreamkit.teachers.readying import made_ready
+from dreamkit.teachers.trying import add_hook, blank_noise, call
 from dreamkit.types import Teacher
 from dreamkit.wording import one_line
 
@@ -69,6 +75,7 @@ def examine(
     classes: int | None,
     note: Note,
     role: str,
+    likely: int | None = None,
 ) -> int:
     """Hold a network that was made ready to all that ``admit`` promises.
 
@@ -78,6 +85,7 @@ def examine(
         classes: how many logits it should have; None takes what it has, two or more.
         note: told what was put right, and what is doubtful.
         role: what the network is called in messages.
+        likely: as of ``take_logits``.
 
     Returns:
         How many logits it has.
@@ -85,9 +93,9 @@ def examine(
     Raises:
         TeacherMismatch: as of ``admit``.
     """
-    classes = take_logits(model, input_size, classes, note, role)
-    _hold_to_gradient(model, input_size, role)
-    _hold_in_training(model, input_size, classes, note, role)
+    classes = take_logits(model, input_size, classes, note, role, likely)
+    hold_to_gradient(model, input_size, note, role)
+    hold_in_training(model, input_size, classes, note, role)
     doubt(model, note, role)
     return classes
 
@@ -98,6 +106,7 @@ def take_logits(
     classes: int | None,
     note: Note,
     role: str,
+    likely: int | None = None,
 ) -> int:
     """Let a network return logits alone and leave its input as it is; return how many classes.
 
@@ -107,6 +116,8 @@ def take_logits(
         classes: how many it should have; None takes what it has, two or more.
         note: told what was put right, and what is doubtful.
         role: what the network is called in messages.
+        likely: how many it is said to have, where that may be wrong: tells which of several
+            outputs are the logits.
 
     Raises:
         TeacherMismatch: it does not run, or returns no logits, or none that are finite.
@@ -115,7 +126,14 @@ def take_logits(
     images = blank_noise(model, input_size)
     with torch.no_grad(), eval_mode(model):
         _protect_input(model, images, note, role)
-        output = _call(model, images, role)
+        output = call(model, images, role)
+        if classes is None and likely is not None and logits_in(output, likely) is not None:
+            classes = likely
+        if classes is None and ambiguous(output):
+            raise TeacherMismatch(
+                f"{role} returns {described(output)} for 2 images, and more than one may be its "
+                "logits: let a module wrap it whose forward returns them alone"
+            )
         found = logits_in(output, classes)
         if found is None:
             raise TeacherMismatch(why_no_logits(output, classes, role))
@@ -125,14 +143,14 @@ def take_logits(
             where = f"'{place}' of the {type(output).__name__}" if place else "the only number"
             note(f"{role}: {where} that it returns is taken as the logits")
         if place or output.dtype != logits.dtype or output.shape != logits.shape:
-            _hook(model, TakeLogits(classes), role)
+            add_hook(model, TakeLogits(classes), role)
         if not torch.isfinite(logits).all():
             raise TeacherMismatch(
                 f"{role} returns values that are not finite for random images of its size: look "
                 "at its weights, its mean and its std"
             )
-        _call(model, images[:1], role)
-        if not torch.allclose(_call(model, images, role), logits, rtol=1e-3, atol=1e-4):
+        _take_single(model, images[:1], classes, note, role)
+        if not torch.allclose(call(model, images, role), logits, rtol=1e-3, atol=1e-4):
             note(
                 f"{role}: its outputs for the same images change from pass to pass in eval mode "
                 "(dropout that stays on?): dreams and measurements will too"
@@ -144,12 +162,6 @@ def take_logits(
                 "torch.log of it"
             )
     return int(classes)
-
-
-def blank_noise(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """Return two images of noise, as normalised pixels are, where a model is."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *input_size, generator=generator).to(device_of(model))
 
 
 def refusal_of_size(teacher: Teacher, size: tuple[int, int]) -> str | None:
@@ -165,33 +177,24 @@ def refusal_of_size(teacher: Teacher, size: tuple[int, int]) -> str | None:
     return None if shape == wanted else f"it returns {shape} for 2 images, not {wanted}"
 
 
-def _hook(model: nn.Module, hook: TakeLogits, role: str) -> None:
-    try:
-        model.register_forward_hook(hook)
-    except RuntimeError as error:
-        raise TeacherMismatch(f"{role}: {type(model).__name__} takes no hooks: {error}") from error
-
-
-def _call(model: nn.Module, images: Tensor, role: str) -> Any:
-    try:
-        return model(images)
-    except Exception as error:  # anyone's code
-        if is_out_of_memory(error):
-            raise
+def _take_single(model: nn.Module, image: Tensor, classes: int, note: Note, role: str) -> None:
+    """Let a network return logits (1, classes) for one image, of which some lose an axis."""
+    output = call(model, image, role)
+    if isinstance(output, Tensor) and output.shape == (1, classes):
+        return
+    if not isinstance(output, Tensor) or output.shape != (classes,):
         raise TeacherMismatch(
-            f"{role} does not take {_shown(images)}: {one_line(error)}"
-        ) from error
-
-
-def _shown(images: Tensor) -> str:
-    count, size = len(images), tuple(images.shape[1:])
-    return f"{'an image' if count == 1 else f'{count} images'} of size {size}"
+            f"{role} returns {described(output)} for one image, and logits of shape (1, {classes}) "
+            "are wanted: let its forward return (N, classes) for any number of images"
+        )
+    add_hook(model, TakeLogits(classes), role)
+    note(f"{role}: for one image it returns {described(output)}, taken as (1, {classes})")
 
 
 def _protect_input(model: nn.Module, images: Tensor, note: Note, role: str) -> None:
     """Find out whether a network writes on its input, and give it copies if so."""
     shown = images.clone()
-    _call(model, shown, role)
+    call(model, shown, role)
     if not torch.equal(shown, images):
         model.register_forward_pre_hook(copy_input)
         note(f"{role}: it changes the images it is given in place; it is given copies")
@@ -208,6 +211,11 @@ def _refuse_what_cannot_learn(model: nn.Module, role: str) -> None:
         model.named_parameters()
     )  # other buffers may be masks of -inf
     trained |= {k: v for k, v in tensors_of(model).items() if k.endswith(_STATISTICS)}
+    if any(tensor.is_meta for tensor in trained.values()):
+        raise TeacherMismatch(
+            f"{role}: its weights are on the device 'meta', where there are no values: load them "
+            "(to_empty and load_state_dict, or build it outside torch.device('meta'))"
+        )
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TeacherMismatch(f"{role}: '{name}' holds values that are not finite")
@@ -216,58 +224,3 @@ def _refuse_what_cannot_learn(model: nn.Module, role: str) -> None:
 def _probabilities(logits: Tensor) -> bool:
     sums = logits.sum(1)
     return bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
-
-
-def _hold_to_gradient(model: nn.Module, input_size: tuple[int, int, int], role: str) -> None:
-    """Refuse a network that no gradient passes."""
-    leaf = blank_noise(model, input_size).requires_grad_()
-    with torch.enable_grad(), frozen(model):
-        logits = _call(model, leaf * 1, role)
-        if logits.is_inference() or not logits.requires_grad:
-            raise TeacherMismatch(
-                f"{role}: its outputs have no gradient in its images, so that nothing can be "
-                "dreamed of it: take torch.no_grad, torch.inference_mode or .detach() out of its "
-                "forward"
-            )
-        try:
-            torch.autograd.grad(logits.sum(), [leaf], allow_unused=True)
-        except Exception as error:  # anyone's code
-            if is_out_of_memory(error):
-                raise
-            raise TeacherMismatch(
-                f"{role}: its outputs cannot be differentiated by its images: {one_line(error)}"
-            ) from error
-
-
-def _hold_in_training(
-    model: nn.Module, input_size: tuple[int, int, int], classes: int, note: Note, role: str
-) -> None:
-    """See to it that a network returns logits in training mode too."""
-    trial = copied(model)
-    trial.train()
-    images = blank_noise(model, input_size)
-    shown = images.clone()
-    with torch.no_grad(), seeded(0, images.device):
-        try:
-            output = trial(shown)
-        except Exception as error:  # anyone's code
-            if is_out_of_memory(error):
-                raise
-            note(
-                f"{role}: in training mode it does not run, so that no student made of it can "
-                f"learn: {one_line(error)}"
-            )
-            return
-    if not torch.equal(shown, images):
-        model.register_forward_pre_hook(copy_input)
-    if isinstance(output, Tensor) and output.shape == (2, classes):
-        return
-    found = logits_in(output, classes)
-    if found is None:
-        note(
-            f"{role}: in training mode it returns {described(output)}, which holds no logits of "
-            f"shape (2, {classes}), so that no student made of it can learn"
-        )
-        return
-    _hook(model, TakeLogits(classes), role)
-    note(f"{role}: in training mode it returns {described(output)}; '{found[0]}' is taught")

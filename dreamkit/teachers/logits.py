@@ -30,6 +30,9 @@ class TakeLogits:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """Return the logits; what holds none stays as it is."""
+        alone = bool(inputs) and isinstance(inputs[0], Tensor) and len(inputs[0]) == 1
+        if alone and isinstance(output, Tensor) and output.shape == (self.classes,):
+            return output[None].float()  # of a network that squeezes its axes
         found = logits_in(output, self.classes)
         return output if found is None else found[1]
 
@@ -49,12 +52,22 @@ def logits_in(output: Any, classes: int | None) -> tuple[str, Tensor] | None:
     Returns:
         A name (empty for a plain tensor) and a tensor (N, classes); None if there are none.
     """
+    return next(_all_logits_in(output, classes), None)
+
+
+def ambiguous(output: Any) -> bool:
+    """Whether an output holds several that may be logits, and no name tells which are."""
+    found = list(_all_logits_in(output, None))
+    sizes = {logits.shape[1] for _, logits in found}
+    return len(sizes) > 1 and found[0][0] not in NAMES
+
+
+def _all_logits_in(output: Any, classes: int | None) -> Iterator[tuple[str, Tensor]]:
     for name, value in _parts(output):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
             fits = value.shape[1] == classes if classes else value.shape[1] > 1
             if fits and value[0].numel() == value.shape[1]:  # also (N, classes, 1, 1)
-                return name, value.flatten(1).float()
-    return None
+                yield name, value.flatten(1).float()
 
 
 def _parts(output: Any) -> Iterator[tuple[str, Any]]:
@@ -80,7 +93,13 @@ def _parts(output: Any) -> Iterator[tuple[str, Any]]:
 def why_no_logits(output: Any, classes: int | None, role: str) -> str:
     """Return what to say of an output for two images that holds no logits."""
     shape = tuple(output.shape) if isinstance(output, Tensor) else None
-    found = f"a tensor of shape {shape}" if shape is not None else described(output)
+    found = described(output)
+    if isinstance(output, Tensor) and not output.is_floating_point():
+        kind = str(output.dtype).removeprefix("torch.")
+        return (
+            f"{role} returns {kind} numbers, which no gradient passes, not logits: return what it "
+            "takes the argmax of"
+        )
     if shape in {(2,), (2, 1)}:
         return f"{role} returns one logit an image, {found} for 2 images; {TWO_LOGITS}"
     wanted = f"(2, {classes})" if classes else "(2, classes), two classes or more"
@@ -92,6 +111,8 @@ def why_no_logits(output: Any, classes: int | None, role: str) -> str:
 
 def described(output: Any) -> str:
     """Return what an output is and holds, e.g. ``dict (out: (2, 21, 8, 8))``."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
     held = output
     if hasattr(output, "_asdict"):
         held = output._asdict()

@@ -198,6 +198,33 @@ def test_weights_of_the_builder_are_told_from_random_ones(code, text, trained, o
     assert any("new random weights of 4" in note for note in loaded.notes) is ("but" in origin)
 
 
+UNUSED = """
+class Half(nn.Module):
+    def __init__(self):
+        import torch
+        super().__init__()
+        self.net, self.unused = Net(), nn.Linear(2, 2)
+        for weight in self.net.parameters():
+            weight.data.copy_(torch.linspace(-1, 1, weight.numel()).view(weight.shape))
+
+    def train(self, mode=True):
+        super().train(mode)  # and returns nothing
+
+    def forward(self, x):
+        return {"logits": self.net(x)}
+
+
+def make():
+    return Half()
+"""
+
+
+def test_random_weights_that_have_no_effect_do_not_make_a_network_untrained(code):
+    loaded = teacher(code(BLOCKS.format(width=4) + UNUSED)).load(0)
+    assert loaded.card.trained
+    assert any("new random weights of unused" in note for note in loaded.notes)
+
+
 # --- students ---------------------------------------------------------------------------------
 
 

@@ -238,6 +238,67 @@ def test_training_that_returns_nothing_and_batch_norm_that_is_never_in_eval() ->
     assert torch.equal(model.bn.running_mean, before)
 
 
+@pytest.mark.parametrize("keep", [lambda x: x, lambda x: [x], lambda x: {"a": ({"b": x},)}])
+def test_activations_that_a_network_keeps_do_not_hinder_a_copy(keep) -> None:
+    class Keeping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = keep(self.conv(x))
+            return super().forward(x)
+
+    net = Keeping().eval()
+    net(images())
+    kept = net.kept
+    model, notes = taken(net)
+    assert notes == ""
+    assert net.kept is kept
+    assert torch.equal(model(images()), net(images()))
+
+
+def test_a_network_that_loses_an_axis_of_one_image_is_given_it_back() -> None:
+    class Squeezing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze()
+
+    model, notes = taken(Squeezing())
+    assert "for one image it returns a tensor of shape (4,), taken as (1, 4)" in notes
+    assert torch.equal(model(images()[:1]), Squeezing.__base__.forward(model, images()[:1]))
+    assert model(images()).shape == (3, 4)
+
+
+def test_a_gradient_of_zero_is_said() -> None:
+    class Rounding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.round())
+
+    assert "gradient of its outputs in its images is zero" in taken(Rounding())[1]
+
+
+def test_other_gradients_are_refused() -> None:
+    class Elsewhere(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach()) + torch.zeros(1, requires_grad=True)
+
+    class Infinite(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (0 * x).sum((1, 2, 3))[:, None].sqrt()
+
+    with pytest.raises(TeacherMismatch, match="have no gradient in its images"):
+        taken(Elsewhere())
+    with pytest.raises(TeacherMismatch, match="in random images is not finite"):
+        taken(Infinite())
+
+
+def test_whole_numbers_and_weights_without_values_are_refused() -> None:
+    class Deciding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(TeacherMismatch, match=r"returns int64 numbers.*the argmax of"):
+        taken(Deciding())
+    with pytest.raises(TeacherMismatch, match="on the device 'meta'"):
+        taken(Net().to("meta"))
+
+
 def test_what_is_doubtful_is_said() -> None:
     class Noisy(Net):
         def forward(self, x: Tensor) -> Tensor:

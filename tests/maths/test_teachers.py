@@ -321,6 +321,12 @@ def test_what_is_no_state_dict_is_explained(tmp_path):
     assert find_states("x", content, "model") == {"model": {"w": torch.ones(1)}}
     with pytest.raises(DreamkitError, match=r"it holds: epoch; give 'key'"):
         find_states("x", {"epoch": 3})
+    torch.save({"w": torch.ones(1)}, tmp_path / "x.pth", pickle_protocol=4)
+    with pytest.raises(DreamkitError, match=r"another protocol.*without pickle_protocol"):
+        read_checkpoint(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(b"hello world")
+    with pytest.raises(DreamkitError, match=r"written by neither torch.save nor safetensors"):
+        read_checkpoint(tmp_path / "x.pth")
     (tmp_path / "y.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(DreamkitError, match="cannot be read as weights"):
         read_checkpoint(tmp_path / "y.safetensors")
