@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from dreamkit.card import Card
@@ -20,6 +21,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.builders import call_builder, check_builder
 from dreamkit.teachers.intake import take_logits
+from dreamkit.teachers.logits import TakeLogits
 from dreamkit.teachers.provenance import tell
 from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import hash_weights, load_into
@@ -112,6 +114,8 @@ def load_unpruned(
 ) -> nn.Module:
     """Return the network that a student was pruned from, with random weights, in eval mode.
 
+    Like the student it returns logits alone.
+
     Args:
         path: the ``student`` folder of a run.
         builder: as of ``load_student``.
@@ -121,7 +125,10 @@ def load_unpruned(
         ArtifactError: as ``load_student`` does.
     """
     folder = Path(path)
-    model = _unpruned(folder, _read(folder), builder, allow_builder)
+    artifact = _read(folder)
+    model = _unpruned(folder, artifact, builder, allow_builder)
+    if not isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
+        model.register_forward_hook(TakeLogits(artifact.card.num_classes))
     to_eval(model)
     return model
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from dreamkit.api.given_images import as_images
 from dreamkit.api.networks import View, take_in
 from dreamkit.api.recognising import builder_of
 from dreamkit.card import Card
+from dreamkit.deploy.exporting import export_student
 from dreamkit.plugin import Regularizer
 from dreamkit.report.run_log import read_records
 
@@ -507,6 +509,35 @@ def test_networks_that_cannot_be_inverted(net):
 def test_a_student_of_other_classes_is_refused(net, pixels):
     with pytest.raises(dreamkit.DreamkitError, match="4 outputs"):
         dreamkit.distill(net, Net(4), pixels, steps=1, progress=False, **VIEW)
+
+
+class Wrapping(Net):
+    """Returns its logits in a mapping, as Hugging Face's do."""
+
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_a_network_that_wraps_its_logits_learns_classes_and_is_exported(pixels, tmp_path):
+    new = (pixels[0], pixels[1] % 2)
+    more = dreamkit.extend(
+        Wrapping(), new, replay=pixels, steps=1, batch_size=4, progress=False, **VIEW
+    )
+    assert more.model(torch.zeros(1, 3, 12, 12)).shape == (1, 5)
+    more.save(tmp_path / "student")
+    code = "import test_api\n\n\ndef make():\n    return test_api.Wrapping()\n"
+    (tmp_path / "make.py").write_text(code.replace("test_api", __name__))
+    found = export_student(tmp_path, "torchscript", builder=f"{tmp_path / 'make.py'}:make")
+    assert found.max_error < 1e-4
+    assert {"student", "unpruned"} == set(found.latency)
+
+
+def test_a_quantised_network_judges(net, pixels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a future without quantisation
+        judge = torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8)
+        found = dreamkit.judge(net, pixels, {"small": judge}, splits=2, progress=False, **VIEW)
+    assert "judge.small.accuracy" in found.metrics
 
 
 def test_options_of_students_are_checked_by_name(net, pixels):

@@ -132,10 +132,14 @@ def _check(
     with eval_mode(before), eval_mode(after):
         expected: Tensor = before(noise)
         try:
-            found: Tensor = after(noise)
+            found: Any = after(noise)
         except Exception as error:  # the model is anyone's code
             reason = one_line(error)
             raise TeacherMismatch(f"the model does not run with more outputs: {reason}") from error
+    if not isinstance(found, Tensor):
+        raise TeacherMismatch(
+            f"the model returns {type(found).__name__} once it has more outputs, not logits"
+        )
     limit = _CLOSE * max(float(expected.abs().max()), 1e-6)
     if found.shape != (2, has) or float((found[:, :had] - expected).abs().max()) > limit:
         raise TeacherMismatch(

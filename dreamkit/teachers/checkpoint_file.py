@@ -105,6 +105,8 @@ def read_checkpoint(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         reason = first_line(error) or type(error).__name__
+        if isinstance(error, KeyError):  # a byte that is no operation of pickle's
+            reason = "neither torch.save nor safetensors wrote it"
         raise DreamkitError(f"{path}: cannot be read as weights: {reason}") from error
     raise DreamkitError(f"{path} is {kind}")
 

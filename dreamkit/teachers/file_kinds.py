@@ -67,9 +67,7 @@ def strange_kind(path: Path) -> str | None:
             "written by pickle, not by torch.save, and to load it would run its code: if you "
             "trust it, load it with pickle, and save {name: tensor} with torch.save"
         )
-    known = _kind_of_text(first, path) or _BY_SUFFIX.get(path.suffix)
-    weights = first.startswith(_LEGACY) or first[8:9] == b"{" or path.suffix == ".safetensors"
-    return known if known or weights else "written by neither torch.save nor safetensors"
+    return _kind_of_text(first, path) or _BY_SUFFIX.get(path.suffix)
 
 
 def _kind_of_text(first: bytes, path: Path) -> str | None:

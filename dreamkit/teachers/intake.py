@@ -93,6 +93,7 @@ def examine(
     Raises:
         TeacherMismatch: as of ``admit``.
     """
+    _refuse_quantised(model, role)
     classes = take_logits(model, input_size, classes, note, role, likely)
     hold_to_gradient(model, input_size, note, role)
     hold_in_training(model, input_size, classes, note, role)
@@ -122,7 +123,7 @@ def take_logits(
     Raises:
         TeacherMismatch: it does not run, or returns no logits, or none that are finite.
     """
-    _refuse_what_cannot_learn(model, role)
+    _refuse_values(model, role)
     images = blank_noise(model, input_size)
     with torch.no_grad(), eval_mode(model):
         _protect_input(model, images, note, role)
@@ -200,16 +201,19 @@ def _protect_input(model: nn.Module, images: Tensor, note: Note, role: str) -> N
         note(f"{role}: it changes the images it is given in place; it is given copies")
 
 
-def _refuse_what_cannot_learn(model: nn.Module, role: str) -> None:
+def _refuse_quantised(model: nn.Module, role: str) -> None:
     for name, module in model.named_modules():
         if ".quantized" in type(module).__module__:
             raise TeacherMismatch(
                 f"{role}: '{name}' is quantised, and no gradient passes it: give the network as it "
                 "was before, in floating point"
             )
-    trained: dict[str, Tensor] = dict(
-        model.named_parameters()
-    )  # other buffers may be masks of -inf
+
+
+def _refuse_values(model: nn.Module, role: str) -> None:
+    """Refuse weights that are not finite, or not there."""
+    # Other buffers may be masks of -inf.
+    trained: dict[str, Tensor] = dict(model.named_parameters())
     trained |= {k: v for k, v in tensors_of(model).items() if k.endswith(_STATISTICS)}
     if any(tensor.is_meta for tensor in trained.values()):
         raise TeacherMismatch(

@@ -23,17 +23,19 @@ class TakeLogits:
     """A forward hook: of what a network returns, the logits (N, classes) in float32.
 
     Args:
-        classes: how many logits an image has.
+        classes: how many logits an image has; a network that was given more since has those.
     """
 
     classes: int
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         """Return the logits; what holds none stays as it is."""
-        alone = bool(inputs) and isinstance(inputs[0], Tensor) and len(inputs[0]) == 1
-        if alone and isinstance(output, Tensor) and output.shape == (self.classes,):
-            return output[None].float()  # of a network that squeezes its axes
+        if isinstance(output, Tensor) and output.dim() == 1:  # of one image, without its axis
+            alone = bool(inputs) and isinstance(inputs[0], Tensor) and len(inputs[0]) == 1
+            return output[None].float() if alone else output
         found = logits_in(output, self.classes)
+        if found is None and not ambiguous(output):
+            found = logits_in(output, None)
         return output if found is None else found[1]
 
 

@@ -325,7 +325,9 @@ def test_what_is_no_state_dict_is_explained(tmp_path):
     with pytest.raises(DreamkitError, match=r"another protocol.*without pickle_protocol"):
         read_checkpoint(tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes(b"hello world")
-    with pytest.raises(DreamkitError, match=r"written by neither torch.save nor safetensors"):
+    with pytest.raises(
+        DreamkitError, match=r"weights: neither torch.save nor safetensors wrote it"
+    ):
         read_checkpoint(tmp_path / "x.pth")
     (tmp_path / "y.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(DreamkitError, match="cannot be read as weights"):
