@@ -552,7 +552,8 @@ def test_a_network_of_the_users_own(invoke: Invoke, tmp_path: Path) -> None:
     recipe.write_text(
         "name: own\n"
         f"teacher: {{source: checkpoint, builder: '{tmp_path}/nets.py:make', mean: [0.5],\n"
-        "  std: [1], input_size: [1, 8, 8], num_classes: 10}\n"  # the rest of a recipe is not looked at
+        "  std: [1], input_size: [1, 8, 8], num_classes: 10}\n"
+        # The rest of a recipe is not looked at.
         "application: {name: nothing_like_it}\n",
         encoding="utf-8",
     )
