@@ -61,6 +61,23 @@ def test_a_teacher_that_is_not_there(invoke, named, message):
     assert message in err
 
 
+def test_parts_of_a_network_are_no_network(invoke, tmp_path):
+    (tmp_path / "net.py").write_text("from torch import nn\n\n\ndef make():\n    pass\n")
+    code, _, err = invoke("doctor", tmp_path / "net.py")
+    assert code == 2
+    assert "write a recipe whose teacher is {source: checkpoint, builder:" in err
+
+
+def test_a_student_whose_builder_has_to_be_trusted_names_what_a_recipe_says(invoke, tmp_path):
+    card = Card("it", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, 4, "here")
+    builder = {"source": "checkpoint", "builder": "net:make"}
+    write_artifact(tmp_path / "student", nn.Linear(2, 4), card, builder, {})
+    code, _, err = invoke("doctor", tmp_path)
+    assert code == 2
+    assert f"whose teacher is {{source: student, path: {tmp_path / 'student'}, allow" in err
+    assert "allow_builder: true}" in err
+
+
 # --- look-up tables ---------------------------------------------------------------------------
 
 

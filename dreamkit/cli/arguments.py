@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -53,11 +54,22 @@ def load_network(
     overrides: list[str] | None = None,
 ) -> tuple[Teacher, Registries]:
     """Return the network that a command is told of, and the registries it is from."""
+    from dreamkit.errors import ArtifactError
+    from dreamkit.students import BuilderNeeded
     from dreamkit.teachers.network_name import NetworkName
     from dreamkit.teachers.network_name import load_network as load
 
     name = NetworkName(option, text, weights, preset, tuple(overrides or ()))
-    return load(name, lambda named: registries_with([*named, *(plugins or [])]))
+    try:
+        return load(name, lambda named: registries_with([*named, *(plugins or [])]))
+    except ArtifactError as error:
+        if not isinstance(error.__cause__, BuilderNeeded):
+            raise
+        inside = Path(text) / "student"
+        folder = inside if inside.is_dir() else text
+        recipe = f"name a recipe whose teacher is {{source: student, path: {folder}, "
+        words = (f"{recipe}allow_builder: true}}", f"{recipe}builder: path/to/file.py:function}}")
+        raise error.__cause__.in_words(*words) from error
 
 
 def registries_with(plugins: list[str] | None) -> Registries:

@@ -14,6 +14,9 @@ from dreamkit.registry import Registries
 from dreamkit.teachers.named import Weights, load_named
 from dreamkit.types import Teacher
 
+_PARTS = frozenset((".py", ".pth", ".pt", ".ckpt", ".safetensors", ".bin"))
+"""Of files that hold the code or the weights of a network alone."""
+
 
 @dataclass(frozen=True)
 class NetworkName:
@@ -60,6 +63,12 @@ def load_network(
         DreamkitError: there is no such network, it cannot be loaded, or it is told more of it than
             it can use.
     """
+    if Path(name.text).suffix in _PARTS and Path(name.text).is_file():
+        raise DreamkitError(
+            f"{name.text} is no whole network: write a recipe whose teacher is {{source: "
+            "checkpoint, builder: path/to/file.py:function, path: path/to/weights.pth, ...}, and "
+            "name the recipe"
+        )
     if name.is_recipe:
         if name.weights is not None:
             raise DreamkitError(
