@@ -150,7 +150,9 @@ def _gates(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Te
         given, structure = tree_flatten((args, kwargs))
         place = next(i for i, value in enumerate(given) if isinstance(value, Tensor))
         read = given[place]
-        channels = 1 if read.dim() == 4 or isinstance(layer, _ConvNd) else read.dim() - 1
+        # A linear layer reads the last axis, of images with channels last too.
+        first = isinstance(layer, _ConvNd) or (read.dim() == 4 and not isinstance(layer, nn.Linear))
+        channels = 1 if first else read.dim() - 1
         shape = [size if dim in (0, channels) else 1 for dim, size in enumerate(read.shape)]
         ones = torch.ones(shape, dtype=read.dtype, device=read.device, requires_grad=True)
         gates[name].append(ones)
