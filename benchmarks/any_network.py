@@ -91,13 +91,21 @@ def look_at(model: str) -> Row:
 
 def _smallest(timm: Any, model: str) -> tuple[Any, int]:
     """Return a network at a small size, or else at its own, and the size."""
+    import torch
+
     config = timm.get_pretrained_cfg(model)
     own = config.input_size[1] if config is not None else 224
     if config is not None and config.fixed_input_size:
         return timm.create_model(model), own
     least = SMALL if config is None or config.min_input_size is None else config.min_input_size[1]
-    size = max(SMALL, least)
-    return timm.create_model(model), min(size, own)
+    network, size = timm.create_model(model).eval(), min(max(SMALL, least), own)
+    channels = network.pretrained_cfg.get("input_size", (3,))[0]
+    try:
+        with torch.no_grad():
+            network(torch.zeros(2, channels, size, size))
+    except Exception:  # it is too small for all of its layers
+        size = own
+    return network, size
 
 
 def _child(model: str, limit_seconds: float) -> Row:

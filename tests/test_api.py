@@ -833,3 +833,35 @@ def test_a_network_that_was_changed_does_not_tell_what_it_was(digits):
     changed = take_in(network, View(class_names=["a", "b", "c", "d"]), [].append)
     assert changed.builder["source"] == "memory"
     assert changed.card.num_classes == 4
+
+
+class Odd(Net):
+    """Returns a mapping, and writes on its input."""
+
+    def forward(self, x):
+        logits = super().forward(x.mul_(2))
+        return {"features": logits * 3, "logits": logits}
+
+
+class Clean(Net):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+@pytest.mark.parametrize("function", ["prune", "recover"])
+def test_a_student_of_an_odd_network_is_that_of_the_same_one_written_cleanly(
+    tmp_path, pixels, function
+):
+    ends = []
+    for kind in (Odd, Clean):
+        torch.manual_seed(0)
+        own = {"flops": 0.8, "recovery": {"steps": 2}} if function == "prune" else {"sparsity": 0.5}
+        made = getattr(dreamkit, function)(
+            kind().eval(), pixels, **own, progress=False, seed=1, **VIEW
+        )
+        made.save(tmp_path / kind.__name__)
+        loaded = dreamkit.load_student(tmp_path / kind.__name__, builder=kind)
+        images = torch.randn(4, 3, 12, 12)
+        assert torch.equal(loaded(images.clone()), made.model(images.clone()))
+        ends.append(loaded(images * 0 + 1))
+    assert torch.equal(*ends)

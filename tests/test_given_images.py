@@ -146,5 +146,5 @@ def test_the_names_of_classes_may_be_a_file(tmp_path):
     names.write_text('{"ant": 0, "cat": 2, "bee": 1}', encoding="utf-8")
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     for given in (names, str(names)):
-        card = take_in(net, View((3, 8, 8), CARD.mean, CARD.std, given)).card
+        card = take_in(net, View((3, 8, 8), CARD.mean, CARD.std, given), [].append).card
         assert card.class_names == ("ant", "bee", "cat")

@@ -204,7 +204,9 @@ def _refuse_what_cannot_learn(model: nn.Module, role: str) -> None:
                 f"{role}: '{name}' is quantised, and no gradient passes it: give the network as it "
                 "was before, in floating point"
             )
-    trained = dict(model.named_parameters())  # other buffers may be masks of -inf
+    trained: dict[str, Tensor] = dict(
+        model.named_parameters()
+    )  # other buffers may be masks of -inf
     trained |= {k: v for k, v in tensors_of(model).items() if k.endswith(_STATISTICS)}
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
