@@ -238,6 +238,7 @@ def test_names_say_what_lives_there(module: str) -> None:
 PROGRAMS = {
     *("cli", "bench", "starters", "runner.py", "lock.py", "run_directory.py"),
     *("overlay.py", "weights.py", "distributed.py", "devices.py"),
+    "network_name.py",
 }
 """What the command line alone reaches, and what tells of --set and of torchrun beside others."""
 

@@ -151,7 +151,7 @@ def test_every_figure_of_a_teacher(monkeypatch: pytest.MonkeyPatch, digits: Teac
     # The same model under another name: it agrees with itself at its own size.
     other = dataclasses.replace(digits.card, weights_sha256="another")
     verifier = Teacher(digits.model, other, digits.builder)
-    monkeypatch.setattr(measuring, "load_named", lambda *arguments: verifier)
+    monkeypatch.setattr(measuring, "load_network", lambda *arguments: (verifier, None))
     settings = dataclasses.replace(SETTINGS, steps=60, verifier="x:y")
     row = told(Task(*DIGITS, settings, other))
     assert row.reasons == []
@@ -212,7 +212,7 @@ def test_a_verifier_of_another_size_sees_the_dreams_scaled(
 
     card = changed(digits.card, input_size=(1, 20, 12))
     verifier = Teacher(Verifier(), card, {})
-    monkeypatch.setattr(measuring, "load_named", lambda *arguments: verifier)
+    monkeypatch.setattr(measuring, "load_network", lambda *arguments: (verifier, None))
     row = told(Task(*DIGITS, dataclasses.replace(SETTINGS, verifier="x:y"), card))
     assert (seen[-1], row.cross_model_accuracy) == ((4, 1, 20, 12), 0.5)
 
@@ -540,6 +540,37 @@ def test_the_command(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyP
     code, _, err = invoke(*command, "--batch-size", "3", "--device", "cpu")
     assert code == 2
     assert err.startswith(f"error: {path} holds figures of other settings (batch_size 2 there, 3 ")
+
+
+def test_a_network_of_the_users_own(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import torch\nfrom dreamkit.teachers.small_resnet import SmallResNet\n\n\n"
+        "def make():\n    torch.manual_seed(0)\n    return SmallResNet(8, 10, 1)\n",
+        encoding="utf-8",
+    )
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "name: own\n"
+        f"teacher: {{source: checkpoint, builder: '{tmp_path}/nets.py:make', mean: [0.5],\n"
+        "  std: [1], input_size: [1, 8, 8], num_classes: 10}\n"
+        # The rest of a recipe is not looked at.
+        "application: {name: nothing_like_it}\n",
+        encoding="utf-8",
+    )
+    results = tmp_path / "r.json"
+    options = ("--steps", "1", "--batch-size", "2", "--device", "cpu", "--json", str(results))
+    command = ("bench", "teachers", "--recipe", str(recipe), *options)
+    code, _, err = invoke(*command, "--verifier", str(recipe))
+    assert code == 0, err
+    (row,) = json.loads(results.read_text())["teachers"]
+    assert (row["source"], row["model"]) == ("recipe", str(recipe))
+    assert row["seconds_per_step"] > 0
+    assert row["reasons"] == ["no cross-model accuracy: the verifier is this teacher"]
+    code, _, err = invoke(*command, "--set", "teacher.num_classes=4", "--verifier", str(recipe))
+    assert code == 0, err
+    other = json.loads(results.read_text())["teachers"][1]
+    assert other["model"] == f"{recipe} --set teacher.num_classes=4"
+    assert "write num_classes: 10" in other["reasons"][0]
 
 
 def test_an_interrupted_command(

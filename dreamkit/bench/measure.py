@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.intake import admit
-from dreamkit.teachers.named import load_named, load_teacher
+from dreamkit.teachers.named import load_teacher
+from dreamkit.teachers.network_name import NetworkName, load_network
 from dreamkit.types import BatchPlan, Dreamer, StoredImages, Teacher
 from dreamkit.wording import duration, first_line, one_line
 
@@ -50,6 +51,7 @@ class Task:
         settings: what the figures depend on.
         verifier: the card of the teacher that judges its dreams.
         plugins: modules or files that its process loads.
+        network: how it is told of where it is no model of a source; a recipe's teacher, say.
     """
 
     source: str
@@ -57,6 +59,7 @@ class Task:
     settings: Settings
     verifier: Card | None = None
     plugins: tuple[str, ...] = ()
+    network: NetworkName | None = None
 
 
 def measure(task: Task, deadline: float, tell: Tell) -> None:
@@ -70,7 +73,10 @@ def measure(task: Task, deadline: float, tell: Tell) -> None:
     registries, settings = build_registries(task.plugins), task.settings
     tell({"stage": "loading it"})
     try:
-        loaded = load_teacher(registries, task.source, task.model, settings.weights)
+        if task.network is None:
+            loaded = load_teacher(registries, task.source, task.model, settings.weights)
+        else:
+            loaded, registries = load_network(task.network, _with(task.plugins))
         layers = batch_norm_layers(loaded.model)
         tell({"input_size": list(loaded.card.input_size), "bn_layers": len(layers)})
         tell({"params": sum(p.numel() for p in loaded.model.parameters())})
@@ -96,6 +102,17 @@ def measure(task: Task, deadline: float, tell: Tell) -> None:
         if dreams is not None and task.verifier is not None:
             tell({"stage": "having its dreams judged"})
             tell(_verified(registries, task.verifier, settings, dreams, teacher))
+
+
+def verifier_name(text: str) -> NetworkName:
+    """Return how a verifier is told of; a model of a source has its trained weights."""
+    name = NetworkName("--verifier", text)
+    return name if name.is_recipe else replace(name, weights="default")
+
+
+def _with(plugins: Sequence[str]) -> Callable[[Sequence[str]], Registries]:
+    """Return what builds registries with some plugins beside a recipe's."""
+    return lambda more: build_registries((*plugins, *more))
 
 
 def inversion(settings: Settings) -> DeepInversion:
@@ -172,7 +189,8 @@ def _verified(
     if reason is not None:
         return {"reason": f"no cross-model accuracy: {reason}"}
     device = torch.device(settings.device)
-    verifier = admit(load_named(registries, "--verifier", settings.verifier, "default"), judge=True)
+    verifier, _ = load_network(verifier_name(settings.verifier), lambda plugins: registries)
+    verifier = admit(verifier, judge=True)
     verifier.model.to(device)
     images = dreams.images.to(device).float()
     if images.shape[2:] != card.input_size[1:]:

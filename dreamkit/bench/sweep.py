@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 
 from dreamkit.bench.child import measure_in_child
-from dreamkit.bench.measure import Task
+from dreamkit.bench.measure import Task, verifier_name
 from dreamkit.bench.results import Settings, TeacherRow, read_results, write_results
 from dreamkit.bench.show import summary
 from dreamkit.card import Card
 from dreamkit.registry import Registries
 from dreamkit.teachers.intake import admit
-from dreamkit.teachers.named import load_named
+from dreamkit.teachers.network_name import NetworkName, load_network
 from dreamkit.wording import say
+
+RECIPE = "recipe"
+"""Stands for a source where the teacher is a recipe's."""
 
 
 def sweep(
@@ -26,6 +30,7 @@ def sweep(
     limit_seconds: float,
     console: Console,
     plugins: Sequence[str] = (),
+    recipes: Mapping[str, NetworkName] = MappingProxyType({}),
 ) -> list[TeacherRow]:
     """Measure teachers one after another, writing what is known after each.
 
@@ -38,6 +43,7 @@ def sweep(
         limit_seconds: time for one teacher, the start of its process included.
         console: told of each teacher in one line.
         plugins: modules or files that made the registries what they are.
+        recipes: how networks of the source ``recipe`` are told of, by their labels.
 
     Returns:
         The rows of the selection, in the order in which they were measured.
@@ -58,7 +64,8 @@ def sweep(
     for number, (source, model) in enumerate(selection, 1):
         if (source, model) in kept:
             continue
-        task = Task(source, model, settings, verifier, tuple(plugins))
+        network = recipes[model] if source == RECIPE else None
+        task = Task(source, model, settings, verifier, tuple(plugins), network)
         row = measure_in_child(task, limit_seconds)
         rows.pop((source, model), None)
         rows[source, model] = row
@@ -70,4 +77,5 @@ def sweep(
 
 def _verifier(registries: Registries, named: str) -> Card:
     """Download the verifier, and return its card."""
-    return admit(load_named(registries, "--verifier", named, "default"), judge=True).card
+    verifier, _ = load_network(verifier_name(named), lambda plugins: registries)
+    return admit(verifier, judge=True).card

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
-from dreamkit.types import Teacher
+
+if TYPE_CHECKING:  # it imports torch
+    from dreamkit.types import Teacher
 
 RecipeName = Annotated[
     str,
@@ -51,8 +53,8 @@ def load_network(
     overrides: list[str] | None = None,
 ) -> tuple[Teacher, Registries]:
     """Return the network that a command is told of, and the registries it is from."""
-    from dreamkit.cli.networks import NetworkName
-    from dreamkit.cli.networks import load_network as load
+    from dreamkit.teachers.network_name import NetworkName
+    from dreamkit.teachers.network_name import load_network as load
 
     name = NetworkName(option, text, weights, preset, tuple(overrides or ()))
     return load(name, lambda named: registries_with([*named, *(plugins or [])]))

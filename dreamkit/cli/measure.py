@@ -168,9 +168,17 @@ def bench_teachers(
         list[str] | None,
         typer.Option(
             help="Measure the models of timm, torchvision, cifar, bundled or a plugin's source "
-            "(repeatable) [default: the first two]."
+            "(repeatable) [default: the first two, where no recipe is given]."
         ),
     ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE", help="Measure a recipe's teacher, your own network (repeatable)."
+        ),
+    ] = None,
+    preset: Preset = None,
+    set_: Overrides = None,
     models: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,8 +201,9 @@ def bench_teachers(
     verifier: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE:MODEL",
-            help="Let this network classify the dreams, where classes are the same.",
+            metavar="NETWORK",
+            help="Let this network classify the dreams, where classes are the same: "
+            "SOURCE:MODEL, or a recipe, whose teacher is taken.",
         ),
     ] = None,
     device: Device = "auto",
@@ -218,16 +227,28 @@ def bench_teachers(
         dreamkit bench teachers --models 'resnet*' --models 'regnet*' --weights null
 
         dreamkit bench teachers --source torchvision --verifier torchvision:mobilenet_v2
+
+        dreamkit bench teachers --recipe my_model.yaml
     """
     from dreamkit.bench.select import resolve_settings, select
     from dreamkit.bench.show import draw, show
-    from dreamkit.bench.sweep import sweep
+    from dreamkit.bench.sweep import RECIPE, sweep
+    from dreamkit.teachers.network_name import NetworkName
 
     registries, console = registries_with(plugin), Console()
-    chosen = select(registries, source or ["timm", "torchvision"], models or [], weights, limit)
+    changes = tuple(set_ or ())
+    names = [NetworkName("--recipe", text, None, preset, changes) for text in recipe or []]
+    named = {name.label: name for name in names}
+    chosen = [(RECIPE, label) for label in named]
+    if source or models or not chosen:
+        sources = source or ["timm", "torchvision"]
+        chosen += select(registries, sources, models or [], weights, limit)
     settings = resolve_settings(registries, weights, batch_size, steps, verifier, device)
     try:
-        rows = sweep(registries, chosen, settings, json_, seconds_per_model, console, plugin or [])
+        plugins = plugin or []
+        rows = sweep(
+            registries, chosen, settings, json_, seconds_per_model, console, plugins, named
+        )
     except KeyboardInterrupt:
         print("interrupted: finished teachers are kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -35,6 +35,12 @@ class NetworkName:
     overrides: tuple[str, ...] = ()
 
     @property
+    def label(self) -> str:
+        """What tells it from others: its text, and what is laid over the recipe."""
+        preset = [f"--preset {self.preset}"] if self.preset else []
+        return " ".join([self.text, *preset, *(f"--set {change}" for change in self.overrides)])
+
+    @property
     def is_recipe(self) -> bool:
         """Whether it stands for a recipe's teacher."""
         file = Path(self.text)
