@@ -545,10 +545,28 @@ def test_options_of_students_are_checked_by_name(net, pixels):
         dreamkit.prune(net, pixels, flops=63, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match="give at least one of flops"):
         dreamkit.prune(net, pixels, progress=False, **VIEW)
-    with pytest.raises(dreamkit.DreamkitError, match=r"training\.lrr: unknown option"):
+    with pytest.raises(dreamkit.DreamkitError, match=r"^lrr: unknown option; did you mean 'lr'"):
         dreamkit.distill(net, Net(), pixels, lrr=3, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match="evaluation needs images with labels"):
         dreamkit.recover(net, pixels, sparsity=0.5, evaluation=pixels[0], progress=False, **VIEW)
+
+
+def test_messages_have_the_functions_own_keywords_and_pythons_words(net, pixels):
+    def refusal(function, *given, **options):
+        with pytest.raises(dreamkit.DreamkitError) as caught:
+            function(*given, progress=False, **VIEW, **options)
+        return str(caught.value)
+
+    assert "did you mean 'preset'?" in refusal(dreamkit.invert, net, 2, presett="fast")
+    assert "did you mean 'flops'?" in refusal(dreamkit.prune, net, pixels, flop=0.5)
+    assert "did you mean 'seed'?" in refusal(dreamkit.distill, net, Net(), pixels, seeds=1)
+    listed = refusal(dreamkit.invert, net, 2, qqq=1)
+    assert "method" in listed
+    assert "name" not in listed.replace("class_names", "")
+    assert refusal(dreamkit.invert, net, 2, method="dreams").startswith("method: no name 'dreams'")
+    nested = refusal(dreamkit.prune, net, flops=0.5, synthesis={"stepz": 3})
+    assert nested.startswith("synthesis.stepz: unknown option; did you mean 'steps'?")
+    assert "not a dict" in refusal(dreamkit.invert, net, 2, stages={"steps": 3})
 
 
 def test_timm_and_torchvision_tell_how_they_see_images():

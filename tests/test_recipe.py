@@ -571,7 +571,12 @@ def test_a_default_that_its_own_option_does_not_take_is_left_out(
     tiny: dict[str, Any], recipe_file: Write
 ) -> None:
     class Careless(Smooth):
-        def __init__(self, often: int = "3", well: int = 3) -> None:  # type: ignore[assignment]
+        def __init__(
+            self,
+            often: int = "3",  # type: ignore[assignment]
+            sizes: tuple[int, ...] = (1, "2"),  # type: ignore[assignment]
+            well: int = 3,
+        ) -> None:
             self.well = well
 
     def registries(plugins: Any) -> Registries:

@@ -68,7 +68,7 @@ def distill(
     Raises:
         DreamkitError: a network, the images or an option cannot be used; the message names it.
     """
-    given = training_options(Distill, options)
+    given = training_options(Distill, options, distill)
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
@@ -78,7 +78,9 @@ def distill(
         taught = take_in(student, seen, work.log.note, "student")
         given = {"student": GivenNetwork(taught, weights=False), **given}
         hashed = [taught.card.weights_sha256]
-        outcome, settings = run_application(work, "distill", given, images, synthesis, hashed)
+        outcome, settings = run_application(
+            work, "distill", given, images, synthesis, hashed, function=distill
+        )
         made = Distilled(**result_fields(work, outcome, settings, latency_backend is not None))
         if out is not None:
             keep_student(work.context, made)

@@ -78,7 +78,7 @@ def extend(
     Raises:
         DreamkitError: the network, the images or an option cannot be used; the message names it.
     """
-    given = training_options(Continual, options)
+    given = training_options(Continual, options, extend)
     conditions = Conditions(
         View(size, mean, std, class_names), seed, device, progress, out, evaluation
     )
@@ -97,6 +97,7 @@ def extend(
             None if replay is False else replay,
             synthesis,
             [fingerprint(as_images(held, seen, "new"))],
+            function=extend,
             told=replay is None,  # else 'replay' says it
         )
         made = Extended(**result_fields(work, outcome, settings, timed=False))

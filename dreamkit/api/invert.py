@@ -105,7 +105,8 @@ def invert(
     conditions = Conditions(view, seed, device, progress, out, evaluation)
     with session(model, conditions) as work:
         given = {"images": images, **options}
-        synthesis = work.synthesis(synthesizer_options(given, work.teacher, preset, method, steps))
+        entry = synthesizer_options(given, work.teacher, preset, method, steps)
+        synthesis = work.synthesis(entry, invert)
         settings = {"synthesis": synthesis.settings, "application": {"name": "synthesize"}}
         work.begin(settings)
         try:

@@ -89,6 +89,8 @@ def judge(
         if reference is not None:
             given["reference"] = GivenImages(reference, "reference")
         hashed = [network.teacher.card.weights_sha256 for network in networks]
-        _, settings = run_application(work, "judge", given, images, synthesis, hashed)
+        _, settings = run_application(
+            work, "judge", given, images, synthesis, hashed, function=judge
+        )
         told = work.log.details["judge"]["verifiers"]
         return Judgement(verifiers=told, **described(work, settings))

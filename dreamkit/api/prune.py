@@ -99,7 +99,7 @@ def prune(
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
-        outcome, settings = run_application(work, "prune", given, images, synthesis)
+        outcome, settings = run_application(work, "prune", given, images, synthesis, function=prune)
         rounds = work.log.records.get("pruning", {}).values()
         timed = latency_backend is not None or any("latency_ms" in look for look in rounds)
         made = Pruned(

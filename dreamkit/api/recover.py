@@ -66,12 +66,14 @@ def recover(
     Raises:
         DreamkitError: the network, the images or an option cannot be used; the message names it.
     """
-    given = {"sparsity": sparsity, **training_options(Recover, options)}
+    given = {"sparsity": sparsity, **training_options(Recover, options, recover)}
     conditions = Conditions(
         View(size, mean, std, class_names), seed, device, progress, out, evaluation
     )
     with session(model, conditions) as work:
-        outcome, settings = run_application(work, "recover", given, images, synthesis)
+        outcome, settings = run_application(
+            work, "recover", given, images, synthesis, function=recover
+        )
         made = Recovered(**result_fields(work, outcome, settings, timed=False))
         if out is not None:
             keep_student(work.context, made)

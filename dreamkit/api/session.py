@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dreamkit.api.call_folder import NETWORK, claimed
 from dreamkit.api.given_images import GivenImages
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.devices import choose_device, default_backend
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, RecipePath, placed
 from dreamkit.model_state import seeded
 from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules, build_registries
@@ -32,6 +32,7 @@ from dreamkit.report.run_log import MemoryLog
 from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
+    Application,
     Images,
     LatencyBackend,
     RunContext,
@@ -113,22 +114,40 @@ class Session:
             self.stack.enter_context(claimed(self.out, call))
         self.log.emit(RunStarted(folder=self.out, recipe=told))
 
-    def entry(self, kind: str, name: str, options: Mapping[str, Any]) -> Any:
-        """Build a registry entry from keywords, checked as a recipe's options are.
+    def application(
+        self, name: str, options: Mapping[str, Any], function: Callable[..., Any]
+    ) -> Application:
+        """Build an application from keywords of a function, checked as a recipe's options are.
 
         Raises:
             RecipeError: an option is unknown or out of range; the message names it.
         """
-        return build_entry(self.registries, kind, {**options, "name": name})
+        data = {**options, "name": name}
+        made: Application = build_entry(self.registries, "applications", data, (), function)
+        return made
 
     def images(self, given: Any, role: str = "images") -> Images:
         """Return a caller's images at the size that the teacher takes."""
         return opened(GivenImages(given, role), self.teacher.card, self.log.note)
 
-    def synthesis(self, options: Mapping[str, Any]) -> Synthesis:
-        """Return dreams to come, by a synthesizer whose options are given as in a recipe."""
-        synthesizer: Synthesizer = build_entry(self.registries, "synthesizers", dict(options))
-        synthesizer.check(self.teacher)
+    def synthesis(
+        self, options: Mapping[str, Any], function: Callable[..., Any], path: RecipePath = ()
+    ) -> Synthesis:
+        """Return dreams to come, by a synthesizer whose options are given as in a recipe.
+
+        Args:
+            options: its own.
+            function: that takes them as keywords, beside its own.
+            path: what the caller calls them, if they are an argument of another function.
+
+        Raises:
+            DreamkitError: an option is unknown or out of range; the message names it.
+        """
+        synthesizer: Synthesizer = build_entry(
+            self.registries, "synthesizers", dict(options), path, function
+        )
+        with placed(*path):
+            synthesizer.check(self.teacher)
         whole = entry_with_defaults(self.registries, "synthesizers", dict(options))
         return Synthesis(synthesizer, plain(whole))
 

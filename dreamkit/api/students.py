@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from dreamkit.api.call_folder import fingerprint
 from dreamkit.api.given_images import GivenImages
-from dreamkit.api.invert import synthesizer_options
+from dreamkit.api.invert import invert, synthesizer_options
 from dreamkit.api.results import StudentResult, described, student_fields
 from dreamkit.api.session import Session
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, did_you_mean
+from dreamkit.recipe.options import keywords_of
+from dreamkit.recipe.signature import nested_options, options_of
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.types import Application, Images, Outcome, RunContext, Synthesis
 
@@ -26,6 +28,8 @@ def run_application(
     images: Any,
     synthesis: Mapping[str, Any] | None,
     given: Sequence[str | None] = (),
+    *,
+    function: Callable[..., Any],
     told: bool = True,
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run an application on a caller's images, or on dreams that are made first.
@@ -37,6 +41,7 @@ def run_application(
         images: as the caller holds them; None to dream them.
         synthesis: options of the synthesizer that dreams, laid over ``invert``'s.
         given: hashes of networks and images that the options have.
+        function: that the caller called, whose other keywords the options were.
         told: whether a recipe has to be told where the images come from; its options may do so.
 
     Returns:
@@ -45,7 +50,7 @@ def run_application(
     Raises:
         DreamkitError: an option, or what is given, cannot be used.
     """
-    application: Application = work.entry("applications", name, options)
+    application: Application = work.application(name, options, function)
     source: Images | Synthesis | None = None
     origin: dict[str, Any] = {}
     if images is not None:
@@ -69,7 +74,8 @@ def _to_dream(work: Session, options: Mapping[str, Any]) -> Synthesis:
     options = {"images": DREAMED, **options}
     method = options.pop("method", options.pop("name", "deepinversion"))
     preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
-    return work.synthesis(synthesizer_options(options, work.teacher, preset, method, steps))
+    entry = synthesizer_options(options, work.teacher, preset, method, steps)
+    return work.synthesis(entry, invert, ("synthesis",))
 
 
 def _origin(images: Any) -> dict[str, Any]:
@@ -109,18 +115,26 @@ def result_fields(
     return {**described(work, settings), **student_fields(outcome.student)}
 
 
-def training_options(cls: type[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+def training_options(
+    cls: type[Any], keywords: Mapping[str, Any], function: Callable[..., Any]
+) -> dict[str, Any]:
     """Sort keywords into options of an application and those of its ``training``.
 
     Args:
         cls: the application.
-        keywords: as the caller gave them; one that is no option of the application is taken for
-            one of its training, where unknown ones are refused.
+        keywords: as the caller gave them.
+        function: that the caller called; for messages.
 
     Raises:
-        DreamkitError: ``training`` is given beside options of it.
+        DreamkitError: one is an option of neither, or ``training`` is given beside options of it.
     """
     own = {field.name for field in fields(cls)}
+    (trained,) = nested_options(options_of(cls)["training"].annotation)
+    known = own | options_of(trained).keys() | set(keywords_of(function))
+    for name in keywords:
+        if name not in known:
+            hint = did_you_mean(name, known) or f" (options: {', '.join(sorted(known))})"
+            raise DreamkitError(f"{name}: unknown option{hint}")
     options = {name: value for name, value in keywords.items() if name in own}
     training = {name: value for name, value in keywords.items() if name not in own}
     if training:

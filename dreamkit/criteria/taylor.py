@@ -152,6 +152,7 @@ def _gates(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Te
         given, structure = tree_flatten((args, kwargs))
         place = next(i for i, value in enumerate(given) if isinstance(value, Tensor))
         read = given[place]
+        # A linear layer reads the last axis, of images with channels last too.
         first = isinstance(layer, _ConvNd) or (read.dim() == 4 and not isinstance(layer, nn.Linear))
         channels = 1 if first else read.dim() - 1
         shape = [size if dim in (0, channels) else 1 for dim, size in enumerate(read.shape)]

@@ -165,7 +165,7 @@ def find_exporter(name: str, registries: Registries | None = None) -> Exporter:
     Raises:
         DreamkitError: there is none; the message lists them.
     """
-    entry: Exporter = build_entry(registries or build_registries(), "exporters", {"name": name})
+    entry: Exporter = build_entry(registries or build_registries(), "exporters", name, ("format",))
     return entry
 
 

@@ -8,7 +8,7 @@ which are cheap by contract.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -36,18 +36,23 @@ class Builder:
     """The options that each mapping met so far (by its id) may have."""
     _validators: dict[tuple[Any, ...], SchemaValidator] = field(default_factory=dict)
 
-    def build(self, make: Callable[[Any], Any], data: Any) -> tuple[Any, list[Problem]]:
+    def build(
+        self, make: Callable[[Any], Any], data: Any, keywords: Collection[str] = ()
+    ) -> tuple[Any, list[Problem]]:
         """Return what one of this builder's methods makes of the data, or None and every problem.
 
         Args:
             make: ``construct``, ``entry`` or ``term``, its first argument bound.
             data: what to build from.
+            keywords: of the function whose other keywords the data are; for messages.
         """
         self.known.clear()
         whole = core_schema.no_info_plain_validator_function(make)
         try:
             return SchemaValidator(whole).validate_python(data), []
         except ValidationError as error:
+            if keywords:  # the entry's name was no keyword
+                self.known[id(data)] = {*self.known.get(id(data), ()), *keywords} - {"name"}
             return None, problems_of(error, data, self.known)
 
     def construct(self, cls: type[Any], data: Any) -> Any:

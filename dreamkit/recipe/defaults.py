@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dreamkit.errors import RecipePath
 from dreamkit.recipe.construct import Builder
 from dreamkit.recipe.signature import nested_options, options_of
 from dreamkit.registry import EntriesOf, EntryOf, Registries, Term, TermsOf, mapping_of, name_key
@@ -42,12 +43,18 @@ def with_defaults(registries: Registries, cls: type[Any], data: Mapping[str, Any
     return whole
 
 
-def _drop(data: Any, path: tuple[str | int, ...]) -> None:
-    *parents, last = path
-    for step in parents:
-        data = data[step]
-    if isinstance(data, dict):
-        data.pop(last, None)
+def _drop(data: Any, path: RecipePath) -> None:
+    """Take the innermost option on a path out: of a list that is wrong in one place, all of it."""
+    option = None
+    for step in path:
+        if isinstance(data, dict):
+            option = data, step
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            break
+    if option is not None:
+        option[0].pop(option[1], None)
 
 
 class _Unsayable(Exception):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +16,13 @@ from dreamkit.registry import Registries
 T = TypeVar("T")
 
 
-def build_entry(registries: Registries, kind: str, data: Any, path: RecipePath = ()) -> Any:
+def build_entry(
+    registries: Registries,
+    kind: str,
+    data: Any,
+    path: RecipePath = (),
+    function: Callable[..., Any] | None = None,
+) -> Any:
     """Build one registry entry from plain data, validated as in a recipe.
 
     Args:
@@ -23,12 +31,15 @@ def build_entry(registries: Registries, kind: str, data: Any, path: RecipePath =
         data: a mapping with its name and its options, or its name. Any value that stands for an
             object may be the object itself.
         path: what to call the data in messages; their options alone by default.
+        function: that took the options as keywords, beside its own; one called ``method`` is the
+            entry's name.
 
     Raises:
         RecipeError: every problem, one a line: the path of the option and the fix.
     """
     builder = Builder(registries)
-    return _built(builder, partial(builder.entry, kind), data, path)
+    keywords = [] if function is None else keywords_of(function)
+    return _built(builder, partial(builder.entry, kind), data, path, keywords)
 
 
 def build_options(
@@ -44,12 +55,37 @@ def build_options(
     return made
 
 
-def _built(builder: Builder, make: Callable[[Any], Any], data: Any, path: RecipePath) -> Any:
-    made, problems = builder.build(make, _plain(data))
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names that a function takes as keywords alone."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _built(
+    builder: Builder,
+    make: Callable[[Any], Any],
+    data: Any,
+    path: RecipePath,
+    keywords: Sequence[str] = (),
+) -> Any:
+    made, problems = builder.build(make, _plain(data), keywords)
     if problems:
-        lines = (str(replace(problem, path=(*path, *problem.path))) for problem in problems)
+        lines = []
+        for problem in problems:
+            called = problem.path
+            if called == ("name",) and "method" in keywords:
+                called = ("method",)
+            said = _in_python(problem.message)
+            lines.append(str(replace(problem, path=(*path, *called), message=said)))
         raise RecipeError("\n".join(lines))
     return made
+
+
+def _in_python(message: str) -> str:
+    """Return a message with Python's words for what YAML calls otherwise."""
+    said, got, value = message.partition(" (got ")
+    said = re.sub(r"\ba mapping\b", "a dict", said)
+    return re.sub(r"\bnull\b", "None", said) + got + value
 
 
 def _plain(data: Any) -> Any:

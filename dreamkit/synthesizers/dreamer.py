@@ -180,8 +180,9 @@ class Best:
         self.loss = torch.tensor(torch.inf, device=start.device)
         self.finite = torch.tensor(True, device=start.device)
         """Whether every loss was, a tensor of shape ()."""
-        self._sound: dict[str, Tensor] = {}
-        """Whether each term was, at the first step whose loss was not."""
+        self._terms: tuple[str, ...] = ()
+        self._sound: Tensor | None = None
+        """Whether each term was, at the first step whose loss was not; (terms,)."""
 
     def offer(self, found: Tensor, loss: Tensor, terms: Mapping[str, Tensor] | None = None) -> None:
         """Take what a step found, if its loss (of shape ()) is lower.
@@ -191,9 +192,10 @@ class Best:
             loss: of shape ().
             terms: that it is the sum of, to name those that are not finite.
         """
-        for name, value in (terms or {}).items():
-            before = self._sound.get(name, self.finite)
-            self._sound[name] = torch.where(self.finite, torch.isfinite(value), before)
+        if terms:  # together: each step waits for as many kernels as there are
+            self._terms, sound = tuple(terms), torch.stack([*terms.values()]).isfinite()
+            before = sound if self._sound is None else self._sound
+            self._sound = torch.where(self.finite, sound, before)
         better = loss < self.loss
         self.found = torch.where(better, found.detach(), self.found)
         self.loss = torch.where(better, loss.detach(), self.loss)
@@ -206,7 +208,8 @@ class Best:
             NonFiniteLoss: one was not.
         """
         if not self.finite:
-            first = [name for name, sound in self._sound.items() if not sound]
+            told = [] if self._sound is None else self._sound.tolist()
+            first = [name for name, sound in zip(self._terms, told, strict=True) if not sound]
             named = f" (not finite first: {', '.join(first)})" if first else ""
             raise NonFiniteLoss(
                 f"the loss of batch {plan.index} is not finite: lower the learning rate or the "

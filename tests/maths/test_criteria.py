@@ -254,6 +254,24 @@ def test_each_reader_counts_whatever_stands_between(toys, kind):
     torch.testing.assert_close(score, total, rtol=1e-4, atol=1e-9)
 
 
+def test_linear_layers_read_the_last_axis_of_images_too(toys):
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.conv(x).permute(0, 2, 3, 1)
+            return self.fc(F.relu(self.inner(x)).mean((1, 2)))
+
+    torch.manual_seed(0)
+    model = ChannelsLast().eval()
+    step = step_of(toys, model)
+    score = by_name(step, Taylor(loss="ce")(step))["conv"]
+    expected = explicit(model, one_by_one(two_batches(toys)), ["conv"], cross_entropy)
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
 def test_squares_of_batches_are_averaged_not_gradients(toys):
     model, batches = toys.two_bn(), two_batches(toys)
     step = step_of(toys, model)
