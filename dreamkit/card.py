@@ -87,8 +87,8 @@ class Card:
         std = self.std if max(self.std) < 1 else _divided(self.std)
         return (
             f"mean {list(self.mean)} and std {list(self.std)} look like those of pixels in "
-            f"[0, 255]; pixels are in [0, 1] here, for which they are mean {list(mean)} and std "
-            f"{list(std)}",
+            f"[0, 255], and are taken as they stand; pixels are in [0, 1] here: write mean "
+            f"{list(mean)} and std {list(std)}",
         )
 
     def to_json(self) -> dict[str, Any]:

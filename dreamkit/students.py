@@ -25,7 +25,7 @@ from dreamkit.teachers.logits import TakeLogits
 from dreamkit.teachers.provenance import tell
 from dreamkit.teachers.readying import made_ready
 from dreamkit.teachers.weights import hash_weights, load_into
-from dreamkit.types import Teacher, TeacherSource
+from dreamkit.types import RunContext, Teacher, TeacherSource
 from dreamkit.wording import one_line
 
 _PARENTS = 4
@@ -46,6 +46,13 @@ class BuilderNeeded(ArtifactError):
             builder: what to do to give another.
         """
         return ArtifactError(_asking(self.what, self.may_be_allowed, allow, builder))
+
+
+def student_folder(path: str | Path) -> Path:
+    """Return the folder of a student, given that or the folder of its run."""
+    folder = Path(path)
+    inner = folder / RunContext.STUDENT
+    return inner if (inner / SPECIFICATION).is_file() else folder
 
 
 class Student(nn.Module):
@@ -70,7 +77,7 @@ def load_student(
     No pickle is involved.
 
     Args:
-        path: the ``student`` folder of a run.
+        path: the ``student`` folder of a run, or the run's.
         builder: a function or class that returns the unpruned architecture, in place of the one the
             artifact names; or that architecture itself, which is copied.
         allow_builder: let the artifact import and run a builder function of its own naming
@@ -90,7 +97,7 @@ def load_student(
         >>> student = dreamkit.load_student("runs/quickstart/student")  # doctest: +SKIP
         >>> logits = student(student.card.normalise(images))  # images: uint8  # doctest: +SKIP
     """
-    folder = Path(path)
+    folder = student_folder(path)
     if builder is not None and not callable(builder):
         raise ArtifactError(
             "builder: should be a function or class that returns the network before pruning, or "

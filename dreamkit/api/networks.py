@@ -160,6 +160,8 @@ def _size(model: nn.Module, known: Mapping[str, Any], role: str) -> tuple[int, i
             f"{known['size']})"
         )
     channels, height, width = map(int, sides)
+    if channels > 4 >= width:
+        raise DreamkitError(f"size: channels come first: write {(width, channels, height)}")
     return channels, height, width
 
 

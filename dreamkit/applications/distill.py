@@ -59,7 +59,7 @@ class Distill(TrainsOnImages):
         with placed("student"), context.log.progress("loading the student", 1):
             loaded = self.student.load(context.seed)
             loaded.model.to(context.device)
-            made = admit(loaded, context.log.note, "the student")
+            made = admit(loaded, context.log.note, "the student", learnt=False)
             check_fits(made.card, teacher.card)
         made.model.requires_grad_(True)  # whatever of it its owner froze
         return made

@@ -97,6 +97,12 @@ def outputs_of(
         if told is None and len(whole) == card.num_classes:
             told = _by_order(names, whole, card, what, ordered)
     told = told or by_number
+    strange = [name for name in names if not numeric([name])]
+    if told is None and 0 < len(strange) < len(names) / 2:
+        raise DreamkitError(
+            f"{what}: {quoted(strange)} {_are(strange)} no number, as the other classes are; "
+            f"{_MEND}"
+        )
     if told is None:
         raise DreamkitError(
             f"{what} has {len(names)} classes, {card.name} has {card.num_classes} outputs, and "
@@ -157,8 +163,10 @@ def _by_name(
             f"{card.name}; rename all but one"
         )
     strange = [name for name, number in zip(names, found, strict=True) if number is None]
+    lacking = [name for number, name in enumerate(ours) if number not in outputs]
     if not strange:
-        return outputs, None
+        note = f"{what} has no images of {quoted(lacking)}" if lacking and not ordered else None
+        return outputs, note
     stand = all(number is None or number == place for place, number in enumerate(found))
     if ordered and stand and len(names) == card.num_classes:
         place = names.index(strange[0])
@@ -166,7 +174,6 @@ def _by_name(
             f"{what}: {quoted(strange)} {_are(strange)} none of the classes of {card.name}: taken "
             f"by the order, '{strange[0]}' for '{ours[place]}'"
         )
-    lacking = [name for number, name in enumerate(ours) if number not in outputs]
     raise DreamkitError(
         f"{what}: {quoted(strange)} {_are(strange)} none of the classes of {card.name}"
         + (f", and its {quoted(lacking)} {_are(lacking)} not there" if lacking else "")

@@ -38,7 +38,14 @@ def doubt(model: nn.Module, note: Note, role: str) -> None:
 def doubt_training(model: nn.Module, note: Note, role: str) -> None:
     """Say so if a network that is taken for a trained one looks as if it were not."""
     stored = _storing(model)
-    if stored and all(_untouched(layer) for layer in stored):
+    new = [layer for layer in stored if _untouched(layer)]
+    if new and len(new) < len(stored):
+        names = [name for name, module in model.named_modules() if module in new]
+        note(
+            f"{role}: {len(new)} of its {len(stored)} BatchNorm layers hold the statistics of new "
+            f"ones, mean 0 and variance 1 ({and_more(names, 3)}): were they loaded?"
+        )
+    if stored and len(new) == len(stored):
         note(
             f"{role}: its BatchNorm layers hold the statistics of a new network (mean 0, variance "
             "1): was it trained, and are these its weights?"

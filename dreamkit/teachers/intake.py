@@ -39,6 +39,7 @@ def admit(
     note: Note = lambda text: None,
     role: str | None = None,
     judge: bool = False,
+    learnt: bool = True,
 ) -> Teacher:
     """Return a teacher or student as the rest of the program may rely on it.
 
@@ -50,6 +51,7 @@ def admit(
         teacher: on the device where it will work.
         note: told what was put right, and what is doubtful.
         role: what the network is called in messages; None for its card's name.
+        learnt: it is said so where it looks as if it had not learnt; false for a student to be.
         judge: it only says what it sees, so that gradients and training are not asked of it.
 
     Raises:
@@ -64,7 +66,7 @@ def admit(
         take_logits(model, card.input_size, card.num_classes, note, role)
         return dataclasses.replace(teacher, model=model, notes=())
     examine(model, card.input_size, card.num_classes, note, role)
-    if card.trained:
+    if card.trained and learnt:
         doubt_training(model, note, role)
     return dataclasses.replace(teacher, model=model, notes=())
 

@@ -22,7 +22,12 @@ def listing_source(registries: Registries, name: str) -> type[Any]:
     except UnknownEntry as error:
         raise DreamkitError(str(error)) from error
     if cls.known_models(pretrained=False) is None:
-        raise DreamkitError(f"the source '{name}' has no list of models; use timm or torchvision")
+        raise DreamkitError(
+            f"the source '{name}' has no list of models, so none can be named so. For a network "
+            "of your own write a recipe whose teacher is {source: checkpoint, builder: "
+            "path/to/file.py:function, path: path/to/weights.pth, ...}; in Python give the network "
+            "itself"
+        )
     return cls
 
 

@@ -52,6 +52,16 @@ def test_some_numbers_are_those_outputs(toys, folders):
     assert found(images) == {0: 7, 1: 10, 2: 2}
 
 
+def test_a_folder_that_is_no_number_among_numbers_is_named(toys, folders):
+    with pytest.raises(DreamkitError, match="'misc' is no number, as the other classes are"):
+        Folder(str(folders("0", "1", "2", "misc"))).open(toys.card(classes=3))
+
+
+def test_a_class_without_images_is_told(toys, folders):
+    card = toys.card(class_names=("ant", "bee", "cat"))
+    assert "has no images of 'bee'" in Folder(str(folders("cat", "ant"))).open(card).notes[0]
+
+
 def test_numbers_from_one_are_in_order_and_it_is_told(toys, folders):
     images = Folder(str(folders(*"123"))).open(toys.card(classes=3))
     assert found(images) == {0: 0, 1: 1, 2: 2}

@@ -333,6 +333,9 @@ def test_what_is_doubtful_is_said() -> None:
     assert "'_extra_state' is state that is no tensor" in taken(Extra())[1]
     assert "2 of its 6 parameters are frozen (conv.weight, conv.bias)" in taken(half_frozen)[1]
     assert "statistics of a new network" in taken(new)[1]
+    assert "statistics of a new network" not in taken(new, learnt=False)[1]
+    partly = nn.Sequential(Net(), nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4), nn.Flatten())
+    assert "1 of its 2 BatchNorm layers hold the statistics of new ones" in taken(partly)[1]
     assert "store no statistics" in taken(without)[1]
     card = dataclasses.replace(CARD, trained=False)  # which is said elsewhere
     notes: list[str] = []

@@ -19,7 +19,7 @@ from dreamkit.errors import ArtifactError, DreamkitError, MissingPath
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.store.artifact import read_artifact, write_artifact
-from dreamkit.students import SavedStudent
+from dreamkit.students import SavedStudent, student_folder
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.weights import hash_weights
 
@@ -372,3 +372,10 @@ def test_a_network_in_memory_cannot_be_built_from_its_name(in_memory):
         dreamkit.load_student(folder)
     with pytest.raises(ArtifactError, match=r"in memory"):
         SavedStudent(str(folder)).load(0)
+
+
+def test_the_folder_of_a_run_stands_for_its_student(tmp_path: Path) -> None:
+    assert student_folder(tmp_path) == tmp_path
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "artifact.json").write_text("{}", encoding="utf-8")
+    assert student_folder(tmp_path) == student_folder(tmp_path / "student") == tmp_path / "student"
