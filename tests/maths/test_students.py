@@ -374,7 +374,7 @@ def test_a_network_in_memory_cannot_be_built_from_its_name(in_memory):
         SavedStudent(str(folder)).load(0)
 
 
-def test_the_folder_of_a_run_stands_for_its_student(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_stands_for_its_student(tmp_path):
     assert student_folder(tmp_path) == tmp_path
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "artifact.json").write_text("{}", encoding="utf-8")
