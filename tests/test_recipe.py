@@ -724,7 +724,7 @@ def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
         ({"stages": Target(flops=0.5)}, ["stages: should be a list, not an instance of Target"]),
         (
             {"stages": [Target(flops=0.5)]},
-            ["stages[0]: should be a mapping, not an instance of Target"],
+            ["stages[0]: should be a dict, not an instance of Target"],
         ),
         (
             {"regularizers": [{"name": "tv", "wieght": 1}], "lr": 0, "sede": 3},
@@ -740,7 +740,7 @@ def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
                 "regularizers.tvv: no name 'tvv' among the regularizers; did you mean 'tv'?",
                 "regularizers.tv: should be a finite number >= 0 (got -1)",
                 "regularizers.l2: should be a number, not a string (got 'x')",
-                "regularizers.mine: should be a number, not null",
+                "regularizers.mine: should be a number, not None",
             ],
         ),
         (
@@ -750,7 +750,7 @@ def test_an_entry_may_be_the_object_itself(registries: Registries) -> None:
                 "regularizers[1]: an instance of Target will not do here: Target has no '__call__'",
             ],
         ),
-        ({"student": 3}, ["student: should be a mapping, not a number (got 3)"]),
+        ({"student": 3}, ["student: should be a dict, not a number (got 3)"]),
         ({"student": "timm"}, ["student: the option 'model' is missing"]),
         (
             {"student": Smooth()},
