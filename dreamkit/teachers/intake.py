@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,41 +131,50 @@ def take_logits(
     with torch.no_grad(), eval_mode(model):
         _protect_input(model, images, note, role)
         output = call(model, images, role)
-        if classes is None and likely is not None and logits_in(output, likely) is not None:
-            classes = likely
-        if classes is None and ambiguous(output):
-            raise TeacherMismatch(
-                f"{role} returns {described(output)} for 2 images, and more than one may be its "
-                "logits: let a module wrap it whose forward returns them alone"
-            )
-        found = logits_in(output, classes)
-        if found is None:
-            raise TeacherMismatch(why_no_logits(output, classes, role))
-        place, logits = found
-        classes = logits.shape[1]
+        place, logits = _chosen(output, classes, likely, role)
         if not isinstance(output, Tensor) or output.shape != logits.shape:
             where = f"'{place}' of the {type(output).__name__}" if place else "the only number"
             note(f"{role}: {where} that it returns is taken as the logits")
         if place or output.dtype != logits.dtype or output.shape != logits.shape:
-            add_hook(model, TakeLogits(classes), role)
-        if not torch.isfinite(logits).all():
-            raise TeacherMismatch(
-                f"{role} returns values that are not finite for random images of its size: look "
-                "at its weights, its mean and its std"
-            )
-        _take_single(model, images[:1], classes, note, role)
-        if not torch.allclose(call(model, images, role), logits, rtol=1e-3, atol=1e-4):
-            note(
-                f"{role}: its outputs for the same images change from pass to pass in eval mode "
-                "(dropout that stays on?): dreams and measurements will too"
-            )
-        if _probabilities(logits):
-            note(
-                f"{role}: what it returns are probabilities already (rows that sum to 1), where "
-                "the cross-entropy and temperatures want logits: take the softmax out, or return "
-                "torch.log of it"
-            )
-    return int(classes)
+            add_hook(model, TakeLogits(logits.shape[1]), role)
+        _take_single(model, images[:1], logits.shape[1], note, role)
+        _doubt_outputs(logits, call(model, images, role), note, role)
+    return logits.shape[1]
+
+
+def _chosen(output: Any, classes: int | None, likely: int | None, role: str) -> tuple[str, Tensor]:
+    """Return where in an output for two images the logits stand, and themselves."""
+    if classes is None and likely is not None and logits_in(output, likely) is not None:
+        classes = likely
+    if classes is None and ambiguous(output):
+        raise TeacherMismatch(
+            f"{role} returns {described(output)} for 2 images, and more than one may be its "
+            "logits: let a module wrap it whose forward returns them alone"
+        )
+    found = logits_in(output, classes)
+    if found is None:
+        raise TeacherMismatch(why_no_logits(output, classes, role))
+    if not torch.isfinite(found[1]).all():
+        raise TeacherMismatch(
+            f"{role} returns values that are not finite for random images of its size: look "
+            "at its weights, its mean and its std"
+        )
+    return found
+
+
+def _doubt_outputs(logits: Tensor, again: Tensor, note: Note, role: str) -> None:
+    """Say so if outputs of two passes differ, or are probabilities."""
+    if not torch.allclose(again, logits, rtol=1e-3, atol=1e-4):
+        note(
+            f"{role}: its outputs for the same images change from pass to pass in eval mode "
+            "(dropout that stays on?): dreams and measurements will too"
+        )
+    if _probabilities(logits):
+        note(
+            f"{role}: what it returns are probabilities already (rows that sum to 1), where "
+            "the cross-entropy and temperatures want logits: take the softmax out, or return "
+            "torch.log of it"
+        )
 
 
 def refusal_of_size(teacher: Teacher, size: tuple[int, int]) -> str | None:
