@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dreamkit.card import Card
-from dreamkit.errors import ArtifactError, MissingPath
+from dreamkit.errors import ArtifactError, MissingPath, TeacherMismatch
 from dreamkit.model_state import seeded, to_eval
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.record import PruningRecord
@@ -21,6 +21,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
 from dreamkit.teachers.builders import call_builder, check_builder
 from dreamkit.teachers.intake import take_logits
+from dreamkit.teachers.learning import hold_in_training
 from dreamkit.teachers.logits import TakeLogits
 from dreamkit.teachers.provenance import tell
 from dreamkit.teachers.readying import made_ready
@@ -72,9 +73,7 @@ def load_student(
     builder: Callable[[], nn.Module] | nn.Module | None = None,
     allow_builder: bool = False,
 ) -> Student:
-    """Load a student that a run saved; its outputs are those it had when it was saved.
-
-    No pickle is involved.
+    """Load a student that a run saved, without pickle; its outputs are those it had then.
 
     Args:
         path: the ``student`` folder of a run, or the run's.
@@ -107,7 +106,11 @@ def load_student(
     model = _architecture(folder, artifact, builder, allow_builder)
     load_into(model, artifact.state, str(folder))
     card = artifact.card
-    take_logits(model, card.input_size, card.num_classes, lambda text: None, str(folder))
+    try:
+        for settle in (take_logits, hold_in_training):  # as it was when the student was made
+            settle(model, card.input_size, card.num_classes, lambda text: None, str(folder))
+    except TeacherMismatch as error:
+        raise ArtifactError(error.message) from error
     # For whoever prunes it further: whatever built it here, these make it from nothing.
     tell(model, artifact.card, artifact.builder, artifact.pruning_record)
     to_eval(model)
@@ -119,9 +122,7 @@ def load_unpruned(
     builder: Callable[[], nn.Module] | nn.Module | None = None,
     allow_builder: bool = False,
 ) -> nn.Module:
-    """Return the network that a student was pruned from, with random weights, in eval mode.
-
-    Like the student it returns logits alone.
+    """Return what a student was pruned from, with random weights, in eval mode: logits alone.
 
     Args:
         path: the ``student`` folder of a run.

@@ -92,9 +92,9 @@ def prepare(
 
 
 def _pays(seconds: float, cost: float, device: torch.device, note: Callable[[str], None]) -> bool:
-    """Whether compiling, at a cost in seconds, saves more; noted if not."""
+    """Whether compiling, at a cost in seconds, saves more; noted if it saves any, and not."""
     saved = seconds * (1 - 1 / EXPECTED_SPEEDUP.get(device.type, EXPECTED_SPEEDUP["cpu"]))
-    if saved <= cost:
+    if 1 <= saved <= cost:
         note(
             f"inversion runs without compilation: compiling takes about {cost:.0f} s and "
             f"would save about {saved:.0f} s"
