@@ -25,7 +25,10 @@ def tuned_pixels(batch: int, steps: int) -> DeepInversion:
     """Return settings tuned on ResNet-20, with which pixels stay in the valid range."""
     return replace(
         paper_settings(batch, steps),
-        regularizers=(Term("tv", 1e-3, TotalVariation()), Term("bn_feature", 1.0, BNFeature())),
+        regularizers=(
+            Term("tv", 1e-3, TotalVariation()),
+            Term("bn_feature", 1.0, BNFeature("paper")),
+        ),
         lr=0.1,
         betas=(0.7, 0.9),
         schedule="cosine",
@@ -37,7 +40,7 @@ def tuned_fourier(batch: int, steps: int) -> DeepInversion:
     """Return settings tuned on ResNet-20 over Fourier coefficients."""
     return replace(
         tuned_pixels(batch, steps),
-        regularizers=(Term("bn_feature", 0.3, BNFeature()),),
+        regularizers=(Term("bn_feature", 10.0, BNFeature()),),
         parameterisation=Fourier(),
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.l2 import L2Norm
@@ -119,9 +120,13 @@ def paper_settings(batch: int, steps: int) -> DeepInversion:
         regularizers=(
             Term("tv", 2.5e-5, TotalVariation()),
             Term("l2", 3e-8, L2Norm()),
-            Term("bn_feature", 10.0, BNFeature()),
+            Term("bn_feature", 10.0, BNFeature("paper")),
         ),
         stages=(Stage(steps),),
         lr=0.05,
+        betas=(0.9, 0.999),
+        schedule="constant",
         jitter=2,
+        clip=False,
+        parameterisation=Pixels(),
     )

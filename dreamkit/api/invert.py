@@ -17,30 +17,23 @@ from dreamkit.errors import DreamkitError
 from dreamkit.stages.batches import feature_distances
 from dreamkit.stages.dreaming import dream_into_store
 from dreamkit.stages.run_store import report_synthesis, run_store
-from dreamkit.teachers.intake import refusal_of_size
+from dreamkit.synthesizers.stage import LARGE, default_stages
 from dreamkit.types import Images, Synthesis, Teacher
 
-FAST: Mapping[str, Any] = {
-    "parameterisation": {"name": "fourier"},
-    "stages": [{"steps": 200}],
-    "lr": 0.1,
-    "betas": [0.7, 0.9],
-    "schedule": "cosine",
-    "clip": True,
-    "batch_size": 64,
-    "regularizers": [{"name": "bn_feature", "form": "relative", "weight": 10}],
-}
-"""Fourier coefficients and statistics relative to each channel's spread: good in few steps."""
-LARGE = 128
-"""Side from which an input is dreamed at half its size first, where a step costs a quarter."""
+LARGE_BATCH = 32
+"""Images of a batch at ``LARGE`` and more, where a batch of them fills a laptop's memory."""
 PAPER: Mapping[str, Any] = {
+    "parameterisation": {"name": "pixels"},
     "stages": [{"steps": 2000}],
     "lr": 0.05,
+    "betas": [0.9, 0.999],
+    "schedule": "constant",
+    "clip": False,
     "batch_size": 256,
     "regularizers": [
         {"name": "tv", "weight": 2.5e-5},
         {"name": "l2", "weight": 3e-8},
-        {"name": "bn_feature", "weight": 10},
+        {"name": "bn_feature", "form": "paper", "weight": 10},
     ],
 }
 """What the paper has for CIFAR-10: pixels, 2,000 steps."""
@@ -77,7 +70,8 @@ def invert(
         mean: per channel, of pixels in [0, 1], as training normalised them.
         std: per channel, of pixels in [0, 1].
         class_names: of its outputs, in order; or a text file with one a line, or a JSON file.
-        preset: what ``options`` are laid over: ``fast``, or ``paper``, the paper's for CIFAR-10.
+        preset: what ``options`` are laid over: ``fast``, the method's defaults, or ``paper``, the
+            paper's for CIFAR-10.
         method: a registered synthesizer; presets are of ``deepinversion`` alone.
         steps: optimizer steps, in place of the preset's; of several stages each has its share.
         seed: of everything random; the same seed makes the same dreams on the same machine.
@@ -86,7 +80,7 @@ def invert(
         out: a folder that keeps finished batches: given again, the same call goes on there.
         evaluation: labelled images, to report the network's accuracy.
         **options: the synthesizer's, as in a recipe (``dreamkit show synthesizers deepinversion``),
-            e.g. ``batch_size=32, regularizers={"bn_feature": 0.3, "tv": 1e-3}``.
+            e.g. ``batch_size=32, regularizers={"bn_feature": 10, "tv": 1e-3}``.
 
     Returns:
         The dreams. Interrupted, those that are finished.
@@ -148,24 +142,30 @@ def synthesizer_options(
             raise DreamkitError(f"steps: should be a whole number above 0 (got {steps!r})")
         if "stages" in options:
             raise DreamkitError("steps: leave it out where 'stages' is given: it has steps")
-        if "stages" not in made:
+        if not own:
             raise DreamkitError(f"steps: '{method}' has no stages; see its own options")
-        total = sum(stage["steps"] for stage in made["stages"])
-        made["stages"] = [
-            {**stage, "steps": max(1, round(steps * stage["steps"] / total))}
-            for stage in made["stages"]
-        ]
+        made["stages"] = _scaled(made.get("stages") or _stages_of(teacher), steps)
     return made
 
 
 def fast_options(teacher: Teacher) -> dict[str, Any]:
     """Return the preset ``fast`` for the sizes of images that a network takes."""
-    _, height, width = teacher.card.input_size
-    half = (height // 2, width // 2)
-    if min(height, width) < LARGE or refusal_of_size(teacher, half) is not None:
-        return dict(FAST)
-    stages = [{"steps": 200, "size": list(half)}, {"steps": 40}]
-    return {**FAST, "stages": stages, "batch_size": 32}
+    return {"batch_size": LARGE_BATCH} if min(teacher.card.input_size[1:]) >= LARGE else {}
+
+
+def _stages_of(teacher: Teacher) -> list[dict[str, Any]]:
+    """Return the stages that a network gets where none are named, as a recipe has them."""
+    card = teacher.card
+    return [
+        {"steps": stage.steps, "size": None if stage.size is None else stage.resolution(card)}
+        for stage in default_stages(teacher)
+    ]
+
+
+def _scaled(stages: Sequence[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Return stages that share a number of steps as they shared their own."""
+    total = sum(stage["steps"] for stage in stages)
+    return [{**s, "steps": max(1, round(steps * s["steps"] / total))} for s in stages]
 
 
 def _finished(work: Session, synthesis: Synthesis) -> Images:

@@ -19,10 +19,10 @@ from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.evaluation.cost import count
 from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
+from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
@@ -120,13 +120,11 @@ def inversion(settings: Settings) -> DeepInversion:
     return DeepInversion(
         images=settings.batch_size,
         batch_size=settings.batch_size,
-        regularizers=(
-            Term("tv", 1e-4, TotalVariation()),
-            Term("bn_feature", 1e-2, BNFeature(first_layer_scale=10)),
-        ),
+        regularizers=(Term("bn_feature", 10, BNFeature()),),
+        parameterisation=Fourier(),
         stages=(Stage(settings.steps),),
-        lr=0.2,
-        betas=(0.5, 0.9),
+        lr=0.1,
+        betas=(0.7, 0.9),
         schedule="cosine",
         clip=True,
         engine=Engine(compile=False),

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cost import Cost, count
+from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.tables import quantity
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
@@ -127,7 +127,8 @@ def _inversion(
         images=batch_size,
         batch_size=batch_size,
         stages=(Stage(steps=_STEPS),),
-        regularizers=(Term("tv", 1e-4, TotalVariation()), Term("bn_feature", 1e-2, BNFeature())),
+        regularizers=(Term("bn_feature", 10, BNFeature()),),
+        parameterisation=Fourier(),
         engine=Engine(compile=False),
     )
     teacher.model.to(device)

@@ -30,7 +30,7 @@ class BNFeature(Regularizer):
         first_layer_scale: factor on the first layer's part (10 in the authors' ImageNet setting).
     """
 
-    form: Literal["paper", "relative"] = "paper"
+    form: Literal["relative", "paper"] = "relative"
     first_layer_scale: Annotated[float, Field(ge=0)] = 1.0
 
     needs = frozenset({"bn_statistics"})

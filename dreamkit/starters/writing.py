@@ -77,7 +77,7 @@ def starter(application: str, teacher: dict[str, Any], card: Card, file: Path) -
     small, photographs = max(size) <= _SMALL, channels == 3
     half: Any = [max(1, side // 2) for side in size]
     half = half[0] if half[0] == half[1] else half
-    stages = ["{steps: 500}"] if small else [f"{{size: {half}, steps: 2000}}", "{steps: 1000}"]
+    stages = ["{steps: 200}"] if small else [f"{{size: {half}, steps: 200}}", "{steps: 40}"]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", file.stem).lstrip("_.-")[:100] or application
     other: dict[str, Any] = {"source": "cifar", "model": "resnet20", "weights": None}
     other |= {"input_size": card.input_size, "mean": card.mean, "std": card.std}
@@ -96,12 +96,10 @@ def starter(application: str, teacher: dict[str, Any], card: Card, file: Path) -
         "student": _flow(teacher | {"weights": None} if "weights" in teacher else other),
         "verifier": _flow(verifier),
         "images": 1024,
-        "batch_size": 256 if small else 64,
+        "batch_size": 256 if small else 32,
         "stages": "\n".join(f"    - {stage}" for stage in stages),
         "flip": str(photographs).lower(),
         "jitter": "null" if max(size) > 16 else 0,
-        "tv": "1e-3" if small else "1e-4",
-        "bn": "0.3" if small else "1e-2",
     }
     folder = resources.files("dreamkit.starters")
     parts = [(folder / f"{part}.yaml").read_text("utf-8") for part in (_HEAD, application)]

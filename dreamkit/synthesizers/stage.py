@@ -17,6 +17,11 @@ from dreamkit.types import Teacher
 
 Size = Annotated[int, Field(ge=1)]
 
+LARGE = 128
+"""Side from which images are dreamed at half their size first, where a step costs a quarter."""
+SMALL_STEPS, FULL_STEPS = 200, 40
+"""At half the size, and at the whole."""
+DEFAULT_STEPS = SMALL_STEPS + FULL_STEPS
 PROGRESS = 1e-3
 """Relative fall of the best loss that counts as progress."""
 
@@ -54,6 +59,15 @@ class Stage:
             return height // 16, width // 16
         last_height, last_width = last.resolution(card)
         return round(pixels * height / last_height), round(pixels * width / last_width)
+
+
+def default_stages(teacher: Teacher) -> tuple[Stage, ...]:
+    """Return the stages that suit the images that a teacher takes."""
+    _, height, width = teacher.card.input_size
+    half = (height // 2, width // 2)
+    if min(height, width) < LARGE or refusal_of_size(teacher, half) is not None:
+        return (Stage(DEFAULT_STEPS),)
+    return Stage(SMALL_STEPS, half), Stage(FULL_STEPS)
 
 
 def check_stages(stages: Sequence[Stage], teacher: Teacher) -> None:
