@@ -190,9 +190,7 @@ def test_the_recipe_and_the_call_make_the_same_dreams(digits, invoke, recipe_fil
         "application": {"name": "synthesize"},
     }
     assert invoke("run", recipe_file(recipe), "--out", tmp_path / "run").code == 0
-    called = dreamkit.invert(
-        digits, preset="paper", seed=5, device="cpu", progress=False, clip=False, **options
-    )
+    called = dreamkit.invert(digits, seed=5, device="cpu", progress=False, **options)
     run = dreamkit.load_dreams(tmp_path / "run")
     assert torch.equal(called.images, run.images)
     assert torch.equal(called.labels, run.labels)
@@ -715,16 +713,20 @@ def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
     import dataclasses
 
     from dreamkit.api.invert import synthesizer_options
+    from dreamkit.synthesizers.stage import Stage, default_stages
 
     large = dataclasses.replace(
         digits, card=dataclasses.replace(digits.card, input_size=(1, 224, 192))
     )
     made = synthesizer_options({}, large, steps=12)
-    assert made["stages"] == [{"steps": 10, "size": [112, 96]}, {"steps": 2}]
-    assert synthesizer_options({}, digits)["stages"] == [{"steps": 200}]
+    assert made["stages"] == [
+        {"steps": 10, "size": (112, 96)},
+        {"steps": 2, "size": None},
+    ]
+    assert default_stages(digits) == (Stage(240),)
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(224 * 192, 10))
-    stages = synthesizer_options({}, dataclasses.replace(large, model=fixed))["stages"]
-    assert stages == [{"steps": 200}]  # half of its size would not go through
+    stages = default_stages(dataclasses.replace(large, model=fixed))
+    assert stages == (Stage(240),)  # half of its size would not go through
 
 
 def test_networks_by_name():

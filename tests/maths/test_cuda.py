@@ -9,6 +9,7 @@ from dreamkit.arithmetic import has_native_bfloat16
 from dreamkit.evaluation.judgement import judge_by
 from dreamkit.memory import available_memory, largest_batch, peak_memory
 from dreamkit.parameterisations.fourier import Fourier
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
@@ -31,7 +32,7 @@ def options(**changes):
         "batch_size": 8,
         "regularizers": (
             Term("tv", 0.01, TotalVariation()),
-            Term("bn_feature", 0.5, BNFeature(first_layer_scale=3.0)),
+            Term("bn_feature", 0.5, BNFeature("paper", first_layer_scale=3.0)),
         ),
         "stages": (Stage(30, size=16), Stage(30, size=32)),
         "lr": 0.05,
@@ -46,9 +47,9 @@ def teacher_on_cuda(toys):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("parameterisation", [None, Fourier()], ids=["pixels", "fourier"])
+@pytest.mark.parametrize("parameterisation", [Pixels(), Fourier()], ids=["pixels", "fourier"])
 def test_graphs_give_the_losses_of_eager(toys, precision, parameterisation):
-    changes = {} if parameterisation is None else {"parameterisation": parameterisation}
+    changes = {"parameterisation": parameterisation}
 
     def losses(compiled):
         given = options(engine=Engine(precision=precision, compile=compiled), **changes)

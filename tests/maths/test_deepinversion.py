@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit.errors import DreamkitError, TeacherMismatch
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
@@ -28,7 +29,7 @@ A_TV, A_L2, A_F = 2.5e-2, 3e-3, 0.7
 TERMS = (
     Term("tv", A_TV, TotalVariation()),
     Term("l2", A_L2, L2Norm()),
-    Term("bn_feature", A_F, BNFeature()),
+    Term("bn_feature", A_F, BNFeature("paper")),
 )
 
 
@@ -46,6 +47,11 @@ def options(**changes):
         "batch_size": 4,
         "regularizers": TERMS,
         "stages": (Stage(3),),
+        "parameterisation": Pixels(),
+        "lr": 0.05,
+        "betas": (0.9, 0.999),
+        "schedule": "constant",
+        "clip": False,
         "engine": Engine(precision="float32", compile=False),
     }
     return DeepInversion(**(known | changes))

@@ -198,7 +198,7 @@ def test_judge_leaves_the_teacher_as_it_was(toys):
 
 def test_judging_a_batch_leaves_nothing_in_the_next(toys):
     # The scale falls on the first layer seen, so a stale one would change every pixel.
-    regularizers = (Term("bn_feature", 1.0, BNFeature(first_layer_scale=10.0)),)
+    regularizers = (Term("bn_feature", 1.0, BNFeature("paper", first_layer_scale=10.0)),)
     options = DeepInversion(regularizers, 6, stages=(Stage(3),), batch_size=3)
     teacher, device = toys.teacher(toys.two_bn()), torch.device("cpu")
     first, second = batch_plans(6, 3, 0)

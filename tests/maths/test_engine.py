@@ -42,7 +42,7 @@ def options(**changes):
         "batch_size": 4,
         "regularizers": (
             Term("tv", 0.01, TotalVariation()),
-            Term("bn_feature", 0.5, BNFeature(first_layer_scale=3.0)),
+            Term("bn_feature", 0.5, BNFeature("paper", first_layer_scale=3.0)),
         ),
         "stages": (Stage(3),),
         "engine": Engine(precision="float32", compile=False),

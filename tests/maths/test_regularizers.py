@@ -85,12 +85,12 @@ def two_layers():
     [(1.0, 7 + 4), (10.0, 10 * 7 + 4), (0.0, 4), (2.5, 2.5 * 7 + 4)],
 )
 def test_bn_feature_by_hand(scale, expected):
-    term = BNFeature(first_layer_scale=scale)
+    term = BNFeature("paper", first_layer_scale=scale)
     assert term(step_of(statistics=two_layers())).item() == pytest.approx(expected)
 
 
 def test_bn_feature_per_layer_is_unscaled():
-    parts = BNFeature(first_layer_scale=10).per_layer(step_of(statistics=two_layers()))
+    parts = BNFeature("paper", first_layer_scale=10).per_layer(step_of(statistics=two_layers()))
     assert {k: v.item() for k, v in parts.items()} == pytest.approx({"first": 7, "second": 4})
 
 
