@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
 
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.seeds import derived_seed
+from dreamkit.stages.statistics_distance import statistics_distance
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
 
@@ -42,31 +45,32 @@ def batch_seed(seed: int, index: int) -> int:
     return derived_seed(seed, str(index))
 
 
-@torch.no_grad()
-def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, float]]:
-    """Quantise a batch as it is stored, and return it with its logits and R_feature by layer.
-
-    R_feature is measured on what is stored, without jitter, each layer unscaled.
-    """
-    stored = teacher.card.to_stored(dream.images)
-    logits, per_layer = feature_distances(stored, dream.labels, teacher)
-    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
-
-
-@torch.no_grad()
-def feature_distances(
-    stored: Tensor, labels: Tensor, teacher: Teacher
-) -> tuple[Tensor, dict[str, float]]:
-    """Return a teacher's logits of a batch, and R_feature of eq. 4 by layer, unscaled.
+@dataclass(frozen=True)
+class BatchQuality:
+    """How near a stored batch is to training, by the statistics of the network it came from.
 
     Args:
-        stored: (N, C, H, W) uint8.
-        labels: (N,).
-        teacher: where the images are.
+        statistics_distance: by layer, as a multiple of chance; empty without BatchNorm, and for a
+            batch of one image.
+        r_feature: eq. 4 of DeepInversion, unscaled, summed over layers, for comparison with
+            published numbers; None without BatchNorm.
     """
+
+    statistics_distance: Mapping[str, float]
+    r_feature: float | None
+
+
+@torch.no_grad()
+def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, BatchQuality]:
+    """Quantise a batch as it is stored, and return it with its logits, and what it is worth.
+
+    One pass of the network, without jitter, over what is stored.
+    """
+    stored = teacher.card.to_stored(dream.images)
     images = teacher.card.normalise(stored)
-    with eval_mode(teacher.model), tapped(teacher.model) as tap:
-        logits, statistics = tap(images)
-    step = InversionStep(images, labels, logits, bn_statistics=statistics)
-    distances = BNFeature().per_layer(step)
-    return logits, {name: float(value) for name, value in distances.items()}
+    with eval_mode(teacher.model), tapped(teacher.model, each_image=True) as tap:
+        logits, layers = tap(images)
+    step = InversionStep(images, dream.labels, logits, bn_statistics=layers)
+    r_feature = float(BNFeature("paper")(step)) if layers else None
+    quality = BatchQuality(statistics_distance(layers), r_feature)
+    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), quality
