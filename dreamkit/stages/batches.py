@@ -40,6 +40,30 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     return f"images: {images} for {classes} classes: {least}{classes - images} {plural} no image"
 
 
+def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:
+    """Return a sentence if statistics are matched by very few images; None if not.
+
+    Args:
+        synthesizer: its option ``regularizers``, if it has one, says whether they are.
+        batch_size: images that are dreamed together, but for the last batch.
+    """
+    terms, images = getattr(synthesizer, "regularizers", ()), synthesizer.images
+    if not any("bn_statistics" in term.entry.needs for term in terms):
+        return None
+    if 1 in (images, batch_size):
+        return (
+            "images are dreamed one by one, and the statistics of each alone are to be those of "
+            "all training images: batches of 32 and more make better ones"
+        )
+    last = images % batch_size
+    if images < batch_size or last == 0 or 4 * last >= batch_size:
+        return None
+    return (
+        f"images: {images} in batches of {batch_size} leave {last} for the last, and so few match "
+        f"training's statistics worse: {images - last} or {images - last + batch_size} fill it"
+    )
+
+
 def batch_seed(seed: int, index: int) -> int:
     """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
     return derived_seed(seed, str(index))

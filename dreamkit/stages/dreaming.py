@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
-from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out
+from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out, small_batches
 from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore
@@ -160,8 +160,10 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
-        if lacking := classes_left_out(self.synthesizer, self.teacher.card.num_classes):
-            context.log.note(lacking)
+        classes, batch_size = self.teacher.card.num_classes, self.dreamer.batch_size
+        lacking = classes_left_out(self.synthesizer, classes)
+        for doubt in filter(None, (lacking, small_batches(self.synthesizer, batch_size))):
+            context.log.note(doubt)
         start = time.perf_counter()
         with context.log.progress("preparing", 1), self._enough_memory():
             cost = self.dreamer.prepare(sum(plan.size for plan in mine))
