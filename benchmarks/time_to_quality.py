@@ -57,11 +57,12 @@ def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher)
         logits, statistics = tap(images)
     unclipped = BNFeature().per_layer(InversionStep(images, labels, logits, None, statistics))
     assert content.teacher_logits is not None
+    assert stored.r_feature is not None
     with torch.no_grad():
         seen = verifier.model(verifier.card.normalise(content.images))
     return Quality(
         float(sum(unclipped.values())),
-        stored.r_feature or 0.0,
+        stored.r_feature,
         float((content.teacher_logits.argmax(1) == content.labels).float().mean()),
         float((seen.argmax(1) == content.labels).float().mean()),
     )

@@ -19,7 +19,7 @@ from dreamkit.wording import say
 EXPLANATION = (
     "FLOPs count a multiply-add once; latency is of one image; images/s = batch size / (steps * "
     "seconds per step); peak memory is the process's on a CPU, torch's on a GPU; dist. is how far "
-    "statistics are from training's (1: as near as as many training images)"
+    "statistics are from training's (1: as near as an equal number of training images)"
 )
 _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("bn_layers", "BN\nlayers", "{} BN layers", str),

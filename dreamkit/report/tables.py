@@ -109,8 +109,8 @@ def distance_said(mean: float, by_layer: Mapping[str, float]) -> str:
     """Return how far statistics are from training's, for people."""
     worst = max(by_layer, key=lambda name: by_layer[name])
     return (
-        f"{mean:.2f} times as far from training's as as many training images would be by chance "
-        f"(furthest: {worst}, {by_layer[worst]:.2f})"
+        f"{mean:.2f} times the distance from training's that as many training images have by "
+        f"chance (furthest: {worst}, {by_layer[worst]:.2f})"
     )
 
 

@@ -22,7 +22,7 @@ def statistics_distance(layers: Sequence[LayerStatistics]) -> dict[str, float]:
     training would have one too, by chance alone: the root of the mean over channels of
     s²/N, with s² = Var(mᵢ)/σ² + Var(cᵢ)/(4σ⁴), where mᵢ is the mean of one image over positions,
     cᵢ its mean of (x - μ̂)², and the variances are over images (the delta method). At 1.0 the batch
-    is as near as as many training images.
+    is as near as an equal number of training images.
 
     Without data the variances over training images are not known; those over the batch's own
     images stand for them, with the larger of σ̂ and σ in place of σ, so that a batch of wild

@@ -278,8 +278,8 @@ MEASURED = {
     "details": {"statistics_distance": {"bn1": 1.5, "layer1.bn2": 3.0}},
 }
 SAID = (
-    "the dreams' statistics: 2.25 times as far from training's as as many training images would "
-    "be by chance (furthest: layer1.bn2, 3.00)"
+    "the dreams' statistics: 2.25 times the distance from training's that as many training images "
+    "have by chance (furthest: layer1.bn2, 3.00)"
 )
 
 
