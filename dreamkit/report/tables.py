@@ -102,7 +102,7 @@ def dreams_line(report: Mapping[str, Any]) -> str | None:
     by_layer = report["details"].get("statistics_distance")
     if mean is None or not by_layer:
         return None
-    return f"the dreams' statistics: {distance_said(mean, by_layer)}"
+    return f"The dreams' statistics: {distance_said(mean, by_layer)}"
 
 
 def distance_said(mean: float, by_layer: Mapping[str, float]) -> str:

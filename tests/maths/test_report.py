@@ -278,7 +278,7 @@ MEASURED = {
     "details": {"statistics_distance": {"bn1": 1.5, "layer1.bn2": 3.0}},
 }
 SAID = (
-    "the dreams' statistics: 2.25 times the distance from training's that as many training images "
+    "The dreams' statistics: 2.25 times the distance from training's that as many training images "
     "have by chance (furthest: layer1.bn2, 3.00)"
 )
 
