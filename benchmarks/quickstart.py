@@ -32,7 +32,7 @@ COLUMNS = (
     ("ratio", "student / teacher"),
     ("flops_ratio", "FLOPs left"),
     ("latency_ratio", "latency left"),
-    ("synthesis.r_feature", "R_feature"),
+    ("synthesis.statistics_distance", "statistics distance"),
     ("seconds", "seconds"),
 )
 

@@ -52,16 +52,17 @@ class Quality:
 
 def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher) -> Quality:
     """Judge a batch as it would be stored."""
-    content, per_layer = as_stored(Dream(images, labels, 0.0), teacher)
+    content, stored = as_stored(Dream(images, labels, 0.0), teacher)
     with torch.no_grad(), tapped(teacher.model) as tap:
         logits, statistics = tap(images)
     unclipped = BNFeature().per_layer(InversionStep(images, labels, logits, None, statistics))
     assert content.teacher_logits is not None
+    assert stored.r_feature is not None
     with torch.no_grad():
         seen = verifier.model(verifier.card.normalise(content.images))
     return Quality(
         float(sum(unclipped.values())),
-        sum(per_layer.values()),
+        stored.r_feature,
         float((content.teacher_logits.argmax(1) == content.labels).float().mean()),
         float((seen.argmax(1) == content.labels).float().mean()),
     )

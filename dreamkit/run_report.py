@@ -19,7 +19,13 @@ from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
-from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
+from dreamkit.report.tables import (
+    continual_rows,
+    dreams_line,
+    fidelity_line,
+    judge_rows,
+    summary_rows,
+)
 from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.run_directory import PAGE, RunDirectory
@@ -96,9 +102,9 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    line = fidelity_line(report)
-    if line is not None:
-        say(console, line)
+    for line in (dreams_line(report), fidelity_line(report)):
+        if line is not None:
+            say(console, line)
     for failure in report.get("failures", []):
         say(console, f"FAILED: {failure}")
     say(console, f"report: {folder / 'report.html'}")

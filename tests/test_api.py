@@ -195,7 +195,7 @@ def test_the_recipe_and_the_call_make_the_same_dreams(digits, invoke, recipe_fil
     assert torch.equal(called.images, run.images)
     assert torch.equal(called.labels, run.labels)
     assert run.card == digits.card
-    shared = {"synthesis.images", "synthesis.teacher_accuracy", "synthesis.r_feature"}
+    shared = {"synthesis.images", "synthesis.teacher_accuracy", "synthesis.statistics_distance"}
     for name in shared:
         assert called.metrics[name] == run.metrics[name]
 
@@ -208,7 +208,9 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
     assert dreams.labels.tolist() == [0, 1, 2, 3, 4, 5]
     layers = digits.model.named_modules()
     assert {*dreams.quality.by_layer} == {n for n, m in layers if isinstance(m, nn.BatchNorm2d)}
-    assert dreams.quality.r_feature == pytest.approx(sum(dreams.quality.by_layer.values()))
+    assert dreams.quality.statistics_distance == pytest.approx(
+        sum(dreams.quality.by_layer.values()) / len(dreams.quality.by_layer)
+    )
     folder = dreams.save(tmp_path / "dreams")
     again = dreamkit.load_dreams(folder)
     assert torch.equal(again.images, dreams.images)

@@ -34,7 +34,7 @@ FLAGSHIP = ROOT / "recipes" / "prune_resnet50_ha.yaml"
 CONTRACT = {
     *(f"{model}.accuracy" for model in ("teacher", "pruned", "student")),
     *(f"{m}.{k}" for m in ("teacher", "student") for k in ("params", "flops", "latency_ms")),
-    *(f"synthesis.{k}" for k in ("images", "seconds", "images_per_second", "r_feature")),
+    *(f"synthesis.{k}" for k in ("images", "seconds", "images_per_second", "statistics_distance")),
     "training.seconds",
 }
 SMALL = ("--set", "synthesis.images=40", "--set", "synthesis.batch_size=16")

@@ -163,8 +163,8 @@ def test_every_figure_of_a_teacher(monkeypatch: pytest.MonkeyPatch, digits: Teac
     assert row.latency_ms > 0
     assert row.memory_bytes is not None
     assert row.memory_bytes > 1e6
-    assert row.r_feature is not None
-    assert row.r_feature > 0
+    assert row.statistics_distance is not None
+    assert row.statistics_distance > 0
     assert row.cross_model_accuracy == 1.0
     assert row.precision in {"float32", "bfloat16"}
 
@@ -172,7 +172,7 @@ def test_every_figure_of_a_teacher(monkeypatch: pytest.MonkeyPatch, digits: Teac
 def test_random_weights_have_no_quality() -> None:
     row = told(Task(*DIGITS, NULL))
     assert row.seconds_per_step is not None
-    assert (row.r_feature, row.cross_model_accuracy, row.reasons) == (None, None, [])
+    assert (row.statistics_distance, row.cross_model_accuracy, row.reasons) == (None, None, [])
 
 
 def changed(card: Card, **changes: Any) -> Card:
@@ -197,7 +197,7 @@ def test_a_verifier_that_cannot_tell(digits: Teacher, change: dict[str, Any], re
     row = told(Task(*DIGITS, settings, changed(digits.card, **change)))
     assert row.reasons == [f"no cross-model accuracy: {reason}"]
     assert row.cross_model_accuracy is None
-    assert row.r_feature is not None
+    assert row.statistics_distance is not None
 
 
 def test_a_verifier_of_another_size_sees_the_dreams_scaled(
@@ -220,7 +220,7 @@ def test_a_verifier_of_another_size_sees_the_dreams_scaled(
 def test_no_dreaming_is_begun_that_would_not_end() -> None:
     row = told(Task(*DIGITS, SETTINGS), deadline=0)
     assert row.seconds_per_step is not None
-    assert row.r_feature is None
+    assert row.statistics_distance is None
     assert row.cut_short == "time"
     assert re.fullmatch(
         "dreaming 3 steps takes about .*, and .* of its time is left", row.reasons[0]
@@ -469,8 +469,8 @@ def test_a_wrong_verifier_is_found_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("known", "axis"),
     [
-        ({"cross_model_accuracy": 0.5, "r_feature": 3.0}, "cross-model accuracy"),
-        ({"r_feature": 3.0, "flops": 7}, "R_feature"),
+        ({"cross_model_accuracy": 0.5, "statistics_distance": 3.0}, "cross-model accuracy"),
+        ({"statistics_distance": 3.0, "flops": 7}, "distance of statistics"),
         ({"flops": 7, "params": 6}, "FLOPs of an image (quality is not known)"),
         ({"params": 6}, "parameters (quality is not known)"),
     ],
@@ -529,7 +529,7 @@ def test_the_command(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (row,) = content["teachers"]
     assert (row["model"], row["params"], row["reasons"]) == ("digits_resnet8", 77754, [])
     assert row["images_per_second"] == pytest.approx(2 / (2 * row["seconds_per_step"]))
-    assert math.isfinite(row["r_feature"])
+    assert math.isfinite(row["statistics_distance"])
     assert row["cross_model_accuracy"] is None
 
     monkeypatch.delattr(sweeping, "measure_in_child")

@@ -19,6 +19,8 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, StoreError
 from dreamkit.report.figures import grid
 from dreamkit.report.notebook import as_html
+from dreamkit.report.tables import distance_said
+from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.picture_files import write_pictures
 from dreamkit.store.run_directory import REPORT
@@ -35,14 +37,15 @@ class Quality:
 
     Args:
         teacher_accuracy: how often it sees in them what it was asked to, in [0, 1].
-        r_feature: eq. 4, unscaled and summed over layers, averaged over batches; lower is nearer
-            to the training images. Sums of different networks do not compare. None where the
-            network has no BatchNorm.
+        statistics_distance: how far the feature statistics of a batch are from those that the
+            network stores of its training, as a multiple of what as many training images would
+            have by chance; mean over layers and batches. 1.0 is as near as those; lower is nearer.
+            None where the network has no BatchNorm.
         by_layer: the same, layer by layer.
     """
 
     teacher_accuracy: float
-    r_feature: float | None
+    statistics_distance: float | None
     by_layer: Mapping[str, float]
 
 
@@ -106,13 +109,17 @@ class Dreams(Result):
 
     def __repr__(self) -> str:
         channels, height, width = self.images.shape[1:]
-        told = self.quality.r_feature
+        told = self.quality.statistics_distance
         return (
             f"Dreams of {self.card.name}, {self.seconds:.1f} s\n"
             f"  {len(self)} images of {channels}x{height}x{width}, "
             f"{len(self.labels.unique())} of {self.teacher_logits.shape[1]} classes\n"
             f"  seen by the teacher as asked: {self.quality.teacher_accuracy:.4f}"
-            + ("" if told is None else f"\n  R_feature: {told:.4g}")
+            + (
+                ""
+                if told is None
+                else f"\n  statistics: {distance_said(told, self.quality.by_layer)}"
+            )
         )
 
     def _repr_html_(self) -> str:
@@ -150,7 +157,7 @@ class Dreams(Result):
         store = DreamStore(folder, settings)
         for number, first in enumerate(range(0, len(self), _SHARD)):
             part = self[first : first + _SHARD].stored
-            store.write(number, part, 0.0, 0.0, self.quality.r_feature)
+            store.write(number, part, 0.0, 0.0, self.quality.by_layer)
         return folder
 
     def to_folder(self, folder: str | Path) -> Path:
@@ -185,14 +192,16 @@ def load_dreams(folder: str | Path) -> Dreams:
     logits = content.teacher_logits.float()
     right = _accuracy(logits, labels)
     metrics = {"synthesis.images": float(len(images)), "synthesis.teacher_accuracy": right}
-    if store.r_feature is not None:
-        metrics["synthesis.r_feature"] = store.r_feature
+    by_layer = store.statistics_distance
+    distance = overall(by_layer)
+    if distance is not None:
+        metrics["synthesis.statistics_distance"] = distance
     return Dreams(
         images=images,
         labels=labels,
         teacher_logits=logits,
         card=card,
-        quality=Quality(right, store.r_feature, {}),
+        quality=Quality(right, distance, by_layer),
         metrics=metrics,
         history=[],
         notes=list(store.notes),

@@ -14,7 +14,6 @@ from dreamkit.api.networks import View
 from dreamkit.api.results import described
 from dreamkit.api.session import Conditions, Session, session
 from dreamkit.errors import DreamkitError
-from dreamkit.stages.batches import feature_distances
 from dreamkit.stages.dreaming import dream_into_store
 from dreamkit.stages.run_store import report_synthesis, run_store
 from dreamkit.synthesizers.stage import LARGE, default_stages
@@ -108,7 +107,7 @@ def invert(
             interrupted = False
         except KeyboardInterrupt:
             content, interrupted = _finished(work, synthesis), True
-        return _dreams(work, synthesis, content, settings, interrupted)
+        return _dreams(work, content, settings, interrupted)
 
 
 def synthesizer_options(
@@ -184,7 +183,6 @@ def _finished(work: Session, synthesis: Synthesis) -> Images:
 
 def _dreams(
     work: Session,
-    synthesis: Synthesis,
     content: Any,
     settings: Mapping[str, Any],
     interrupted: bool,
@@ -192,8 +190,8 @@ def _dreams(
     images, labels = content.batch(range(len(content)))
     quality = Quality(
         work.log.metrics["synthesis.teacher_accuracy"],
-        work.log.metrics.get("synthesis.r_feature"),
-        _by_layer(work, synthesis),
+        work.log.metrics.get("synthesis.statistics_distance"),
+        work.log.details.get("statistics_distance", {}),
     )
     return Dreams(
         images=images.clone(),
@@ -204,18 +202,3 @@ def _dreams(
         interrupted=interrupted,
         **described(work, settings),
     )
-
-
-def _by_layer(work: Session, synthesis: Synthesis) -> dict[str, float]:
-    """Return each layer's part of R_feature, averaged over the batches as the sum is."""
-    store = run_store(work.teacher, synthesis, work.context)
-    total: dict[str, float] = {}
-    with work.log.progress("R_feature by layer", len(store.shards)) as advance:
-        for number, (index, shard) in enumerate(store.shards.items(), 1):
-            batch, device = store.read(index), work.context.device
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            _, parts = feature_distances(images, labels, work.teacher)
-            for name, value in parts.items():
-                total[name] = total.get(name, 0.0) + value * shard.images / len(store)
-            advance(number)
-    return total

@@ -24,6 +24,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.stages.batches import as_stored, batch_seed
+from dreamkit.stages.statistics_distance import overall
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
@@ -159,11 +160,11 @@ def _invert(
     dream = dreamer.dream(
         BatchPlan(0, 0, dreamer.batch_size, batch_seed(_SEED, 0)), lambda step, terms: None
     )
-    dreams, by_layer = as_stored(dream, teacher)
-    r_feature = sum(by_layer.values())
-    if not math.isfinite(r_feature):
-        raise DreamkitError("R_feature of its dreams is not finite")
-    tell({"r_feature": r_feature})
+    dreams, quality = as_stored(dream, teacher)
+    distance = overall(quality.statistics_distance)
+    if distance is not None and not math.isfinite(distance):
+        raise DreamkitError("the feature statistics of its dreams are not finite")
+    tell({"statistics_distance": distance})
     return dreams
 
 

@@ -57,7 +57,7 @@ class TeacherRow:
         seconds_per_step: of the inversion of a batch.
         images_per_second: batch size / (steps × seconds per step).
         memory_bytes: peak of the inversion; of the process on a CPU, of torch on a GPU.
-        r_feature: of the dreams, summed over layers.
+        statistics_distance: of the dreams from training, as a multiple of chance.
         cross_model_accuracy: how often the verifier sees the class dreamed of, in [0, 1].
         reasons: why figures are missing.
         cut_short: whether there was no time for, or no weights to, the rest.
@@ -76,7 +76,7 @@ class TeacherRow:
     seconds_per_step: float | None = None
     images_per_second: float | None = None
     memory_bytes: int | None = None
-    r_feature: float | None = None
+    statistics_distance: float | None = None
     cross_model_accuracy: float | None = None
     reasons: list[str] = field(default_factory=list)
     cut_short: Literal["time", "weights"] | None = None

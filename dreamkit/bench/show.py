@@ -18,7 +18,8 @@ from dreamkit.wording import say
 
 EXPLANATION = (
     "FLOPs count a multiply-add once; latency is of one image; images/s = batch size / (steps * "
-    "seconds per step); peak memory is the process's on a CPU, torch's on a GPU"
+    "seconds per step); peak memory is the process's on a CPU, torch's on a GPU; dist. is how far "
+    "statistics are from training's (1: as near as an equal number of training images)"
 )
 _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("bn_layers", "BN\nlayers", "{} BN layers", str),
@@ -28,7 +29,7 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("seconds_per_step", "s/step", "{} s/step", "{:.3g}".format),
     ("images_per_second", "images\n/s", "{} images/s", "{:.3g}".format),
     ("memory_bytes", "peak\nGB", "{} GB", lambda value: f"{value / 2**30:.2f}"),
-    ("r_feature", "R_\nfeature", "R_feature {}", "{:.4g}".format),
+    ("statistics_distance", "dist.", "statistics distance {}", "{:.2f}".format),
     ("cross_model_accuracy", "cross-\nmodel", "cross-model accuracy {}", "{:.3f}".format),
 )
 """Field, title of its column, how a line says it, and how it is written."""
@@ -70,8 +71,8 @@ def show(rows: Sequence[TeacherRow], settings: Settings, console: Console) -> No
 def draw(path: Path, settings: Settings) -> Path | None:
     """Draw cost against quality of every row of a file, as an SVG file beside it.
 
-    Cost is seconds per image. Quality is cross-model accuracy where any is known, else R_feature;
-    where neither is, the size of the teacher takes its place: FLOPs, else parameters.
+    Cost is seconds per image. Quality is cross-model accuracy where any is known, else the distance
+    of statistics; where neither is, the teacher's size takes its place: FLOPs, else parameters.
 
     Returns:
         The picture; None where no row has both.
@@ -79,7 +80,7 @@ def draw(path: Path, settings: Settings) -> Path | None:
     rows = read_results(path, settings).teachers
     for key, title in (
         ("cross_model_accuracy", "cross-model accuracy (higher is better)"),
-        ("r_feature", "R_feature (lower is better)"),
+        ("statistics_distance", "distance of statistics (1: as near as training images)"),
         ("flops", "FLOPs of an image (quality is not known)"),
         ("params", "parameters (quality is not known)"),
     ):

@@ -216,7 +216,8 @@ def bench_teachers(
 
     One row a teacher: BatchNorm layers, parameters, FLOPs (a multiply-add counted once), latency
     of one image, seconds per step of the inversion, images/s = batch size / (steps × seconds per
-    step), peak memory and, with weights, R_feature and cross-model accuracy of a batch of dreams.
+    step), peak memory and, with weights, of a batch of dreams: cross-model accuracy, and how far
+    its feature statistics are from training's (1: as near as an equal number of training images).
     What cannot be measured is a row with the reason. Each teacher has a process of its own, which
     is stopped when its time is up. Given again, the command goes on with what is missing.
 

@@ -13,7 +13,9 @@ from dreamkit.types import InversionStep, LayerStatistics, Regularizer
 from dreamkit.types.needs import supplied
 
 _FLOOR = 1e-3
-"""Least variance of a channel that ``relative`` divides by, as a share of its layer's mean."""
+"""Least variance of a channel that is divided by, as a share of its layer's mean."""
+_EPS = 1e-5
+"""Least variance of all: what BatchNorm itself adds to each, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,16 @@ def _absolute(layer: LayerStatistics) -> Tensor:
 
 
 def _relative(layer: LayerStatistics) -> Tensor:
-    # A channel that is dead in training has no spread to measure by.
-    var = layer.running_var.clamp(min=_FLOOR * layer.running_var.mean())
+    var = divisors(layer.running_var)
     mean_off = (layer.mean - layer.running_mean).square() / var
     # A root has no gradient at 0: a channel that is dead in the batch is left where it is.
     spread_off = ((layer.var / var).clamp(min=1e-8).sqrt() - 1).square()
     return (mean_off + spread_off).mean()
+
+
+def divisors(running_var: Tensor) -> Tensor:
+    """Return the variances (C,) that deviations of a layer's channels are divided by, all > 0.
+
+    A channel that is dead in training, or a layer, has no spread to measure by.
+    """
+    return running_var.clamp(min=_FLOOR * running_var.mean()).clamp(min=_EPS)

@@ -10,9 +10,15 @@ from PIL import Image
 
 from dreamkit.report.figures import curves, heat_map
 from dreamkit.report.notebook import data_uri
-from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
+from dreamkit.report.tables import (
+    continual_rows,
+    dreams_line,
+    fidelity_line,
+    judge_rows,
+    summary_rows,
+)
 
-_NO_CURVE = {"r_feature by layer"}
+_NO_CURVE = {"statistics distance by layer"}
 
 
 def render(
@@ -48,16 +54,7 @@ def render(
         learnt=learnt,
         confusion=heat_map(told["confusion"], told["class_names"]) if told else None,
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
-        layers=_layer_means(records.get("r_feature by layer", {})),
+        layers=report["details"].get("statistics_distance", {}),
+        dreams=dreams_line(report),
         recipe_yaml=recipe_yaml,
     )
-
-
-def _layer_means(records: Mapping[int, Mapping[str, float | None]]) -> dict[str, float]:
-    """Return R_feature of each layer, averaged over batches."""
-    known: dict[str, list[float]] = {}
-    for numbers in records.values():
-        for name, value in numbers.items():
-            if value is not None:
-                known.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in known.items()}

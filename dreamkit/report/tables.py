@@ -96,6 +96,24 @@ def fidelity_line(report: Mapping[str, Any]) -> str | None:
     return line + " (torch-fidelity)"
 
 
+def dreams_line(report: Mapping[str, Any]) -> str | None:
+    """Return a sentence on the dreams' statistics and the worst layer; None if none were taken."""
+    mean = report["metrics"].get("synthesis.statistics_distance")
+    by_layer = report["details"].get("statistics_distance")
+    if mean is None or not by_layer:
+        return None
+    return f"The dreams' statistics: {distance_said(mean, by_layer)}"
+
+
+def distance_said(mean: float, by_layer: Mapping[str, float]) -> str:
+    """Return how far statistics are from training's, for people."""
+    worst = max(by_layer, key=lambda name: by_layer[name])
+    return (
+        f"{mean:.2f} times the distance from training's that as many training images have by "
+        f"chance (furthest: {worst}, {by_layer[worst]:.2f})"
+    )
+
+
 def quantity(value: float) -> str:
     """Write a count with three significant digits and k, M, G."""
     rounded = float(f"{value:.3g}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
 
 from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.seeds import derived_seed
+from dreamkit.stages.statistics_distance import statistics_distance
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
 
@@ -37,36 +40,61 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     return f"images: {images} for {classes} classes: {least}{classes - images} {plural} no image"
 
 
+def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:
+    """Return a sentence if statistics are matched by very few images; None if not.
+
+    Args:
+        synthesizer: its option ``regularizers``, if it has one, says whether they are.
+        batch_size: images that are dreamed together, but for the last batch.
+    """
+    terms, images = getattr(synthesizer, "regularizers", ()), synthesizer.images
+    if not any("bn_statistics" in term.entry.needs for term in terms):
+        return None
+    if 1 in (images, batch_size):
+        return (
+            "images are dreamed one by one, and the statistics of each alone are to be those of "
+            "all training images: batches of 32 and more make better ones"
+        )
+    last = images % batch_size
+    if images < batch_size or last == 0 or 4 * last >= batch_size:
+        return None
+    return (
+        f"images: {images} in batches of {batch_size} leave {last} for the last, and so few match "
+        f"training's statistics worse: {images - last} or {images - last + batch_size} fill it"
+    )
+
+
 def batch_seed(seed: int, index: int) -> int:
     """Return a batch's seed, in [0, 2^63); neighbouring batches and seeds share nothing."""
     return derived_seed(seed, str(index))
 
 
-@torch.no_grad()
-def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, dict[str, float]]:
-    """Quantise a batch as it is stored, and return it with its logits and R_feature by layer.
-
-    R_feature is measured on what is stored, without jitter, each layer unscaled.
-    """
-    stored = teacher.card.to_stored(dream.images)
-    logits, per_layer = feature_distances(stored, dream.labels, teacher)
-    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), per_layer
-
-
-@torch.no_grad()
-def feature_distances(
-    stored: Tensor, labels: Tensor, teacher: Teacher
-) -> tuple[Tensor, dict[str, float]]:
-    """Return a teacher's logits of a batch, and R_feature of eq. 4 by layer, unscaled.
+@dataclass(frozen=True)
+class BatchQuality:
+    """How near a stored batch is to training, by the statistics of the network it came from.
 
     Args:
-        stored: (N, C, H, W) uint8.
-        labels: (N,).
-        teacher: where the images are.
+        statistics_distance: by layer, as a multiple of chance; empty without BatchNorm, and for a
+            batch of one image.
+        r_feature: eq. 4 of DeepInversion, unscaled, summed over layers, for comparison with
+            published numbers; None without BatchNorm.
     """
+
+    statistics_distance: Mapping[str, float]
+    r_feature: float | None
+
+
+@torch.no_grad()
+def as_stored(dream: Dream, teacher: Teacher) -> tuple[StoredImages, BatchQuality]:
+    """Quantise a batch as it is stored, and return it with its logits, and what it is worth.
+
+    One pass of the network, without jitter, over what is stored.
+    """
+    stored = teacher.card.to_stored(dream.images)
     images = teacher.card.normalise(stored)
-    with eval_mode(teacher.model), tapped(teacher.model) as tap:
-        logits, statistics = tap(images)
-    step = InversionStep(images, labels, logits, bn_statistics=statistics)
-    distances = BNFeature().per_layer(step)
-    return logits, {name: float(value) for name, value in distances.items()}
+    with eval_mode(teacher.model), tapped(teacher.model, each_image=True) as tap:
+        logits, layers = tap(images)
+    step = InversionStep(images, dream.labels, logits, bn_statistics=layers)
+    r_feature = float(BNFeature("paper")(step)) if layers else None
+    quality = BatchQuality(statistics_distance(layers), r_feature)
+    return StoredImages(stored.cpu(), dream.labels.cpu(), logits.cpu()), quality

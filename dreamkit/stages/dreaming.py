@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
-from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out
+from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out, small_batches
 from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
+from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
 from dreamkit.types import (
@@ -159,8 +160,10 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
-        if lacking := classes_left_out(self.synthesizer, self.teacher.card.num_classes):
-            context.log.note(lacking)
+        classes, batch_size = self.teacher.card.num_classes, self.dreamer.batch_size
+        lacking = classes_left_out(self.synthesizer, classes)
+        for doubt in filter(None, (lacking, small_batches(self.synthesizer, batch_size))):
+            context.log.note(doubt)
         start = time.perf_counter()
         with context.log.progress("preparing", 1), self._enough_memory():
             cost = self.dreamer.prepare(sum(plan.size for plan in mine))
@@ -230,15 +233,15 @@ class Dreaming:
             self.store.skip(index, plan.size, error.message)
             return
         with self._enough_memory():
-            content, per_layer = as_stored(dream, self.teacher)
-        r_feature = sum(per_layer.values()) if per_layer else None
+            content, quality = as_stored(dream, self.teacher)
+        distances = quality.statistics_distance
         seconds = time.perf_counter() - start
         state = self.dreamer.state()
-        self.store.write(index, content, seconds, dream.loss, r_feature, state)
+        self.store.write(index, content, seconds, dream.loss, distances, state)
         self._tell(index, content)
-        if r_feature is not None:
-            self._record("batches", index, {"r_feature": r_feature})
-            self._record("r_feature by layer", index, per_layer)
+        if (mean := overall(distances)) is not None:
+            self._record("batches", index, {"statistics_distance": mean})
+            self._record("statistics distance by layer", index, dict(distances))
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         cure = f"lower the synthesis's batch_size ({self.dreamer.batch_size} now)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError
+from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore
 from dreamkit.types import RunContext, Synthesis, Teacher
 
@@ -15,15 +16,16 @@ FOUND_SECONDS = 60.0
 
 
 def report_synthesis(context: RunContext, store: DreamStore) -> None:
-    """Add the metrics of a run's dreams."""
+    """Add the metrics of a run's dreams, and how far off each layer's statistics are."""
     metrics = context.log.metrics
     metrics["synthesis.images"] = len(store)
     metrics["synthesis.skipped_batches"] = len(store.skipped)
     metrics["synthesis.seconds"] = store.seconds
     rate = len(store) / store.seconds * distributed.size()
     metrics["synthesis.images_per_second"] = rate
-    if store.r_feature is not None:
-        metrics["synthesis.r_feature"] = store.r_feature
+    if (mean := overall(store.statistics_distance)) is not None:
+        metrics["synthesis.statistics_distance"] = mean
+        context.log.details["statistics_distance"] = store.statistics_distance
     content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
     metrics["synthesis.teacher_accuracy"] = float(right.float().mean())

@@ -174,12 +174,15 @@ class DreamStore:
         return sum(shard.seconds for shard in self.shards.values())
 
     @property
-    def r_feature(self) -> float | None:
-        """R_feature averaged over the stored images, where the teacher has BatchNorm."""
-        known = [(s.r_feature, s.images) for s in self.shards.values() if s.r_feature is not None]
-        if not known:
-            return None
-        return sum(value * n for value, n in known) / sum(n for _, n in known)
+    def statistics_distance(self) -> dict[str, float]:
+        """Distance of each layer's statistics, averaged over the stored images that have one."""
+        total: dict[str, float] = {}
+        images: dict[str, int] = {}
+        for shard in self.shards.values():
+            for layer, value in shard.statistics_distance.items():
+                total[layer] = total.get(layer, 0.0) + value * shard.images
+                images[layer] = images.get(layer, 0) + shard.images
+        return {layer: value / images[layer] for layer, value in total.items()}
 
     def lacks(self, images: int) -> bool:
         """Whether there are fewer images than these, those of skipped batches counted."""
@@ -191,7 +194,7 @@ class DreamStore:
         content: StoredImages,
         seconds: float,
         loss: float,
-        r_feature: float | None,
+        statistics_distance: Mapping[str, float],
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add one batch, whole or not at all, and what the synthesizer carries on from it."""
@@ -201,7 +204,12 @@ class DreamStore:
             "labels": content.labels,
             "teacher_logits": content.teacher_logits.to(torch.float16),
         }
-        told = {"seconds": seconds, "loss": loss, "r_feature": r_feature, "carried": bool(state)}
+        told = {
+            "seconds": seconds,
+            "loss": loss,
+            "statistics_distance": dict(statistics_distance),
+            "carried": bool(state),
+        }
         shard = self._write("shard", index, tensors, images=len(content), **told)
         if state:  # the batch counts from here on
             before, self.state = self.state, self._write("state", index + 1, state)

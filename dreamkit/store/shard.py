@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from dreamkit.flat_state import hash_state
 from dreamkit.store.atomic import write_atomically
 
 Kind = Literal["shard", "skipped", "state"]
-FORMAT = 5
+FORMAT = 6
 _HEADER = "dreamkit"
 """Key of the safetensors metadata: the format, the SHA-256 of it and the header, the header."""
 
@@ -40,7 +40,7 @@ class Header:
         images: how many the batch has, or would have had.
         seconds: that it took.
         loss: at the end.
-        r_feature: of its images, where the teacher has BatchNorm.
+        statistics_distance: of its images, by layer, as a multiple of chance.
         carried: whether it counts only together with a later state.
         reason: why it came to nothing.
         sha256: of the tensors.
@@ -53,7 +53,7 @@ class Header:
     images: int = 0
     seconds: float = 0.0
     loss: float | None = None
-    r_feature: float | None = None
+    statistics_distance: dict[str, float] = field(default_factory=dict)
     carried: bool = False
     reason: str | None = None
     sha256: str = ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.model_state import hooked
-from dreamkit.types import LayerStatistics
+from dreamkit.types import ImageStatistics, LayerStatistics
 
 
 def batch_norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -34,15 +34,21 @@ class BatchNormTap:
     """Runs a model and returns what its BatchNorm layers saw of that pass, in forward order.
 
     Passes that others run through the model in between leave no trace.
+
+    Args:
+        model: its layers are hooked by ``tapped``.
+        each_image: have the statistics of each image too. They carry no gradient.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, each_image: bool = False) -> None:
         self.model = model
+        self.each_image = each_image
+        self._batch = 0
         self._seen: dict[str, LayerStatistics] | None = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, tuple[LayerStatistics, ...]]:
         """Return the model's logits (N, K) and the statistics of each layer."""
-        self._seen = {}
+        self._seen, self._batch = {}, len(images)
         try:
             logits = self.model(images)
             return logits, tuple(self._seen.values())
@@ -59,8 +65,9 @@ class BatchNormTap:
         running_mean, running_var = module.running_mean, module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
-        mean, var = channel_statistics(x, running_mean)
-        self._seen[label] = LayerStatistics(label, mean, var, running_mean, running_var)
+        images = image_statistics(x, self._batch, len(running_mean)) if self.each_image else None
+        mean, var = channel_statistics(x, running_mean) if images is None else pooled(images)
+        self._seen[label] = LayerStatistics(label, mean, var, running_mean, running_var, images)
 
 
 def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +84,30 @@ def channel_statistics(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         x = x.flatten(0, -2)
     mean, var = _ChannelStatistics.apply(x, near)
     return mean, var
+
+
+@torch.no_grad()
+def image_statistics(x: Tensor, images: int, channels: int) -> ImageStatistics:
+    """Return each image's mean and biased variance over positions, each (images, C), float32.
+
+    Args:
+        x: a layer's input, as of ``channel_statistics``. Where it has several rows for an image,
+            as networks that cut images into windows make them, those of one stand together.
+        images: in the batch.
+        channels: of the layer.
+    """
+    if x.shape[1] != channels and x.shape[-1] == channels:
+        x = x.movedim(-1, 1)
+    rows = len(x) // images if len(x) % images == 0 else 1
+    parts = x.float().reshape(-1, rows, channels, x[0, 0].numel()).transpose(1, 2)
+    var, mean = torch.var_mean(parts.flatten(2), dim=2, correction=0)
+    return ImageStatistics(mean, var)
+
+
+def pooled(images: ImageStatistics) -> tuple[Tensor, Tensor]:
+    """Return the mean and biased variance of all images together, each (C,)."""
+    spread, mean = torch.var_mean(images.mean, dim=0, correction=0)
+    return mean, images.var.mean(0) + spread
 
 
 _TINY = 1e-20
@@ -188,8 +219,8 @@ class SmoothedStatistics:
 
 
 @contextmanager
-def tapped(model: nn.Module) -> Iterator[BatchNormTap]:
+def tapped(model: nn.Module, each_image: bool = False) -> Iterator[BatchNormTap]:
     """Hook every BatchNorm layer of ``model`` for as long as the block lasts."""
-    tap = BatchNormTap(model)
+    tap = BatchNormTap(model, each_image)
     with hooked(batch_norm_layers(model), tap.see):
         yield tap

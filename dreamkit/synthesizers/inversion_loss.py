@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.evaluation.features import find_layer, penultimate_layer
-from dreamkit.model_state import InputTap, inputs_of
+from dreamkit.model_state import InputTap, eval_mode, inputs_of
 from dreamkit.registry import RECORDED, Term
 from dreamkit.synthesizers.bn_statistics import (
     BatchNormTap,
@@ -25,6 +25,7 @@ from dreamkit.synthesizers.bn_statistics import (
     tapped,
 )
 from dreamkit.synthesizers.engine import borrowed
+from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher
 
 Terms = Sequence[Term[Regularizer]]
@@ -137,11 +138,8 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 f"records have the loss's own under '{term.name}': call the regularizer otherwise",
                 ("regularizers", index),
             )
-        if "bn_statistics" in term.entry.needs and not batch_norm_layers(teacher.model):
-            scripted = isinstance(teacher.model, torch.jit.ScriptModule)
-            lacks = "has no BatchNorm layer that stores statistics"
-            if scripted:
-                lacks = "is TorchScript, whose layers cannot be watched"
+        lacks = _lack_of_statistics(teacher) if "bn_statistics" in term.entry.needs else None
+        if lacks is not None:
             raise TeacherMismatch(
                 f"{term.name} matches BatchNorm statistics, and {teacher.card.name} {lacks}. "
                 "Choose a teacher that has (a ResNet, say), leave the term out (DeepDream: tv and "
@@ -157,6 +155,21 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                     f"{teacher.card.name} calls none; leave the term out",
                     ("regularizers", index),
                 ) from error
+
+
+def _lack_of_statistics(teacher: Teacher) -> str | None:
+    """Return why there are no BatchNorm statistics to match; None where there are."""
+    model = teacher.model
+    if isinstance(model, torch.jit.ScriptModule):
+        return "is TorchScript, whose layers cannot be watched"
+    layers = batch_norm_layers(model)
+    if not layers:
+        return "has no BatchNorm layer that stores statistics"
+    with torch.no_grad(), eval_mode(model), tapped(model) as tap:
+        _, seen = tap(blank_noise(model, teacher.card.input_size))
+    if not seen:
+        return f"uses none of its {len(layers)} BatchNorm layers for an image"
+    return None
 
 
 @contextmanager

@@ -38,25 +38,41 @@ def doubt(model: nn.Module, note: Note, role: str) -> None:
 def doubt_training(model: nn.Module, note: Note, role: str) -> None:
     """Say so if a network that is taken for a trained one looks as if it were not."""
     stored = _storing(model)
-    new = [layer for layer in stored if _untouched(layer)]
+    new = [name for name, layer in stored.items() if _untouched(layer)]
     if new and len(new) < len(stored):
-        names = [name for name, module in model.named_modules() if module in new]
         note(
             f"{role}: {len(new)} of its {len(stored)} BatchNorm layers hold the statistics of new "
-            f"ones, mean 0 and variance 1 ({and_more(names, 3)}): were they loaded?"
+            f"ones, mean 0 and variance 1 ({and_more(new, 3)}): were they loaded, are they used?"
         )
     if stored and len(new) == len(stored):
         note(
             f"{role}: its BatchNorm layers hold the statistics of a new network (mean 0, variance "
-            "1): was it trained, and are these its weights?"
+            "1): was it trained, and are these its weights? Dreams that match them show nothing of "
+            "any training"
+        )
+    blank = [name for name, layer in stored.items() if _blank(layer)]
+    if blank:
+        note(
+            f"{role}: {len(blank)} of its {len(stored)} BatchNorm layers hold a variance of 0 in "
+            f"every channel ({and_more(blank, 3)}): were they loaded? Training leaves that only "
+            "where all images give the same, and dreams cannot be measured by it"
         )
 
 
-def _storing(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
 
 
 def _untouched(layer: _BatchNorm) -> bool:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return not bool(layer.running_mean.any()) and bool((layer.running_var == 1).all())
+
+
+def _blank(layer: _BatchNorm) -> bool:
+    assert layer.running_var is not None
+    return not bool(layer.running_var.any())

@@ -223,7 +223,7 @@ def _refuse_quantised(model: nn.Module, role: str) -> None:
 
 
 def _refuse_values(model: nn.Module, role: str) -> None:
-    """Refuse weights that are not finite, or not there."""
+    """Refuse weights that are not finite, or not there, and variances that are none."""
     # Other buffers may be masks of -inf.
     trained: dict[str, Tensor] = dict(model.named_parameters())
     trained |= {k: v for k, v in tensors_of(model).items() if k.endswith(_STATISTICS)}
@@ -235,6 +235,10 @@ def _refuse_values(model: nn.Module, role: str) -> None:
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TeacherMismatch(f"{role}: '{name}' holds values that are not finite")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise TeacherMismatch(
+                f"{role}: '{name}' holds negative variances: was it loaded whole?"
+            )
 
 
 def _probabilities(logits: Tensor) -> bool:

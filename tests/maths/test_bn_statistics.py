@@ -8,7 +8,12 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from dreamkit.synthesizers.bn_statistics import batch_norm_layers, channel_statistics, tapped
+from dreamkit.synthesizers.bn_statistics import (
+    batch_norm_layers,
+    channel_statistics,
+    image_statistics,
+    tapped,
+)
 
 
 def pattern(*shape):
@@ -194,3 +199,33 @@ def test_a_constant_channel_has_no_variance_and_a_finite_gradient():
     assert var.tolist() == [0, 0]
     (gradient,) = torch.autograd.grad(mean.sum() + var.sum(), [x])
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 3), (4, 5, 3, 6), (4, 3, 6, 5)])
+def test_statistics_of_each_image_equal_a_direct_computation(shape):
+    x = pattern(*shape)
+    layer = FrozenBatchNorm2d(5).eval()
+    layer.forward = lambda x: x  # what it is given is looked at, in any layout
+    with tapped(layer, each_image=True) as tap:
+        _, (seen,) = tap(x)
+    assert seen.images is not None
+    last = shape[1] != 5
+    rows = (x.movedim(-1, 1) if last else x).double().reshape(shape[0], 5, -1)
+    torch.testing.assert_close(seen.images.mean.double(), rows.mean(2), rtol=1e-6, atol=1e-6)
+    expected = rows.var(2, correction=0)
+    torch.testing.assert_close(seen.images.var.double(), expected, rtol=1e-5, atol=1e-6)
+    # All together are what a pass without them gives.
+    with tapped(layer) as tap:
+        _, (batch,) = tap(x)
+    assert batch.images is None
+    torch.testing.assert_close(seen.mean, batch.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen.var, batch.var, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_of_an_image_count_as_one_image():
+    x = pattern(6, 5, 2, 2)  # 2 images of 3 windows, one after the other
+    found = image_statistics(x, images=2, channels=5)
+    whole = x.view(2, 3, 5, 4).transpose(1, 2).reshape(2, 5, 12)
+    torch.testing.assert_close(found.mean, whole.mean(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.var, whole.var(2, correction=0), rtol=1e-5, atol=1e-6)
+    assert image_statistics(x, images=4, channels=5).mean.shape == (6, 5)  # they do not divide

@@ -12,11 +12,17 @@ import pytest
 import torch
 
 from dreamkit import distributed
-from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
+from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError, TeacherMismatch
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.stages import run_store
-from dreamkit.stages.batches import as_stored, batch_plans, batch_seed
+from dreamkit.stages.batches import (
+    BatchQuality,
+    as_stored,
+    batch_plans,
+    batch_seed,
+    small_batches,
+)
 from dreamkit.stages.dreaming import (
     dream_into_store,
     estimate_synthesis,
@@ -160,6 +166,42 @@ def test_batch_seeds_are_distinct_and_fit_a_generator():
     torch.Generator().manual_seed(max(seeds))
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "said"),
+    [
+        (33, 32, "leave 1 for the last.*: 32 or 64 fill it"),
+        (71, 64, "leave 7 for the last.*: 64 or 128 fill it"),
+        (40, 32, None),  # a quarter of a batch
+        (64, 32, None),
+        (7, 32, None),  # all there are
+        (1, 32, "dreamed one by one"),
+        (5, 1, "dreamed one by one"),
+    ],
+)
+def test_batches_too_small_for_statistics_are_said(images, batch_size, said):
+    found = small_batches(synthesizer(images), batch_size)
+    assert found is None if said is None else re.search(said, found)
+    without = DeepInversion(images=images, regularizers=(), stages=(Stage(1),))
+    assert small_batches(without, batch_size) is None
+
+
+def test_a_small_last_batch_is_noted_and_left_out_of_the_distances(run):
+    run.synthesizer = synthesizer(images=6, batch_size=5)
+    run.dream()
+    assert any("leave 1 for the last" in note for note in run.log.notes)
+    first, last = _all(stored_by(run))
+    assert last.statistics_distance == {}
+    told = run.log.details["statistics_distance"]
+    assert told == pytest.approx(first.statistics_distance)
+
+
+def test_one_image_can_be_dreamed_alone(run):
+    run.synthesizer = synthesizer(images=1)
+    assert len(run.dream()) == 1
+    assert any("dreamed one by one" in note for note in run.log.notes)
+    assert "synthesis.statistics_distance" not in run.metrics
+
+
 # --- judge ------------------------------------------------------------------------------------
 
 
@@ -168,7 +210,7 @@ def test_judge_measures_what_is_stored_by_hand(toys):
     teacher = toys.teacher(model)
     images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
     labels = torch.tensor([0, 1, 2, 0, 1])
-    content, per_layer = as_stored(Dream(images, labels, 1.0), teacher)
+    content, quality = as_stored(Dream(images, labels, 1.0), teacher)
 
     mean = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)
     std = torch.tensor([0.25, 0.5, 0.125]).view(1, 3, 1, 1)
@@ -180,11 +222,18 @@ def test_judge_measures_what_is_stored_by_hand(toys):
     model = model.double()
     z1 = model.conv1((stored.double() / 255 - mean.double()) / std.double())
     z2 = model.conv2(model.bn1(z1).relu())
+    r_feature = 0.0
     for z, name, bn in ((z1, "bn1", model.bn1), (z2, "bn2", model.bn2)):
         rows = z.transpose(0, 1).reshape(z.shape[1], -1)
-        distance = (rows.mean(1) - bn.running_mean).norm()
-        distance += (rows.var(1, correction=0) - bn.running_var).norm()
-        assert per_layer[name] == pytest.approx(distance.item(), rel=1e-5)
+        mean, var = rows.mean(1), rows.var(1, correction=0)
+        r_feature += (mean - bn.running_mean).norm() + (var - bn.running_var).norm()
+        off = (mean - bn.running_mean) ** 2 + (var.sqrt() - bn.running_var.sqrt()) ** 2
+        means, squares = z.mean((2, 3)), (z - mean.view(1, -1, 1, 1)).square().mean((2, 3))
+        wider = bn.running_var.maximum(var)
+        chance = means.var(0) / wider + squares.var(0) / (4 * wider**2)
+        expected = ((off / bn.running_var).mean() / (chance.mean() / 5)).sqrt()
+        assert quality.statistics_distance[name] == pytest.approx(expected.item(), rel=1e-4)
+    assert quality.r_feature == pytest.approx(r_feature.item(), rel=1e-5)
     logits = model.fc(model.bn2(z2).relu().mean((2, 3)))
     torch.testing.assert_close(content.teacher_logits.double(), logits, rtol=1e-4, atol=1e-5)
 
@@ -210,11 +259,41 @@ def test_judging_a_batch_leaves_nothing_in_the_next(toys):
     assert torch.equal(after.images, alone.images)
 
 
-def test_judge_without_batch_norm_has_no_r_feature(toys):
+def test_judge_without_batch_norm_has_no_distance(toys):
     dreamed = Dream(torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), 0.0)
-    content, per_layer = as_stored(dreamed, toys.teacher(toys.plain()))
-    assert per_layer == {}
+    content, quality = as_stored(dreamed, toys.teacher(toys.plain()))
+    assert quality == BatchQuality({}, None)
     assert content.teacher_logits.shape == (2, 3)
+
+
+class SparinglyNormalised(torch.nn.Module):
+    """Has a BatchNorm layer that it does not use, and another only if asked."""
+
+    def __init__(self, use_one):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.used, self.unused = torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4, 3)
+        self.use_one = use_one
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc((self.used(x) if self.use_one else x).relu().mean((2, 3)))
+
+
+def test_layers_that_are_not_used_are_neither_matched_nor_judged(toys):
+    teacher = toys.teacher(SparinglyNormalised(use_one=True).eval())
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    _, quality = as_stored(Dream(images, torch.zeros(3).long(), 0.0), teacher)
+    assert set(quality.statistics_distance) == {"used"}
+    synthesizer().inner.check(teacher)
+
+
+def test_a_network_that_uses_no_batch_norm_layer_has_nothing_to_match(toys):
+    teacher = toys.teacher(SparinglyNormalised(use_one=False).eval())
+    with pytest.raises(TeacherMismatch, match="uses none of its 2 BatchNorm layers"):
+        synthesizer().inner.check(teacher)
+    DeepInversion(images=2, regularizers=(), stages=(Stage(1),)).check(teacher)
 
 
 # --- the store fills --------------------------------------------------------------------------
@@ -230,10 +309,13 @@ def test_a_run_fills_the_store_and_reports(run):
     assert metrics["synthesis.seconds"] == pytest.approx(sum(s.seconds for s in _all(store)))
     rate = 7 / metrics["synthesis.seconds"]
     assert metrics["synthesis.images_per_second"] == pytest.approx(rate)
-    # Averaged over images: batches of 3, 3 and 1.
-    parts = [s.r_feature for s in _all(store)]
-    weighted = (3 * parts[0] + 3 * parts[1] + parts[2]) / 7
-    assert metrics["synthesis.r_feature"] == pytest.approx(weighted)
+    # Averaged over images; the last batch, of one image, has no distance.
+    parts = [s.statistics_distance for s in _all(store)]
+    by_layer = {name: (parts[0][name] + parts[1][name]) / 2 for name in ("bn1", "bn2")}
+    assert parts[2] == {}
+    assert run.log.details["statistics_distance"] == pytest.approx(by_layer)
+    mean = (by_layer["bn1"] + by_layer["bn2"]) / 2
+    assert metrics["synthesis.statistics_distance"] == pytest.approx(mean)
     assert content.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     right = (content.teacher_logits.argmax(1) == content.labels).float().mean().item()
     assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
@@ -253,10 +335,11 @@ def test_records_of_a_run(run):
     # Three batches of two steps, numbered on through the run.
     assert list(records["synthesis"]) == [1, 2, 3, 4, 5, 6]
     assert set(records["synthesis"][1]) == {"loss", "cross_entropy", "bn_feature"}
-    assert list(records["batches"]) == [0, 1, 2]
-    layers = records["r_feature by layer"][0]
+    assert list(records["batches"]) == [0, 1], "the third is of one image"
+    layers = records["statistics distance by layer"][0]
     assert set(layers) == {"bn1", "bn2"}
-    assert records["batches"][0]["r_feature"] == pytest.approx(sum(layers.values()))
+    mean = sum(layers.values()) / 2
+    assert records["batches"][0]["statistics_distance"] == pytest.approx(mean)
 
 
 def test_a_finished_batch_is_never_dreamed_again(run):

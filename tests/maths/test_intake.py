@@ -337,6 +337,12 @@ def test_what_is_doubtful_is_said() -> None:
     partly = nn.Sequential(Net(), nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4), nn.Flatten())
     assert "1 of its 2 BatchNorm layers hold the statistics of new ones" in taken(partly)[1]
     assert "store no statistics" in taken(without)[1]
+    blank = Net()
+    blank.bn.running_mean.zero_()
+    blank.bn.running_var.zero_()
+    assert (
+        "1 of its 1 BatchNorm layers hold a variance of 0 in every channel (bn)" in taken(blank)[1]
+    )
     card = dataclasses.replace(CARD, trained=False)  # which is said elsewhere
     notes: list[str] = []
     admit(Teacher(new, card, {}), notes.append)
@@ -407,6 +413,15 @@ def test_a_second_input_a_fixed_batch_and_weights_that_are_not_finite() -> None:
         taken(Two())
     with pytest.raises(TeacherMismatch, match="does not take 2 images"):
         taken(Single())
+    for value, wanted in (
+        ("nan", "not finite"),
+        ("inf", "not finite"),
+        ("-1", "negative variances"),
+    ):
+        bad = Net()
+        bad.bn.running_var[2] = float(value)
+        with pytest.raises(TeacherMismatch, match=rf"'bn.running_var' holds .*{wanted}"):
+            taken(bad)
     with pytest.raises(TeacherMismatch, match=r"'conv.weight' holds values that are not finite"):
         taken(broken)
 

@@ -472,7 +472,7 @@ def test_dreams_of_an_earlier_run_are_not_judged_by_the_network_they_came_from(
     # The run's teacher is another network, yet the verifier would judge its own dreams.
     images = toys.images(6)
     stored = StoredImages(images.images, images.labels, torch.zeros(6, 3))
-    DreamStore(tmp_path, {"teacher_sha256": "def"}).write(0, stored, 1.0, 0.0, None)
+    DreamStore(tmp_path, {"teacher_sha256": "def"}).write(0, stored, 1.0, 0.0, {})
     judge = Judge(images=Dreams(str(tmp_path)), verifiers=(other(toys),), splits=2)
     with pytest.raises(DreamkitError, match="the inverted teacher itself"):
         judge.run(teacher, Unwanted(), context)

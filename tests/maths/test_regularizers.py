@@ -105,6 +105,44 @@ def test_bn_feature_gradient_is_finite_where_the_statistics_already_match():
     assert torch.isfinite(var.grad).all()
 
 
+def test_relative_bn_feature_does_not_blow_up_at_dead_channels():
+    # Variances 0 and 2: the first is divided by a thousandth of their mean. Off by 0.01 and,
+    # where nothing varies, by a whole σ: (0.0001/0.001 + 1 + 0 + 0)/2.
+    mean = torch.tensor([0.01, 0.0], requires_grad=True)
+    var = torch.tensor([0.0, 2.0], requires_grad=True)
+    dead = LayerStatistics("x", mean, var, torch.zeros(2), torch.tensor([0.0, 2.0]))
+    value = BNFeature("relative")(step_of(statistics=(dead,)))
+    assert value.item() == pytest.approx(0.55, rel=1e-3)
+    value.backward()
+    assert mean.grad.tolist() == pytest.approx([0.01 / 0.001, 0])
+    assert torch.isfinite(var.grad).all()
+
+
+def test_relative_bn_feature_of_a_layer_that_stores_no_variance_is_finite():
+    mean, var = (torch.full((3,), 0.5, requires_grad=True) for _ in range(2))
+    blank = LayerStatistics("x", mean, var, torch.zeros(3), torch.zeros(3))
+    value = BNFeature("relative")(step_of(statistics=(blank,)))
+    value.backward()
+    for tensor in (value, mean.grad, var.grad):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("form", ["paper", "relative"])
+def test_one_image_without_positions_has_a_gradient(form):
+    # One image at 1x1 positions: its mean is itself, its variance 0 in every channel.
+    from dreamkit.synthesizers.bn_statistics import tapped
+
+    bn = torch.nn.BatchNorm2d(4).eval()
+    pixels = torch.tensor([-1.0, 2, 2, 4]).view(1, 4, 1, 1).requires_grad_()
+    with tapped(bn) as tap:
+        logits, statistics = tap(pixels)
+    assert statistics[0].var.abs().max() < 1e-6
+    BNFeature(form)(step_of(pixels, logits.flatten(1), statistics=statistics)).backward()
+    # Of a mean that is x itself: x/‖x‖, and 2x over four channels of variance 1.
+    expected = pixels.detach() / (5 if form == "paper" else 2)
+    torch.testing.assert_close(pixels.grad, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_js_of_identical_predictions_is_zero_so_the_term_is_one():
     logits = torch.tensor([[3.0, -1, 0.5], [0.0, 0, 0]])
     value = JSCompete()(step_of(teacher=logits, student=logits.clone()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from dreamkit.report import progress
 from dreamkit.report.figures import curves, grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, MemoryLog, read_records
-from dreamkit.report.tables import fidelity_line, judge_rows, quantity, summary_rows
+from dreamkit.report.tables import dreams_line, fidelity_line, judge_rows, quantity, summary_rows
 from dreamkit.trackers.csv import CSVTracker
 from dreamkit.types import Noted, Recorded
 
@@ -272,18 +273,30 @@ def test_the_page_shows_what_verifiers_said():
     assert "What other networks see" not in page()
 
 
-def test_layers_are_averaged_over_batches_and_not_drawn():
-    layers = {0: {"bn1": 1.0, "bn2": 4.0}, 1: {"bn1": 2.0, "bn2": 8.0}}
-    text = page(**{"r_feature by layer": layers})
-    assert "<td>bn1</td><td>1.5000</td>" in text
-    assert "<td>bn2</td><td>6.0000</td>" in text
-    assert "<svg" not in text
+MEASURED = {
+    "metrics": {"synthesis.statistics_distance": 2.25},
+    "details": {"statistics_distance": {"bn1": 1.5, "layer1.bn2": 3.0}},
+}
+SAID = (
+    "The dreams' statistics: 2.25 times the distance from training's that as many training images "
+    "have by chance (furthest: layer1.bn2, 3.00)"
+)
 
 
-def test_a_layer_whose_statistics_overflowed_does_not_lose_the_page():
-    # A number that was not finite is written to the log as null.
-    layers = {0: {"bn1": None, "bn2": 4.0}, 1: {"bn1": 2.0, "bn2": 8.0}}
-    assert "<td>bn2</td><td>6.0000</td>" in page(**{"r_feature by layer": layers})
+def test_the_distance_of_the_statistics_is_said_with_the_worst_layer():
+    assert dreams_line(REPORT | MEASURED) == SAID
+    assert dreams_line(REPORT) is None
+    text = render(REPORT | MEASURED, {}, "", {})
+    assert html.escape(SAID, quote=False).replace("'", "&#39;") in text
+    assert "<td>bn1</td><td>1.50</td>" in text
+    assert "<td>layer1.bn2</td><td>3.00</td>" in text
+    assert "Statistics by layer" not in page()
+
+
+def test_distances_by_layer_are_not_drawn():
+    assert "<svg" not in page(
+        **{"statistics distance by layer": {0: {"bn1": 1.0}, 1: {"bn1": 2.0}}}
+    )
 
 
 # --- records ----------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def content(first=0, count=2, channels=3):
 def filled(folder, count=2):
     store = DreamStore(folder, SETTINGS)
     for index in range(count):
-        store.write(index, content(index), seconds=1.5, loss=0.25, r_feature=2.0 + index)
+        store.write(
+            index, content(index), seconds=1.5, loss=0.25, statistics_distance={"bn": 2.0 + index}
+        )
     return store
 
 
@@ -80,7 +82,7 @@ def test_a_shard_tells_what_it_is_and_vouches_for_its_tensors(tmp_path):
         images=2,
         seconds=1.5,
         loss=0.25,
-        r_feature=3.0,
+        statistics_distance={"bn": 3.0},
         carried=False,
         reason=None,
         sha256=hash_state(safetensors.torch.load_file(path)),
@@ -113,20 +115,22 @@ def test_batches_cross_shards_in_any_order(tmp_path):
 def test_loads_in_the_order_of_batches_not_of_writing(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     for index in (2, 0, 1):
-        store.write(index, content(index), 1.0, 0.0, None)
+        store.write(index, content(index), 1.0, 0.0, {})
     expected = torch.cat([content(i).images for i in range(3)])
     assert torch.equal(all_images(store), expected)
     assert torch.equal(all_images(DreamStore(tmp_path)), expected)
 
 
-def test_r_feature_is_averaged_over_images(tmp_path):
+def test_distances_are_averaged_over_images(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
-    assert store.r_feature is None
-    store.write(0, content(count=3), 1.0, 0.0, 10.0)
-    store.write(1, content(count=1), 1.0, 0.0, 2.0)
-    assert store.r_feature == pytest.approx((3 * 10 + 1 * 2) / 4)
-    store.write(2, content(count=5), 1.0, 0.0, None)  # unknown: left out
-    assert store.r_feature == pytest.approx(8)
+    assert store.statistics_distance == {}
+    store.write(0, content(count=3), 1.0, 0.0, {"bn1": 10.0, "bn2": 1.0})
+    store.write(1, content(count=1), 1.0, 0.0, {"bn1": 2.0, "bn2": 5.0})
+    expected = {"bn1": (3 * 10 + 1 * 2) / 4, "bn2": (3 * 1 + 1 * 5) / 4}
+    assert store.statistics_distance == pytest.approx(expected)
+    store.write(2, content(count=5), 1.0, 0.0, {})  # unknown: left out
+    assert store.statistics_distance == pytest.approx(expected)
+    assert DreamStore(tmp_path).statistics_distance == pytest.approx(expected)
 
 
 def test_a_damaged_shard_is_named(tmp_path):
@@ -164,7 +168,7 @@ def test_a_shard_of_another_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shard, "FORMAT", 4)
         filled(tmp_path)
-    with pytest.raises(StoreError, match="is of format 4, and this version of dreamkit reads 5"):
+    with pytest.raises(StoreError, match="is of format 4, and this version of dreamkit reads 6"):
         DreamStore(tmp_path)
 
 
@@ -176,7 +180,7 @@ def test_a_store_of_the_format_before_is_refused_and_left_as_it_is(tmp_path):
     )
     (tmp_path / "manifest.json").write_text('{"format": 4}')
     for settings in (None, SETTINGS):
-        with pytest.raises(StoreError, match=r"is of format 4, and this version .* reads 5"):
+        with pytest.raises(StoreError, match=r"is of format 4, and this version .* reads 6"):
             DreamStore(tmp_path, settings).mend()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", path.name]
 
@@ -217,7 +221,7 @@ def test_a_shard_is_verified_once(tmp_path, monkeypatch):
     store.mend()
     store.open()
     store.read(1)
-    store.write(3, content(3), 1.0, 0.0, None)
+    store.write(3, content(3), 1.0, 0.0, {})
     store.open()
     assert len(hashed) == 4  # the last for the header of the new one
 
@@ -283,7 +287,7 @@ def test_write_json(tmp_path):
 @pytest.mark.parametrize("at", [0, 1], ids=["the shard", "the state"])
 def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatch, at):
     store = DreamStore(tmp_path, SETTINGS)
-    store.write(0, content(0), 1.0, 0.0, None, {"w": torch.zeros(1)})
+    store.write(0, content(0), 1.0, 0.0, {}, {"w": torch.zeros(1)})
     calls = []
     replace = Path.replace
 
@@ -295,7 +299,7 @@ def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", fail_once)
     with pytest.raises(RunDirectoryError, match="No space left"):
-        store.write(1, content(1), 1.0, 0.0, None, {"w": torch.ones(1)})
+        store.write(1, content(1), 1.0, 0.0, {}, {"w": torch.ones(1)})
     assert 1 not in store
     assert leftovers(tmp_path) == []
     again = DreamStore(tmp_path, SETTINGS)
@@ -310,8 +314,8 @@ def test_a_batch_that_cannot_be_written_is_not_in_the_store(tmp_path, monkeypatc
 @pytest.mark.parametrize("channels", [1, 3])
 def test_export_is_read_by_image_folder_with_equal_pixels(tmp_path, channels):
     store = DreamStore(tmp_path / "dreams", SETTINGS)
-    store.write(0, content(0, 4, channels), 1.0, 0.0, None)
-    store.write(1, content(9, 2, channels), 1.0, 0.0, None)
+    store.write(0, content(0, 4, channels), 1.0, 0.0, {})
+    store.write(1, content(9, 2, channels), 1.0, 0.0, {})
     assert export_dreams(store, tmp_path / "out", None) == 6
     expected = all_images(store)
     # Labels are 0 1 2 0 | 0 1, and ImageFolder lists class by class, in order of file name.
@@ -328,7 +332,7 @@ def test_export_names_classes_so_that_their_order_is_the_teachers(tmp_path):
     store = DreamStore(tmp_path / "dreams", SETTINGS)
     logits = torch.zeros(3, 12)
     labels = torch.tensor([2, 10, 0])
-    store.write(0, StoredImages(content(0, 3).images, labels, logits), 1.0, 0.0, None)
+    store.write(0, StoredImages(content(0, 3).images, labels, logits), 1.0, 0.0, {})
     names = [f"c/{12 - i}" for i in range(12)]  # not alphabetical, and no name for a folder
     export_dreams(store, tmp_path / "out", names)
     assert sorted(os.listdir(tmp_path / "out")) == ["00_c_12", "02_c_10", "10_c_2"]
@@ -355,7 +359,7 @@ def flip_a_bit(path):
 
 def test_shards_of_several_runs_are_refused(tmp_path):
     filled(tmp_path / "a")
-    DreamStore(tmp_path / "b", SETTINGS | {"seed": 9}).write(2, content(2), 1.0, 0.0, None)
+    DreamStore(tmp_path / "b", SETTINGS | {"seed": 9}).write(2, content(2), 1.0, 0.0, {})
     name = "shard-000002.safetensors"
     (tmp_path / "b" / name).replace(tmp_path / "a" / name)
     with pytest.raises(StoreError, match=r"made with other settings \(seed\)"):
@@ -367,14 +371,14 @@ def test_shards_of_several_runs_are_refused(tmp_path):
 def test_what_the_machine_chose_is_read_again(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     store.choices = {"precision": "float32"}
-    store.write(0, content(0), 1.5, 0.25, None)
+    store.write(0, content(0), 1.5, 0.25, {})
     assert DreamStore(tmp_path, SETTINGS).choices == {"precision": "float32"}
 
 
 def test_what_another_rank_wrote_is_taken_in(tmp_path):
     mine, others = DreamStore(tmp_path, SETTINGS), DreamStore(tmp_path, SETTINGS)
-    mine.write(0, content(0), 1.0, 0.0, None)
-    others.write(1, content(1), 1.0, 0.0, None)
+    mine.write(0, content(0), 1.0, 0.0, {})
+    others.write(1, content(1), 1.0, 0.0, {})
     others.skip(2, 2, "it overflowed")
     mine.refresh(range(4))
     assert sorted(mine.shards) == [0, 1]
@@ -425,7 +429,7 @@ def test_a_damaged_shard_is_set_aside(tmp_path):
     assert sorted(store.shards) == [0, 2]
     assert "shard-000001.safetensors is damaged: it is set aside" in store.notes[0]
     assert (tmp_path / "shard-000001.safetensors.damaged").is_file()
-    store.write(1, content(1), 1.0, 0.0, None)
+    store.write(1, content(1), 1.0, 0.0, {})
     expected = torch.cat([content(i).images for i in range(3)])
     assert torch.equal(all_images(DreamStore(tmp_path)), expected)
 
@@ -433,7 +437,7 @@ def test_a_damaged_shard_is_set_aside(tmp_path):
 def test_what_later_batches_build_on_is_not_set_aside(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     for index in range(2):
-        store.write(index, content(index), 1.0, 0.0, None, {"w": torch.ones(1)})
+        store.write(index, content(index), 1.0, 0.0, {}, {"w": torch.ones(1)})
     flip_a_bit(tmp_path / "shard-000000.safetensors")
     with pytest.raises(StoreError, match="remove the folder: later batches build on it"):
         DreamStore(tmp_path, SETTINGS).mend()
@@ -443,7 +447,7 @@ def test_what_later_batches_build_on_is_not_set_aside(tmp_path):
 def test_a_batch_without_what_it_carries_on_is_dreamed_again(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     for index in range(2):
-        store.write(index, content(index), 1.0, 0.0, None, {"w": torch.full((1,), 5.0 + index)})
+        store.write(index, content(index), 1.0, 0.0, {}, {"w": torch.full((1,), 5.0 + index)})
         if index == 0:
             first = (tmp_path / "state-000001.safetensors").read_bytes()
     (tmp_path / "state-000001.safetensors").write_bytes(first)  # killed before it was removed
@@ -528,7 +532,7 @@ def test_a_state_lies_beside_the_batches_and_the_last_one_counts(tmp_path):
     assert store.read_state() == {}
     for index in range(2):
         state = {"generator.w": torch.full((3,), float(index))}
-        store.write(index, content(index), 1.0, 0.5, None, state)
+        store.write(index, content(index), 1.0, 0.5, {}, state)
     assert [p.name for p in tmp_path.glob("state-*")] == ["state-000002.safetensors"]
     found = DreamStore(tmp_path, SETTINGS).read_state()
     assert torch.equal(found["generator.w"], torch.ones(3))
@@ -537,7 +541,7 @@ def test_a_state_lies_beside_the_batches_and_the_last_one_counts(tmp_path):
 def test_a_state_whose_batches_are_gone_is_refused(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
     for index in range(2):
-        store.write(index, content(index), 1.0, 0.5, None, {"w": torch.zeros(1)})
+        store.write(index, content(index), 1.0, 0.5, {}, {"w": torch.zeros(1)})
     (tmp_path / "shard-000000.safetensors").unlink()
     with pytest.raises(StoreError, match="batch 0 is gone"):
         DreamStore(tmp_path, SETTINGS).read_state()
@@ -545,7 +549,7 @@ def test_a_state_whose_batches_are_gone_is_refused(tmp_path):
 
 def test_a_damaged_state_is_refused(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
-    store.write(0, content(0), 1.0, 0.5, None, {"w": torch.zeros(8)})
+    store.write(0, content(0), 1.0, 0.5, {}, {"w": torch.zeros(8)})
     path = tmp_path / "state-000001.safetensors"
     blob = bytearray(path.read_bytes())
     blob[-1] ^= 1
@@ -558,9 +562,9 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 def test_a_skipped_batch_does_not_break_the_chain(tmp_path):
     store = DreamStore(tmp_path, SETTINGS)
-    store.write(0, content(0), 1.0, 0.5, None, {"w": torch.zeros(1)})
+    store.write(0, content(0), 1.0, 0.5, {}, {"w": torch.zeros(1)})
     store.skip(1, 2, "it overflowed")
-    store.write(2, content(2), 1.0, 0.5, None, {"w": torch.ones(1)})
+    store.write(2, content(2), 1.0, 0.5, {}, {"w": torch.ones(1)})
     assert torch.equal(DreamStore(tmp_path, SETTINGS).read_state()["w"], torch.ones(1))
 
 
