@@ -27,7 +27,7 @@ class BNFeature(Regularizer):
 
     Args:
         form: ``paper`` is eq. 4, whose size depends on the network; ``relative`` the mean over
-            layers of the mean over channels of (μ̂ - μ)²/σ² + (σ̂/σ - 1)², which is of one size for
+            layers of the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ², which is of one size for
             all networks, so that one weight (10) serves them.
         first_layer_scale: factor on the first layer's part (10 in the authors' ImageNet setting).
     """
@@ -39,7 +39,7 @@ class BNFeature(Regularizer):
 
     def per_layer(self, step: InversionStep) -> dict[str, Tensor]:
         """Return each layer's unscaled part, of shape (), by the layer's name."""
-        distance = _absolute if self.form == "paper" else _relative
+        distance = _absolute if self.form == "paper" else relative_distance
         return {layer.name: distance(layer) for layer in step.bn_statistics}
 
     def __call__(self, step: InversionStep) -> Tensor:
@@ -55,12 +55,17 @@ def _absolute(layer: LayerStatistics) -> Tensor:
     return off.add((layer.var - layer.running_var).norm())
 
 
-def _relative(layer: LayerStatistics) -> Tensor:
+def relative_distance(layer: LayerStatistics) -> Tensor:
+    """Return the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ², of shape ().
+
+    Per channel it is the squared 2-Wasserstein distance between two Gaussians, in units of σ².
+    """
     var = divisors(layer.running_var)
-    mean_off = (layer.mean - layer.running_mean).square() / var
+    mean_off = (layer.mean - layer.running_mean).square()
     # A root has no gradient at 0: a channel that is dead in the batch is left where it is.
-    spread_off = ((layer.var / var).clamp(min=1e-8).sqrt() - 1).square()
-    return (mean_off + spread_off).mean()
+    deviation = layer.var.maximum(1e-8 * var).sqrt()
+    spread_off = (deviation - layer.running_var.clamp(min=0).sqrt()).square()
+    return ((mean_off + spread_off) / var).mean()
 
 
 def divisors(running_var: Tensor) -> Tensor:

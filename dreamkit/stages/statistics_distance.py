@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dreamkit.regularizers.bn_feature import divisors
+from dreamkit.regularizers.bn_feature import divisors, relative_distance
 from dreamkit.types import ImageStatistics, LayerStatistics
 
 _LEAST_SPREAD = 0.1
@@ -18,7 +18,7 @@ _LEAST_SPREAD = 0.1
 def statistics_distance(layers: Sequence[LayerStatistics]) -> dict[str, float]:
     """Return, by layer, the distance of a batch of N images as a multiple of chance.
 
-    The distance is the root of the mean over channels of (μ̂ - μ)²/σ² + (σ̂/σ - 1)². N images of
+    The distance is the root of the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ². N images of
     training would have one too, by chance alone: the root of the mean over channels of
     s²/N, with s² = Var(mᵢ)/σ² + Var(cᵢ)/(4σ⁴), where mᵢ is the mean of one image over positions,
     cᵢ its mean of (x - μ̂)², and the variances are over images (the delta method). At 1.0 the batch
@@ -35,7 +35,7 @@ def statistics_distance(layers: Sequence[LayerStatistics]) -> dict[str, float]:
         Multiples, >= 0; empty for a batch of one image, which shows no spread.
     """
     return {
-        layer.name: _distance(layer) / _by_chance(layer, layer.images)
+        layer.name: math.sqrt(relative_distance(layer)) / _by_chance(layer, layer.images)
         for layer in layers
         if layer.images is not None and len(layer.images.mean) > 1
     }
@@ -44,12 +44,6 @@ def statistics_distance(layers: Sequence[LayerStatistics]) -> dict[str, float]:
 def overall(distances: Mapping[str, float]) -> float | None:
     """Return the mean over layers; None where there are none."""
     return sum(distances.values()) / len(distances) if distances else None
-
-
-def _distance(layer: LayerStatistics) -> float:
-    mean_off = (layer.mean - layer.running_mean).square()
-    spread_off = (layer.var.sqrt() - layer.running_var.sqrt()).square()
-    return float(((mean_off + spread_off) / divisors(layer.running_var)).mean().sqrt())
 
 
 def _by_chance(layer: LayerStatistics, images: ImageStatistics) -> float:
