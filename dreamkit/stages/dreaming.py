@@ -15,6 +15,8 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out
+from dreamkit.stages.progress_picture import ProgressPicture
+from dreamkit.stages.rank_records import RankRecords
 from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.shard import ShardedImages
@@ -28,6 +30,7 @@ from dreamkit.types import (
     StoredImages,
     Synthesis,
     Teacher,
+    Watchable,
 )
 from dreamkit.wording import duration
 
@@ -141,8 +144,8 @@ class Dreaming:
         self.context = context
         self.store = store
         self.dreamer = dreamer
-        self.records: list[tuple[str, int, dict[str, float]]] = []
-        """What this rank has yet to tell the first, which writes the log."""
+        self.records = RankRecords(context.log)
+        self.picture = ProgressPicture(store, teacher.card, context.log)
         self.plans = batch_plans(self.synthesizer.images, dreamer.batch_size, context.seed)
 
     def missing(self) -> list[BatchPlan]:
@@ -205,10 +208,8 @@ class Dreaming:
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
-            for records in distributed.gather(self.records):
-                for stage, step, numbers in records:
-                    self.context.log.record(stage, step, numbers)
-            self.records = []
+            self.records.gather()
+        self.picture.catch_up()
 
     def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
         """Dream one batch into the store, or note that it came to nothing."""
@@ -219,7 +220,7 @@ class Dreaming:
             advance(done)
             if done % every == 0 or done == steps:
                 values = {name: float(value) for name, value in terms.items()}
-                self._record("synthesis", index * steps + done, values)
+                self.records.record("synthesis", index * steps + done, values)
 
         start = time.perf_counter()
         try:
@@ -237,8 +238,8 @@ class Dreaming:
         self.store.write(index, content, seconds, dream.loss, r_feature, state)
         self._tell(index, content)
         if r_feature is not None:
-            self._record("batches", index, {"r_feature": r_feature})
-            self._record("r_feature by layer", index, per_layer)
+            self.records.record("batches", index, {"r_feature": r_feature})
+            self.records.record("r_feature by layer", index, per_layer)
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         cure = f"lower the synthesis's batch_size ({self.dreamer.batch_size} now)"
@@ -249,12 +250,7 @@ class Dreaming:
         assert loss is not None  # every shard has one
         event = BatchDreamed(index=index, images=content.images, labels=content.labels, loss=loss)
         self.context.log.emit(event)
-
-    def _record(self, stage: str, step: int, numbers: dict[str, float]) -> None:
-        if distributed.is_first():
-            self.context.log.record(stage, step, numbers)
-        else:
-            self.records.append((stage, step, numbers))
+        self.picture.add(index, content)
 
 
 @contextmanager
@@ -287,6 +283,8 @@ def dreaming(
         state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
+        if isinstance(dreamer, Watchable):
+            dreamer.watch(work.picture.see)
         if not store.choices:
             store.choices = dict(resolved or dreamer.choices)
         elif store.choices != dreamer.choices:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,8 +77,8 @@ class DeepInversion(Synthesizer):
         parameterisation: what the optimizer moves.
         patience: end a stage after this many steps in which its best loss fell by less than a
             thousandth; looked at every 25 steps. Null never does.
-        labels: ``balanced`` deals the classes out in turn, ``random`` draws them, and a list of
-            classes is dealt out in turn.
+        labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
+            draws them; a list of classes is dealt as all are.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """
@@ -167,6 +168,7 @@ class Inversion(LossDreamer):
     def __init__(self, options: DeepInversion, session: Session) -> None:
         super().__init__(options.engine, session)
         self.options = options
+        self.deal = partial(deal_labels, options.labels, session.teacher.card, session.seed)
         batch_size = session.choices.get("batch_size", options.batch_size)
         self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
 
@@ -183,7 +185,7 @@ class Inversion(LossDreamer):
         """
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
-        labels = deal_labels(options.labels, plan, card.num_classes, generator).to(self.device)
+        labels = self.deal(plan, generator).to(self.device)
         images: Tensor | None = None
         loss, done = math.inf, 0
         for stage in options.stages:
@@ -242,6 +244,7 @@ class Inversion(LossDreamer):
                 with torch.no_grad():
                     parameters.copy_(self._clipped(parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
+            self.on_images(images.detach(), labels)
             if (step + 1) % SYNC_EVERY == 0 and (not best.finite or plateau(step + 1, best.loss)):
                 break
         return best
@@ -265,9 +268,7 @@ class Inversion(LossDreamer):
             resolution = stage.resolution(card)
             shape = (size, card.input_size[0], *resolution)
             start = self.options.parameterisation.start(shape, generator).to(self.device)
-            plan = BatchPlan(0, 0, size, 0)
-            labels = deal_labels(self.options.labels, plan, card.num_classes, generator)
-            labels = labels.to(self.device)
+            labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
 
             def run(
                 steps: int,
@@ -286,8 +287,7 @@ class Inversion(LossDreamer):
 
     def _largest_batch(self) -> int:
         card = self.teacher.card
-        sizes = [stage.resolution(card) for stage in self.options.stages]
-        largest = max(sizes, key=math.prod)
+        largest = max((stage.resolution(card) for stage in self.options.stages), key=math.prod)
 
         def trial(size: int) -> None:
             images = torch.zeros(size, card.input_size[0], *largest, device=self.device)

@@ -9,6 +9,7 @@ from dreamkit.types.deployment import Exporter
 from dreamkit.types.distillation import DistillationLoss
 from dreamkit.types.events import (
     BatchDreamed,
+    DreamsPictured,
     Event,
     Noted,
     Recorded,
@@ -35,11 +36,13 @@ from dreamkit.types.inversion import (
     InversionStep,
     LayerStatistics,
     Need,
+    OnImages,
     OnStep,
     Parameterisation,
     Regularizer,
     Synthesis,
     Synthesizer,
+    Watchable,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
 from dreamkit.types.models import Teacher, TeacherSource
@@ -69,6 +72,7 @@ __all__ = [
     "DistillationLoss",
     "Dream",
     "Dreamer",
+    "DreamsPictured",
     "Estimate",
     "Event",
     "Exporter",
@@ -86,6 +90,7 @@ __all__ = [
     "Member",
     "Need",
     "Noted",
+    "OnImages",
     "OnStep",
     "Outcome",
     "Parameterisation",
@@ -108,6 +113,7 @@ __all__ = [
     "TeacherSource",
     "Timing",
     "Tracker",
+    "Watchable",
     "WithNotes",
     "notes_of",
 ]
