@@ -10,7 +10,13 @@ from PIL import Image
 
 from dreamkit.report.figures import curves, heat_map
 from dreamkit.report.notebook import data_uri
-from dreamkit.report.tables import continual_rows, fidelity_line, judge_rows, summary_rows
+from dreamkit.report.tables import (
+    continual_rows,
+    fidelity_line,
+    judge_rows,
+    pixel_rows,
+    summary_rows,
+)
 
 _NO_CURVE = {"r_feature by layer"}
 
@@ -32,6 +38,7 @@ def render(
     header, rows = summary_rows(report["metrics"])
     judge_header, judged = judge_rows(report)
     learnt_header, learnt = continual_rows(report)
+    pixel_header, pixels = pixel_rows(report)
     told = report["details"].get("continual")
     environment = Environment(
         loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
@@ -43,6 +50,8 @@ def render(
         judge_header=judge_header,
         judged=judged,
         fidelity=fidelity_line(report),
+        pixel_header=pixel_header,
+        pixels=pixels,
         pictures={title: data_uri(picture) for title, picture in pictures.items()},
         learnt_header=learnt_header,
         learnt=learnt,

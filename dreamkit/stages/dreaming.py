@@ -74,7 +74,7 @@ def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext
     if len(store) == 0:
         store.withdraw()
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
-    report_synthesis(context, store)
+    report_synthesis(context, store, teacher)
     return store.open()
 
 

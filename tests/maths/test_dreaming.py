@@ -234,7 +234,8 @@ def test_a_run_fills_the_store_and_reports(run):
     parts = [s.r_feature for s in _all(store)]
     weighted = (3 * parts[0] + 3 * parts[1] + parts[2]) / 7
     assert metrics["synthesis.r_feature"] == pytest.approx(weighted)
-    assert content.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    first, second, _ = content.labels.split(3)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == [0, 1, 2], "each before any twice"
     right = (content.teacher_logits.argmax(1) == content.labels).float().mean().item()
     assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
 
@@ -284,7 +285,8 @@ def test_a_batch_that_overflows_is_left_out_and_reported(run):
     run.synthesizer.overflow = (1,)
     content = run.dream()
     assert run.synthesizer.dreamed == [0, 2]
-    assert content.labels.tolist() == [0, 1, 2, 0]
+    assert sorted(content.labels[:3].tolist()) == [0, 1, 2]
+    assert len(content) == 4
     assert run.metrics["synthesis.images"] == 4
     assert run.metrics["synthesis.skipped_batches"] == 1
     assert any("batch 1 is left out" in note for note in run.log.notes)

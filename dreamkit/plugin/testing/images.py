@@ -67,14 +67,14 @@ def _dreamed(synthesizer: Synthesizer, teacher: Teacher, name: str, watched: boo
         for key, value in dreamer.state().items():
             expect(isinstance(value, Tensor), f"{name}: the state '{key}' is no Tensor")
         dreamer.restore(dreamer.state())
-        watchable = watched and isinstance(dreamer, Watchable)
-        if watchable:
+        shows = watched and isinstance(dreamer, Watchable)
+        if watched and isinstance(dreamer, Watchable):
             dreamer.watch(lambda images, labels: seen.append((images, labels)))
         dream = dreamer.dream(BatchPlan(0, 0, size, 5), lambda step, terms: steps.append(step))
     shape = tuple(dream.images.shape)
     expect(shape == (size, *SIZE), f"{name} dreamed {shape}, asked for {(size, *SIZE)}")
     expect(
-        len(seen) == (len(steps) if watchable else 0),
+        len(seen) == (len(steps) if shows else 0),
         f"{name} showed images in {len(seen)} of {len(steps)} steps",
     )
     for images, labels in seen:
