@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dreamkit.stages.first_layer import TrainingPixels, training_pixels
+from dreamkit.stages.first_layer import TrainingPixels, chroma, training_pixels
 from dreamkit.types import Images, RunLog, Teacher
 
 LOOKED_AT = 1024
@@ -17,9 +17,9 @@ FARTHEST = 0.12
 Real images lie within 0.06 of what the first layer of a network tells that was trained on them.
 """
 WIDEST = 1.4
-"""Ratio of the spreads above which contrast is too high, or below its inverse too low.
+"""Ratio above which contrast or chroma is too high, or below its inverse too low.
 
-Real images have 0.8 to 1.1 of what the first layer tells.
+Real images have 0.7 to 1.1 of the spread that the first layer tells, and 0.95 of the chroma.
 """
 _CHUNK = 128
 
@@ -30,12 +30,14 @@ class Pixels:
 
     Args:
         mean: by channel.
-        std: by channel, over images and positions.
+        std: standard deviation by channel, over images and positions.
+        chroma: how far they are from grey.
         clipped: share of the values that are 0 or 255.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    chroma: float
     clipped: tuple[float, ...]
 
 
@@ -48,11 +50,15 @@ def pixels_of(images: Images) -> Pixels:
         stored, _ = images.batch(chosen[first : first + _CHUNK])
         values = stored.double() / 255
         clipped = ((stored == 0) | (stored == 255)).double()
-        by_image = torch.stack([values, values.square(), clipped]).mean((3, 4))
-        sums.append(by_image.sum(1))
-    mean, square, clipped = torch.stack(sums).sum(0) / len(chosen)
-    std = (square - mean.square()).clamp(min=0).sqrt()
-    return Pixels(tuple(mean.tolist()), tuple(std.tolist()), tuple(clipped.tolist()))
+        products = torch.einsum("nchw,ndhw->cd", values, values) / values[0, 0].numel()
+        by_channel = torch.stack([values, clipped]).mean((3, 4)).sum(1)
+        sums.append(torch.cat([by_channel, products]))
+    mean, share, *rows = torch.stack(sums).sum(0) / len(chosen)
+    covariance = torch.stack(rows) - mean * mean[:, None]
+    std = covariance.diagonal().clamp(min=0).sqrt()
+    return Pixels(
+        tuple(mean.tolist()), tuple(std.tolist()), chroma(covariance), tuple(share.tolist())
+    )
 
 
 def report_colours(images: Images, teacher: Teacher, log: RunLog) -> None:
@@ -61,7 +67,7 @@ def report_colours(images: Images, teacher: Teacher, log: RunLog) -> None:
     Args:
         images: dreamed.
         teacher: from which.
-        log: given ``details["pixels"]``, two metrics, and a note on what is far off.
+        log: given ``details["pixels"]``, metrics, and a note on what is far off.
     """
     dreams, training = pixels_of(images), training_pixels(teacher)
     log.details["pixels"] = {
@@ -71,6 +77,8 @@ def report_colours(images: Images, teacher: Teacher, log: RunLog) -> None:
     log.metrics["synthesis.clipped"] = sum(dreams.clipped) / len(dreams.clipped)
     if training is not None:
         log.metrics["synthesis.contrast"] = contrast(dreams, training)
+        if training.chroma > 0:  # else there is one channel
+            log.metrics["synthesis.chroma"] = dreams.chroma / training.chroma
         for doubt in doubts(dreams, training):
             log.note(doubt)
 
@@ -88,17 +96,24 @@ def doubts(dreams: Pixels, training: TrainingPixels) -> list[str]:
     if off > FARTHEST:
         found.append(
             f"colours: the dreams' mean is {_numbers(dreams.mean)}, where the network's first "
-            f"layer tells {_numbers(training.mean)} of training images: give bn_feature more weight"
+            f"layer tells {_numbers(training.mean)} of training images"
         )
-    ratio = contrast(dreams, training)
-    if not 1 / WIDEST <= ratio <= WIDEST:
+    if training.chroma > 0 and _is_far(ratio := dreams.chroma / training.chroma):
+        found.append(
+            f"colours: the dreams' pixels are {ratio:.1f} times as far from grey as the network's "
+            "first layer tells of training images"
+        )
+    if _is_far(ratio := contrast(dreams, training)):
         clipped = 100 * sum(dreams.clipped) / len(dreams.clipped)
         found.append(
             f"contrast: the dreams' pixels spread {ratio:.1f} times as wide as the network's first "
-            f"layer tells of training images, and {clipped:.0f} % of them are at 0 or 255: give "
-            "bn_feature more weight, or more steps"
+            f"layer tells of training images, and {clipped:.0f} % of them are at 0 or 255"
         )
     return found
+
+
+def _is_far(ratio: float) -> bool:
+    return not 1 / WIDEST <= ratio <= WIDEST
 
 
 def _numbers(values: tuple[float, ...]) -> str:

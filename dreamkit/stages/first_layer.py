@@ -1,4 +1,4 @@
-"""What a network's first layer tells of the pixels that it was trained on: their mean and spread.
+"""What a network's first layer tells of the pixels that it was trained on: colours and contrast.
 
 Up to its first BatchNorm a network is as a rule a convolution, so linear in the pixels, and the
 stored mean and variance of each of its channels are what that convolution makes of the mean and the
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dreamkit.card import Card
 from dreamkit.model_state import device_of, eval_mode, inputs_of
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.types import Teacher
@@ -33,16 +32,18 @@ _EXACT = 1e-3
 
 @dataclass(frozen=True)
 class TrainingPixels:
-    """Mean and standard deviation of training pixels by channel, of pixels in [0, 1].
+    """What training pixels are like, of pixels in [0, 1].
 
     Args:
         mean: by channel.
-        std: by channel.
+        std: standard deviation by channel.
+        chroma: how far they are from grey.
         misfit: of the variances, a root mean square of relative errors; 0 for a perfect fit.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    chroma: float
     misfit: float
 
 
@@ -87,24 +88,28 @@ def training_pixels(teacher: Teacher) -> TrainingPixels | None:
     right = (running_mean - linear.offset)[alive] / sigma
     mean = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     fits = [_spread(linear.kernels[alive], var, length) for length in LENGTHS]
-    misfit, std = min(fits, key=lambda fit: fit[0])
-    pixels = _of_pixels(teacher.card, mean, std)
-    if not misfit <= LARGEST_MISFIT or not all(0 <= value <= 1 for value in pixels[0]):
+    misfit, covariance = min(fits, key=lambda fit: fit[0])
+    scale = torch.tensor(teacher.card.std, dtype=mean.dtype)
+    mean = mean * scale + torch.tensor(teacher.card.mean, dtype=mean.dtype)
+    if not misfit <= LARGEST_MISFIT or not bool(((mean >= 0) & (mean <= 1)).all()):
         return None
-    return TrainingPixels(*pixels, misfit)
+    covariance = covariance * scale * scale[:, None]
+    std = covariance.diagonal().sqrt()
+    return TrainingPixels(tuple(mean.tolist()), tuple(std.tolist()), chroma(covariance), misfit)
 
 
-def _of_pixels(
-    card: Card, mean: Tensor, std: Tensor
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of pixels in [0, 1] for those of normalised ones."""
-    scale = torch.tensor(card.std, dtype=mean.dtype)
-    moved = mean * scale + torch.tensor(card.mean, dtype=mean.dtype)
-    return tuple(moved.tolist()), tuple((std * scale).tolist())
+def chroma(covariance: Tensor) -> float:
+    """Return how far pixels are from grey, a root mean square over pixels and channels.
+
+    Args:
+        covariance: of the channels, (C, C).
+    """
+    from_grey = torch.eye(len(covariance), dtype=covariance.dtype) - 1 / len(covariance)
+    return float((from_grey @ covariance @ from_grey).diagonal().mean().clamp(min=0).sqrt())
 
 
 def _spread(kernels: Tensor, var: Tensor, length: float) -> tuple[float, Tensor]:
-    """Fit the channels' covariances; return the misfit and each channel's standard deviation."""
+    """Fit the channels' covariances (C, C); return the misfit and them."""
     count, channels, height, width = kernels.shape
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
     near = torch.exp(-torch.cdist(places, places) / length)
@@ -115,8 +120,10 @@ def _spread(kernels: Tensor, var: Tensor, length: float) -> tuple[float, Tensor]
     ones = torch.ones(count, 1, dtype=design.dtype)
     solution = torch.linalg.lstsq(design, ones).solution
     misfit = float((design @ solution - ones).square().mean().sqrt())
-    own = solution[rows == columns, 0]
-    return (misfit if bool((own > 0).all()) else math.inf), own.clamp(min=0).sqrt()
+    covariance = torch.zeros(channels, channels, dtype=design.dtype)
+    covariance[rows, columns] = covariance[columns, rows] = solution[:, 0]
+    possible = bool((torch.linalg.eigvalsh(covariance) > 0).all())
+    return (misfit if possible else math.inf), covariance
 
 
 def _up_to_batch_norm(teacher: Teacher) -> tuple[_Linear, Tensor, Tensor] | None:

@@ -11,7 +11,7 @@ from dreamkit.report.run_log import MemoryLog
 from dreamkit.report.tables import pixel_rows
 from dreamkit.stages import colours
 from dreamkit.stages.colours import Pixels, contrast, doubts, pixels_of, report_colours
-from dreamkit.stages.first_layer import TrainingPixels, training_pixels
+from dreamkit.stages.first_layer import TrainingPixels, chroma, training_pixels
 from dreamkit.types import StoredImages
 
 LENGTH = 4.0
@@ -76,6 +76,7 @@ def test_mean_and_spread_of_what_a_network_was_trained_on(toys, draws, stride):
     told = training_pixels(teacher)
     assert told.mean == pytest.approx(images.mean((0, 2, 3)).tolist(), abs=0.02)
     assert told.std == pytest.approx(images.std((0, 2, 3)).tolist(), rel=0.15)
+    assert told.chroma == pytest.approx(chroma(images.transpose(0, 1).flatten(1).cov()), rel=0.15)
     assert told.misfit < 0.15
 
 
@@ -86,6 +87,7 @@ def test_of_one_channel(toys, draws):
     told = training_pixels(teacher)
     assert told.mean == pytest.approx([0.6], abs=0.02)
     assert told.std == pytest.approx([0.1], rel=0.1)
+    assert told.chroma == 0
 
 
 def test_channels_that_are_dead_in_training_tell_nothing(toys, draws):
@@ -145,6 +147,9 @@ def test_pixels_by_hand():
     assert found.mean == pytest.approx((0.3, (127 + 25) / 4 / 255))
     assert found.std[0] == pytest.approx((((0.3**2) * 2 + 0.7**2 + 0.1**2) / 4) ** 0.5)
     assert found.clipped == (0.75, 0.5)
+    red, green = torch.tensor([0, 0, 255, 51]) / 255, torch.tensor([0, 0, 127, 25]) / 255
+    apart = (red - green) / 2  # of each from their mean, grey
+    assert found.chroma == pytest.approx(apart.std(correction=0).item())
 
 
 def test_many_images_are_sampled_all_over(monkeypatch):
@@ -154,22 +159,37 @@ def test_many_images_are_sampled_all_over(monkeypatch):
     assert found.mean == pytest.approx(((0 + 4 + 8 + 12) / 4 * 17 / 255,))
 
 
+def dreams(mean=(0.5, 0.4, 0.4), std=(0.2, 0.2, 0.2), chroma=0.1, clipped=(0.3, 0.2, 0.1)):
+    return Pixels(mean, std, chroma, clipped)
+
+
+TRAINING = TrainingPixels((0.5, 0.4, 0.4), (0.2, 0.2, 0.2), 0.1, 0.1)
+
+
 def test_dreams_that_are_like_training_images_are_not_doubted():
-    training = TrainingPixels((0.5, 0.4, 0.4), (0.25, 0.25, 0.25), 0.1)
-    assert doubts(Pixels((0.45, 0.45, 0.45), (0.3, 0.25, 0.2), (0.3,) * 3), training) == []
+    alike = dreams(mean=(0.45, 0.45, 0.45), std=(0.25, 0.2, 0.16), chroma=0.12)
+    assert doubts(alike, TRAINING) == []
 
 
-def test_dreams_of_other_colours_and_contrast_are():
-    training = TrainingPixels((0.5, 0.4, 0.4), (0.2, 0.2, 0.2), 0.1)
-    dreams = Pixels((0.5, 0.2, 0.5), (0.4, 0.4, 0.28), (0.3, 0.2, 0.1))
-    assert contrast(dreams, training) == pytest.approx(1.8)
-    colour, spread = doubts(dreams, training)
-    assert "mean is (0.50, 0.20, 0.50), where" in colour
-    assert "tells (0.50, 0.40, 0.40)" in colour
-    assert "spread 1.8 times" in spread
-    assert "20 % of them are at 0 or 255" in spread
-    (pale,) = doubts(Pixels(training.mean, (0.1, 0.1, 0.1), (0.0,) * 3), training)
-    assert "spread 0.5 times" in pale
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (dreams(mean=(0.5, 0.2, 0.5)), "mean is (0.50, 0.20, 0.50), where the network's first"),
+        (dreams(mean=(0.5, 0.2, 0.5)), "layer tells (0.50, 0.40, 0.40) of training images"),
+        (dreams(chroma=0.19), "are 1.9 times as far from grey"),
+        (dreams(chroma=0.05), "are 0.5 times as far from grey"),
+        (dreams(std=(0.4, 0.4, 0.28)), "spread 1.8 times as wide"),
+        (dreams(std=(0.4, 0.4, 0.28)), "20 % of them are at 0 or 255"),
+        (dreams(std=(0.1, 0.1, 0.1)), "spread 0.5 times as wide"),
+    ],
+)
+def test_what_is_far_off_is_said(other, said):
+    (doubt,) = doubts(other, TRAINING)
+    assert said in doubt
+
+
+def test_contrast_by_hand():
+    assert contrast(dreams(std=(0.4, 0.4, 0.28)), TRAINING) == pytest.approx(1.8)
 
 
 def test_a_report_has_them(toys, draws):
@@ -179,11 +199,17 @@ def test_a_report_has_them(toys, draws):
     report_colours(StoredImages(white, torch.zeros(2, dtype=torch.int64)), teacher, log)
     assert log.metrics["synthesis.clipped"] == 1
     assert log.metrics["synthesis.contrast"] == 0
-    assert [note.partition(":")[0] for note in log.notes] == ["colours", "contrast"]
-    _, (dreams, training) = pixel_rows({"details": log.details})
-    assert dreams[1:] == ["1.000, 1.000, 1.000", "0.000, 0.000, 0.000", "100.0 %, 100.0 %, 100.0 %"]
+    assert log.metrics["synthesis.chroma"] == 0
+    assert [note.partition(":")[0] for note in log.notes] == ["colours", "colours", "contrast"]
+    _, (own, training) = pixel_rows({"details": log.details})
+    assert own[1:] == [
+        "1.000, 1.000, 1.000",
+        "0.000, 0.000, 0.000",
+        "0.000",
+        "100.0 %, 100.0 %, 100.0 %",
+    ]
     assert training[0] == "training images, by the first layer"
-    assert training[3] == "-"
+    assert training[4] == "-"
 
 
 def test_a_teacher_without_batch_norm_has_the_dreams_alone(toys):
