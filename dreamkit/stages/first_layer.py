@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dreamkit.model_state import device_of, eval_mode, inputs_of
+from dreamkit.model_state import device_of, eval_mode, hooked
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.types import Teacher
 
@@ -129,30 +129,41 @@ def _spread(kernels: Tensor, var: Tensor, length: float) -> tuple[float, Tensor]
 def _up_to_batch_norm(teacher: Teacher) -> tuple[_Linear, Tensor, Tensor] | None:
     """Return a network up to its first BatchNorm if it is linear there, and what that stores."""
     model, size = teacher.model, teacher.card.input_size
-    layers = dict(batch_norm_layers(model))
-    if not layers:
-        return None
+    layers = batch_norm_layers(model)
     noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     colours = torch.eye(size[0])[:, :, None, None].expand(-1, *size)
     images = torch.cat([torch.zeros(1, *size), colours, noise, 2 * noise])
     images = images.to(device_of(model)).requires_grad_()
-    with torch.enable_grad(), eval_mode(model), inputs_of(layers.items()) as tap:
-        model(images)
-        if not tap.inputs:
-            return None
-        first, seen = next(iter(tap.inputs.items()))
-        mean, var = _stored(layers[first])
-        untrained = not bool(mean.any()) and bool((var == 1).all())
-        if untrained or seen.dim() != 4 or seen.shape[1] != len(mean):
-            return None
-        if not _is_linear(seen.detach()):
-            return None
-        kernels = _kernels(seen, images)
+    try:
+        with torch.enable_grad(), eval_mode(model), hooked(layers, _stop):
+            model(images)
+        return None
+    except _Reached as reached:
+        layer, seen = reached.layer, reached.seen
+    mean, var = _stored(layer)
+    untrained = not bool(mean.any()) and bool((var == 1).all())
+    if untrained or not bool((mean + var).isfinite().all()):
+        return None
+    if seen.dim() != 4 or seen.shape[1] != len(mean) or not seen.requires_grad:
+        return None
+    kernels = _kernels(seen, images) if _is_linear(seen.detach()) else None
     if kernels is None:
         return None
     by_image = seen.detach().double().mean((2, 3)).cpu()
     slopes = (by_image[1 : 1 + size[0]] - by_image[0]).T
     return _Linear(kernels, slopes, by_image[0]), mean, var
+
+
+class _Reached(Exception):
+    """Ends a pass at the first BatchNorm, with what that is given."""
+
+    def __init__(self, layer: nn.Module, seen: Tensor) -> None:
+        super().__init__()
+        self.layer, self.seen = layer, seen
+
+
+def _stop(name: str, layer: nn.Module, seen: Tensor) -> None:
+    raise _Reached(layer, seen)
 
 
 def _stored(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,23 @@ def test_channels_that_are_dead_in_training_tell_nothing(toys, draws):
     [
         lambda model: model.bn.reset_running_stats(),
         lambda model: model.bn.running_mean.add_(50),
+        lambda model: model.bn.running_mean[0].fill_(torch.nan),
+        lambda model: model.bn.running_var[0].fill_(torch.inf),
         lambda model: model.bn.running_var.copy_(10.0 ** torch.arange(-6, 6)),
         lambda model: setattr(model, "before", nn.ReLU()),
         lambda model: setattr(model, "before", nn.AvgPool2d(16)),
         lambda model: setattr(model, "bn", nn.Identity()),
     ],
-    ids=["untrained", "colours", "no picture's", "not linear", "of the whole image", "none"],
+    ids=[
+        "untrained",
+        "colours",
+        "nan",
+        "inf",
+        "no picture's",
+        "not linear",
+        "of the whole image",
+        "none",
+    ],
 )
 def test_nothing_is_told_where_it_cannot_be(toys, draws, spoil):
     images = pixels(draws)
