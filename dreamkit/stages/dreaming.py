@@ -283,6 +283,7 @@ def dreaming(
         state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
+        work.picture.begin()
         if isinstance(dreamer, Watchable):
             dreamer.watch(work.picture.see)
         if not store.choices:

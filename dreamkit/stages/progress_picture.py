@@ -47,6 +47,7 @@ class ProgressPicture:
         log: RunLog,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.store = store
         self.path = picture_of(store.folder)
         self.card = card
         self.log = log
@@ -57,9 +58,12 @@ class ProgressPicture:
         self._images: Tensor | None = None
         self._labels = torch.empty(0, dtype=torch.int64)
         self._keys = torch.empty(0)
-        for index in sorted(store.shards) if self._drawing else ():
-            if len(self._keys) < CELLS:  # as many as may be seen
-                self._take(index, store.read(index))
+
+    def begin(self) -> None:
+        """Take in what an earlier try left in the store, as much as may be seen."""
+        for index in sorted(self.store.shards) if self._drawing else ():
+            if len(self._keys) < CELLS:
+                self._take(index, self.store.read(index))
 
     def see(self, images: Tensor, labels: Tensor) -> None:
         """Draw a batch at work, if none is finished and it is time.

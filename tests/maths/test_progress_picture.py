@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_shows_what_is_there(tmp_path, log, clock, pictures):
     store = DreamStore(tmp_path / "dreams", {})
     store.write(0, batch(10), 1.0, 0.5, None)
     picture = ProgressPicture(store, CARD, log, clock)
+    picture.begin()
     clock.now = 5.0
     picture.see(torch.zeros(4, 1, 8, 8), torch.arange(4))
     assert pictures == []
