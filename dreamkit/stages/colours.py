@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dreamkit.stages.first_layer import TrainingPixels, chroma, training_pixels
+from dreamkit.synthesizers.first_layer import TrainingPixels, chroma, training_pixels
 from dreamkit.types import Images, RunLog, Teacher
 
 LOOKED_AT = 1024

@@ -11,7 +11,7 @@ from dreamkit.report.run_log import MemoryLog
 from dreamkit.report.tables import pixel_rows
 from dreamkit.stages import colours
 from dreamkit.stages.colours import Pixels, contrast, doubts, pixels_of, report_colours
-from dreamkit.stages.first_layer import TrainingPixels, chroma, training_pixels
+from dreamkit.synthesizers.first_layer import TrainingPixels, chroma, training_pixels
 from dreamkit.types import StoredImages
 
 LENGTH = 4.0
