@@ -21,6 +21,7 @@ WIDEST = 1.4
 
 Real images have 0.7 to 1.1 of the spread that the first layer tells, and 0.95 of the chroma.
 """
+_CALMER = ". More steps help, and a smaller 'colour' of the parameterisation fourier"
 _CHUNK = 128
 
 
@@ -96,12 +97,13 @@ def doubts(dreams: Pixels, training: TrainingPixels) -> list[str]:
     if off > FARTHEST:
         found.append(
             f"colours: the dreams' mean is {_numbers(dreams.mean)}, where the network's first "
-            f"layer tells {_numbers(training.mean)} of training images"
+            f"layer tells {_numbers(training.mean)} of training images. Regularize by bn_feature "
+            "in its form 'relative', with more weight or more steps"
         )
     if training.chroma > 0 and _is_far(ratio := dreams.chroma / training.chroma):
         found.append(
             f"colours: the dreams' pixels are {ratio:.1f} times as far from grey as the network's "
-            "first layer tells of training images"
+            "first layer tells of training images" + (_CALMER if ratio > 1 else "")
         )
     if _is_far(ratio := contrast(dreams, training)):
         clipped = 100 * sum(dreams.clipped) / len(dreams.clipped)
