@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from dreamkit.latency.processor import processor_name
 from dreamkit.recipe import LoadedRecipe
-from dreamkit.report.figures import grid
+from dreamkit.report.figures import as_png, grid
 from dreamkit.report.html import render
 from dreamkit.report.run_log import FileLog, read_records
 from dreamkit.report.tables import (
@@ -27,7 +26,7 @@ from dreamkit.report.tables import (
     summary_rows,
 )
 from dreamkit.store.atomic import write_atomically
-from dreamkit.store.dreams import DreamStore, holds_dreams
+from dreamkit.store.dreams import DreamStore, holds_dreams, picture_of
 from dreamkit.store.run_directory import PAGE, RunDirectory
 from dreamkit.types import RunContext, Teacher
 from dreamkit.version import __version__
@@ -80,9 +79,7 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
     for store in filter(holds_dreams, sorted(folder.glob(f"**/{RunContext.DREAMS}"))):
         content = DreamStore(store).open(_PICTURED)
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_atomically(store.with_suffix(".png"), buffer.getvalue())
+        write_atomically(picture_of(store), as_png(picture))
         place = " / ".join(store.parent.relative_to(folder).parts)
         pictures[f"Dreams of {place}" if place else "Dreams"] = picture
     page = render(report, read_records(folder), directory.recipe() or "", pictures)

@@ -16,6 +16,7 @@ from dreamkit.latency.first_rank import FirstRank
 from dreamkit.out_of_memory import ASK_LESS, enough_memory
 from dreamkit.plugins import added_rules
 from dreamkit.recipe import LoadedRecipe
+from dreamkit.report.notebook import LivePicture
 from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
@@ -173,6 +174,7 @@ def _run(
         if first:
             log.listen(trackers.hear)
             log.listen(loaded.registries.events(log.note).emit)
+            log.listen(LivePicture(console))
         whole, resumed = loaded.resolved(), directory.started
         log.emit(RunStarted(folder=directory.folder, recipe=whole, resumed=resumed))
         _say_what(loaded, teacher, context, console)

@@ -205,7 +205,7 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
     assert len(dreams) == 6
     assert dreams.images.dtype == torch.uint8
     assert dreams.images.shape == (6, 1, 8, 8)
-    assert dreams.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(dreams.labels.unique()) == 6, "no class comes twice before all have come"
     layers = digits.model.named_modules()
     assert {*dreams.quality.by_layer} == {n for n, m in layers if isinstance(m, nn.BatchNorm2d)}
     assert dreams.quality.statistics_distance == pytest.approx(
@@ -229,10 +229,10 @@ def test_dreams_in_other_shapes(digits, tmp_path):
     assert torch.equal(digits.card.to_stored(dreams.normalised()), dreams.images)
     image, label = dreams.dataset()[2]
     assert image.shape == (1, 8, 8)
-    assert int(label) == 2
+    assert int(label) == dreams.labels[2]
     assert torch.equal(dreams[2:4].images, dreams.images[2:4])
     files = sorted(dreams.to_folder(tmp_path / "png").rglob("*.png"))
-    assert [file.parent.name[0] for file in files] == list("012345")
+    assert [int(file.parent.name[0]) for file in files] == sorted(dreams.labels.tolist())
     with pytest.raises(TypeError, match="take a slice"):
         dreams[0]
 

@@ -176,7 +176,7 @@ def _finished(work: Session, synthesis: Synthesis) -> Images:
     store = run_store(work.teacher, synthesis, work.context)
     if len(store) == 0:
         raise KeyboardInterrupt
-    report_synthesis(work.context, store)
+    report_synthesis(work.context, store, work.teacher)
     work.log.note(f"interrupted: {len(store)} of {synthesis.synthesizer.images} images are there")
     return store.open()
 

@@ -28,6 +28,7 @@ from dreamkit.recipe import build_entry
 from dreamkit.recipe.defaults import entry_with_defaults
 from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
+from dreamkit.report.notebook import LivePicture
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.stages.opening import open_evaluation, opened
 from dreamkit.teachers.doubts import doubt_training
@@ -172,6 +173,8 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
     for failure in registries.failures:
         log.note(f"plugin {failure.plugin} is left out: {failure.reason}")
     log.listen(registries.events(log.note).emit)
+    if log.console is not None:
+        log.listen(LivePicture(log.console, kept=conditions.out is not None))
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))  # what times models asks for it

@@ -272,7 +272,7 @@ class _Learning:
             with step.log.progress("statistics", len(images) // options.batch_size) as advance:
                 refresh(new.model, images, new.card, step.device, options.batch_size, advance)
         if isinstance(replay, AdaptivePool):
-            report_synthesis(step, replay.dreams.store)
+            report_synthesis(step, replay.dreams.store, old)
 
     @contextlib.contextmanager
     def _old_images(

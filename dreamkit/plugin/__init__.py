@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         DistillationLoss,
         Dream,
         Dreamer,
+        DreamsPictured,
         Estimate,
         Event,
         Exporter,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         LayerStatistics,
         Member,
         Noted,
+        OnImages,
         OnStep,
         Outcome,
         Parameterisation,
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
         TeacherSource,
         Timing,
         Tracker,
+        Watchable,
     )
 
 API = "1"
@@ -111,14 +114,14 @@ __all__ = [  # noqa: RUF022
     # What entries see and return.
     "NO_LABEL", "BatchPlan", "Card", "ChannelCall", "ChannelGroup", "Chunk", "Dream", "Dreamer",
     "Estimate", "Images", "IncrementalStep", "InversionStep", "Labelled", "LatencyTable",
-    "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnStep", "Outcome", "PruningStep",
-    "RunContext", "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis", "Teacher",
-    "Timing",
+    "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep", "Outcome",
+    "PruningStep", "RunContext", "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis",
+    "Teacher", "Timing", "Watchable",
     # What applications are made with.
     "images_of",
     # Events.
-    "BatchDreamed", "Event", "Noted", "Recorded", "RoundPruned", "RunFailed", "RunFinished",
-    "RunStarted",
+    "BatchDreamed", "DreamsPictured", "Event", "Noted", "Recorded", "RoundPruned", "RunFailed",
+    "RunFinished", "RunStarted",
     # Options.
     "EntriesOf", "EntryOf", "Field", "Term", "TermsOf",
     # Errors, and what their messages are made with.

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 _GRID_ROWS = 8
 _GRID_COLUMNS = 10
@@ -50,6 +51,22 @@ def grid(images: Tensor, labels: Tensor) -> Image.Image:
             sheet[:, top : top + height * scale, left : left + width * scale] = large
     array = sheet[0] if channels == 1 else sheet[:3].permute(1, 2, 0)
     return Image.fromarray(array.numpy())
+
+
+def thumbnails(images: Tensor, side: int) -> Tensor:
+    """Shrink stored images (N, C, H, W) until neither side is longer than ``side`` pixels."""
+    longest = max(images.shape[2:])
+    if longest <= side:
+        return images
+    size = [max(1, round(length * side / longest)) for length in images.shape[2:]]
+    return F.interpolate(images.float(), size=size, mode="area").round().to(torch.uint8)
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """Return what a PNG file of a picture holds."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def curves(stage: str, records: Mapping[int, Mapping[str, float | None]]) -> str:

@@ -15,6 +15,7 @@ from dreamkit.report.tables import (
     dreams_line,
     fidelity_line,
     judge_rows,
+    pixel_rows,
     summary_rows,
 )
 
@@ -38,6 +39,7 @@ def render(
     header, rows = summary_rows(report["metrics"])
     judge_header, judged = judge_rows(report)
     learnt_header, learnt = continual_rows(report)
+    pixel_header, pixels = pixel_rows(report)
     told = report["details"].get("continual")
     environment = Environment(
         loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
@@ -49,6 +51,8 @@ def render(
         judge_header=judge_header,
         judged=judged,
         fidelity=fidelity_line(report),
+        pixel_header=pixel_header,
+        pixels=pixels,
         pictures={title: data_uri(picture) for title, picture in pictures.items()},
         learnt_header=learnt_header,
         learnt=learnt,

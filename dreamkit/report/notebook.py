@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
-import io
+import importlib
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.console import Console
 
+from dreamkit.report.figures import as_png
 from dreamkit.report.tables import continual_rows, judge_rows, summary_rows
+from dreamkit.types import DreamsPictured, Event
+from dreamkit.wording import say
 
 _SHOWN = 8
 """Lines of a result that has no table."""
@@ -79,6 +84,38 @@ def as_html(
 
 def data_uri(picture: Image.Image) -> str:
     """Return a picture as text that an HTML page holds."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(as_png(picture)).decode()
+
+
+class LivePicture:
+    """Hears of the dreams' picture and shows it: in a notebook, in the cell, in place.
+
+    Elsewhere a line tells once where it lies.
+
+    Args:
+        console: where people look.
+        kept: whether the file is there after the run.
+    """
+
+    def __init__(self, console: Console, kept: bool = True) -> None:
+        self.console = console
+        self.kept = kept
+        self._shown: dict[Path, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Show a picture."""
+        if not isinstance(event, DreamsPictured):
+            return
+        if self.console.is_jupyter:
+            self._show_in_cell(event)
+        elif self.kept and event.path not in self._shown:
+            self._shown[event.path] = None
+            say(self.console, f"picture of the dreams so far: {event.path}")
+
+    def _show_in_cell(self, event: DreamsPictured) -> None:
+        cells = importlib.import_module("IPython.display")  # a notebook has it
+        picture = cells.Image(data=event.png, format="png")
+        if event.path in self._shown:
+            self._shown[event.path].update(picture)
+        else:
+            self._shown[event.path] = cells.display(picture, display_id=True)

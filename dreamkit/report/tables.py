@@ -67,6 +67,22 @@ def judge_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def pixel_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the pixels of dreams beside those of training images."""
+    told = report["details"].get("pixels", {})
+    header = ["pixels in [0, 1]", "mean", "spread", "distance from grey", "at 0 or 255"]
+    names = {"dreams": "dreams", "training": "training images, by the first layer"}
+    rows = []
+    for key, title in names.items():
+        if told.get(key) is not None:
+            values = told[key]
+            shares = [f"{100 * share:.1f} %" for share in values.get("clipped", ())]
+            cells = [[f"{value:.3f}" for value in values[name]] for name in ("mean", "std")]
+            cells += [[f"{values['chroma']:.3f}"], shares]
+            rows.append([title, *(", ".join(cell) or "-" for cell in cells)])
+    return header, rows
+
+
 def continual_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of what was known of each set of classes after each step."""
     told = report["details"].get("continual")

@@ -35,9 +35,11 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     classes = num_classes if isinstance(labels, str) else len(set(labels))
     if images >= classes:
         return None
-    least = "at least " if labels == "random" else ""
-    plural = "class gets" if classes - images == 1 else "classes get"
-    return f"images: {images} for {classes} classes: {least}{classes - images} {plural} no image"
+    most, least = ("at most ", "at least ") if labels == "random" else ("", "")
+    shown = f"{most}{images} {'is' if images == 1 else 'are'} shown"
+    lacking = classes - images
+    gets = "gets" if lacking == 1 else "get"
+    return f"images: {images} for {classes} classes: {shown}, {least}{lacking} {gets} no image"
 
 
 def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:

@@ -15,6 +15,8 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out, small_batches
+from dreamkit.stages.progress_picture import ProgressPicture
+from dreamkit.stages.rank_records import RankRecords
 from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore
@@ -29,6 +31,7 @@ from dreamkit.types import (
     StoredImages,
     Synthesis,
     Teacher,
+    Watchable,
 )
 from dreamkit.wording import duration
 
@@ -72,7 +75,7 @@ def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext
     if len(store) == 0:
         store.withdraw()
         raise DreamkitError("no batch of dreams came to anything; see the notes above")
-    report_synthesis(context, store)
+    report_synthesis(context, store, teacher)
     return store.open()
 
 
@@ -142,8 +145,8 @@ class Dreaming:
         self.context = context
         self.store = store
         self.dreamer = dreamer
-        self.records: list[tuple[str, int, dict[str, float]]] = []
-        """What this rank has yet to tell the first, which writes the log."""
+        self.records = RankRecords(context.log)
+        self.picture = ProgressPicture(store, teacher.card, context.log)
         self.plans = batch_plans(self.synthesizer.images, dreamer.batch_size, context.seed)
 
     def missing(self) -> list[BatchPlan]:
@@ -208,10 +211,8 @@ class Dreaming:
             for index in sorted(self.store.skipped.keys() - mine_skipped):
                 reason = self.store.skipped[index].reason
                 self.context.log.note(f"batch {index} is left out: {reason}")
-            for records in distributed.gather(self.records):
-                for stage, step, numbers in records:
-                    self.context.log.record(stage, step, numbers)
-            self.records = []
+            self.records.gather()
+        self.picture.catch_up()
 
     def _batch(self, plan: BatchPlan, advance: Callable[[int], None]) -> None:
         """Dream one batch into the store, or note that it came to nothing."""
@@ -222,7 +223,7 @@ class Dreaming:
             advance(done)
             if done % every == 0 or done == steps:
                 values = {name: float(value) for name, value in terms.items()}
-                self._record("synthesis", index * steps + done, values)
+                self.records.record("synthesis", index * steps + done, values)
 
         start = time.perf_counter()
         try:
@@ -240,8 +241,8 @@ class Dreaming:
         self.store.write(index, content, seconds, dream.loss, distances, state)
         self._tell(index, content)
         if (mean := overall(distances)) is not None:
-            self._record("batches", index, {"statistics_distance": mean})
-            self._record("statistics distance by layer", index, dict(distances))
+            self.records.record("batches", index, {"statistics_distance": mean})
+            self.records.record("statistics distance by layer", index, dict(distances))
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         cure = f"lower the synthesis's batch_size ({self.dreamer.batch_size} now)"
@@ -252,12 +253,7 @@ class Dreaming:
         assert loss is not None  # every shard has one
         event = BatchDreamed(index=index, images=content.images, labels=content.labels, loss=loss)
         self.context.log.emit(event)
-
-    def _record(self, stage: str, step: int, numbers: dict[str, float]) -> None:
-        if distributed.is_first():
-            self.context.log.record(stage, step, numbers)
-        else:
-            self.records.append((stage, step, numbers))
+        self.picture.add(index, content)
 
 
 @contextmanager
@@ -290,6 +286,9 @@ def dreaming(
         state = store.read_state() if distributed.is_first() else {}  # it alone builds on it
         if state:
             dreamer.restore(state)
+        work.picture.begin()
+        if isinstance(dreamer, Watchable):
+            dreamer.watch(work.picture.see)
         if not store.choices:
             store.choices = dict(resolved or dreamer.choices)
         elif store.choices != dreamer.choices:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError
+from dreamkit.stages.colours import report_colours
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.store.dreams import DreamStore
 from dreamkit.types import RunContext, Synthesis, Teacher
@@ -15,8 +16,8 @@ FOUND_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen on a network drive."""
 
 
-def report_synthesis(context: RunContext, store: DreamStore) -> None:
-    """Add the metrics of a run's dreams, and how far off each layer's statistics are."""
+def report_synthesis(context: RunContext, store: DreamStore, teacher: Teacher) -> None:
+    """Add the metrics of a run's dreams, each layer's distance, and say what is doubtful."""
     metrics = context.log.metrics
     metrics["synthesis.images"] = len(store)
     metrics["synthesis.skipped_batches"] = len(store.skipped)
@@ -29,6 +30,7 @@ def report_synthesis(context: RunContext, store: DreamStore) -> None:
     content = store.open()
     right = content.teacher_logits.argmax(1) == content.labels
     metrics["synthesis.teacher_accuracy"] = float(right.float().mean())
+    report_colours(content, teacher, context.log)
 
 
 def open_store(teacher: Teacher, synthesis: Synthesis, context: RunContext) -> DreamStore:

@@ -161,7 +161,7 @@ class StudentTraining:
             else:
                 pool.restore(min(self.adaptive.batches, len(pool.dreams.plans)))
             taught_on = self._train(student, pool)
-            report_synthesis(self.context, pool.dreams.store)
+            report_synthesis(self.context, pool.dreams.store, self.teacher)
         return taught_on
 
     def _train(self, student: nn.Module, images: Images | AdaptivePool) -> Images:

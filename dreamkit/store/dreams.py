@@ -32,6 +32,11 @@ def holds_dreams(folder: Path) -> bool:
     return any(folder.glob(file_name("shard", None)))
 
 
+def picture_of(folder: Path) -> Path:
+    """Return where the picture of a store's dreams lies: beside its folder."""
+    return folder.with_suffix(".png")
+
+
 class DreamStore:
     """A folder of safetensors files. What lies in it is what there is; any rank may add to it.
 

@@ -13,6 +13,7 @@ from dreamkit.errors import RecipeError, RecipePath, RunDirectoryError
 from dreamkit.recipe.problems import format_path
 from dreamkit.recipe.yaml_nodes import parse_yaml
 from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.store.dreams import holds_dreams, picture_of
 from dreamkit.store.lock import LOCK, OWNER, RunInUse, RunLock
 from dreamkit.types import RunContext
 from dreamkit.wording import and_more
@@ -111,7 +112,12 @@ class RunDirectory:
         Args:
             others: called where the run's records go; removes what else it wrote beside them.
         """
-        if self.started or self._holds_work():
+        if self.started:
+            return
+        for picture in self.folder.glob(f"**/{picture_of(Path(RunContext.DREAMS))}"):
+            if not holds_dreams(picture.with_suffix("")):  # of a batch that was never finished
+                picture.unlink(missing_ok=True)
+        if self._holds_work():
             return
         others()
         for name in (RECIPE, RunContext.LOG, PAGE):

@@ -119,6 +119,7 @@ class CMIDreamer(GenerativeDreamer):
             optimizer.step()
             self.head_optimizer.step()
             on_step(step + 1, {"loss": total, "contrast": contrast.detach(), **found.terms})
+            self.on_images(images.detach(), labels)
         best.require_finite(plan)
         with torch.no_grad():
             newest = self._features(best.found, evaluator)

@@ -57,6 +57,7 @@ class DAFLDreamer(GenerativeDreamer):
             last = found.loss.clone()  # what is compiled may write over it
             best.offer(best.found, last, found.terms)
             on_step(step + 1, {"loss": found.loss, **found.terms})
+            self.on_images(images.detach(), unused)
         best.require_finite(plan)
         with torch.no_grad():
             labels = self.teacher.model(images).argmax(1)

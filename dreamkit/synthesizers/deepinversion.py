@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -45,6 +46,7 @@ from dreamkit.types import (
     TeacherSource,
 )
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SYNC_EVERY = 25
 """Steps between looks at whether the loss is finite and falls; each look waits for the device."""
 LARGEST_BATCH = 1024
@@ -79,8 +81,8 @@ class DeepInversion(Synthesizer):
         parameterisation: what the optimizer moves.
         patience: end a stage after this many steps in which its best loss fell by less than a
             thousandth; looked at every 25 steps. Null never does.
-        labels: ``balanced`` deals the classes out in turn, ``random`` draws them, and a list of
-            classes is dealt out in turn.
+        labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
+            draws them; a list of classes is dealt as all are.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """
@@ -92,10 +94,7 @@ class DeepInversion(Synthesizer):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     lr: Annotated[float, Field(gt=0)] = 0.1
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.7,
-        0.9,
-    )
+    betas: tuple[Beta, Beta] = (0.7, 0.9)
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 0
     jitter: Annotated[int, Field(ge=0)] | None = None
@@ -173,6 +172,7 @@ class Inversion(LossDreamer):
         super().__init__(options.engine, session)
         self.options = options
         self.stages = options.stages or default_stages(self.teacher)
+        self.deal = partial(deal_labels, options.labels, session.teacher.card, session.seed)
         batch_size = session.choices.get("batch_size", options.batch_size)
         self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
 
@@ -189,7 +189,7 @@ class Inversion(LossDreamer):
         """
         options, card = self.options, self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
-        labels = deal_labels(options.labels, plan, card.num_classes, generator).to(self.device)
+        labels = self.deal(plan, generator).to(self.device)
         images: Tensor | None = None
         loss, done = math.inf, 0
         for stage in self.stages:
@@ -248,6 +248,7 @@ class Inversion(LossDreamer):
                 with torch.no_grad():
                     parameters.copy_(self._clipped(parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
+            self.on_images(images.detach(), labels)
             if (step + 1) % SYNC_EVERY == 0 and (not best.finite or plateau(step + 1, best.loss)):
                 break
         return best
@@ -271,29 +272,20 @@ class Inversion(LossDreamer):
             resolution = stage.resolution(card)
             shape = (size, card.input_size[0], *resolution)
             start = self.options.parameterisation.start(shape, generator).to(self.device)
-            plan = BatchPlan(0, 0, size, 0)
-            labels = deal_labels(self.options.labels, plan, card.num_classes, generator)
-            labels = labels.to(self.device)
-
-            def run(
-                steps: int,
-                on_step: OnStep,
-                stage: Stage = stage,
-                start: Tensor = start,
-                labels: Tensor = labels,
-                generator: torch.Generator = generator,
-            ) -> None:
-                sample = replace(stage, steps=steps)
-                self._stage(start, labels, sample, generator, self.evaluator, on_step)
-
+            labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.options.parameterisation.render(start, resolution)
+            run = partial(self._sample, start, labels, stage, generator)
             found.append(Phase(stage.steps, run, images, labels))
         return found
 
+    def _sample(self, start: Tensor, labels: Tensor, stage: Stage, *rest: Any) -> None:
+        generator, steps, on_step = rest
+        some = replace(stage, steps=steps)
+        self._stage(start, labels, some, generator, self.evaluator, on_step)
+
     def _largest_batch(self) -> int:
         card = self.teacher.card
-        sizes = [stage.resolution(card) for stage in self.stages]
-        largest = max(sizes, key=math.prod)
+        largest = max((stage.resolution(card) for stage in self.stages), key=math.prod)
 
         def trial(size: int) -> None:
             images = torch.zeros(size, card.input_size[0], *largest, device=self.device)

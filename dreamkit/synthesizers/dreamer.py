@@ -17,7 +17,7 @@ from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
 from dreamkit.synthesizers.inversion_loss import InversionLoss
 from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
-from dreamkit.types import BatchPlan, Dream, Estimate, OnStep, Teacher
+from dreamkit.types import BatchPlan, Dream, Estimate, OnImages, OnStep, Teacher
 from dreamkit.wording import and_more
 
 
@@ -56,6 +56,7 @@ class LossDreamer(ABC):
         self.student = session.loss.student
         self.device = session.device
         self.note = session.note
+        self.on_images: OnImages = _unseen
         choices = session.choices
         precision = choices.get("precision", engine.precision)
         self.engine = Engine(
@@ -89,6 +90,10 @@ class LossDreamer(ABC):
     @abstractmethod
     def phases(self) -> list[Phase]:
         """Return what a full batch consists of."""
+
+    def watch(self, on_images: OnImages) -> None:
+        """Call back after each step of ``dream`` from now on."""
+        self.on_images = on_images
 
     def state(self) -> dict[str, Tensor]:
         """Return what is carried from batch to batch: nothing, if a batch is its seed's alone."""
@@ -166,6 +171,10 @@ class LossDreamer(ABC):
         """Keep the student frozen; it may be one that is trained between dreams."""
         with frozen(self.student) if self.student is not None else nullcontext():
             yield
+
+
+def _unseen(images: Tensor, labels: Tensor) -> None:
+    """Nobody looks."""
 
 
 class Best:

@@ -90,6 +90,7 @@ class FastMetaDreamer(GenerativeDreamer):
                 self._gather(fast)
             inner.step()
             on_step(step + 1, {"loss": found.loss, **found.terms})
+            self.on_images(images.detach(), labels)
         best.require_finite(plan)
         self._learn(fast)
         self._remember(best.found)

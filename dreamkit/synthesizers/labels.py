@@ -10,21 +10,40 @@ from torch import Tensor
 
 from dreamkit.card import Card
 from dreamkit.errors import TeacherMismatch
+from dreamkit.seeds import stream
 from dreamkit.types import BatchPlan
 
 Labels = Literal["balanced", "random"] | Annotated[tuple[int, ...], Field(min_length=1)]
-"""Classes are dealt out in turn, all (``balanced``) or those of a list, or drawn (``random``)."""
+"""Classes are dealt out, all (``balanced``) or those of a list, or drawn (``random``)."""
 
 
 def deal_labels(
-    labels: Labels, plan: BatchPlan, num_classes: int, generator: torch.Generator
+    labels: Labels, card: Card, seed: int, plan: BatchPlan, generator: torch.Generator
 ) -> Tensor:
-    """Return a batch's labels (N,); those dealt in turn go on from the batch before."""
+    """Return a batch's labels (N,).
+
+    Those that are dealt go on from the batch before, without looking at it: each round deals every
+    class once, in an order of its own. Neighbours in a list of classes are often alike, as the
+    birds of ImageNet are, and a batch should show some of everything.
+
+    Args:
+        labels: how.
+        card: of the teacher.
+        seed: the run's, for the order of each round.
+        plan: of the batch.
+        generator: of the batch, for what is drawn.
+    """
     if labels == "random":
-        return torch.randint(num_classes, (plan.size,), generator=generator)
-    classes = torch.arange(num_classes) if labels == "balanced" else torch.tensor(labels)
-    turn = torch.arange(plan.first_image, plan.first_image + plan.size)
-    return classes[turn % len(classes)]
+        return torch.randint(card.num_classes, (plan.size,), generator=generator)
+    classes = torch.arange(card.num_classes) if labels == "balanced" else torch.tensor(labels)
+    size, end = len(classes), plan.first_image + plan.size
+    first_round = plan.first_image // size
+    rounds = [
+        classes[torch.randperm(size, generator=stream(seed, f"labels {number}"))]
+        for number in range(first_round, -(-end // size))
+    ]
+    skipped = plan.first_image - first_round * size
+    return torch.cat(rounds)[skipped : skipped + plan.size]
 
 
 def check_labels(labels: Labels, card: Card) -> None:

@@ -9,6 +9,7 @@ from dreamkit.types.deployment import Exporter
 from dreamkit.types.distillation import DistillationLoss
 from dreamkit.types.events import (
     BatchDreamed,
+    DreamsPictured,
     Event,
     Noted,
     Recorded,
@@ -36,11 +37,13 @@ from dreamkit.types.inversion import (
     InversionStep,
     LayerStatistics,
     Need,
+    OnImages,
     OnStep,
     Parameterisation,
     Regularizer,
     Synthesis,
     Synthesizer,
+    Watchable,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
 from dreamkit.types.models import Teacher, TeacherSource
@@ -70,6 +73,7 @@ __all__ = [
     "DistillationLoss",
     "Dream",
     "Dreamer",
+    "DreamsPictured",
     "Estimate",
     "Event",
     "Exporter",
@@ -88,6 +92,7 @@ __all__ = [
     "Member",
     "Need",
     "Noted",
+    "OnImages",
     "OnStep",
     "Outcome",
     "Parameterisation",
@@ -110,6 +115,7 @@ __all__ = [
     "TeacherSource",
     "Timing",
     "Tracker",
+    "Watchable",
     "WithNotes",
     "notes_of",
 ]

@@ -48,6 +48,19 @@ class BatchDreamed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DreamsPictured(Event):
+    """The picture of the dreams so far is drawn anew: now and then, and after batches.
+
+    Args:
+        path: where it lies.
+        png: what the file holds.
+    """
+
+    path: Path
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundPruned(Event):
     """A round of pruning is finished.
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,12 @@ class Dream:
 OnStep = Callable[[int, Mapping[str, Tensor]], None]
 """Called after each step with the steps done in this batch and the loss's detached terms."""
 
+OnImages = Callable[[Tensor, Tensor], None]
+"""Called after each step with the images that it looked at (N, C, H, W), normalised, and labels.
+
+The images may be smaller than the finished ones, and are the caller's: take a copy to keep.
+"""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -164,6 +170,17 @@ class Dreamer(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that ``state`` returned."""
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """What a dreamer may have besides, that lets a user see a batch while it is made."""
+
+    def watch(self, on_images: OnImages) -> None:
+        """Call back after each step of ``dream`` from now on.
+
+        Hand over what the step has anyway. Dreams are the same whether anyone looks or not.
+        """
 
 
 class Synthesizer(ABC):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
@@ -228,10 +229,10 @@ def test_first_step_of_adam_by_hand(toys):
         regularizers=(Term("watch", 1.0, watcher),), lr=0.25, stages=(Stage(2),), jitter=0
     )
     model = toys.two_bn()
-    dream(toys.teacher(model), given)
+    found = dream(toys.teacher(model), given)
     noise, moved = watcher.seen
     x = noise.clone().requires_grad_()
-    F.cross_entropy(model(x), torch.tensor([0, 1, 2, 0])).backward()
+    F.cross_entropy(model(x), found.labels).backward()
     sure = x.grad.abs() > 1e-6
     assert sure.float().mean() > 0.9
     step = (moved - noise)[sure]
@@ -546,23 +547,57 @@ def test_every_image_of_the_batch_is_shifted_alike():
 # --- labels -----------------------------------------------------------------------------------
 
 
-def test_balanced_labels_go_on_from_the_batch_before():
-    given, generator = "balanced", torch.Generator()
-    first = deal_labels(given, plan(size=4), 3, generator)
-    second = deal_labels(given, plan(size=5, first=4, index=1), 3, generator)
-    assert first.tolist() == [0, 1, 2, 0]
-    assert second.tolist() == [1, 2, 0, 1, 2]
+def dealt(labels, sizes, classes, seed=0):
+    """Return the labels of batches of these sizes, one after the other."""
+    card, first, found = Card("c", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, classes, "test"), 0, []
+    for index, size in enumerate(sizes):
+        at = plan(seed=index, size=size, index=index, first=first)
+        found.append(deal_labels(labels, card, seed, at, torch.Generator().manual_seed(index)))
+        first += size
+    return found
 
 
-def test_given_labels_are_dealt_out_in_turn():
-    given, generator = (7, 2), torch.Generator()
-    assert deal_labels(given, plan(size=3), 10, generator).tolist() == [7, 2, 7]
-    assert deal_labels(given, plan(size=3, first=3), 10, generator).tolist() == [2, 7, 2]
+def test_balanced_labels_show_every_class_before_any_comes_again():
+    whole = torch.cat(dealt("balanced", [4, 5, 1, 11], 7))
+    assert [sorted(part.tolist()) for part in whole.split(7)] == [[*range(7)]] * 3
+    assert whole[:7].tolist() != whole[7:14].tolist(), "each round has an order of its own"
+
+
+def test_balanced_labels_depend_on_their_place_in_the_run_and_its_seed_alone():
+    assert torch.equal(
+        torch.cat(dealt("balanced", [21], 7)), torch.cat(dealt("balanced", [8, 13], 7))
+    )
+    assert not torch.equal(*(dealt("balanced", [100], 100, seed)[0] for seed in (0, 1)))
+
+
+def test_the_first_batch_shows_classes_from_all_over():
+    """Of 1,000 classes in their order 32 in turn would all be below 32."""
+    batches = dealt("balanced", [32, 32], 1000)
+    assert len(torch.cat(batches).unique()) == 64
+    for labels in batches:
+        assert len((labels // 100).unique()) >= 8, "of ten tenths"
+
+
+def test_given_labels_are_dealt_as_all_classes_are():
+    whole = torch.cat(dealt((7, 2, 5), [4, 3, 2], 10))
+    assert [sorted(part.tolist()) for part in whole.split(3)] == [[2, 5, 7]] * 3
+
+
+def test_an_inversion_deals_labels_by_the_seed_of_the_run(toys):
+    def labels(seed, batch_seed):
+        given = options(labels="balanced", stages=(Stage(1),))
+        with given.session(toys.teacher(toys.two_bn()), CPU, seed=seed) as session:
+            return session.dream(plan(batch_seed), nothing).labels.tolist()
+
+    assert labels(0, 5) == labels(0, 6)
+    assert len({tuple(labels(seed, 5)) for seed in range(8)}) > 1
 
 
 def test_random_labels_cover_the_classes_and_come_from_the_generator():
     def draw(seed):
-        return deal_labels("random", plan(size=500), 5, torch.Generator().manual_seed(seed))
+        card = Card("c", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, 5, "test")
+        draws = torch.Generator().manual_seed(seed)
+        return deal_labels("random", card, 0, plan(size=500), draws)
 
     counts = torch.bincount(draw(0), minlength=5)
     assert counts.min() > 60, "100 of each expected, standard deviation 9"

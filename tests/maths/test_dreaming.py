@@ -316,7 +316,8 @@ def test_a_run_fills_the_store_and_reports(run):
     assert run.log.details["statistics_distance"] == pytest.approx(by_layer)
     mean = (by_layer["bn1"] + by_layer["bn2"]) / 2
     assert metrics["synthesis.statistics_distance"] == pytest.approx(mean)
-    assert content.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    first, second, _ = content.labels.split(3)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == [0, 1, 2], "each before any twice"
     right = (content.teacher_logits.argmax(1) == content.labels).float().mean().item()
     assert metrics["synthesis.teacher_accuracy"] == pytest.approx(right)
 
@@ -367,7 +368,8 @@ def test_a_batch_that_overflows_is_left_out_and_reported(run):
     run.synthesizer.overflow = (1,)
     content = run.dream()
     assert run.synthesizer.dreamed == [0, 2]
-    assert content.labels.tolist() == [0, 1, 2, 0]
+    assert sorted(content.labels[:3].tolist()) == [0, 1, 2]
+    assert len(content) == 4
     assert run.metrics["synthesis.images"] == 4
     assert run.metrics["synthesis.skipped_batches"] == 1
     assert any("batch 1 is left out" in note for note in run.log.notes)

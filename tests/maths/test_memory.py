@@ -267,6 +267,8 @@ def test_more_classes_than_images_are_told(toys, tmp_path):
         dream_into_store(toys.teacher(toys.two_bn()), Synthesis(synthesizer, {}), context)
         return [note for note in context.log.notes if note.startswith("images:")]
 
-    assert notes(2) == ["images: 2 for 3 classes: 1 class gets no image"]
-    assert notes(1, labels="random") == ["images: 1 for 3 classes: at least 2 classes get no image"]
+    assert notes(2) == ["images: 2 for 3 classes: 2 are shown, 1 gets no image"]
+    assert notes(1, labels="random") == [
+        "images: 1 for 3 classes: at most 1 is shown, at least 2 get no image"
+    ]
     assert notes(3) == notes(2, labels=(0, 2)) == []

@@ -24,6 +24,7 @@ from dreamkit.types import (
     Synthesizer,
     Teacher,
     TeacherSource,
+    Watchable,
 )
 
 _CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def check_synthesizer(entry: Synthesizer | type) -> None:
     """Check a synthesizer: normalised images that the plan's seed alone decides.
 
     It dreams two small batches of 3×8×8 images of 4 classes, so give it few steps. The teacher is
-    left as it was.
+    left as it was. One that is ``Watchable`` is watched while it dreams the second.
 
     Raises:
         ContractError: it is not.
@@ -48,15 +49,17 @@ def check_synthesizer(entry: Synthesizer | type) -> None:
     teacher = tiny_teacher()
     with untouched(teacher.model, name), working(f"{name} on a network with BatchNorm"):
         synthesizer.check(teacher)
-        first, again = (_dreamed(synthesizer, teacher, name) for _ in range(2))
+        first, again = (_dreamed(synthesizer, teacher, name, watched) for watched in (False, True))
     expect(
         torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels),
-        f"{name} dreams other images of the same plan: draw all that is random from plan.seed",
+        f"{name} dreams other images of the same plan: draw all that is random from plan.seed, "
+        "and change nothing where it is watched",
     )
 
 
-def _dreamed(synthesizer: Synthesizer, teacher: Teacher, name: str) -> Dream:
+def _dreamed(synthesizer: Synthesizer, teacher: Teacher, name: str, watched: bool) -> Dream:
     steps: list[int] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     with synthesizer.session(teacher, _CPU, seed=3) as dreamer:
         estimate = dreamer.prepare(synthesizer.images)
         expect(estimate.seconds >= 0, f"{name} expects to take {estimate.seconds} s")
@@ -64,9 +67,23 @@ def _dreamed(synthesizer: Synthesizer, teacher: Teacher, name: str) -> Dream:
         for key, value in dreamer.state().items():
             expect(isinstance(value, Tensor), f"{name}: the state '{key}' is no Tensor")
         dreamer.restore(dreamer.state())
+        shows = watched and isinstance(dreamer, Watchable)
+        if watched and isinstance(dreamer, Watchable):
+            dreamer.watch(lambda images, labels: seen.append((images, labels)))
         dream = dreamer.dream(BatchPlan(0, 0, size, 5), lambda step, terms: steps.append(step))
     shape = tuple(dream.images.shape)
     expect(shape == (size, *SIZE), f"{name} dreamed {shape}, asked for {(size, *SIZE)}")
+    expect(
+        len(seen) == (len(steps) if shows else 0),
+        f"{name} showed images in {len(seen)} of {len(steps)} steps",
+    )
+    for images, labels in seen:
+        expect(
+            images.dim() == 4 and images.shape[:2] == dream.images.shape[:2],
+            f"{name} showed images of shape {tuple(images.shape)}, asked for {(size, *SIZE)}",
+        )
+        expect(not images.requires_grad, f"{name} showed images that carry gradients: detach them")
+        _check_labels(labels, size, teacher.card.num_classes, name)
     expect(dream.images.is_floating_point(), f"{name} dreamed {dream.images.dtype}, not floats")
     expect(bool(dream.images.isfinite().all()), f"{name} dreamed values that are not finite")
     _check_labels(dream.labels, size, teacher.card.num_classes, name)

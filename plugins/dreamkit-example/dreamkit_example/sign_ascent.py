@@ -18,6 +18,7 @@ from dreamkit.plugin import (
     Estimate,
     Field,
     NonFiniteLoss,
+    OnImages,
     OnStep,
     Synthesizer,
     Teacher,
@@ -77,6 +78,7 @@ class Walker:
 
     def __init__(self, options: SignAscent, teacher: Teacher, device: torch.device) -> None:
         self.options, self.teacher, self.device = options, teacher, device
+        self.on_images: OnImages = lambda images, labels: None
 
     @property
     def batch_size(self) -> int:
@@ -87,6 +89,10 @@ class Walker:
     def choices(self) -> Mapping[str, Any]:
         """Nothing is left to the machine."""
         return {}
+
+    def watch(self, on_images: OnImages) -> None:
+        """Show each step's images, for the progress picture; it may be left out."""
+        self.on_images = on_images
 
     def state(self) -> Mapping[str, Tensor]:
         """Return nothing: a batch is its seed's alone."""
@@ -124,6 +130,7 @@ class Walker:
             (gradient,) = torch.autograd.grad(loss, [moved])
             images = (moved.detach() - self.options.stride * gradient.sign()).clamp(low, high)
             on_step(step, {"cross_entropy": loss.detach()})
+            self.on_images(images, labels)
         with torch.no_grad():
             final = float(F.cross_entropy(self.teacher.model(images), labels))
         if not final < float("inf"):
