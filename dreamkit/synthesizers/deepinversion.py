@@ -274,12 +274,14 @@ class Inversion(LossDreamer):
             start = self.options.parameterisation.start(shape, generator).to(self.device)
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.options.parameterisation.render(start, resolution)
-            run = partial(self._sample, start, labels, stage, generator)
+            run = partial(self._sample, start, labels, stage)
             found.append(Phase(stage.steps, run, images, labels))
         return found
 
-    def _sample(self, start: Tensor, labels: Tensor, stage: Stage, *rest: Any) -> None:
-        generator, steps, on_step = rest
+    def _sample(
+        self, start: Tensor, labels: Tensor, stage: Stage, steps: int, on_step: OnStep
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
         some = replace(stage, steps=steps)
         self._stage(start, labels, some, generator, self.evaluator, on_step)
 
