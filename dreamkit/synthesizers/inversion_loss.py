@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.allocator import freed_memory_kept
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.evaluation.features import find_layer, penultimate_layer
 from dreamkit.model_state import InputTap, inputs_of
@@ -166,7 +167,9 @@ def bound_loss(
     student: nn.Module | None,
     cross_entropy: float = 1.0,
 ) -> Iterator[InversionLoss]:
-    """Freeze the teacher and tap its statistics where a term needs them; both are undone.
+    """Freeze the teacher, tap its statistics where a term needs them, and keep freed memory.
+
+    All of it is undone.
 
     Args:
         teacher: on the device where images are.
@@ -176,6 +179,7 @@ def bound_loss(
     """
     wants, model = needed(regularizers), teacher.model
     with ExitStack() as stack:
+        stack.enter_context(freed_memory_kept())
         stack.enter_context(borrowed(model))
         tap = stack.enter_context(tapped(model)) if "bn_statistics" in wants else None
         features = None
