@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_preci
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.views import View
+from dreamkit.teachers.trying import blank_noise
 
 Terms = dict[str, Tensor]
 Objective = Callable[[Tensor, Tensor, AbstractContextManager[Any]], Terms]
@@ -65,30 +66,38 @@ class Engine:
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
-    """Freeze a model and lay its convolutions' weights out as channels last; both are undone.
+def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Freeze a model and show it images with channels last, if it takes them so; both are undone.
 
-    Frozen weights need no gradients, which is a third of a backward pass.
+    Frozen weights need no gradients, which is a third of a backward pass. What images are laid out
+    like, so are all features: convolutions are faster then, depthwise ones and channels' statistics
+    several times. A model that views features as vectors takes them in the usual order alone.
+
+    Args:
+        model: takes images and returns logits.
+        input_size: (channels, height, width) of images that it takes.
     """
-    # Subclasses may do more with their weights, such as view them, which this layout forbids; and
-    # weights that are computed anew before each pass are no parameters.
-    kinds = {nn.Conv2d, nn.ConvTranspose2d}
-    convolutions = [m for m in model.modules() if type(m) in kinds]
-    held = [
-        p
-        for m in convolutions
-        if (p := dict(m.named_parameters(recurse=False)).get("weight")) is not None
-    ]
-    weights = list(dict.fromkeys(held))
-    laid_out = [p.data for p in weights]
+    with frozen(model), ExitStack() as stack:
+        if not isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
+            hook = model.register_forward_pre_hook(_channels_last)
+            stack.callback(hook.remove)
+            if not _runs(model, input_size):
+                hook.remove()
+        yield
+
+
+def _channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    images, *others = inputs
+    return (images.contiguous(memory_format=torch.channels_last), *others)
+
+
+def _runs(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
     try:
-        for weight in weights:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        with frozen(model):
-            yield
-    finally:
-        for weight, data in zip(weights, laid_out, strict=True):
-            weight.data = data
+        with torch.no_grad():
+            model(blank_noise(model, input_size))
+    except Exception:  # anyone's code
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def bound_loss(
     wants, model = needed(regularizers), teacher.model
     with ExitStack() as stack:
         stack.enter_context(freed_memory_kept())
-        stack.enter_context(borrowed(model))
+        stack.enter_context(borrowed(model, teacher.card.input_size))
         tap = stack.enter_context(tapped(model)) if "bn_statistics" in wants else None
         features = None
         if "features" in wants:
