@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
+from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View
 from dreamkit.teachers.trying import blank_noise
 
@@ -48,7 +49,7 @@ class Engine:
     Args:
         precision: of the network's arithmetic; statistics, regularizers and the loss are always
             float32, and float32 is no TF32. ``auto`` is bfloat16 where the hardware multiplies it
-            natively, except for networks with depthwise convolutions on a CPU.
+            natively.
         compile: ``auto`` compiles if the run is long enough to pay for it.
     """
 
@@ -132,6 +133,8 @@ class Evaluator:
         self.precision = precision
         self.dtype: torch.dtype = getattr(torch, precision)
         self._compiled: dict[tuple[int, ...], _Loss] = {}
+        self._strided = StridedDepthwise()
+        self._strided.wanted = device.type == "cpu" and self.dtype == torch.bfloat16
 
     def __call__(self, images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
         """Return the terms at images as rolled and mirrored by ``draw``, and the gradient."""
@@ -164,7 +167,8 @@ class Evaluator:
         leaf = images.detach().contiguous().requires_grad_()
         with full_float32(self.precision, self.device):
             loss, terms = function(leaf, labels, draw)
-            (gradient,) = torch.autograd.grad(loss, [leaf])
+            with self._strided() if function == self._loss else nullcontext():
+                (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
 
     def compile(self, images: Tensor, labels: Tensor) -> str | None:
