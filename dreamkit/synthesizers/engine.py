@@ -153,6 +153,14 @@ class Evaluator:
         """Whether it is as faithful as can be: float32, and nothing compiled."""
         return self.dtype == torch.float32 and not self._compiled
 
+    @property
+    def best_eager(self) -> bool:
+        """Whether compiled steps would be slower; known after a step.
+
+        The compiler takes the slow backward pass of strided depthwise convolutions.
+        """
+        return self._strided.wanted
+
     def _loss(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Terms]:
         # Weights are constants here: the cache of their casts would only hold memory.
         arithmetic = autocast(self.precision, self.device, cache=False)
