@@ -24,7 +24,7 @@ from dreamkit.stages.batches import as_stored
 from dreamkit.synthesizers import deepinversion, dreamer, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
-from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, compile_seconds
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate, Regularizer
@@ -246,6 +246,36 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
         assert session.prepare(56).seconds == pytest.approx(70, abs=1)
         assert session.choices["compile"] is True
     assert "2.0 times as fast" in notes[-1]
+
+
+@pytest.mark.parametrize(("stride", "compiled"), [(1, True), (2, False)])
+def test_auto_leaves_strided_depthwise_convolutions_in_bfloat16_eager(
+    monkeypatch, toys, stride, compiled
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    monkeypatch.setattr(dreamer, "compile_seconds", lambda model: 0.0)
+    monkeypatch.setattr(planning, "compile_phases", lambda *_: None)
+    model = toys.depthwise()
+    model.depthwise.stride = (stride, stride)
+    timed, times = planning._seconds_a_step, iter([1.0, 0.5])
+
+    def seconds(phase, device):
+        timed(phase, device)
+        return next(times)
+
+    monkeypatch.setattr(planning, "_seconds_a_step", seconds)
+    with options(engine=Engine("bfloat16")).session(toys.teacher(model), CPU) as session:
+        session.prepare(40)
+        assert session.choices["compile"] is compiled
+
+
+def test_compiling_takes_longer_where_there_is_one_core(monkeypatch):
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(10)))
+    found = []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(compile_seconds(model))
+    assert found == pytest.approx([58, 29, 29])  # 15 s and 1.4 s a convolution, on two
 
 
 @pytest.mark.parametrize(("asked", "used"), [("auto", False), (True, True)])
