@@ -28,8 +28,9 @@ def resolve_precision(
 ) -> Precision:
     """Return the precision for a model, if given; ``auto`` is bfloat16 where that is faster.
 
-    That is where the hardware multiplies it natively; but on a CPU depthwise convolutions in
-    bfloat16 are slower than in float32 (see ``benchmarks/README.md``, MobileNetV2).
+    That is where the hardware multiplies it natively; but on a CPU the backward pass of strided
+    depthwise convolutions is slower than in float32 by far. An inversion goes round it
+    (``synthesizers/strided_depthwise``) and gives no model.
     """
     if precision != "auto":
         return precision

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from dreamkit.allocator import give_back
 from dreamkit.errors import OutOfMemory
 from dreamkit.out_of_memory import give_back_memory, is_out_of_memory
 
@@ -40,13 +41,15 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the peak of a block; the result is filled in when the block ends.
 
     Where the operating system cannot reset its high-water mark (it is not Linux), an earlier
-    peak of the process hides a lower one of the block.
+    peak of the process hides a lower one of the block. What the process keeps of freed memory is
+    given back first: it would hide what the block takes of it.
     """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         peak.start = torch.cuda.memory_allocated(device)
     else:
+        give_back()
         peak.start = _reset_high_water_mark()
     try:
         yield peak
@@ -144,6 +147,7 @@ def largest_batch(trial: Callable[[int], None], limit: int, device: torch.device
     Raises:
         OutOfMemory: not even one fits.
     """
+    give_back_memory()  # what is kept of freed memory is available, and the system cannot know
     budget = MEMORY_SHARE.get(device.type, 0.6) * available_memory(device)
     # Every trial is held against the start of the first: allocators keep what a trial has freed.
     start = None

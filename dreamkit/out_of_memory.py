@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dreamkit.allocator import give_back
 from dreamkit.errors import OutOfMemory, RecipePath
 from dreamkit.wording import first_line
 
@@ -68,6 +69,7 @@ ASK_LESS = (
 def give_back_memory() -> None:
     """Free what a failed attempt left, so that a smaller one finds room."""
     gc.collect()
+    give_back()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

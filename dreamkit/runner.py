@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from dreamkit import distributed
+from dreamkit.allocator import freed_memory_kept
 from dreamkit.devices import choose_device, default_backend
 from dreamkit.errors import DreamkitError, RunDirectoryError, placed
 from dreamkit.latency.first_rank import FirstRank
@@ -78,7 +79,8 @@ def run(
         show(read_report(folder), folder, console)
         return folder
     try:
-        _run(loaded, directory, console, stopping)
+        with freed_memory_kept():
+            _run(loaded, directory, console, stopping)
     except DreamkitError as error:
         raise loaded.placed(error) from error
     return folder

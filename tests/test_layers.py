@@ -24,6 +24,7 @@ LAYERS = (
         "importing",
         "arithmetic",
         "compilation",
+        "allocator",
         "memory",
         "out_of_memory",
         "flat_state",

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from dreamkit.allocator import freed_memory_kept
 from dreamkit.api.call_folder import NETWORK, claimed
 from dreamkit.api.given_images import GivenImages
 from dreamkit.api.networks import GivenNetwork, View, take_in
@@ -179,6 +180,7 @@ def session(network: nn.Module | Teacher, conditions: Conditions) -> Iterator[Se
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))  # what times models asks for it
         stack.enter_context(seeded(conditions.seed, device))
+        stack.enter_context(freed_memory_kept())
         try:
             with enough_memory("working", ASK_LESS):
                 yield _session(network, conditions, device, registries, log, stack, started)

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamkit.allocator import freed_memory_kept
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate, nothing
@@ -52,11 +53,11 @@ class TorchCPU(LatencyBackend):
 
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules, each on its CPU input; samples of different modules alternate."""
-        _keep_freed_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            return _alternate(modules, self.warmup, self.repeats)
+            with freed_memory_kept():  # else page faults are a third of a small network's time
+                return _alternate(modules, self.warmup, self.repeats)
         finally:
             torch.set_num_threads(before)
 
@@ -103,16 +104,6 @@ class TorchCUDA(LatencyBackend):
                 "the latency backend torch-cuda needs a CUDA device, and torch sees none; "
                 "use the backend torch-cpu"
             )
-
-
-def _keep_freed_memory() -> None:
-    """Bring the allocator to where it is in a process that has run for a while.
-
-    glibc gives what is freed at its heap's end back to the system, which hands it out again page
-    by page: a third of a small network's time. Once a large block was freed (32 MiB at the most
-    count), it keeps twice as much.
-    """
-    torch.empty(32_000_000, dtype=torch.uint8)
 
 
 @torch.no_grad()

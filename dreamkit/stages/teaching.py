@@ -17,7 +17,6 @@ from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.training_run import TrainingRun
-from dreamkit.synthesizers.engine import borrowed
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.trainer import Trainer, lay_out
 from dreamkit.types import Images, RunContext, Synthesis, Teacher
@@ -96,9 +95,7 @@ def teach(
         The sets, each as it was in the end.
     """
     path = context.folder / RunContext.CHECKPOINTS / f"{stage}.safetensors"
-    # Where networks compute in bfloat16 both read their weights with channels last.
-    hold = borrowed if trainer.precision == "bfloat16" else frozen
-    with hold(trainer.teacher), seeded(context.seed, context.device):
+    with frozen(trainer.teacher), seeded(context.seed, context.device):
         training = TrainingRun(context, trainer, sets, stage, path if resumable else None)
         training.run()
     return training.pools

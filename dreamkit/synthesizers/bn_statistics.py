@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreamkit.model_state import hooked
 from dreamkit.types import ImageStatistics, LayerStatistics
@@ -59,14 +61,38 @@ class BatchNormTap:
         """Note one layer's input; a layer that is used again is named ``name#2``."""
         if self._seen is None:
             return
+        near = module.running_mean
+        assert isinstance(near, Tensor)
+        images = image_statistics(x, self._batch, len(near)) if self.each_image else None
+        mean, var = channel_statistics(x, near) if images is None else pooled(images)
+        self._note(name, module, mean, var, images)
+
+    def normalise(self, name: str, module: _BatchNorm, input: Tensor) -> Tensor:
+        """Do what a frozen layer of torch's own does, and note its input."""
+        if self._seen is None or module.training:
+            self.see(name, module, input)
+            return type(module).forward(module, input)
+        module._check_input_dim(input)
+        stored = module.running_mean, module.running_var, module.weight, module.bias
+        output, mean, var = _Normalised.apply(input, *stored, module.eps)
+        self._note(name, module, mean, var)
+        return cast(Tensor, output)
+
+    def _note(
+        self,
+        name: str,
+        module: nn.Module,
+        mean: Tensor,
+        var: Tensor,
+        images: ImageStatistics | None = None,
+    ) -> None:
+        assert self._seen is not None
         call = 1
         while (label := name if call == 1 else f"{name}#{call}") in self._seen:
             call += 1
         running_mean, running_var = module.running_mean, module.running_var
         assert isinstance(running_mean, Tensor)
         assert isinstance(running_var, Tensor)
-        images = image_statistics(x, self._batch, len(running_mean)) if self.each_image else None
-        mean, var = channel_statistics(x, running_mean) if images is None else pooled(images)
         self._seen[label] = LayerStatistics(label, mean, var, running_mean, running_var, images)
 
 
@@ -110,10 +136,6 @@ def pooled(images: ImageStatistics) -> tuple[Tensor, Tensor]:
     return mean, images.var.mean(0) + spread
 
 
-_TINY = 1e-20
-"""Added to variances by the kernel: without it, it gives a constant channel an infinite one."""
-
-
 class _ChannelStatistics(torch.autograd.Function):
     """Mean and variance that keep only their input for the backward pass, in its own type.
 
@@ -122,23 +144,7 @@ class _ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        axes = [0, *range(2, x.dim())]
-        if torch.compiler.is_compiling():
-            # Both sums and the cast become one pass. E[d²] - E[d]² is accurate, as d is centred
-            # near its mean.
-            difference = x.float() - near.view(_along_channels(x))
-            offset = difference.mean(axes)
-            var = (difference.square().mean(axes) - offset.square()).clamp(min=0)
-            mean = near + offset
-        elif x.device.type == "cpu":
-            # The kernel of training-mode BatchNorm is many times as fast as var_mean; given float32
-            # weights, it takes float32 statistics of inputs of fewer bits.
-            kind = torch.promote_types(x.dtype, torch.float32)
-            one, zero = x.new_ones(x.shape[1], dtype=kind), x.new_zeros(x.shape[1], dtype=kind)
-            _, mean, inverse = torch.native_batch_norm(x, one, zero, None, None, True, 0.0, _TINY)
-            var = (inverse.pow(-2) - _TINY).clamp(min=0)
-        else:
-            var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        mean, var = _moments(x, near)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -146,8 +152,72 @@ class _ChannelStatistics(torch.autograd.Function):
     def backward(ctx: Any, mean_gradient: Tensor, var_gradient: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         slope, offset = _gradient_line(mean_gradient, var_gradient, mean, x.numel() // x.shape[1])
-        shape = _along_channels(x)
-        return torch.addcmul(offset.view(shape), x, slope.view(shape)).to(x.dtype), None
+        return _by_channel(x, slope, offset), None
+
+
+class _Normalised(torch.autograd.Function):
+    """A frozen BatchNorm layer in eval mode together with the statistics of what it is given.
+
+    The gradient in x is one expression of x and the gradient in the output. Apart, they take three
+    passes more, and torch's own also sums up gradients for weights, which are frozen here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x, running_mean)
+        scale = (running_var + eps).rsqrt()
+        ctx.save_for_backward(x, mean, scale if weight is None else scale * weight)
+        output = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+        return output, mean, var
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor, mean_gradient: Tensor, var_gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, mean, scale = ctx.saved_tensors
+        slope, offset = _gradient_line(mean_gradient, var_gradient, mean, x.numel() // x.shape[1])
+        scale = scale.to(x.dtype).view(_along_channels(x))
+        along = _by_channel(x, slope, offset).addcmul_(gradient, scale)
+        return along, None, None, None, None, None
+
+
+def _moments(x: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and biased variance, float32 or more."""
+    axes = [0, *range(2, x.dim())]
+    if torch.compiler.is_compiling():
+        # Both sums and the cast become one pass. E[d²] - E[d]² is accurate, as d is centred
+        # near its mean.
+        difference = x.float() - near.view(_along_channels(x))
+        offset = difference.mean(axes)
+        var = (difference.square().mean(axes) - offset.square()).clamp(min=0)
+        return near + offset, var
+    if x.device.type == "cpu":
+        # What updates running statistics is many times as fast as var_mean, and takes float32
+        # ones of inputs of fewer bits if they are float32 themselves. These are thrown away.
+        kind = torch.promote_types(x.dtype, torch.float32)
+        running = x.new_zeros((2, x.shape[1]), dtype=kind)
+        mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+    else:
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+    return mean, var
+
+
+def _by_channel(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Return x·scale + offset, channel by channel, in x's type but computed in float32."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The kernel of BatchNorm in eval mode: arithmetic of two types would copy x.
+        mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+        return F.batch_norm(x, mean, var, scale, offset, False, 0.0, 0.0)
+    shape = _along_channels(x)
+    return torch.addcmul(offset.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 @torch.library.custom_op("dreamkit::gradient_line", mutates_args=())
@@ -175,52 +245,31 @@ def _along_channels(x: Tensor) -> tuple[int, ...]:
     return (1, -1, *[1] * (x.dim() - 2))
 
 
-class SmoothedStatistics:
-    """A moving average of layers' statistics over batches.
-
-    Batches of a generator are less diverse than data are; it is their average that is to match the
-    stored statistics (Fang et al., "Contrastive Model Inversion", IJCAI 2021, and FastDFKD). Before
-    the first batch the stored statistics themselves stand for it.
-
-    Args:
-        rate: share of earlier batches, in [0, 1).
-        layers: any batch's statistics, for what the layers have stored.
-    """
-
-    def __init__(self, rate: float, layers: tuple[LayerStatistics, ...]) -> None:
-        self.rate = rate
-        self._seen = {s.name: (s.running_mean.clone(), s.running_var.clone()) for s in layers}
-
-    def blended(self, statistics: tuple[LayerStatistics, ...]) -> tuple[LayerStatistics, ...]:
-        """Return a batch's statistics averaged with those of the batches before."""
-        return tuple(self._blend(layer) for layer in statistics)
-
-    def _blend(self, layer: LayerStatistics) -> LayerStatistics:
-        before = self._seen[layer.name]
-        mean = self.rate * before[0] + (1 - self.rate) * layer.mean
-        var = self.rate * before[1] + (1 - self.rate) * layer.var
-        return replace(layer, mean=mean, var=var)
-
-    def update(self, statistics: tuple[LayerStatistics, ...]) -> None:
-        """Take a finished batch's statistics into the average."""
-        for layer in self.blended(statistics):
-            self._seen[layer.name] = (layer.mean.detach().clone(), layer.var.detach().clone())
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the average."""
-        return {f"{name}.{n}": v for name, pair in self._seen.items() for n, v in enumerate(pair)}
-
-    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Go on from an average."""
-        self._seen = {
-            name: (state[f"{name}.0"].to(device), state[f"{name}.1"].to(device))
-            for name in self._seen
-        }
+_PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+"""Layers that are known to do nothing but normalise; what is derived from them may do more."""
 
 
 @contextmanager
 def tapped(model: nn.Module, each_image: bool = False) -> Iterator[BatchNormTap]:
-    """Hook every BatchNorm layer of ``model`` for as long as the block lasts."""
+    """Watch every BatchNorm layer of a frozen ``model`` for as long as the block lasts.
+
+    Args:
+        model: frozen.
+        each_image: note the statistics of each image too; not for gradients.
+    """
     tap = BatchNormTap(model, each_image)
-    with hooked(batch_norm_layers(model), tap.see):
-        yield tap
+    layers = batch_norm_layers(model)
+    plain = [
+        (name, module)
+        for name, module in layers
+        if type(module) in _PLAIN and "forward" not in vars(module) and not each_image
+    ]
+    others = [layer for layer in layers if layer not in plain]
+    try:
+        for name, module in plain:
+            module.forward = partial(tap.normalise, name, cast(_BatchNorm, module))
+        with hooked(others, tap.see):
+            yield tap
+    finally:
+        for _, module in plain:
+            vars(module).pop("forward", None)

@@ -138,7 +138,7 @@ class DeepInversion(Synthesizer):
             named = self._load_student(teacher, seed)
             if named is not None:
                 student = named.to(device)
-                stack.enter_context(borrowed(student))
+                stack.enter_context(borrowed(student, teacher.card.input_size))
             loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
             inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note, seed))
             stack.callback(inversion.evaluator.discard_compiled)

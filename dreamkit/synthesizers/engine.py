@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import frozen
+from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View
+from dreamkit.teachers.trying import blank_noise
 
 Terms = dict[str, Tensor]
 Objective = Callable[[Tensor, Tensor, AbstractContextManager[Any]], Terms]
@@ -32,7 +34,9 @@ LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 """How far a compiled gradient may be from the eager one, relative in the l2 norm."""
 COMPILE_SECONDS = 15.0
-COMPILE_SECONDS_PER_LAYER = 1.2
+COMPILE_SECONDS_PER_LAYER = 1.4
+COMPILING_CORES = 2
+"""How many cores these seconds are of; on one alone it takes as many times as long."""
 EXPECTED_SPEEDUP = {"cpu": 1.3, "cuda": 2.0}
 """Of a compiled step over an eager one, by kind of device, for planning.
 
@@ -47,7 +51,7 @@ class Engine:
     Args:
         precision: of the network's arithmetic; statistics, regularizers and the loss are always
             float32, and float32 is no TF32. ``auto`` is bfloat16 where the hardware multiplies it
-            natively, except for networks with depthwise convolutions on a CPU.
+            natively.
         compile: ``auto`` compiles if the run is long enough to pay for it.
     """
 
@@ -65,30 +69,38 @@ class Engine:
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
-    """Freeze a model and lay its convolutions' weights out as channels last; both are undone.
+def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[None]:
+    """Freeze a model and show it images with channels last, if it takes them so; both are undone.
 
-    Frozen weights need no gradients, which is a third of a backward pass.
+    Frozen weights need no gradients, which is a third of a backward pass. What images are laid out
+    like, so are all features: convolutions are faster then, depthwise ones and channels' statistics
+    several times. A model that views features as vectors takes them in the usual order alone.
+
+    Args:
+        model: takes images and returns logits.
+        input_size: (channels, height, width) of images that it takes.
     """
-    # Subclasses may do more with their weights, such as view them, which this layout forbids; and
-    # weights that are computed anew before each pass are no parameters.
-    kinds = {nn.Conv2d, nn.ConvTranspose2d}
-    convolutions = [m for m in model.modules() if type(m) in kinds]
-    held = [
-        p
-        for m in convolutions
-        if (p := dict(m.named_parameters(recurse=False)).get("weight")) is not None
-    ]
-    weights = list(dict.fromkeys(held))
-    laid_out = [p.data for p in weights]
+    with frozen(model), ExitStack() as stack:
+        if not isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
+            hook = model.register_forward_pre_hook(_channels_last)
+            stack.callback(hook.remove)
+            if not _runs(model, input_size):
+                hook.remove()
+        yield
+
+
+def _channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    images, *others = inputs
+    return (images.contiguous(memory_format=torch.channels_last), *others)
+
+
+def _runs(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
     try:
-        for weight in weights:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        with frozen(model):
-            yield
-    finally:
-        for weight, data in zip(weights, laid_out, strict=True):
-            weight.data = data
+        with torch.no_grad():
+            model(blank_noise(model, input_size))
+    except Exception:  # anyone's code
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,8 @@ class Evaluator:
         self.precision = precision
         self.dtype: torch.dtype = getattr(torch, precision)
         self._compiled: dict[tuple[int, ...], _Loss] = {}
+        self._strided = StridedDepthwise()
+        self._strided.wanted = device.type == "cpu" and self.dtype == torch.bfloat16
 
     def __call__(self, images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
         """Return the terms at images as rolled and mirrored by ``draw``, and the gradient."""
@@ -141,6 +155,14 @@ class Evaluator:
         """Whether it is as faithful as can be: float32, and nothing compiled."""
         return self.dtype == torch.float32 and not self._compiled
 
+    @property
+    def best_eager(self) -> bool:
+        """Whether compiled steps would be slower; known after a step.
+
+        The compiler takes the slow backward pass of strided depthwise convolutions.
+        """
+        return self._strided.wanted
+
     def _loss(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Terms]:
         # Weights are constants here: the cache of their casts would only hold memory.
         arithmetic = autocast(self.precision, self.device, cache=False)
@@ -155,7 +177,8 @@ class Evaluator:
         leaf = images.detach().contiguous().requires_grad_()
         with full_float32(self.precision, self.device):
             loss, terms = function(leaf, labels, draw)
-            (gradient,) = torch.autograd.grad(loss, [leaf])
+            with self._strided() if function == self._loss else nullcontext():
+                (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
 
     def compile(self, images: Tensor, labels: Tensor) -> str | None:
@@ -219,6 +242,10 @@ def _within(off: tuple[float, float], allowed: tuple[float, float]) -> bool:
 
 
 def compile_seconds(model: nn.Module) -> float:
-    """Estimate how long compiling an inversion takes on a CPU: see ``benchmarks/README.md``."""
+    """Estimate how long compiling an inversion takes: see ``benchmarks/README.md``.
+
+    Torch's threads tell how many cores a process has for itself.
+    """
     layers = sum(isinstance(m, nn.Conv2d) for m in model.modules())
-    return COMPILE_SECONDS + COMPILE_SECONDS_PER_LAYER * layers
+    cores = min(torch.get_num_threads(), COMPILING_CORES)
+    return (COMPILE_SECONDS + COMPILE_SECONDS_PER_LAYER * layers) * COMPILING_CORES / cores

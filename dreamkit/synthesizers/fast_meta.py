@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.seeds import derived_seed
-from dreamkit.synthesizers.bn_statistics import SmoothedStatistics
 from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
 from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
 from dreamkit.synthesizers.generator_network import Generator
+from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.types import BatchPlan, Dream, LayerStatistics, OnStep
 
 BETAS = (0.5, 0.999)

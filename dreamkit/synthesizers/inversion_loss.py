@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.allocator import freed_memory_kept
 from dreamkit.errors import DreamkitError, TeacherMismatch
 from dreamkit.evaluation.features import find_layer, penultimate_layer
 from dreamkit.model_state import InputTap, eval_mode, inputs_of
 from dreamkit.registry import RECORDED, Term
 from dreamkit.synthesizers.bn_statistics import (
     BatchNormTap,
-    SmoothedStatistics,
     batch_norm_layers,
     tapped,
 )
 from dreamkit.synthesizers.engine import borrowed
+from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher
 
@@ -179,7 +180,9 @@ def bound_loss(
     student: nn.Module | None,
     cross_entropy: float = 1.0,
 ) -> Iterator[InversionLoss]:
-    """Freeze the teacher and tap its statistics where a term needs them; both are undone.
+    """Freeze the teacher, tap its statistics where a term needs them, and keep freed memory.
+
+    All of it is undone.
 
     Args:
         teacher: on the device where images are.
@@ -189,7 +192,8 @@ def bound_loss(
     """
     wants, model = needed(regularizers), teacher.model
     with ExitStack() as stack:
-        stack.enter_context(borrowed(model))
+        stack.enter_context(freed_memory_kept())
+        stack.enter_context(borrowed(model, teacher.card.input_size))
         tap = stack.enter_context(tapped(model)) if "bn_statistics" in wants else None
         features = None
         if "features" in wants:

@@ -67,7 +67,8 @@ def prepare(
     chosen_here = engine.compile == "auto"
     cost = len({tuple(phase.images.shape) for phase in phases}) * compile_seconds
     if chosen_here:
-        engine = replace(engine, compile=_pays(estimate.seconds, cost, device, note))
+        pays = not evaluator.best_eager and _pays(estimate.seconds, cost, device, note)
+        engine = replace(engine, compile=pays)
     if engine.compile is not True:
         return engine, estimate
     note(f"compiling the inversion: about {duration(cost)}")

@@ -22,7 +22,10 @@ def pattern(*shape):
 
 
 def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m))
+        for m in model.modules()
+    )
 
 
 def test_by_hand():
@@ -229,3 +232,49 @@ def test_windows_of_an_image_count_as_one_image():
     torch.testing.assert_close(found.mean, whole.mean(2), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.var, whole.var(2, correction=0), rtol=1e-5, atol=1e-6)
     assert image_statistics(x, images=4, channels=5).mean.shape == (6, 5)  # they do not divide
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(nn.BatchNorm1d, (7, 5)), (nn.BatchNorm2d, (4, 5, 3, 6)), (nn.BatchNorm3d, (2, 5, 2, 3, 4))],
+)
+def test_the_gradient_through_a_layer_and_its_statistics_is_autograds(kind, shape, affine):
+    layer = settled(kind(5, affine=affine))
+    weight = pattern(*shape).flip(0) / 7
+
+    def loss(x, output, mean, var):
+        return (output.relu_() * weight).sum() + mean.square().sum() + (var - 1).square().sum()
+
+    x = pattern(*shape).requires_grad_()
+    with tapped(layer) as tap:
+        output, (seen,) = tap(x)
+        (found,) = torch.autograd.grad(loss(x, output, seen.mean, seen.var), x)
+    assert torch.equal(output.detach(), layer(x).detach().relu())
+    rows = x.transpose(0, 1).flatten(1)
+    plain = loss(x, layer(x), rows.mean(1), rows.var(1, correction=0))
+    (expected,) = torch.autograd.grad(plain, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def settled(layer):
+    """Return a frozen layer whose statistics and weights are none of a new one's."""
+    layer.running_mean.copy_(torch.linspace(-1, 1, 5))
+    layer.running_var.copy_(torch.linspace(0.5, 2, 5))
+    if layer.weight is not None:
+        nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
+    return layer.eval().requires_grad_(False)
+
+
+def test_a_layer_that_is_derived_does_what_it_does():
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubling(2)).eval()
+    x = pattern(2, 2, 3, 3)
+    with tapped(model) as tap:
+        output, (seen,) = tap(x)
+    assert torch.equal(output, model(x))
+    assert seen.name == "0"

@@ -16,6 +16,7 @@ from dreamkit import compilation, memory
 from dreamkit.arithmetic import full_float32, has_native_bfloat16, resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.memory import available_memory, largest_batch, peak_memory
+from dreamkit.model_state import hooked
 from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
@@ -23,7 +24,7 @@ from dreamkit.stages.batches import as_stored
 from dreamkit.synthesizers import deepinversion, dreamer, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
-from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
+from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, compile_seconds
 from dreamkit.synthesizers.planning import StepClock, TimedEnough
 from dreamkit.synthesizers.stage import Plateau, Stage
 from dreamkit.types import BatchPlan, Estimate, Regularizer
@@ -126,14 +127,14 @@ def test_auto_precision_is_what_the_processor_multiplies(monkeypatch):
     assert not has_native_bfloat16(torch.device("mps"))
 
 
-def test_auto_precision_of_depthwise_convolutions_on_a_cpu_is_float32(monkeypatch, toys):
+def test_auto_precision_of_depthwise_convolutions_on_a_cpu(monkeypatch, toys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert resolve_precision("auto", CPU, toys.depthwise()) == "float32"
     assert resolve_precision("bfloat16", CPU, toys.depthwise()) == "bfloat16"
     assert resolve_precision("auto", CPU, toys.two_bn()) == "bfloat16"
     given = options(engine=Engine())
     with given.session(toys.teacher(toys.depthwise()), CPU) as session:
-        assert session.choices["precision"] == "float32"
+        assert session.choices["precision"] == "bfloat16", "an inversion goes round what is slow"
 
 
 # --- compilation ------------------------------------------------------------------------------
@@ -247,6 +248,36 @@ def test_auto_compiles_only_if_the_run_pays_for_it(monkeypatch, toys):
     assert "2.0 times as fast" in notes[-1]
 
 
+@pytest.mark.parametrize(("stride", "compiled"), [(1, True), (2, False)])
+def test_auto_leaves_strided_depthwise_convolutions_in_bfloat16_eager(
+    monkeypatch, toys, stride, compiled
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    monkeypatch.setattr(dreamer, "compile_seconds", lambda model: 0.0)
+    monkeypatch.setattr(planning, "compile_phases", lambda *_: None)
+    model = toys.depthwise()
+    model.depthwise.stride = (stride, stride)
+    timed, times = planning._seconds_a_step, iter([1.0, 0.5])
+
+    def seconds(phase, device):
+        timed(phase, device)
+        return next(times)
+
+    monkeypatch.setattr(planning, "_seconds_a_step", seconds)
+    with options(engine=Engine("bfloat16")).session(toys.teacher(model), CPU) as session:
+        session.prepare(40)
+        assert session.choices["compile"] is compiled
+
+
+def test_compiling_takes_longer_where_there_is_one_core(monkeypatch):
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(10)))
+    found = []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(compile_seconds(model))
+    assert found == pytest.approx([58, 29, 29])  # 15 s and 1.4 s a convolution, on two
+
+
 @pytest.mark.parametrize(("asked", "used"), [("auto", False), (True, True)])
 def test_compiled_and_slower_is_used_only_if_asked_for(monkeypatch, toys, asked, used):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
@@ -286,9 +317,11 @@ def test_a_copied_method_is_compiled_apart():
 def test_a_borrowed_model_is_given_back_as_it_was(toys):
     model = toys.two_bn().train()
     before, pointers = toys.state(model), [p.data_ptr() for p in model.parameters()]
-    strides = [p.stride() for p in model.parameters()]
-    with borrowed(model):
-        assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    seen, strides = [], [p.stride() for p in model.parameters()]
+    with borrowed(model, (3, 8, 8)):
+        with hooked([("", model.conv2)], lambda name, module, x: seen.append(x)):
+            model(images(2, 3, 8, 8))
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
         assert not model.conv2.weight.requires_grad
         assert not model.training
     toys.assert_same_state(model, before)
@@ -540,10 +573,9 @@ def test_preparing_changes_no_dream(toys):
 
 def test_a_borrowed_model_comes_back_from_an_error_too(toys):
     model = toys.two_bn()
-    strides = [p.stride() for p in model.parameters()]
-    with pytest.raises(KeyError), borrowed(model):
+    with pytest.raises(KeyError), borrowed(model, (3, 8, 8)):
         raise KeyError
-    assert [p.stride() for p in model.parameters()] == strides
+    assert not model._forward_pre_hooks
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -554,7 +586,7 @@ def test_weights_that_a_subclass_may_view_keep_their_layout():
             weight = flat / flat.std(1, keepdim=True)
             return F.conv2d(x, weight.view_as(self.weight))
 
-    with borrowed(nn.Sequential(layer := Standardised(3, 4, 3))):
+    with borrowed(nn.Sequential(layer := Standardised(3, 4, 3)), (3, 5, 5)):
         assert layer(images(1, 3, 5, 5)).shape == (1, 4, 3, 3)
 
 
@@ -608,7 +640,23 @@ def test_a_step_clock_leaves_out_the_first_step_and_stops_in_time(monkeypatch):
 
 
 def test_networks_with_weights_of_other_shapes_can_be_borrowed():
-    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Conv3d(3, 4, 1), nn.Linear(4, 5))
-    with borrowed(model):
+    model = nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 3, 1), nn.Linear(20, 5))
+    with borrowed(model, (2, 4, 5)):
         assert not any(p.requires_grad for p in model.parameters())
+        assert model(images(1, 2, 4, 5)).shape == (1, 3, 5)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_network_that_views_features_as_vectors_is_shown_images_as_they_are():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).view(len(x), -1)
+
+    model = Viewing()
+    with borrowed(model, (3, 5, 5)):
+        assert model(images(2, 3, 5, 5)).shape == (2, 36)
+        assert not model._forward_pre_hooks

@@ -16,12 +16,12 @@ from dreamkit.regularizers.adversarial import Adversarial
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.information_entropy import InformationEntropy
 from dreamkit.regularizers.one_hot import OneHot
-from dreamkit.synthesizers.bn_statistics import SmoothedStatistics
 from dreamkit.synthesizers.cmi import CMI, info_nce, random_resized_crop
 from dreamkit.synthesizers.dafl import DAFL
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.fast_meta import FastMeta
 from dreamkit.synthesizers.generator_network import Generator
+from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.types import BatchPlan, LayerStatistics
 
 CPU = torch.device("cpu")

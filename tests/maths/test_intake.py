@@ -219,7 +219,7 @@ def test_weights_that_are_computed_on_the_fly(change) -> None:
     net(images())  # leaves the computed weight there, with what made it
     model, _ = taken(net)
     assert torch.allclose(model(images()), net(images()), atol=1e-6)
-    with borrowed(model):
+    with borrowed(model, tuple(images().shape[1:])):
         leaf = images().requires_grad_()
         model(leaf).sum().backward()
     assert leaf.grad is not None
