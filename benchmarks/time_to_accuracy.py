@@ -1,7 +1,6 @@
 """Time until another network knows the dreams: a plain loop, a rival, and dreamkit's default.
 
-python benchmarks/time_to_accuracy.py --teacher benchmarks/networks/efficientnet_lite0.yaml \
-    --verifier benchmarks/networks/efficientnet_lite1.yaml --mct FOLDER
+python benchmarks/time_to_accuracy.py --teacher lite0.yaml --verifier lite1.yaml --mct FOLDER
 python benchmarks/time_to_accuracy.py --teacher ... --verifier ... --quick    # the mechanics
 
 - plain loop: the paper's settings for ImageNet, which has 20,000 steps of them. It is one run,
