@@ -242,7 +242,7 @@ def reached(rows: dict[int, list[Found]], level: float, clock: str) -> float | N
 
 
 def _time(found: list[Found], clock: str) -> float:
-    return mean(getattr(one, clock) for one in found)
+    return mean(float(getattr(one, clock)) for one in found)
 
 
 def conclusion(results: Results, clock: str) -> str:
