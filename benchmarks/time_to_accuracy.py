@@ -7,7 +7,8 @@ python benchmarks/time_to_accuracy.py --teacher ... --verifier ... --quick    # 
   looked at now and then.
 - MCT: Sony's Model Compression Toolkit, left out without --mct: a folder that
   pip install --target FOLDER 'model-compression-toolkit==2.6.*' has filled. It takes no labels: the
-  classes that the teacher sees in its images count as asked for.
+  classes that the teacher sees in its images count as asked for, which is easier: whatever both
+  networks take them for is known. So the verifier's mean probability of the class stands beside it.
 - dreamkit: what dreamkit.invert does by default.
 
 Each number of steps of the last two is a run of its own, since their learning rates follow it. They
@@ -68,13 +69,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Found:
-    """What a batch is worth."""
+    """What a batch is worth.
+
+    Args:
+        steps: that were taken.
+        seconds: they took.
+        processor_seconds: they took.
+        teacher: share that it classifies as asked; None where nothing was asked for.
+        verifier: share that it classifies so.
+        confidence: the verifier's mean probability of the class.
+        classes: how many different ones there are.
+    """
 
     steps: int
     seconds: float
     processor_seconds: float
     teacher: float | None
     verifier: float
+    confidence: float
     classes: int
 
 
@@ -94,10 +106,11 @@ def judged(
     labels = seen if batch.labels is None else batch.labels
     content = StoredImages(stored, labels)
     own = None if batch.labels is None else float((seen == labels).float().mean())
-    known = observe(verifier, content, CPU).accuracy
-    assert known is not None  # there are labels
+    logits = observe(verifier, content, CPU).logits
+    known = float((logits.argmax(1) == labels).float().mean())
+    sure = float(logits.softmax(1)[range(len(labels)), labels].mean())
     times = (batch.seconds, batch.processor_seconds)
-    return Found(steps, *times, own, known, len(labels.unique())), content
+    return Found(steps, *times, own, known, sure, len(labels.unique())), content
 
 
 class PlainRun:
@@ -216,8 +229,9 @@ def in_turn(methods: Methods) -> Iterator[tuple[str, Callable[[int], Batch], int
 def table(results: Results) -> str:
     """Write the results as Markdown: means over the seeds."""
     lines = [
-        "| method | steps | seconds | processor seconds | teacher | verifier | different classes |",
-        "|---" * 7 + "|",
+        "| method | steps | seconds | processor seconds | teacher | verifier | its confidence "
+        "| different classes |",
+        "|---" * 8 + "|",
     ]
     for name, rows in results.items():
         for steps, found in rows.items():
@@ -229,6 +243,7 @@ def table(results: Results) -> str:
                 f"{mean(one.processor_seconds for one in found):.0f}",
                 f"{mean(own):.3f}" if own else "",
                 f"{mean(one.verifier for one in found):.3f}",
+                f"{mean(one.confidence for one in found):.3f}",
                 f"{mean(one.classes for one in found):.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")

@@ -61,7 +61,7 @@ def test_conclusion_says_who_was_first_and_by_how_much(
     made = script("time_to_accuracy")
 
     def found(steps: int, seconds: float, verifier: float) -> dict[int, list[object]]:
-        return {steps: [made.Found(steps, 2 * seconds, seconds, 1.0, verifier, 32)]}
+        return {steps: [made.Found(steps, 2 * seconds, seconds, 1.0, verifier, 0.5, 32)]}
 
     results = {
         "plain loop": found(50, 100, 0.25) | found(400, 800, 0.5),
