@@ -8,6 +8,8 @@ of every BatchNorm layer's input, and the loss is read at every step.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,16 @@ from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.stage import Stage
+
+PAPER_IMAGENET: Mapping[str, Any] = {
+    "lr": 0.05,
+    "tv": 1e-4,
+    "l2": 1e-2,
+    "bn": 1e-2,
+    "jitter": 30,
+    "flip": True,
+}
+"""A plain loop's settings for ImageNet, as the paper's; it has 20,000 steps of them."""
 
 
 class PlainLoop:
@@ -37,6 +49,8 @@ class PlainLoop:
         jitter: largest roll.
         seed: of the noise and the rolls.
         frozen: keep gradients from the teacher's weights, the one line that a plain loop lacks.
+        labels: (N,), of the batch; by default the classes in turn.
+        flip: mirror the batch in half of the steps, as the paper does on ImageNet.
     """
 
     def __init__(
@@ -52,14 +66,19 @@ class PlainLoop:
         jitter: int = 2,
         seed: int = 0,
         frozen: bool = False,
+        labels: Tensor | None = None,
+        flip: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.model = model.to(device).requires_grad_(not frozen)
         self.images = torch.randn(shape, generator=generator).to(device).requires_grad_()
-        self.labels = (torch.arange(shape[0]) % classes).to(device)
+        if labels is None:
+            labels = torch.arange(shape[0]) % classes
+        self.labels = labels.to(device)
         self.optimizer = torch.optim.Adam([self.images], lr=lr)
         self.weights = (tv, l2, bn)
         self.jitter = jitter
+        self.flip = flip
         self.random = random.Random(seed)
         self.best = self.images.detach().clone()
         self.best_loss = float("inf")
@@ -88,6 +107,8 @@ class PlainLoop:
         self.model.zero_grad()
         shift = [self.random.randint(-self.jitter, self.jitter) for _ in range(2)]
         x = torch.roll(self.images, shifts=shift, dims=(2, 3))
+        if self.flip and self.random.random() < 0.5:
+            x = x.flip(3)
         classification = F.cross_entropy(self.model(x), self.labels)
         variation = (
             (x[:, :, :, :-1] - x[:, :, :, 1:]).norm()
