@@ -40,7 +40,7 @@ def tuned_fourier(batch: int, steps: int) -> DeepInversion:
     """Return settings tuned on ResNet-20 over Fourier coefficients."""
     return replace(
         tuned_pixels(batch, steps),
-        regularizers=(Term("bn_feature", 10.0, BNFeature()),),
+        regularizers=(Term("bn_feature", 30.0, BNFeature()),),
         parameterisation=Fourier(),
     )
 

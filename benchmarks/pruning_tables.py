@@ -64,7 +64,7 @@ RUNS = 5
 SEED = "%seed%"
 """Stands in a cell for the seed of its run."""
 DREAMED = "application={name: synthesize}"
-PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 10}]"
+PLAIN = "synthesis.regularizers=[{name: bn_feature, weight: 30}]"
 GENERATOR_TERMS = "synthesis.regularizers=[{name: bn_feature, form: paper, weight: 10}]"
 """Those of the generator's recipe, but for the one that needs a student."""
 

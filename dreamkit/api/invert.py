@@ -79,7 +79,7 @@ def invert(
         out: a folder that keeps finished batches: given again, the same call goes on there.
         evaluation: labelled images, to report the network's accuracy.
         **options: the synthesizer's, as in a recipe (``dreamkit show synthesizers deepinversion``),
-            e.g. ``batch_size=32, regularizers={"bn_feature": 10, "tv": 1e-3}``.
+            e.g. ``batch_size=32, regularizers={"bn_feature": 30, "tv": 1e-3}``.
 
     Returns:
         The dreams. Interrupted, those that are finished.

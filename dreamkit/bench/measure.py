@@ -121,7 +121,7 @@ def inversion(settings: Settings) -> DeepInversion:
     return DeepInversion(
         images=settings.batch_size,
         batch_size=settings.batch_size,
-        regularizers=(Term("bn_feature", 10, BNFeature()),),
+        regularizers=(Term("bn_feature", 30, BNFeature()),),
         parameterisation=Fourier(),
         stages=(Stage(settings.steps),),
         lr=0.1,

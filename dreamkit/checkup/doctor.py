@@ -127,7 +127,7 @@ def _inversion(
         images=batch_size,
         batch_size=batch_size,
         stages=(Stage(steps=_STEPS),),
-        regularizers=(Term("bn_feature", 10, BNFeature()),),
+        regularizers=(Term("bn_feature", 30, BNFeature()),),
         parameterisation=Fourier(),
         engine=Engine(compile=False),
     )

@@ -27,13 +27,15 @@ class Fourier(Parameterisation):
         deviation: standard deviation of the coefficients at the start.
         luminance: scale of the brightness axis; images of other than three channels are scaled by
             it as a whole.
-        colour: scales of the red-blue and the green-magenta axes.
+        colour: scales of the red-blue and the green-magenta axes. They are far weaker than
+            brightness in photographs: 0.31 and 0.17 of it in ImageNet's, by what EfficientNet-Lite0's
+            first layer stores.
     """
 
     decay: Annotated[float, Field(ge=0)] = 1.5
     deviation: Annotated[float, Field(gt=0)] = 0.3
     luminance: Annotated[float, Field(gt=0)] = 1.4
-    colour: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.7, 0.5)
+    colour: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.35, 0.2)
 
     def start(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
         """Return coefficients (N, C, H, W // 2 + 1, 2) from N(0, deviation²)."""

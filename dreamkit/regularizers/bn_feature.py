@@ -28,7 +28,7 @@ class BNFeature(Regularizer):
     Args:
         form: ``paper`` is eq. 4, whose size depends on the network; ``relative`` the mean over
             layers of the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ², which is of one size for
-            all networks, so that one weight (10) serves them.
+            all networks, so that one weight (30) serves them.
         first_layer_scale: factor on the first layer's part (10 in the authors' ImageNet setting).
     """
 

@@ -88,7 +88,7 @@ class DeepInversion(Synthesizer):
     """
 
     regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")] = (
-        Term("bn_feature", 10.0, BNFeature()),
+        Term("bn_feature", 30.0, BNFeature()),
     )
     images: Annotated[int, Field(ge=1)] = 1024
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
