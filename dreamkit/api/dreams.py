@@ -112,7 +112,7 @@ class Dreams(Result):
         told = self.quality.statistics_distance
         return (
             f"Dreams of {self.card.name}, {self.seconds:.1f} s\n"
-            f"  {len(self)} images of {channels}x{height}x{width}, "
+            f"  {len(self)} image{'' if len(self) == 1 else 's'} of {channels}x{height}x{width}, "
             f"{len(self.labels.unique())} of {self.teacher_logits.shape[1]} classes\n"
             f"  seen by the teacher as asked: {self.quality.teacher_accuracy:.4f}"
             + (

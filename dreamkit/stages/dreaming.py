@@ -73,8 +73,9 @@ def dream_into_store(teacher: Teacher, synthesis: Synthesis, context: RunContext
 
                 work.batches(missing, on_step)
     if len(store) == 0:
+        reasons = [batch.reason for _, batch in sorted(store.skipped.items())]
         store.withdraw()
-        raise DreamkitError("no batch of dreams came to anything; see the notes above")
+        raise DreamkitError(f"no batch of dreams came to anything; the first: {reasons[0]}")
     report_synthesis(context, store, teacher)
     return store.open()
 
@@ -178,7 +179,7 @@ class Dreaming:
         batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
         batches += f" on {ranks} ranks" if ranks > 1 else ""
         context.log.note(
-            f"dreaming {images} images in {batches}: about {duration(cost.seconds)}, "
+            f"dreaming {images} image{'' if images == 1 else 's'} in {batches}: about {duration(cost.seconds)}, "
             f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
         )
         return cost
