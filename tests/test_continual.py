@@ -130,7 +130,7 @@ def test_an_interrupted_run_ends_the_same(
 ):
     if adaptive:
         recipe["synthesis"]["batch_size"] = 8
-        recipe["synthesis"]["regularizers"].append({"name": "js_compete", "weight": 1})
+        recipe["synthesis"]["regularizers"] = {"bn_feature": 30, "js_compete": 1}
         recipe["application"]["adaptive"] = {"every": 1}
     file = recipe_file(recipe)
     code, _, err = invoke("run", file, "--out", tmp_path / "whole")
@@ -319,7 +319,7 @@ def test_a_test_set_of_other_classes(tmp_path, recipe, recipe_file, invoke):
 
 def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke):
     recipe["synthesis"]["batch_size"] = 2
-    recipe["synthesis"]["regularizers"].append({"name": "js_compete"})
+    recipe["synthesis"]["regularizers"] = {"bn_feature": 30, "js_compete": 1}
     recipe["application"]["adaptive"] = {"every": 50}
     err = refused(invoke, recipe_file(recipe), tmp_path)
     assert "application.training: the last of 14 batches of dreams would come before" in err

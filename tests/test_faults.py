@@ -386,7 +386,7 @@ def test_memory_stays_flat(tmp_path, invoke, recipe_file, monkeypatch, adaptive)
     recipe["synthesis"] |= {"images": 200 * 16, "batch_size": 16, "stages": [{"steps": 4}]}
     recipe["application"]["training"] = {"steps": 210, "batch_size": 32}
     if adaptive:
-        recipe["synthesis"]["regularizers"].append({"name": "js_compete", "weight": 1})
+        recipe["synthesis"]["regularizers"] = {"bn_feature": 30, "js_compete": 1}
         recipe["application"]["adaptive"] = {"every": 10, "batches": 10}
     file, seen, real = recipe_file(recipe), [], DreamStore.write
     invoke("run", file, "--set", "synthesis.images=32", "--out", tmp_path / "warm-up")

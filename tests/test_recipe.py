@@ -6,7 +6,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import make_dataclass
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -548,7 +548,8 @@ def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file
     assert data["latency"] is None
     synthesis, application = data["synthesis"], data["application"]
     assert synthesis["regularizers"] == [{"name": "tv", "weight": 1.0, "norm": "l2"}]
-    assert synthesis["parameterisation"] == {"name": "pixels"}
+    fourier = {"name": "fourier", **asdict(Fourier()), "colour": list(Fourier().colour)}
+    assert synthesis["parameterisation"] == fourier
     assert synthesis["engine"] == {"precision": "auto", "compile": "auto"}
     assert application["selection"] == {"name": "greedy"}
     assert application["limits"] == {
