@@ -24,19 +24,28 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(
-    precision: Literal["auto"] | Precision, device: torch.device, model: nn.Module | None = None
+    precision: Literal["auto"] | Precision,
+    device: torch.device,
+    model: nn.Module | None = None,
+    inverted: bool = False,
 ) -> Precision:
     """Return the precision for a model, if given; ``auto`` is bfloat16 where that is faster.
 
     That is where the hardware multiplies it natively; but on a CPU the backward pass of strided
     depthwise convolutions is slower than in float32 by far. An inversion goes round it
-    (``synthesizers/strided_depthwise``) and gives no model.
+    (``synthesizers/strided_depthwise``), unless they have more outputs than inputs, where it is
+    twice as slow whatever the stride.
     """
     if precision != "auto":
         return precision
     modules = () if model is None else model.modules()
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in modules)
-    if device.type == "cpu" and depthwise:
+    slow = any(
+        isinstance(m, nn.Conv2d)
+        and m.groups == m.in_channels > 1
+        and not (inverted and m.out_channels == m.in_channels)
+        for m in modules
+    )
+    if device.type == "cpu" and slow:
         return "float32"
     return "bfloat16" if has_native_bfloat16(device) else "float32"
 

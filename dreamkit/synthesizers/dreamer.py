@@ -60,7 +60,7 @@ class LossDreamer(ABC):
         choices = session.choices
         precision = choices.get("precision", engine.precision)
         self.engine = Engine(
-            precision=resolve_precision(precision, self.device),
+            precision=resolve_precision(precision, self.device, self.teacher.model, inverted=True),
             compile=choices.get("compile", engine.compile),
         )
         self.evaluator = self.engine.evaluator(self.terms, self.device, self.note)

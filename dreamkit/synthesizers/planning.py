@@ -67,8 +67,7 @@ def prepare(
     chosen_here = engine.compile == "auto"
     cost = len({tuple(phase.images.shape) for phase in phases}) * compile_seconds
     if chosen_here:
-        pays = not evaluator.best_eager and _pays(estimate.seconds, cost, device, note)
-        engine = replace(engine, compile=pays)
+        engine = replace(engine, compile=_pays(estimate.seconds, cost, evaluator, note))
     if engine.compile is not True:
         return engine, estimate
     note(f"compiling the inversion: about {duration(cost)}")
@@ -92,9 +91,17 @@ def prepare(
     return engine, Estimate(spent + batches * compiled, memory)
 
 
-def _pays(seconds: float, cost: float, device: torch.device, note: Callable[[str], None]) -> bool:
+def _pays(seconds: float, cost: float, evaluator: Evaluator, note: Callable[[str], None]) -> bool:
     """Whether compiling, at a cost in seconds, saves more; noted if it saves any, and not."""
-    saved = seconds * (1 - 1 / EXPECTED_SPEEDUP.get(device.type, EXPECTED_SPEEDUP["cpu"]))
+    kind = evaluator.device.type
+    saved = seconds * (1 - 1 / EXPECTED_SPEEDUP.get(kind, EXPECTED_SPEEDUP["cpu"]))
+    if evaluator.best_eager:
+        if saved > cost:
+            note(
+                "inversion runs without compilation: compiled, strided depthwise convolutions in "
+                "bfloat16 are slower"
+            )
+        return False
     if 1 <= saved <= cost:
         note(
             f"inversion runs without compilation: compiling takes about {cost:.0f} s and "

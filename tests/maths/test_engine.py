@@ -132,6 +132,9 @@ def test_auto_precision_of_depthwise_convolutions_on_a_cpu(monkeypatch, toys):
     assert resolve_precision("auto", CPU, toys.depthwise()) == "float32"
     assert resolve_precision("bfloat16", CPU, toys.depthwise()) == "bfloat16"
     assert resolve_precision("auto", CPU, toys.two_bn()) == "bfloat16"
+    assert resolve_precision("auto", CPU, toys.depthwise(), inverted=True) == "bfloat16"
+    doubling = nn.Conv2d(4, 8, 3, groups=4)
+    assert resolve_precision("auto", CPU, doubling, inverted=True) == "float32"
     given = options(engine=Engine())
     with given.session(toys.teacher(toys.depthwise()), CPU) as session:
         assert session.choices["precision"] == "bfloat16", "an inversion goes round what is slow"
