@@ -179,9 +179,8 @@ class Dreaming:
         batches = f"{len(missing)} batches" if len(missing) > 1 else "1 batch"
         batches += f" on {ranks} ranks" if ranks > 1 else ""
         context.log.note(
-            f"dreaming {images} image{'' if images == 1 else 's'} in {batches}: "
-            f"about {duration(cost.seconds)}, {cost.memory_bytes / 2**30:.1f} GB "
-            f"on this {context.device.type.upper()}"
+            f"dreaming {images} images in {batches}: about {duration(cost.seconds)}, "
+            f"{cost.memory_bytes / 2**30:.1f} GB on this {context.device.type.upper()}"
         )
         return cost
 
