@@ -32,9 +32,10 @@ from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
+from dreamkit.synthesizers.labels import deal_labels
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.named import load_teacher
-from dreamkit.types import Teacher
+from dreamkit.types import BatchPlan, Teacher
 
 Invoke = Callable[..., Any]
 DIGITS = ("bundled", "digits_resnet8")
@@ -208,8 +209,10 @@ def test_a_verifier_of_another_size_sees_the_dreams_scaled(
     class Verifier(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(x.shape)
-            return torch.eye(10)[[0, 1, 0, 0]][: len(x)]  # balanced labels are 0, 1, 2, 3
+            said = torch.cat([dealt[:2], (dealt[2:] + 1) % 10])  # the first half is right
+            return torch.eye(10)[said][: len(x)]
 
+    dealt = deal_labels("balanced", digits.card, 0, BatchPlan(0, 0, 4, 0), torch.Generator())
     card = changed(digits.card, input_size=(1, 20, 12))
     verifier = Teacher(Verifier(), card, {})
     monkeypatch.setattr(measuring, "load_network", lambda *arguments: (verifier, None))
