@@ -81,7 +81,9 @@ def _glibc() -> ctypes.CDLL | None:
         libc = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows, or a Python without dynamic loading
         return None
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
+    # Some others say that they are glibc, for the programs that ask, and lack the rest.
+    names = ("gnu_get_libc_version", "mallopt", "malloc_trim")
+    return libc if all(hasattr(libc, name) for name in names) else None
 
 
 def _set_by_user(environment: Mapping[str, str]) -> bool:

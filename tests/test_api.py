@@ -731,6 +731,14 @@ def test_large_inputs_are_dreamed_at_half_their_size_first(digits):
     assert stages == (Stage(240),)  # half of its size would not go through
 
 
+def test_steps_of_another_method_are_its_own_option(digits):
+    generated = {"regularizers": {"one_hot": 1}, "width": 8, "batch_size": 4, "progress": False}
+    dreams = dreamkit.invert(digits, 4, method="dafl", steps=3, **generated)
+    assert dreams.settings["synthesis"]["steps"] == 3
+    with pytest.raises(dreamkit.DreamkitError, match="did you mean 'deepinversion'"):
+        dreamkit.invert(digits, 4, method="deepinvert", steps=3, progress=False)
+
+
 def test_networks_by_name():
     network = dreamkit.load_teacher("torchvision:resnet18", weights=None)
     assert not network.card.trained

@@ -14,6 +14,7 @@ from PIL import Image
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
 from dreamkit.starters.writing import starters
+from dreamkit.synthesizers.stage import Stage
 
 Invoke = Callable[..., Any]
 TEACHERS = ("bundled:digits_resnet8", "timm:resnet18", "cifar:resnet20")
@@ -57,6 +58,10 @@ def test_what_is_known_of_the_teacher_is_filled_in(invoke: Invoke) -> None:
     recipe = read_recipe("my.yaml", build_registries).recipe
     assert (recipe.name, recipe.teacher.weights, recipe.synthesis.flip) == ("my", "default", True)
     assert [stage.size for stage in recipe.synthesis.stages] == [112, None]
+    Path("my.yaml").unlink()
+    new(invoke, "synthesize", "timm:vit_tiny_patch16_224")  # of half its size it takes none
+    recipe = read_recipe("my.yaml", build_registries).recipe
+    assert recipe.synthesis.stages == (Stage(240),)
     Path("my.yaml").unlink()
     assert "Its weights are random: give a path" in new(invoke, "distill", "cifar:resnet20")
     recipe = read_recipe("my.yaml", build_registries).recipe

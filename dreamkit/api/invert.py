@@ -72,7 +72,8 @@ def invert(
         preset: what ``options`` are laid over: ``fast``, the method's defaults, or ``paper``, the
             paper's for CIFAR-10.
         method: a registered synthesizer; presets are of ``deepinversion`` alone.
-        steps: optimizer steps, in place of the preset's; of several stages each has its share.
+        steps: optimizer steps, in place of the preset's; of several stages each has its share. Of
+            another method, its option of that name.
         seed: of everything random; the same seed makes the same dreams on the same machine.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         progress: show notes and a bar; by default on a terminal and in a notebook.
@@ -124,7 +125,7 @@ def synthesizer_options(
         teacher: the network to be inverted.
         preset: ``fast`` or ``paper``.
         method: a registered synthesizer.
-        steps: in place of the preset's.
+        steps: in place of the preset's, or another method's own.
 
     Raises:
         DreamkitError: there is no such preset, or it is of another method.
@@ -141,9 +142,10 @@ def synthesizer_options(
             raise DreamkitError(f"steps: should be a whole number above 0 (got {steps!r})")
         if "stages" in options:
             raise DreamkitError("steps: leave it out where 'stages' is given: it has steps")
-        if not own:
-            raise DreamkitError(f"steps: '{method}' has no stages; see its own options")
-        made["stages"] = _scaled(made.get("stages") or _stages_of(teacher), steps)
+        if own:
+            made["stages"] = _scaled(made.get("stages") or _stages_of(teacher), steps)
+        else:
+            made["steps"] = steps
     return made
 
 

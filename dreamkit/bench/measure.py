@@ -19,10 +19,8 @@ from dreamkit.errors import DreamkitError, TeacherMismatch, WeightsUnavailable
 from dreamkit.evaluation.cost import count
 from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
-from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.plugins import build_registries
-from dreamkit.registry import Registries, Term
-from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.registry import Registries
 from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
@@ -117,17 +115,11 @@ def _with(plugins: Sequence[str]) -> Callable[[Sequence[str]], Registries]:
 
 
 def inversion(settings: Settings) -> DeepInversion:
-    """Return the inversion that every teacher gets: the flagship recipe's, at one resolution."""
+    """Return the inversion that every teacher gets: the default one, at one resolution."""
     return DeepInversion(
         images=settings.batch_size,
         batch_size=settings.batch_size,
-        regularizers=(Term("bn_feature", 30, BNFeature()),),
-        parameterisation=Fourier(),
         stages=(Stage(settings.steps),),
-        lr=0.1,
-        betas=(0.7, 0.9),
-        schedule="cosine",
-        clip=True,
         engine=Engine(compile=False),
     )
 

@@ -12,20 +12,15 @@ from rich.table import Table
 
 from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cost import Cost, count
-from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.pruning.graph import ChannelGraph, Skipped
-from dreamkit.registry import Term
-from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.report.tables import quantity
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.synthesizers.stage import Stage
+from dreamkit.synthesizers.stage import DEFAULT_STEPS
 from dreamkit.teachers.intake import admit
 from dreamkit.types import ChannelGroup, ChannelRule, Estimate, Teacher
 from dreamkit.wording import duration, one_line, say
-
-_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def diagnose(
     else:
         say(
             console,
-            f"inversion: yes, {bn_layers} BatchNorm layers; {_STEPS} steps of a batch take "
+            f"inversion: yes, {bn_layers} BatchNorm layers; {DEFAULT_STEPS} steps of a batch take "
             f"about {duration(inversion.seconds)} and "
             f"{inversion.memory_bytes / 2**30:.1f} GB here",
         )
@@ -126,9 +121,6 @@ def _inversion(
     plan = DeepInversion(
         images=batch_size,
         batch_size=batch_size,
-        stages=(Stage(steps=_STEPS),),
-        regularizers=(Term("bn_feature", 30, BNFeature()),),
-        parameterisation=Fourier(),
         engine=Engine(compile=False),
     )
     teacher.model.to(device)

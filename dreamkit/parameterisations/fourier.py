@@ -28,8 +28,8 @@ class Fourier(Parameterisation):
         luminance: scale of the brightness axis; images of other than three channels are scaled by
             it as a whole.
         colour: scales of the red-blue and the green-magenta axes. They are far weaker than
-            brightness in photographs: 0.31 and 0.17 of it in ImageNet's, by what EfficientNet-Lite0's
-            first layer stores.
+            brightness in photographs: 0.31 and 0.17 of it in ImageNet's, by what the first layer
+            of an EfficientNet-Lite0 stores.
     """
 
     decay: Annotated[float, Field(ge=0)] = 1.5

@@ -22,13 +22,14 @@ _EPS = 1e-5
 class BNFeature(Regularizer):
     """Distance of the batch's feature statistics from those in the teacher's BatchNorm layers.
 
-    DeepInversion (Yin et al., CVPR 2020), R_feature of eq. 4: the sum over layers of
-    ‖μ(x̂) - running_mean‖₂ + ‖σ²(x̂) - running_var‖₂, on the inputs of every BatchNorm layer.
+    DeepInversion (Yin et al., CVPR 2020), eq. 4 to 6, on the inputs of every BatchNorm layer.
 
     Args:
-        form: ``paper`` is eq. 4, whose size depends on the network; ``relative`` the mean over
-            layers of the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ², which is of one size for
-            all networks, so that one weight (30) serves them.
+        form: ``relative`` is the mean over layers of the mean over channels of
+            ((μ̂ - μ)² + (σ̂ - σ)²)/σ², which is of one size for all networks, so that one weight
+            (30) serves them. ``paper`` is R_feature of eq. 4, the sum over layers of
+            ‖μ(x̂) - running_mean‖₂ + ‖σ²(x̂) - running_var‖₂, whose size and so whose weight
+            depend on the network.
         first_layer_scale: factor on the first layer's part (10 in the authors' ImageNet setting).
     """
 

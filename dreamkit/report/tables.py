@@ -118,15 +118,15 @@ def dreams_line(report: Mapping[str, Any]) -> str | None:
     by_layer = report["details"].get("statistics_distance")
     if mean is None or not by_layer:
         return None
-    return f"The dreams' statistics: {distance_said(mean, by_layer)}"
+    return f"The dreams' statistics are {distance_said(mean, by_layer)}"
 
 
 def distance_said(mean: float, by_layer: Mapping[str, float]) -> str:
     """Return how far statistics are from training's, for people."""
     worst = max(by_layer, key=lambda name: by_layer[name])
     return (
-        f"{mean:.2f} times the distance from training's that as many training images have by "
-        f"chance (furthest: {worst}, {by_layer[worst]:.2f})"
+        f"{mean:.2f} times as far from training's as that many training images are by chance "
+        f"(furthest: {worst}, {by_layer[worst]:.2f})"
     )
 
 

@@ -58,7 +58,7 @@ def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:
             "all training images: batches of 32 and more make better ones"
         )
     last = images % batch_size
-    if images < batch_size or last == 0 or 4 * last >= batch_size:
+    if images < batch_size or last == 0 or (last > 1 and 4 * last >= batch_size):
         return None
     return (
         f"images: {images} in batches of {batch_size} leave {last} for the last, and so few match "

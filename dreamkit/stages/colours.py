@@ -109,7 +109,8 @@ def doubts(dreams: Pixels, training: TrainingPixels) -> list[str]:
         clipped = 100 * sum(dreams.clipped) / len(dreams.clipped)
         found.append(
             f"contrast: the dreams' pixels spread {ratio:.1f} times as wide as the network's first "
-            f"layer tells of training images, and {clipped:.0f} % of them are at 0 or 255"
+            "layer tells of training images"
+            + (f", and {clipped:.0f} % of them are at 0 or 255" if ratio > 1 else "")
         )
     return found
 

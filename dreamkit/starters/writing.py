@@ -9,17 +9,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dreamkit.card import Card
 from dreamkit.errors import DreamkitError, did_you_mean
 from dreamkit.recipe.yaml_nodes import parse_yaml
 from dreamkit.registry import Registries
+from dreamkit.synthesizers.stage import Stage, default_stages
 from dreamkit.teachers.named import load_teacher, split_name, teacher_options
+from dreamkit.types import Teacher
 
 _HEAD = "start"
 _COMMENTS = 25
 """Column of the comments behind a value."""
 _SMALL = 64
-"""Side of the images up to which what was found on CIFAR-10 serves, beyond it ImageNet's."""
+"""Side of the images up to which a batch of 256 is no burden."""
 
 
 def starters() -> list[str]:
@@ -51,12 +52,12 @@ def write_starter(registries: Registries, file: Path, application: str, teacher:
         )
     source, model = split_name("--teacher", teacher)
     # Random weights tell the size of the images as well, and are not downloaded.
-    card = load_teacher(registries, source, model, "null").card
+    network = load_teacher(registries, source, model, "null")
     try:
         options = teacher_options(registries, source, model, "default")
     except DreamkitError:  # none are published
         options = teacher_options(registries, source, model, "null")
-    text = starter(application, {"source": source, **options}, card, file)
+    text = starter(application, {"source": source, **options}, network, file)
     try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
@@ -64,20 +65,18 @@ def write_starter(registries: Registries, file: Path, application: str, teacher:
         raise DreamkitError(f"{file} cannot be written: {error.strerror}") from error
 
 
-def starter(application: str, teacher: dict[str, Any], card: Card, file: Path) -> str:
+def starter(application: str, teacher: dict[str, Any], network: Teacher, file: Path) -> str:
     """Return a recipe's text.
 
     Args:
         application: one of ``starters()``.
         teacher: its entry in the recipe.
-        card: the teacher's.
+        network: what the entry gives, whatever its weights.
         file: where the text will stand.
     """
+    card = network.card
     channels, *size = card.input_size
     small, photographs = max(size) <= _SMALL, channels == 3
-    half: Any = [max(1, side // 2) for side in size]
-    half = half[0] if half[0] == half[1] else half
-    stages = ["{steps: 200}"] if small else [f"{{size: {half}, steps: 200}}", "{steps: 40}"]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", file.stem).lstrip("_.-")[:100] or application
     other: dict[str, Any] = {"source": "cifar", "model": "resnet20", "weights": None}
     other |= {"input_size": card.input_size, "mean": card.mean, "std": card.std}
@@ -97,7 +96,7 @@ def starter(application: str, teacher: dict[str, Any], card: Card, file: Path) -
         "verifier": _flow(verifier),
         "images": 1024,
         "batch_size": 256 if small else 32,
-        "stages": "\n".join(f"    - {stage}" for stage in stages),
+        "stages": "\n".join(f"    - {_stage(stage)}" for stage in default_stages(network)),
         "flip": str(photographs).lower(),
         "jitter": "null" if max(size) > 16 else 0,
     }
@@ -105,6 +104,14 @@ def starter(application: str, teacher: dict[str, Any], card: Card, file: Path) -
     parts = [(folder / f"{part}.yaml").read_text("utf-8") for part in (_HEAD, application)]
     text = Template("".join(parts)).substitute(filled)
     return re.sub(r"(?m)(.*\S)  # ", lambda found: f"{found[1]:<{_COMMENTS}}  # ", text)
+
+
+def _stage(stage: Stage) -> str:
+    """Write a stage in braces, its size as one number where it is a square."""
+    if not isinstance(stage.size, tuple):
+        return _flow({"steps": stage.steps})
+    sides = sorted({*stage.size})
+    return _flow({"size": sides[0] if len(sides) == 1 else list(stage.size), "steps": stage.steps})
 
 
 def _flow(entry: dict[str, Any]) -> str:

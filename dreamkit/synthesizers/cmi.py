@@ -1,8 +1,9 @@
 """Contrastive Model Inversion: dreams that differ from one another and from those before.
 
 Fang et al., "Contrastive Model Inversion for Data-Free Knowledge Distillation", IJCAI 2021, with
-the terms ``bn_feature`` (weight 1) and ``adversarial`` (0.5). Unlike the authors' code, parts are
-square and not mirrored, parts of earlier images are not compared anew, and the bank is smaller.
+the terms ``bn_feature`` (its form ``paper``, weight 1) and ``adversarial`` (0.5). Unlike the
+authors' code, parts are square and not mirrored, parts of earlier images are not compared anew,
+and the bank is smaller.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class CMI(Generative):
 
     Args:
         images: how many to dream.
-        regularizers: the weighted terms; the paper's are ``bn_feature`` (1) and ``adversarial``
-            (0.5), which needs a student in training.
+        regularizers: the weighted terms; the paper's are ``bn_feature`` in its form ``paper``
+            (1) and ``adversarial`` (0.5), which needs a student in training.
         cross_entropy: weight of the cross-entropy to the labels.
         batch_size: images made together, over which feature statistics are taken.
         steps: generator steps for each batch; its best images are kept.

@@ -65,8 +65,8 @@ class DeepInversion(Synthesizer):
         regularizers: the weighted terms of R(x̂); by default ``bn_feature``.
         images: how many to dream.
         stages: resolutions in turn, joined by nearest upsampling; the last one's size is the
-            images' size. Null is 200 steps and 40, of which the first are at half the size where
-            the network takes inputs of 128 pixels or more and half as many.
+            images' size. Null is 240 steps; where the network takes inputs of 128 pixels or more,
+            and of half the side as well, the first 200 are at half the side.
         batch_size: images optimised together, over which feature statistics are taken. ``auto``
             is the most that fit, up to 1,024: on a CPU in 60 % of the memory available then, on a
             GPU by trial.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
-from dreamkit.model_state import frozen
+from dreamkit.model_state import device_of, frozen
 from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View
 from dreamkit.teachers.trying import blank_noise
@@ -74,14 +74,16 @@ def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Non
 
     Frozen weights need no gradients, which is a third of a backward pass. What images are laid out
     like, so are all features: convolutions are faster then, depthwise ones and channels' statistics
-    several times. A model that views features as vectors takes them in the usual order alone.
+    several times. A model that views features as vectors takes them in the usual order alone, and
+    on MPS passes back through such features fail in many versions of torch.
 
     Args:
         model: takes images and returns logits.
         input_size: (channels, height, width) of images that it takes.
     """
     with frozen(model), ExitStack() as stack:
-        if not isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
+        known_to_work = device_of(model).type in {"cpu", "cuda"}
+        if known_to_work and not isinstance(model, torch.jit.ScriptModule):  # it takes no hooks
             hook = model.register_forward_pre_hook(_channels_last)
             stack.callback(hook.remove)
             if not _runs(model, input_size):
@@ -91,7 +93,9 @@ def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Non
 
 def _channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     images, *others = inputs
-    return (images.contiguous(memory_format=torch.channels_last), *others)
+    # Copied, even those of one channel: they have either layout, and features that of the strides.
+    laid_out = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+    return (laid_out, *others)
 
 
 def _runs(model: nn.Module, input_size: tuple[int, int, int]) -> bool:

@@ -1,8 +1,8 @@
 """FastDFKD: a generator that is meta-learnt so that a few steps make a batch.
 
 Fang et al., "Up to 100x Faster Data-Free Knowledge Distillation", AAAI 2022. With the terms
-``bn_feature`` (weight 10) and ``adversarial`` (1 to 1.33), and 0.5 of the cross-entropy, it is the
-paper's.
+``bn_feature`` (its form ``paper``, weight 10) and ``adversarial`` (1 to 1.33), and 0.5 of the
+cross-entropy, it is the paper's.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ class FastMeta(Generative):
 
     Args:
         images: how many to dream.
-        regularizers: the weighted terms; the paper's are ``bn_feature`` (10) and ``adversarial``
-            (1.33 for ResNet-34, 1 for VGG, 1.1 for WRN), which needs a student in training.
+        regularizers: the weighted terms; the paper's are ``bn_feature`` in its form ``paper``
+            (10) and ``adversarial`` (1.33 for ResNet-34, 1 for VGG, 1.1 for WRN), which needs a
+            student in training.
         cross_entropy: weight of the cross-entropy to the labels.
         batch_size: images made together, over which feature statistics are taken.
         steps: inner steps for each batch; its best images are kept.

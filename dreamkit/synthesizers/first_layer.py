@@ -149,7 +149,7 @@ def _up_to_batch_norm(teacher: Teacher) -> tuple[_Linear, Tensor, Tensor] | None
     kernels = _kernels(seen, images) if _is_linear(seen.detach()) else None
     if kernels is None:
         return None
-    by_image = seen.detach().double().mean((2, 3)).cpu()
+    by_image = seen.detach().cpu().double().mean((2, 3))
     slopes = (by_image[1 : 1 + size[0]] - by_image[0]).T
     return _Linear(kernels, slopes, by_image[0]), mean, var
 
@@ -168,7 +168,8 @@ def _stop(name: str, layer: nn.Module, seen: Tensor) -> None:
 
 def _stored(layer: nn.Module) -> tuple[Tensor, Tensor]:
     stored = dict(layer.named_buffers())
-    return stored["running_mean"].double().cpu(), stored["running_var"].double().cpu()
+    # First to the CPU, here and below: MPS has no float64.
+    return stored["running_mean"].cpu().double(), stored["running_var"].cpu().double()
 
 
 def _is_linear(seen: Tensor) -> bool:
@@ -192,4 +193,4 @@ def _kernels(seen: Tensor, images: Tensor) -> Tensor | None:
     (top, left), (bottom, right) = used.amin(0).tolist(), used.amax(0).tolist()
     if max(bottom - top, right - left) >= LARGEST_KERNEL:
         return None
-    return found[:, :, top : bottom + 1, left : right + 1].double().cpu()
+    return found[:, :, top : bottom + 1, left : right + 1].cpu().double()

@@ -131,6 +131,26 @@ def test_nothing_is_told_where_it_cannot_be(toys, draws, spoil):
     assert training_pixels(teacher) is None
 
 
+def test_a_device_without_float64_is_asked_for_none(toys, draws):
+    class Elsewhere(torch.Tensor):
+        """A tensor on such a device, as MPS is one; so is what is computed of it."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.double:
+                raise TypeError("this device has no float64")
+            found = super().__torch_function__(func, types, args, kwargs)
+            return found.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else found
+
+    teacher = toys.teacher(made(draws), card=toys.card((3, 16, 16)))
+    trained_on(teacher.model, pixels(draws), teacher.card)
+    expected = training_pixels(teacher)
+    for name, buffer in teacher.model.bn.named_buffers():
+        setattr(teacher.model.bn, name, buffer.as_subclass(Elsewhere))
+    teacher.model.conv.weight = nn.Parameter(teacher.model.conv.weight.as_subclass(Elsewhere))
+    assert training_pixels(teacher) == expected
+
+
 def test_the_network_is_left_as_it_was(toys, draws):
     teacher = toys.teacher(made(draws), card=toys.card((3, 16, 16)))
     teacher.model.train()

@@ -171,6 +171,7 @@ def test_batch_seeds_are_distinct_and_fit_a_generator():
     [
         (33, 32, "leave 1 for the last.*: 32 or 64 fill it"),
         (71, 64, "leave 7 for the last.*: 64 or 128 fill it"),
+        (5, 4, "leave 1 for the last.*: 4 or 8 fill it"),  # a quarter, but alone
         (40, 32, None),  # a quarter of a batch
         (64, 32, None),
         (7, 32, None),  # all there are

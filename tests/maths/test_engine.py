@@ -647,6 +647,24 @@ def test_networks_with_weights_of_other_shapes_can_be_borrowed():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_features_of_grey_images_have_channels_last_too():
+    model = nn.Conv2d(1, 4, 3)
+    with borrowed(model, (1, 8, 8)):
+        given = images(2, 1, 8, 8).requires_grad_()
+        seen = model(given)
+        (gradient,) = torch.autograd.grad(seen.square().sum(), given)
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(seen, model(given))
+    (expected,) = torch.autograd.grad(model(given).square().sum(), given)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_channels_are_last_only_where_that_is_known_to_work():
+    model = nn.Conv2d(3, 4, 3).to("meta")  # as on MPS, where passes back through it fail
+    with borrowed(model, (3, 8, 8)):
+        assert not model._forward_pre_hooks
+
+
 def test_a_network_that_views_features_as_vectors_is_shown_images_as_they_are():
     class Viewing(nn.Module):
         def __init__(self):

@@ -278,8 +278,8 @@ MEASURED = {
     "details": {"statistics_distance": {"bn1": 1.5, "layer1.bn2": 3.0}},
 }
 SAID = (
-    "The dreams' statistics: 2.25 times the distance from training's that as many training images "
-    "have by chance (furthest: layer1.bn2, 3.00)"
+    "The dreams' statistics are 2.25 times as far from training's as that many training images "
+    "are by chance (furthest: layer1.bn2, 3.00)"
 )
 
 
