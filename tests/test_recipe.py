@@ -563,7 +563,7 @@ def test_recipes_that_differ_in_how_they_are_written_resolve_alike(
 ) -> None:
     tiny["synthesis"] |= {"lr": 1, "regularizers": ["tv"]}
     one = read_recipe(recipe_file(tiny), build_registries).resolved_yaml()
-    tiny["synthesis"] |= {"lr": 1.0, "regularizers": [{"weight": 1, "name": "tv"}], "clip": False}
+    tiny["synthesis"] |= {"lr": 1.0, "regularizers": [{"weight": 1, "name": "tv"}], "clip": True}
     tiny = dict(reversed(tiny.items()))
     assert read_recipe(recipe_file(tiny), build_registries).resolved_yaml() == one
 
