@@ -62,7 +62,9 @@ def default_settings(
         batch: dreamed together; None for the settings' own.
         steps: of a batch, over all stages; None for the settings' own.
     """
-    given = {"images": images} | ({} if batch is None else {"batch_size": min(batch, images)})
+    # Mirrored in half of the steps where there are colours: photographs may be.
+    given = {"images": images, "flip": teacher.card.input_size[0] == 3}
+    given |= {} if batch is None else {"batch_size": min(batch, images)}
     entry = synthesizer_options(given, teacher, steps=steps)
     made: DeepInversion = build_entry(build_registries(), "synthesizers", entry)
     return made
