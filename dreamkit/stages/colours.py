@@ -70,7 +70,8 @@ def report_colours(images: Images, teacher: Teacher, log: RunLog) -> None:
         teacher: from which.
         log: given ``details["pixels"]``, metrics, and a note on what is far off.
     """
-    dreams, training = pixels_of(images), training_pixels(teacher)
+    with log.progress("comparing colours", 1):
+        dreams, training = pixels_of(images), training_pixels(teacher)
     log.details["pixels"] = {
         "dreams": asdict(dreams),
         "training": None if training is None else asdict(training),

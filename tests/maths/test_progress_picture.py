@@ -70,7 +70,7 @@ def batch(value, count=4, first=0):
 def values(event):
     """Return the grey values of the pictured images; 128 is between them."""
     with Image.open(io.BytesIO(event.png)) as picture:
-        return {value for _, value in picture.getcolors()} - {128}
+        return {value for _, value in picture.getcolors(2**24)} - {128}
 
 
 def test_a_batch_at_work_is_seen_every_few_seconds(picture, clock, pictures, tmp_path):
@@ -124,7 +124,7 @@ def test_every_batch_has_its_part_of_a_picture_that_is_full(picture, pictures):
 
 def test_a_run_that_goes_on_shows_what_is_there(tmp_path, log, clock, pictures):
     store = DreamStore(tmp_path / "dreams", {})
-    store.write(0, batch(10), 1.0, 0.5, None)
+    store.write(0, batch(10), 1.0, 0.5, {})
     picture = ProgressPicture(store, CARD, log, clock)
     picture.begin()
     clock.now = 5.0
@@ -192,7 +192,7 @@ def test_a_run_draws_what_it_is_at(toys, tmp_path, monkeypatch):
     drawn = [event for event in seen if isinstance(event, DreamsPictured)]
     assert len(drawn) == 2 * 2 + 2, "each step of the first batch, and each batch"
     with Image.open(tmp_path / "dreams.png") as picture:
-        shown = {pixel for _, pixel in picture.getcolors()}
+        shown = {pixel for _, pixel in picture.getcolors(2**24)}
     assert {
         tuple(p) for p in content.batch(range(4))[0].permute(0, 2, 3, 1).reshape(-1, 3).tolist()
     } <= shown
