@@ -14,7 +14,8 @@ python benchmarks/time_to_accuracy.py --teacher ... --verifier ... --quick    # 
 Each number of steps of the last two is a run of its own, since their learning rates follow it. They
 take turns, a batch each, and each is judged on what would be stored, in 8 bits a pixel. Seconds are
 without judging and importing; dreamkit's are with its planning. Processor seconds leave out what
-others on the machine take. What would take longer than --seconds is left out; the plain loop ends.
+others on the machine take. What would take longer than --seconds is left out, as is a method's
+longer run once one has failed. --json has every figure as soon as it is known.
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ class Found:
     verifier: float
     confidence: float
     classes: int
+
+
+class Failed(Exception):
+    """A method made no images."""
 
 
 Results = dict[str, dict[int, list[Found]]]
@@ -189,8 +194,8 @@ def by_mct(folder: Path, teacher: Teacher, number: int, steps: int, seed: int) -
             capture_output=True,
             text=True,
         )
-        if done.returncode != 0:
-            raise SystemExit(f"MCT failed:\n{done.stderr}")
+        if done.returncode != 0:  # a negative one is a signal: 9 where memory ran out
+            raise Failed(f"exit status {done.returncode}: {done.stderr[-500:]}")
         images, seconds, used = torch.load(out, weights_only=True)
     return Batch(images, None, seconds, used)
 
@@ -200,7 +205,7 @@ def runners(
     options: argparse.Namespace, teacher: Teacher, labels: Tensor, seed: int
 ) -> Iterator[Methods]:
     """Give the methods that are asked for; the plain loop goes on from call to call."""
-    plain = PlainRun(options.teacher, labels, seed)
+    plain = PlainRun(options.teacher, labels, seed) if options.plain_steps else None
 
     def mct(steps: int) -> Batch:
         return by_mct(options.mct, teacher, len(labels), steps, seed)
@@ -208,14 +213,17 @@ def runners(
     def dreamkit(steps: int) -> Batch:
         return by_dreamkit(teacher, labels, steps, seed)
 
-    methods: Methods = {"plain loop": (plain.until, options.plain_steps)}
+    methods: Methods = {}
+    if plain is not None:
+        methods["plain loop"] = (plain.until, options.plain_steps)
     if options.mct is not None:
         methods["MCT"] = (mct, options.mct_steps)
     methods["dreamkit"] = (dreamkit, options.steps)
     try:
         yield methods
     finally:
-        plain.close()
+        if plain is not None:
+            plain.close()
 
 
 def in_turn(methods: Methods) -> Iterator[tuple[str, Callable[[int], Batch], int]]:
@@ -288,6 +296,16 @@ def conclusion(results: Results, clock: str) -> str:
     return "\n".join(lines)
 
 
+def write(results: Results, file: Path) -> None:
+    """Write every figure as JSON."""
+    figures = {
+        name: {steps: [asdict(one) for one in found] for steps, found in rows.items()}
+        for name, rows in results.items()
+    }
+    data = {"processor": processor_name(), "results": figures}
+    file.write_text(json.dumps(data, indent=1) + "\n")
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -297,8 +315,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mct", type=Path, help="folder with MCT and what it needs but torch")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 120, 240], help="of dreamkit")
-    parser.add_argument("--plain-steps", type=int, nargs="+", default=[50, 100, 200, 400, 800])
-    parser.add_argument("--mct-steps", type=int, nargs="+", default=[50, 100, 250, 500])
+    parser.add_argument("--plain-steps", type=int, nargs="*", default=[50, 100, 200, 400, 800])
+    parser.add_argument("--mct-steps", type=int, nargs="*", default=[50, 100, 250, 500])
     parser.add_argument("--seconds", type=float, default=1800.0, help="what a run may take")
     parser.add_argument(
         "--clock",
@@ -334,30 +352,32 @@ def main() -> None:
     for seed in options.seed:
         labels = torch.tensor(drawn_classes(teacher.card.num_classes, options.batch, seed))
         with runners(options, teacher, labels, seed) as methods:
+            failed = set[str]()
             for name, make, steps in in_turn(methods):
-                if any(
+                if name in failed or any(
                     one.seconds / done * steps > options.seconds
                     for done, found in results.get(name, {}).items()
                     for one in found[-1:]
                 ):
-                    print(f"{name}, {steps} steps: left out, too long", flush=True)
+                    print(f"{name}, {steps} steps: left out", flush=True)
                     continue
-                one, content = judged(make(steps), steps, teacher, verifier)
+                try:
+                    batch = make(steps)
+                except Failed as error:
+                    print(f"{name}, {steps} steps: {error}", flush=True)
+                    failed.add(name)
+                    continue
+                one, content = judged(batch, steps, teacher, verifier)
                 results.setdefault(name, {}).setdefault(steps, []).append(one)
                 told = f"{one.verifier:.3f}, {one.seconds:.0f} s ({one.processor_seconds:.0f} s)"
                 print(f"seed {seed}, {name}, {steps} steps: verifier {told}", flush=True)
+                if options.json:
+                    write(results, options.json)
                 if options.pictures:
                     options.pictures.mkdir(parents=True, exist_ok=True)
                     file = f"{name.replace(' ', '_')}-{steps}-{seed}.png"
                     grid(content.images, content.labels).save(options.pictures / file)
     print(f"\n{table(results)}\n\n{conclusion(results, options.clock)}")
-    if options.json:
-        figures = {
-            name: {steps: [asdict(one) for one in found] for steps, found in rows.items()}
-            for name, rows in results.items()
-        }
-        data = {"processor": processor_name(), "results": figures}
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":
