@@ -89,7 +89,7 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
 
 def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Print a report's tables and where its files are."""
-    tables = (summary_rows(report["metrics"]), continual_rows(report), judge_rows(report))
+    tables = (summary_rows(report), continual_rows(report), judge_rows(report))
     for header, rows in tables:
         if not rows:
             continue

@@ -209,10 +209,10 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     student = outcome.student
     if student is None:
         return
-    if context.evaluation is None:
+    if context.evaluation is None and "student.agreement" in context.log.metrics:
         context.log.note(
-            "without evaluation images: how often the student agrees with the teacher was measured "
-            "on the images it was trained on"
+            "without evaluation images: how often the student agrees with the teacher says little "
+            "of real data"
         )
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
