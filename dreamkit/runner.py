@@ -22,7 +22,7 @@ from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
-from dreamkit.stages.opening import open_evaluation, opened
+from dreamkit.stages.opening import check_dreamed, open_evaluation, opened
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.intake import admit
@@ -153,6 +153,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | Syn
     if source is None:
         return None
     with placed("application", option):
+        check_dreamed(source, teacher.card)
         return opened(source, teacher.card, log.note)
 
 

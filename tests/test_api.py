@@ -223,6 +223,20 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
         dreamkit.load_dreams(tmp_path / "nothing")
 
 
+def test_dreams_of_another_network_are_refused_unless_they_are_meant(digits, tmp_path):
+    dreams = dreamkit.invert(digits, 6, **QUICK)
+    other = copy.deepcopy(digits.model)
+    with torch.no_grad():
+        other.get_parameter("conv1.weight").mul_(1.01)
+    sees = {"size": digits.card.input_size, "mean": digits.card.mean, "std": digits.card.std}
+    short = {"sparsity": 0.5, "steps": 2, "batch_size": 4, "progress": False, "device": "cpu"}
+    with pytest.raises(dreamkit.DreamkitError, match="images: the dreams are of another network"):
+        dreamkit.recover(other, dreams[:4], **short, **sees)
+    dreamkit.recover(other, dreams, allow_foreign=True, **short, **sees)
+    saved = dreamkit.load_dreams(dreams.save(tmp_path / "dreams"))
+    dreamkit.recover(digits, saved, **short)
+
+
 def test_dreams_in_other_shapes(digits, tmp_path):
     dreams = dreamkit.invert(digits, 6, **QUICK)
     assert isinstance(dreams.show(), Figure)

@@ -60,11 +60,13 @@ class GivenImages(ImageSource):
         images: as the caller holds them.
         role: what they are called in messages.
         names: of their classes, where they have some of their own.
+        allow_foreign: take them though they were dreamed from another network.
     """
 
     images: Any
     role: str
     names: tuple[str, ...] | None = None
+    allow_foreign: bool = False
 
     def open(self, card: Card) -> Images:
         """Return the images at the card's input size and channels."""
@@ -73,6 +75,11 @@ class GivenImages(ImageSource):
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of their classes, in order."""
         return self.names
+
+    @property
+    def takes_foreign(self) -> bool:
+        """Whether they may be dreams of another network."""
+        return self.allow_foreign
 
     def teacher_sha256(self) -> str | None:
         """Return the hash of the network that they were dreamed from; None if they do not tell."""

@@ -99,3 +99,8 @@ class ImageSource(ABC):
         A network never judges what was dreamed from itself.
         """
         return None
+
+    @property
+    def takes_foreign(self) -> bool:
+        """Whether its images may be dreams of other weights than those of the run's teacher."""
+        return False
