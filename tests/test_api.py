@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dreamkit
+from dreamkit.api import given_images
 from dreamkit.api.given_images import as_images
 from dreamkit.api.networks import View, take_in
 from dreamkit.api.recognising import builder_of
@@ -518,6 +519,26 @@ def test_networks_that_cannot_be_inverted(net):
         dreamkit.invert(net, 2, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match=r"should be a torch\.nn\.Module, not str"):
         dreamkit.invert("resnet18", 2)
+
+
+def test_of_a_stream_without_end_a_part_is_read_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(given_images, "STREAM_IMAGES", 20)
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.zeros(3, 12, 12, dtype=torch.uint8), 1
+
+    card = Card("net", (3, 12, 12), MEAN, STD, 3, "tests")
+    images = as_images(DataLoader(Endless(), batch_size=8), card, "images")
+    assert len(images) == 24
+    assert images.notes == (
+        "images: the DataLoader does not tell its length: its first 24 images are taken, and no "
+        "more is read",
+    )
+    finite = DataLoader(TensorDataset(torch.zeros(30, 3, 12, 12).byte(), torch.ones(30)), 8)
+    assert len(as_images(finite, card, "images")) == 30
+    assert as_images(finite, card, "images").notes == ()
 
 
 def test_a_student_of_other_classes_is_refused(net, pixels):

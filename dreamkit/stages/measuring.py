@@ -54,28 +54,36 @@ def measure_quality(
 
 
 def glance(
-    model: nn.Module, teacher: Teacher, parts: Parts, context: RunContext
+    model: nn.Module, teacher: Teacher, parts: Parts, context: RunContext, timed: bool = False
 ) -> dict[str, float]:
-    """Return a model's accuracy on a draw of ``GLANCED`` evaluation images.
+    """Look at a model between two rounds: accuracy on a draw of ``GLANCED`` evaluation images.
 
-    Where there are none, its agreement with the teacher on as many that are held back.
+    Where there are none, agreement with the teacher on as many that are held back.
 
     Args:
         model: on the run's device.
         teacher: that it is compared with.
         parts: the images that it is made on, and those held back.
         context: the run's.
+        timed: whether its latency is told too, in milliseconds.
     """
     card, device, log = teacher.card, context.device, context.log
+    found = {}
     if context.evaluation is not None:
         some = drawn(context.evaluation, GLANCED, stream(context.seed, "evaluation"))
         with log.progress("accuracy", len(some)) as advance:
-            return {"accuracy": accuracy(model, some, card, device, advance)}
-    if not parts.tell:
-        return {}
-    some = drawn(parts.compared, GLANCED, stream(context.seed, "agreement"))
-    with log.progress("agreement", 2 * len(some)) as advance:
-        return {"agreement": agreement(model, teacher.model, some, card, device, advance)}
+            found["accuracy"] = accuracy(model, some, card, device, advance)
+    elif parts.tell:
+        some = drawn(parts.compared, GLANCED, stream(context.seed, "agreement"))
+        with log.progress("agreement", 2 * len(some)) as advance:
+            found["agreement"] = agreement(model, teacher.model, some, card, device, advance)
+    if timed:
+        with log.progress("timing", 1):
+            (timing,) = time_models(
+                {"student": model}, card.input_size, context.latency, log.note
+            ).values()
+        found["latency_ms"] = timing.median_ms
+    return found
 
 
 def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, latency: bool) -> None:

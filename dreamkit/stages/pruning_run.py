@@ -25,7 +25,7 @@ from dreamkit.pruning.selection import removable
 from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
-from dreamkit.stages.measuring import glance, time_models
+from dreamkit.stages.measuring import glance
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
@@ -260,12 +260,8 @@ class PruningRun:
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
         found = {"removed_channels": float(removed), **self.shares}
-        found |= glance(self.student, self.teacher, self.parts, self.context)
-        if self.table.asked:
-            size, latency = self.card.input_size, self.context.latency
-            note = self.context.log.note
-            timings = time_models({"student": self.student}, size, latency, note)
-            found["latency_ms"] = timings["student"].median_ms
+        timed = self.table.asked
+        found |= glance(self.student, self.teacher, self.parts, self.context, timed)
         return found
 
     def _save(self) -> None:
