@@ -187,7 +187,7 @@ def _run(
         if first:
             with log.progress("report", 1):
                 report = build_report(loaded, teacher, context, log)
-                write_pages(report, directory)
+                write_pages(report, directory, log.note)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
             log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
