@@ -11,13 +11,15 @@ import torch
 from cifar_10 import cifar_checkpoint
 
 from dreamkit.api.invert import synthesizer_options
+from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry
 from dreamkit.synthesizers.deepinversion import DeepInversion
+from dreamkit.synthesizers.labels import deal_labels
 from dreamkit.teachers.intake import admit
 from dreamkit.teachers.network_name import NetworkName, load_network
-from dreamkit.types import Teacher
+from dreamkit.types import BatchPlan, Teacher
 
 NETWORK = (
     "a .th file of github.com/akamaster/pytorch_resnet_cifar10, or what 'dreamkit doctor' takes: "
@@ -70,10 +72,7 @@ def default_settings(
     return made
 
 
-def drawn_classes(classes: int, images: int, seed: int) -> tuple[int, ...]:
-    """Return the classes that images show, each once before one comes again, in any order.
-
-    Dealt out in the outputs' order, fewer images than classes would be of ImageNet's fish alone.
-    """
-    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
-    return tuple(order[torch.arange(images) % classes].tolist())
+def drawn_classes(card: Card, images: int, seed: int) -> tuple[int, ...]:
+    """Return the classes that dreamkit deals out to as many images of a network's."""
+    plan = BatchPlan(0, 0, images, seed)
+    return tuple(deal_labels("balanced", card, seed, plan, torch.Generator()).tolist())

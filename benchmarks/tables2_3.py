@@ -204,7 +204,7 @@ def _settings(options: argparse.Namespace, teacher: Teacher) -> dict[str, DeepIn
         batch = min(options.batch or 256, images)
         steps = options.steps or CIFAR_STEPS[settings]
         full = replace(CIFAR_SETTINGS[settings](batch, steps), images=images)
-    labels = drawn_classes(teacher.card.num_classes, images, options.seed)
+    labels = drawn_classes(teacher.card, images, options.seed)
     compete = None if options.competitor is None else options.compete
     return kinds(replace(full, labels=labels), compete)
 

@@ -350,7 +350,7 @@ def main() -> None:
     print(f"{teacher.card.name} judged by {verifier.card.name}, batches of {options.batch}")
     results: Results = {}
     for seed in options.seed:
-        labels = torch.tensor(drawn_classes(teacher.card.num_classes, options.batch, seed))
+        labels = torch.tensor(drawn_classes(teacher.card, options.batch, seed))
         with runners(options, teacher, labels, seed) as methods:
             failed = set[str]()
             for name, make, steps in in_turn(methods):

@@ -70,7 +70,10 @@ def _prose(text: str) -> str:
 
 def _options(cls: type[Any], folder: str) -> str:
     text = documentation(cls)
-    rows = [_option(row, described(text, row.name), folder) for row in option_rows(cls)]
+    rows = [
+        _option(row, described(text, row.name), folder)
+        for row in option_rows(cls, build_registries())
+    ]
     return _table(("option", "takes", "default", "what it is"), rows) if rows else ""
 
 

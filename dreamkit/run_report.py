@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from dreamkit.errors import RunDirectoryError
 from dreamkit.latency.processor import processor_name
 from dreamkit.recipe import LoadedRecipe
 from dreamkit.report.figures import as_png, grid
@@ -69,17 +70,22 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
+def write_pages(
+    report: dict[str, Any], directory: RunDirectory, note: Callable[[str], None]
+) -> None:
     """Write ``dreams.png``, ``report.html`` and, last, ``report.json``: it ends the run.
 
-    Every store of dreams has its picture beside it.
+    Every store of dreams has its picture beside it; one that cannot be written is noted.
     """
     folder = directory.folder
     pictures: dict[str, Image.Image] = {}
     for store in filter(holds_dreams, sorted(folder.glob(f"**/{RunContext.DREAMS}"))):
         content = DreamStore(store).open(_PICTURED)
         picture = grid(*content.batch(range(min(len(content), _PICTURED))))
-        write_atomically(picture_of(store), as_png(picture))
+        try:
+            write_atomically(picture_of(store), as_png(picture))
+        except (OSError, RunDirectoryError) as error:
+            note(f"the picture of the dreams is in the report alone: {error}")
         place = " / ".join(store.parent.relative_to(folder).parts)
         pictures[f"Dreams of {place}" if place else "Dreams"] = picture
     page = render(report, read_records(folder), directory.recipe() or "", pictures)
@@ -89,7 +95,7 @@ def write_pages(report: dict[str, Any], directory: RunDirectory) -> None:
 
 def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Print a report's tables and where its files are."""
-    tables = (summary_rows(report["metrics"]), continual_rows(report), judge_rows(report))
+    tables = (summary_rows(report), continual_rows(report), judge_rows(report))
     for header, rows in tables:
         if not rows:
             continue

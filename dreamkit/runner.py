@@ -22,7 +22,7 @@ from dreamkit.report.run_log import FileLog, MemoryLog
 from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
-from dreamkit.stages.opening import open_evaluation, opened
+from dreamkit.stages.opening import check_dreamed, open_evaluation, opened
 from dreamkit.store.artifact import write_artifact
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.intake import admit
@@ -153,6 +153,7 @@ def _images(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | Syn
     if source is None:
         return None
     with placed("application", option):
+        check_dreamed(source, teacher.card)
         return opened(source, teacher.card, log.note)
 
 
@@ -186,7 +187,7 @@ def _run(
         if first:
             with log.progress("report", 1):
                 report = build_report(loaded, teacher, context, log)
-                write_pages(report, directory)
+                write_pages(report, directory, log.note)
             shutil.rmtree(directory.folder / RunContext.CHECKPOINTS, ignore_errors=True)
             log.emit(RunFinished(report=report))
             show(report, directory.folder, console)
@@ -209,10 +210,10 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     student = outcome.student
     if student is None:
         return
-    if context.evaluation is None:
+    if context.evaluation is None and "student.agreement" in context.log.metrics:
         context.log.note(
-            "without evaluation images: how often the student agrees with the teacher was measured "
-            "on the images it was trained on"
+            "without evaluation images: how often the student agrees with the teacher says little "
+            "of real data"
         )
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import dreamkit
+from dreamkit.api import given_images
 from dreamkit.api.given_images import as_images
 from dreamkit.api.networks import View, take_in
 from dreamkit.api.recognising import builder_of
@@ -221,6 +222,20 @@ def test_dreams_are_saved_and_read_again(digits, tmp_path):
     assert len(dreamkit.load_dreams(folder)) == 2
     with pytest.raises(dreamkit.DreamkitError, match="holds no dreams"):
         dreamkit.load_dreams(tmp_path / "nothing")
+
+
+def test_dreams_of_another_network_are_refused_unless_they_are_meant(digits, tmp_path):
+    dreams = dreamkit.invert(digits, 6, **QUICK)
+    other = copy.deepcopy(digits.model)
+    with torch.no_grad():
+        other.get_parameter("conv1.weight").mul_(1.01)
+    sees = {"size": digits.card.input_size, "mean": digits.card.mean, "std": digits.card.std}
+    short = {"sparsity": 0.5, "steps": 2, "batch_size": 4, "progress": False, "device": "cpu"}
+    with pytest.raises(dreamkit.DreamkitError, match="images: the dreams are of another network"):
+        dreamkit.recover(other, dreams[:4], **short, **sees)
+    dreamkit.recover(other, dreams, allow_foreign=True, **short, **sees)
+    saved = dreamkit.load_dreams(dreams.save(tmp_path / "dreams"))
+    dreamkit.recover(digits, saved, **short)
 
 
 def test_dreams_in_other_shapes(digits, tmp_path):
@@ -504,6 +519,26 @@ def test_networks_that_cannot_be_inverted(net):
         dreamkit.invert(net, 2, progress=False, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match=r"should be a torch\.nn\.Module, not str"):
         dreamkit.invert("resnet18", 2)
+
+
+def test_of_a_stream_without_end_a_part_is_read_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(given_images, "STREAM_IMAGES", 20)
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.zeros(3, 12, 12, dtype=torch.uint8), 1
+
+    card = Card("net", (3, 12, 12), MEAN, STD, 3, "tests")
+    images = as_images(DataLoader(Endless(), batch_size=8), card, "images")
+    assert len(images) == 24
+    assert images.notes == (
+        "images: the DataLoader does not tell its length: its first 24 images are taken, and no "
+        "more is read",
+    )
+    finite = DataLoader(TensorDataset(torch.zeros(30, 3, 12, 12).byte(), torch.ones(30)), 8)
+    assert len(as_images(finite, card, "images")) == 30
+    assert as_images(finite, card, "images").notes == ()
 
 
 def test_a_student_of_other_classes_is_refused(net, pixels):
@@ -852,7 +887,7 @@ def test_labels_of_other_classes_are_refused(net, digits, pixels):
     wide = Net(classes=5)
     dreams = dreamkit.invert(wide, 5, **QUICK, **VIEW)
     with pytest.raises(dreamkit.DreamkitError, match="label 3 is none of the 3 classes"):
-        dreamkit.recover(net, dreams, sparsity=0.5, progress=False, **VIEW)
+        dreamkit.recover(net, dreams, sparsity=0.5, allow_foreign=True, progress=False, **VIEW)
     mixed = [images[0], images[1][:, :8]]
     with pytest.raises(dreamkit.DreamkitError, match="an image is"):
         dreamkit.recover(net, mixed, sparsity=0.5, progress=False, **VIEW)

@@ -20,6 +20,8 @@ from torch import nn
 
 from dreamkit.devices import choose_device
 from dreamkit.errors import DreamkitError
+from dreamkit.store.dreams import DreamStore
+from dreamkit.types import StoredImages
 
 Invoke = Callable[..., Any]
 Write = Callable[..., Path]
@@ -582,6 +584,32 @@ def test_evaluation_on_the_runs_own_dreams(
     message = refused(path)
     assert message.startswith(f"{path}:")
     assert " evaluation" in message
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_dreams_of_another_teacher(
+    refused: Callable[..., str],
+    recipe_file: Write,
+    tiny: dict[str, Any],
+    invoke: Invoke,
+    tmp_path: Path,
+    joined: bool,
+) -> None:
+    content = StoredImages(torch.zeros(4, 1, 8, 8).byte(), torch.arange(4), torch.zeros(4, 10))
+    settings = {"seed": 0, "teacher_sha256": "0123456789abcdef", "synthesis": None}
+    DreamStore(tmp_path / "theirs", settings).write(0, content, 1.0, 1.0, {})
+    source: dict[str, Any] = {"source": "dreams", "path": str(tmp_path / "theirs")}
+    images = {"source": "joined", "of": [source]} if joined else source
+    application = {"name": "recover", "sparsity": 0.5, "images": images, "training": {"steps": 1}}
+    recipe = {**tiny, "application": application}
+    recipe.pop("synthesis", None)
+    message = refused(recipe_file(recipe))
+    assert "application.images" in message
+    assert "the dreams are of another network (weights 0123456789ab...)" in message
+    assert "allow_foreign: true" in message
+    source["allow_foreign"] = True
+    done = invoke("run", recipe_file(recipe), "--dry-run", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
 
 
 def test_digits_for_a_teacher_of_another_size(

@@ -131,6 +131,12 @@ def test_show_prints_nested_options_and_what_is_required(invoke: Invoke) -> None
     assert '"mean" | "max" | "group" | "none"' in rows["normalise"]
 
 
+def test_show_calls_a_default_as_recipes_do(invoke: Invoke) -> None:
+    out = invoke("show", "synthesizers", "deepinversion").out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith(("│", "|"))}
+    assert " fourier " in rows["parameterisation"]
+
+
 def entries() -> list[tuple[str, str]]:
     registries = build_registries()
     return [(kind, name) for kind in KINDS for name in registries[kind]]

@@ -18,9 +18,10 @@ from dreamkit.card import Card
 from dreamkit.deploy import exporting
 from dreamkit.deploy.formats import TorchScript
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.sampling import mean_times
+from dreamkit.latency.sampling import mean_times, repeated_times
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.stages.measuring import time_models
 from dreamkit.store.artifact import write_artifact
 from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.named import load_named
@@ -193,6 +194,35 @@ def test_networks_are_timed_until_their_means_are_sure(monkeypatch):
     calls.clear()
     mean_times(Counted(), [module], 0.0)
     assert calls == [1] * 3, "as often as it takes to know how sure they are"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected", "differing"),
+    [
+        ([47.0, 48.0], 47.5, 48 / 47 - 1),
+        ([2128.0, 47.0, 48.0], 48.0, 48 / 47 - 1),  # the first beside other work
+        ([47.0, 90.0, 200.0], 90.0, 90 / 47 - 1),
+    ],
+)
+def test_a_time_that_a_repeat_does_not_confirm_is_settled_by_a_third(
+    monkeypatch, times, expected, differing
+):
+    left = list(times)
+    monkeypatch.setattr(Counted, "time", lambda self, modules: [Timing(left.pop(0), 1.0)])
+    (timing,), disagreement = repeated_times(Counted(), [(nn.Identity(), torch.zeros(1))])
+    assert timing == Timing(expected, 1.0)
+    assert disagreement == pytest.approx(differing)
+    assert left == []
+
+
+def test_times_that_do_not_agree_are_told(monkeypatch):
+    notes, left = [], [47.0, 90.0, 200.0, 10.0, 10.5]
+    monkeypatch.setattr(Counted, "time", lambda self, modules: [Timing(left.pop(0), 1.0)])
+    for _ in range(2):
+        found = time_models({"student": nn.Linear(2, 2)}, (1, 8, 8), Counted(), notes.append)
+    assert found["student"].median_ms == 10.25
+    (note,) = notes
+    assert note.startswith("timing student three times, even the nearest two differ by 91%")
 
 
 def test_a_table_of_another_target_is_not_gone_on_with(tmp_path, invoke):

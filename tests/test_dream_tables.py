@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from dreamkit.card import Card
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
@@ -43,10 +44,11 @@ def test_ladder_differs_in_its_terms_alone(script: Callable[[str], ModuleType]) 
 
 
 def test_every_class_is_drawn_before_one_comes_again(script: Callable[[str], ModuleType]) -> None:
-    drawn = script("given").drawn_classes(10, 25, seed=0)
+    card = Card("net", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, 10, "tests")
+    drawn = script("given").drawn_classes(card, 25, seed=0)
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
     assert drawn[:10] != tuple(range(10))
-    assert drawn != script("given").drawn_classes(10, 25, seed=1)
+    assert drawn != script("given").drawn_classes(card, 25, seed=1)
 
 
 def test_methods_take_turns(script: Callable[[str], ModuleType]) -> None:

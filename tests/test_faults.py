@@ -20,12 +20,14 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dreamkit import runner, stopping
+from dreamkit import run_report, runner, stopping
 from dreamkit.errors import DreamkitError, RunDirectoryError
 from dreamkit.flat_state import hash_state
 from dreamkit.plugins import build_registries
 from dreamkit.recipe import read_recipe
+from dreamkit.stages import progress_picture
 from dreamkit.stopping import Stop
+from dreamkit.store.atomic import write_atomically
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.lock import RunInUse
 from dreamkit.store.run_directory import RECIPE, RunDirectory, read_report
@@ -504,3 +506,26 @@ def test_the_owner_file_is_json(tmp_path):
     assert told == {"host": os.uname().nodename, "pid": os.getpid()}
     lock.release()
     assert not (tmp_path / OWNER).exists()
+
+
+def test_a_picture_that_cannot_be_written_is_noted_in_the_end_too(
+    invoke, recipe_file, tiny, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def full(path, content):
+        if path.name == "dreams.png":
+            raise RunDirectoryError(f"{path} cannot be written: no space left")
+        write_atomically(path, content)
+
+    monkeypatch.setattr(progress_picture, "write_atomically", full)
+    monkeypatch.setattr(run_report, "write_atomically", full)
+    code, _, err = invoke("run", recipe_file(tiny), "--out", out)
+    assert code == 0, err
+    assert not (out / "dreams.png").exists()
+    notes = [note for note in read_report(out)["notes"] if "no space left" in note]
+    assert [note.partition(":")[0] for note in notes] == [
+        "no more pictures of the dreams so far",
+        "the picture of the dreams is in the report alone",
+    ]
+    assert "data:image/png" in (out / "report.html").read_text()

@@ -38,6 +38,7 @@ def distill(
     progress: bool | None = None,
     out: str | Path | None = None,
     evaluation: ImagesLike | None = None,
+    allow_foreign: bool = False,
     **options: Any,
 ) -> Distilled:
     """Teach a student a network's outputs on dreams, or on other images.
@@ -62,6 +63,7 @@ def distill(
         out: a folder from which the same call goes on after an interruption, and where the student
             is saved in the end.
         evaluation: labelled images to report accuracy on.
+        allow_foreign: take dreams of another network as ``images``.
         **options: of the application or of its ``training``, as in a recipe
             (``dreamkit show applications distill``), e.g. ``steps=2000, lr=0.05, soft_loss="l1"``.
 
@@ -79,7 +81,14 @@ def distill(
         given = {"student": GivenNetwork(taught, weights=False), **given}
         hashed = [taught.card.weights_sha256]
         outcome, settings = run_application(
-            work, "distill", given, images, synthesis, hashed, function=distill
+            work,
+            "distill",
+            given,
+            images,
+            synthesis,
+            hashed,
+            function=distill,
+            allow_foreign=allow_foreign,
         )
         made = Distilled(**result_fields(work, outcome, settings, latency_backend is not None))
         if out is not None:

@@ -43,6 +43,7 @@ def extend(
     progress: bool | None = None,
     out: str | Path | None = None,
     evaluation: ImagesLike | None = None,
+    allow_foreign: bool = False,
     **options: Any,
 ) -> Extended:
     """Teach a network new classes while it keeps the old ones, without their data.
@@ -72,6 +73,7 @@ def extend(
         out: a folder from which the same call goes on after an interruption, and where the network
             is saved in the end.
         evaluation: labelled images of the old classes to report accuracy on.
+        allow_foreign: take dreams of another network as ``replay``.
         **options: of the application or of its ``training``, as in a recipe
             (``dreamkit show applications continual``), e.g. ``images_per_class=100, steps=2000``.
 
@@ -98,6 +100,7 @@ def extend(
             synthesis,
             [fingerprint(as_images(held, seen, "new"))],
             function=extend,
+            allow_foreign=allow_foreign,
             told=replay is None,  # else 'replay' says it
         )
         made = Extended(**result_fields(work, outcome, settings, timed=False))

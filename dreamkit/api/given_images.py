@@ -27,6 +27,11 @@ from dreamkit.sources.class_folders import holds_folders
 from dreamkit.sources.folder import Folder
 from dreamkit.types import Images, ImageSource, Labelled, StoredImages
 
+STREAM_IMAGES = 65_536
+"""Images that are read at the most of what does not tell its length: it may have no end."""
+STREAM_BYTES = 2 * 2**30
+"""The same in bytes of their pixels."""
+
 
 class HoldsImages(Protocol):
     """What ``dreamkit.invert`` returns, and anything else that has stored images."""
@@ -60,11 +65,13 @@ class GivenImages(ImageSource):
         images: as the caller holds them.
         role: what they are called in messages.
         names: of their classes, where they have some of their own.
+        allow_foreign: take them though they were dreamed from another network.
     """
 
     images: Any
     role: str
     names: tuple[str, ...] | None = None
+    allow_foreign: bool = False
 
     def open(self, card: Card) -> Images:
         """Return the images at the card's input size and channels."""
@@ -73,6 +80,11 @@ class GivenImages(ImageSource):
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of their classes, in order."""
         return self.names
+
+    @property
+    def takes_foreign(self) -> bool:
+        """Whether they may be dreams of another network."""
+        return self.allow_foreign
 
     def teacher_sha256(self) -> str | None:
         """Return the hash of the network that they were dreamed from; None if they do not tell."""
@@ -169,13 +181,23 @@ def _from_tensors(images: Any, labels: Any, card: Card, role: str) -> StoredImag
 
 
 def _from_batches(batches: Iterable[Any], card: Card, role: str) -> StoredImages:
-    """Return all that a loader yields, in memory."""
-    parts = []
+    """Return all that a loader yields, in memory; of an endless one, as much as there is room."""
+    parts: list[StoredImages] = []
+    notes: tuple[str, ...] = ()
+    ends, count, size_in_bytes = _tells_length(batches), 0, 0
     for batch in batches:
         images, labels = pair_of(batch, role)
         if isinstance(images, list | tuple):  # a loader that does not stack them
             images = torch.stack([item_as_stored(image, card, role) for image in images])
         parts.append(_from_tensors(images, labels, card, role))
+        count += len(parts[-1])
+        size_in_bytes += parts[-1].images.nbytes
+        if not ends and (count >= STREAM_IMAGES or size_in_bytes >= STREAM_BYTES):
+            notes = (
+                f"{role}: the {type(batches).__name__} does not tell its length: its first {count} "
+                "images are taken, and no more is read",
+            )
+            break
     if not parts:
         raise DreamkitError(f"{role}: the {type(batches).__name__} yields no batch")
     sizes = {tuple(part.images.shape[1:]) for part in parts}
@@ -183,4 +205,12 @@ def _from_batches(batches: Iterable[Any], card: Card, role: str) -> StoredImages
         raise DreamkitError(f"{role}: its batches are of several sizes: {sorted(sizes)}")
     labels = torch.cat([part.labels for part in parts])
     pixels = torch.cat([part.images for part in parts])
-    return StoredImages(pixels, to_labels(labels, len(labels), card, role))
+    return StoredImages(pixels, to_labels(labels, len(labels), card, role), notes=notes)
+
+
+def _tells_length(batches: Iterable[Any]) -> bool:
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a loader of a data set that has none
+        return False
+    return True

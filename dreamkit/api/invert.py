@@ -16,11 +16,9 @@ from dreamkit.api.session import Conditions, Session, session
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.dreaming import dream_into_store
 from dreamkit.stages.run_store import report_synthesis, run_store
-from dreamkit.synthesizers.stage import LARGE, default_stages
+from dreamkit.synthesizers.stage import default_stages
 from dreamkit.types import Images, Synthesis, Teacher
 
-LARGE_BATCH = 32
-"""Images of a batch at ``LARGE`` and more, where a batch of them fills a laptop's memory."""
 PAPER: Mapping[str, Any] = {
     "parameterisation": {"name": "pixels"},
     "stages": [{"steps": 2000}],
@@ -130,7 +128,7 @@ def synthesizer_options(
     Raises:
         DreamkitError: there is no such preset, or it is of another method.
     """
-    presets = {"fast": fast_options(teacher), "paper": PAPER}
+    presets: Mapping[str, Mapping[str, Any]] = {"fast": {}, "paper": PAPER}
     if preset not in presets:
         raise DreamkitError(f"preset: should be fast or paper (got {preset!r})")
     own = method == "deepinversion"
@@ -147,11 +145,6 @@ def synthesizer_options(
         else:
             made["steps"] = steps
     return made
-
-
-def fast_options(teacher: Teacher) -> dict[str, Any]:
-    """Return the preset ``fast`` for the sizes of images that a network takes."""
-    return {"batch_size": LARGE_BATCH} if min(teacher.card.input_size[1:]) >= LARGE else {}
 
 
 def _stages_of(teacher: Teacher) -> list[dict[str, Any]]:

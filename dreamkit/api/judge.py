@@ -34,6 +34,7 @@ def judge(
     progress: bool | None = None,
     out: str | Path | None = None,
     evaluation: ImagesLike | None = None,
+    allow_foreign: bool = False,
     **options: Any,
 ) -> Judgement:
     """Ask networks that took no part in dreams what they see in them.
@@ -58,6 +59,7 @@ def judge(
         progress: show notes and a bar.
         out: a folder that keeps finished batches of dreams.
         evaluation: labelled images to report the network's accuracy on.
+        allow_foreign: take dreams of another network as ``images``.
         **options: of the application, as in a recipe (``dreamkit show applications judge``), e.g.
             ``splits=5, layer="fc"``.
 
@@ -90,7 +92,14 @@ def judge(
             given["reference"] = GivenImages(reference, "reference")
         hashed = [network.teacher.card.weights_sha256 for network in networks]
         _, settings = run_application(
-            work, "judge", given, images, synthesis, hashed, function=judge
+            work,
+            "judge",
+            given,
+            images,
+            synthesis,
+            hashed,
+            function=judge,
+            allow_foreign=allow_foreign,
         )
         told = work.log.details["judge"]["verifiers"]
         return Judgement(verifiers=told, **described(work, settings))

@@ -43,6 +43,7 @@ def prune(
     progress: bool | None = None,
     out: str | Path | None = None,
     evaluation: ImagesLike | None = None,
+    allow_foreign: bool = False,
     **options: Any,
 ) -> Pruned:
     """Remove a network's least important channels, and let it recover by distillation.
@@ -75,6 +76,7 @@ def prune(
         out: a folder from which the same call goes on after an interruption, and where the student
             is saved in the end.
         evaluation: labelled images to report accuracy on.
+        allow_foreign: take dreams of another network as ``images``.
         **options: of the application, as in a recipe (``dreamkit show applications prune``), e.g.
             ``recovery={"steps": 500}, selection="knapsack"``.
 
@@ -99,7 +101,9 @@ def prune(
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation, latency_backend)
     with session(model, conditions) as work:
-        outcome, settings = run_application(work, "prune", given, images, synthesis, function=prune)
+        outcome, settings = run_application(
+            work, "prune", given, images, synthesis, function=prune, allow_foreign=allow_foreign
+        )
         rounds = work.log.records.get("pruning", {}).values()
         timed = latency_backend is not None or any("latency_ms" in look for look in rounds)
         made = Pruned(

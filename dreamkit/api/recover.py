@@ -37,6 +37,7 @@ def recover(
     progress: bool | None = None,
     out: str | Path | None = None,
     evaluation: ImagesLike | None = None,
+    allow_foreign: bool = False,
     **options: Any,
 ) -> Recovered:
     """Set a share of a network's weights to zero, and let it recover with the zeros kept.
@@ -60,6 +61,7 @@ def recover(
         out: a folder from which the same call goes on after an interruption, and where the student
             is saved in the end.
         evaluation: labelled images to report accuracy on.
+        allow_foreign: take dreams of another network as ``images``.
         **options: of the application or of its ``training``, as in a recipe
             (``dreamkit show applications recover``), e.g. ``rounds=5, reconstruction={}``.
 
@@ -72,7 +74,7 @@ def recover(
     )
     with session(model, conditions) as work:
         outcome, settings = run_application(
-            work, "recover", given, images, synthesis, function=recover
+            work, "recover", given, images, synthesis, function=recover, allow_foreign=allow_foreign
         )
         made = Recovered(**result_fields(work, outcome, settings, timed=False))
         if out is not None:

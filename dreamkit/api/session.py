@@ -31,7 +31,7 @@ from dreamkit.recipe.problems import format_path
 from dreamkit.registry import Registries
 from dreamkit.report.notebook import LivePicture
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.stages.opening import open_evaluation, opened
+from dreamkit.stages.opening import check_dreamed, open_evaluation, opened
 from dreamkit.teachers.doubts import doubt_training
 from dreamkit.types import (
     Application,
@@ -128,9 +128,16 @@ class Session:
         made: Application = build_entry(self.registries, "applications", data, (), function)
         return made
 
-    def images(self, given: Any, role: str = "images") -> Images:
-        """Return a caller's images at the size that the teacher takes."""
-        return opened(GivenImages(given, role), self.teacher.card, self.log.note)
+    def images(self, given: Any, allow_foreign: bool = False) -> Images:
+        """Return a caller's images at the size that the teacher takes.
+
+        Raises:
+            DreamkitError: they do not fit, or are dreams of another network.
+        """
+        source = GivenImages(given, "images", allow_foreign=allow_foreign)
+        with placed("images"):
+            check_dreamed(source, self.teacher.card)
+        return opened(source, self.teacher.card, self.log.note)
 
     def synthesis(
         self, options: Mapping[str, Any], function: Callable[..., Any], path: RecipePath = ()

@@ -31,6 +31,7 @@ def run_application(
     *,
     function: Callable[..., Any],
     told: bool = True,
+    allow_foreign: bool = False,
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run an application on a caller's images, or on dreams that are made first.
 
@@ -43,6 +44,7 @@ def run_application(
         given: hashes of networks and images that the options have.
         function: that the caller called, whose other keywords the options were.
         told: whether a recipe has to be told where the images come from; its options may do so.
+        allow_foreign: take dreams of another network.
 
     Returns:
         What it came to, and the settings of its result.
@@ -54,7 +56,7 @@ def run_application(
     source: Images | Synthesis | None = None
     origin: dict[str, Any] = {}
     if images is not None:
-        source, origin = work.images(images), _origin(images)
+        source, origin = work.images(images, allow_foreign), _origin(images)
     elif application.needs_synthesis:
         source = _to_dream(work, {} if synthesis is None else synthesis)
         origin = {"synthesis": source.settings}

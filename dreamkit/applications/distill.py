@@ -81,4 +81,4 @@ class Distill(TrainsOnImages):
             origin=f"distilled from {teacher.card.name}",
             weights_sha256=None,
         )
-        return Outcome(dataclasses.replace(made, card=card), taught_on)
+        return Outcome(dataclasses.replace(made, card=card), taught_on.fitted)

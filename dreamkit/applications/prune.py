@@ -60,7 +60,8 @@ class Prune(ChannelPruning, TrainsOnImages):
         student = work.student
         if self.reconstruction is not None and not self.reconstruct_each:
             measure_quality("cut", student, teacher, first, context)
-            reconstruct_student(teacher, student, work.cut, first, self.reconstruction, context)
+            fit = self.reconstruction
+            reconstruct_student(teacher, student, work.cut, first.fitted, fit, context)
         measure_quality("pruned", student, teacher, first, context)
         taught_on = training.run(student, first)
         measure_quality("student", student, teacher, taught_on, context)
@@ -71,7 +72,7 @@ class Prune(ChannelPruning, TrainsOnImages):
         )
         pruning_record = work.cut.after(PruningRecord.from_json(teacher.pruning_record)).to_json()
         made = Teacher(student, card, teacher.builder, pruning_record)
-        return Outcome(made, taught_on, same_layers=("pruned",))
+        return Outcome(made, taught_on.fitted, same_layers=("pruned",))
 
     def _check_latency(self, work: PruningRun, context: RunContext) -> None:
         """Measure the finished student, and say so if it misses its latency budget."""

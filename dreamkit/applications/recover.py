@@ -34,7 +34,7 @@ from dreamkit.stages.adaptive import Adaptive, TrainsOnImages
 from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
-from dreamkit.stages.samples import fitting_sample
+from dreamkit.stages.samples import Parts, fitting_sample
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
@@ -120,12 +120,13 @@ class Recover(TrainsOnImages):
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        return Outcome(dataclasses.replace(teacher, model=student, card=card), taught_on)
+        return Outcome(dataclasses.replace(teacher, model=student, card=card), taught_on.fitted)
 
     def _prune(
-        self, teacher: Teacher, student: nn.Module, images: Images, context: RunContext
+        self, teacher: Teacher, student: nn.Module, first: Parts, context: RunContext
     ) -> dict[str, Tensor]:
         """Prune in all rounds, from where an interrupted try was; return the masks."""
+        images = first.fitted
         checkpoint = PruningCheckpoint(teacher, context)
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
         with context.log.progress("pruning", self.rounds) as advance:
@@ -139,7 +140,10 @@ class Recover(TrainsOnImages):
                 else:
                     record = PruningRecord()
                     reconstruct_student(teacher, student, record, images, fit, context, masks)
-                look = {"sparsity": sparsity_of(student), **glance(student, teacher, context)}
+                look = {
+                    "sparsity": sparsity_of(student),
+                    **glance(student, teacher, first, context),
+                }
                 context.log.record("pruning", number, look)
                 if fit is not None:  # else it is as quickly done again as read
                     tensors = prefixed("student", tensors_of(student)) | prefixed("masks", masks)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dreamkit.cli.arguments import AsJson, Plugins, registries_with
 from dreamkit.errors import DreamkitError, did_you_mean
-from dreamkit.registry import KINDS, UnknownEntry
+from dreamkit.registry import KINDS, Registries, UnknownEntry
 from dreamkit.wording import say
 
 
@@ -88,7 +88,8 @@ def show(
     """
     from dreamkit.recipe.signature import documentation
 
-    registry = registries_with(plugin)[_checked(kind)]
+    registries = registries_with(plugin)
+    registry = registries[_checked(kind)]
     try:
         cls = registry.resolve(name)
     except UnknownEntry as error:
@@ -96,14 +97,14 @@ def show(
     console = Console()
     console.print(f"{kind} {name} (from {registry.provider(name)})\n", highlight=False)
     console.print(documentation(cls), markup=False, highlight=False)
-    _print_options(cls, console)
+    _print_options(cls, registries, console)
 
 
-def _print_options(cls: type[Any], console: Console) -> None:
+def _print_options(cls: type[Any], registries: Registries, console: Console) -> None:
     from dreamkit.recipe.signature import documentation, option_rows
 
     try:
-        options = option_rows(cls)
+        options = option_rows(cls, registries)
     except TypeError as error:
         raise DreamkitError(f"its options cannot be read: {error}") from error
     if not options:
@@ -116,7 +117,7 @@ def _print_options(cls: type[Any], console: Console) -> None:
         console.print(
             f"\n{nested.__name__}: {documentation(nested)}", markup=False, highlight=False
         )
-        _print_options(nested, console)
+        _print_options(nested, registries, console)
 
 
 def plugins(as_json: AsJson = False, plugin: Plugins = None) -> None:

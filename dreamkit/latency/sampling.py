@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -19,6 +20,11 @@ _RUNS = 3
 """Times that modules are timed at the least: a sample may be a tenth off."""
 _SURE = 5e-3
 """They are timed until their means are as sure on average: standard error, a share of them."""
+_AGREED = 0.1
+"""Two timings of one network that differ by more are settled by a third: a machine that other work
+keeps busy may take tens of times as long for seconds."""
+NOISY = 0.2
+"""Where even the nearest two of three differ by more, there is nothing that can be told."""
 
 
 def nothing() -> None:
@@ -67,6 +73,41 @@ def _sample(call: Callable[[], Any], number: int, synchronise: Callable[[], Any]
         call()
     synchronise()
     return (time.perf_counter() - start) * 1e3 / number
+
+
+def repeated_times(
+    backend: LatencyBackend, modules: Sequence[tuple[nn.Module, Tensor]]
+) -> tuple[list[Timing], float]:
+    """Time modules in turn twice, and once more where the two do not agree.
+
+    Args:
+        backend: that measures.
+        modules: each with its input.
+
+    Returns:
+        For each module the median of its times, with the spread within one; and by how much the
+        nearest two of these differ, of the module that is least sure, as a share of them.
+    """
+    runs = [backend.time(modules) for _ in range(2)]
+    if _disagreement(runs) > _AGREED:
+        runs.append(backend.time(modules))
+    found = [
+        Timing(
+            statistics.median(timing.median_ms for timing in each),
+            statistics.median(timing.spread_ms for timing in each),
+        )
+        for each in zip(*runs, strict=True)
+    ]
+    return found, _disagreement(runs)
+
+
+def _disagreement(runs: Sequence[Sequence[Timing]]) -> float:
+    """Return by how much the nearest two times of a module differ, of the one least sure."""
+    found = []
+    for each in zip(*runs, strict=True):
+        medians = sorted(timing.median_ms for timing in each)
+        found.append(min(high / low - 1 for low, high in itertools.pairwise(medians)))
+    return max(found, default=0.0)
 
 
 def mean_times(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, Registries, TermsOf
 
 _ABSENT = inspect.Parameter.empty
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
@@ -109,8 +109,12 @@ class OptionRow:
     nested: type[Any] | None
 
 
-def option_rows(cls: type[Any]) -> list[OptionRow]:
+def option_rows(cls: type[Any], registries: Registries | None = None) -> list[OptionRow]:
     """Return a row for every option of a class, in the order of its constructor.
+
+    Args:
+        cls: the class.
+        registries: tell what an entry that is a default is called.
 
     Raises:
         TypeError: a parameter has no type annotation, or takes ``*args`` or ``**kwargs``.
@@ -120,7 +124,7 @@ def option_rows(cls: type[Any]) -> list[OptionRow]:
         OptionRow(
             option.name,
             describe(option.annotation),
-            "required" if option.required else _default(option),
+            "required" if option.required else _default(option, registries),
             ", ".join(dict.fromkeys(_limits(option.annotation))),
             _first_sentence(described(text, option.name)),
             next(iter(nested_options(option.annotation)), None),
@@ -139,10 +143,15 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[^.]{2}\.) (?=[A-Z`])", text)[0].rstrip(".")
 
 
-def _default(option: Option) -> str:
+def _default(option: Option, registries: Registries | None) -> str:
     value = option.default
     if dataclasses.is_dataclass(value) and not _given(value):
-        return type(value).__name__ if option.marker else "its own defaults"
+        if option.marker is None:
+            return "its own defaults"
+        cls = type(value)
+        known = None if registries is None else registries[option.marker.kind]
+        names = () if known is None else (name for name in known if known.resolve(name) is cls)
+        return next(iter(names), cls.__name__)
     if isinstance(option.marker, TermsOf):
         value = {term.name: term.weight for term in value}
     return json.dumps(value, default=_given, ensure_ascii=False)

@@ -36,7 +36,7 @@ def render(
         recipe_yaml: the recipe as it ran.
         pictures: grids of dreams, each with its title.
     """
-    header, rows = summary_rows(report["metrics"])
+    header, rows = summary_rows(report)
     judge_header, judged = judge_rows(report)
     learnt_header, learnt = continual_rows(report)
     pixel_header, pixels = pixel_rows(report)

@@ -22,7 +22,7 @@ _SHOWN = 8
 
 
 def _tables(report: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    found = (summary_rows(report["metrics"]), continual_rows(report), judge_rows(report))
+    found = (summary_rows(report), continual_rows(report), judge_rows(report))
     return [(header, rows) for header, rows in found if rows]
 
 

@@ -8,18 +8,19 @@ from typing import Any
 MODELS = ("teacher", "pruned", "student")
 _COLUMNS = (
     ("accuracy", "accuracy"),
-    ("agreement", "agrees on its training images"),
+    ("agreement", "agreement with the teacher"),
     ("params", "parameters"),
     ("flops", "FLOPs"),
     ("latency_ms", "latency"),
 )
 
 
-def summary_rows(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def summary_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the table's header and rows, without those that nothing was measured for.
 
     A cell that does not apply is a dash.
     """
+    metrics = report["metrics"]
     shown = [
         (key, title)
         for key, title in _COLUMNS
@@ -31,7 +32,17 @@ def summary_rows(metrics: Mapping[str, float]) -> tuple[list[str], list[list[str
         if any(cell != "-" for cell in cells):
             name = "pruned, before recovery" if model == "pruned" else model
             rows.append([name, *cells])
-    return ["model", *(title for _, title in shown)], rows
+    titles = {**dict(shown), "agreement": _agreement_title(report)}
+    return ["model", *(titles[key] for key, _ in shown)], rows
+
+
+def _agreement_title(report: Mapping[str, Any]) -> str:
+    """Return the column's title, which says on which images agreement was measured."""
+    told = report["details"].get("agreement", {}).values()
+    if not told or not all(measured["held_out"] for measured in told):
+        return "agreement with the teacher, on its training images"
+    images = "dreams" if "synthesis.images" in report["metrics"] else "images"
+    return f"agreement with the teacher, on held-out {images}"
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.stages.dreaming import Dreaming, dreaming
 from dreamkit.stages.run_store import open_store
+from dreamkit.stages.samples import Parts, held_back, some_of
 from dreamkit.store.pool import Pool
 from dreamkit.store.source import is_own_dreams
 from dreamkit.types import (
@@ -94,12 +96,19 @@ class AdaptivePool:
     Args:
         options: the rhythm.
         dreams: at work against the student.
+        compared: whether a part is held back, to compare the student with its teacher on.
     """
 
-    def __init__(self, options: Adaptive, dreams: Dreaming) -> None:
+    def __init__(self, options: Adaptive, dreams: Dreaming, compared: bool = False) -> None:
         self.options = options
         self.dreams = dreams
         self.pool = Pool()
+        self.compared = Pool()
+        """The dreams so far that are held back."""
+        self.held = torch.zeros(0, dtype=torch.int64)
+        """Positions of these among all dreams that there are to be."""
+        if compared:
+            self.held = held_back(self.planned, dreams.context.seed)
         self.every = options.every or 1
         self.batches = 0
         """How many batches of the plan are in the pool, or were left out for good."""
@@ -120,7 +129,19 @@ class AdaptivePool:
     @property
     def images(self) -> int:
         """How many images the pool is to hold in the end."""
+        return self.planned - len(self.held)
+
+    @property
+    def planned(self) -> int:
+        """How many dreams there are to be, those that are held back among them."""
         return sum(plan.size for plan in self.dreams.plans)
+
+    @property
+    def parts(self) -> Parts:
+        """The dreams so far."""
+        if len(self.held):
+            return Parts(self.pool, self.compared, apart=True)
+        return Parts(self.pool, some_of(self.pool, self.dreams.context.seed), apart=False)
 
     def due(self, step: int) -> bool:
         """Return whether new dreams are to come before this training step (from 0)."""
@@ -152,8 +173,9 @@ class AdaptivePool:
         while self.batches < until:
             self._merge()
         if len(self.pool) == 0:
+            reason = store.skipped[coming[0].index].reason
             store.withdraw()
-            raise DreamkitError("the first dreams came to nothing; see the notes above")
+            raise DreamkitError(f"the first dreams came to nothing: {reason}")
         return len(self.pool) - before
 
     def restore(self, batches: int) -> None:
@@ -175,7 +197,12 @@ class AdaptivePool:
     def _merge(self) -> None:
         plan, store = self.dreams.plans[self.batches], self.dreams.store
         if plan.index in store.shards:
-            self.pool.add(store.read(plan.index))
+            content = store.read(plan.index)
+            first = sum(earlier.size for earlier in self.dreams.plans[: self.batches])
+            held = torch.isin(first + torch.arange(len(content)), self.held)
+            for pool, mine in ((self.pool, ~held), (self.compared, held)):
+                if mine.any():
+                    pool.add(content.chosen(mine))
         self.batches += 1
 
 
@@ -209,8 +236,17 @@ def adaptive_pool(
     context: RunContext,
     student: nn.Module,
     options: Adaptive,
+    compared: bool = False,
 ) -> Iterator[AdaptivePool]:
     """Set a synthesizer to work against a student in training.
+
+    Args:
+        teacher: that is inverted.
+        images: how they are dreamed.
+        context: the run's.
+        student: that the dreams are made against.
+        options: the rhythm.
+        compared: whether a part is held back to compare the student with its teacher.
 
     Raises:
         DreamkitError: images are given, and not how to dream them.
@@ -219,4 +255,4 @@ def adaptive_pool(
         raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
     store = open_store(teacher, images, context)
     with dreaming(teacher, images, context, store, student) as dreams:
-        yield AdaptivePool(options, dreams)
+        yield AdaptivePool(options, dreams, compared)

@@ -67,6 +67,7 @@ class Budget:
         channels: how many of the teacher's can be pruned.
         latency: times models on the target.
         teacher_ms: its latency, where an earlier try of the run measured it.
+        note: told what the user must know of the goals and of timings.
 
     Raises:
         NothingToPrune: the teacher is as fast as asked for already, and nothing else is asked for.
@@ -80,6 +81,7 @@ class Budget:
         channels: int,
         latency: LatencyBackend,
         teacher_ms: float | None = None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.teacher = teacher
         self.table = table
@@ -90,8 +92,7 @@ class Budget:
         self.size = teacher.card.input_size
         stated = {name: getattr(target, name) for name in ("flops", "params", "channels")}
         self.goals: dict[str, float] = {k: v for k, v in stated.items() if v is not None}
-        self.notes: list[str] = []
-        """What the user must know of the goals."""
+        self.note = note
         if target.timed:
             if teacher_ms is None:
                 self.teacher_ms = self._measured(teacher.model)["model"]
@@ -110,12 +111,13 @@ class Budget:
                 )
                 if not self.goals and target.latency is None:
                     raise NothingToPrune(f"{met}: ask for less", ("target", "latency_ms"))
-                self.notes.append(f"{met}: it is kept while the other goals are sought")
+                self.note(f"{met}: it is kept while the other goals are sought")
         return min(shares)
 
     def _measured(self, *models: nn.Module) -> dict[str, float]:
         names = ("model", "teacher")
-        timings = time_models(dict(zip(names, models, strict=False)), self.size, self.latency)
+        timed = dict(zip(names, models, strict=False))
+        timings = time_models(timed, self.size, self.latency, self.note)
         return {name: timing.median_ms for name, timing in timings.items()}
 
     def latency_ms(self, teacher_ms: float) -> float:

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from dreamkit.evaluation.accuracy import accuracy, agreement
 from dreamkit.evaluation.cost import count
+from dreamkit.latency.sampling import NOISY, repeated_times
 from dreamkit.model_state import device_of
 from dreamkit.seeds import stream
-from dreamkit.stages.samples import compared_sample
+from dreamkit.stages.samples import Parts
 from dreamkit.training.batches import drawn
-from dreamkit.types import Images, LatencyBackend, Outcome, RunContext, Teacher, Timing
+from dreamkit.types import LatencyBackend, Outcome, RunContext, Teacher, Timing
 
-EVALUATED = 2048
-"""Evaluation images that are looked at after every round of pruning."""
+GLANCED = 512
+"""Images that a model is looked at on after a round of pruning: sure to 2 points, as curves are."""
 
 
 def measure_quality(
-    name: str, model: nn.Module, teacher: Teacher, images: Images | None, context: RunContext
+    name: str, model: nn.Module, teacher: Teacher, parts: Parts | None, context: RunContext
 ) -> None:
-    """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on the dreams.
+    """Add ``<name>.accuracy`` on the evaluation images, ``<name>.agreement`` on held-back ones.
 
-    Agreement is how often the model predicts the teacher's class; it needs no real data. It is
-    that on ``compared_sample``, the same for all models on these dreams: what fits layers or
-    statistics is drawn from the rest as far as that goes, and only a training sees all of them.
-    Where the teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share
-    of it.
+    Agreement is how often the model predicts the teacher's class; it needs no real data. On how
+    many images, and whether they were held back, stands in the detail ``agreement``. Of dreams that
+    are yet to be made too few may be there before the training: then it is left out. Where the
+    teacher's accuracy was measured before, ``<name>.accuracy_ratio`` is the model's share of it.
 
     Args:
         name: ``teacher``, or what the model is called.
         model: on the run's device.
         teacher: that it is compared with.
-        images: that it was made on; None compares nothing.
+        parts: images that it was made on, and those held back; None compares nothing.
         context: the run's.
     """
     metrics, device = context.log.metrics, context.device
@@ -44,20 +44,46 @@ def measure_quality(
         metrics[f"{name}.accuracy"] = found
         if name != "teacher" and metrics.get("teacher.accuracy"):
             metrics[f"{name}.accuracy_ratio"] = found / metrics["teacher.accuracy"]
-    if images is not None and name != "teacher":
-        sample = compared_sample(images, context.seed)
-        with context.log.progress(f"{name} agreement", 2 * len(sample)) as advance:
-            agreed = agreement(model, teacher.model, sample, teacher.card, device, advance)
-        metrics[f"{name}.agreement"] = agreed
+    if parts is None or name == "teacher" or not parts.tell:
+        return
+    with context.log.progress(f"{name} agreement", 2 * len(parts.compared)) as advance:
+        agreed = agreement(model, teacher.model, parts.compared, teacher.card, device, advance)
+    metrics[f"{name}.agreement"] = agreed
+    measured_on = {"images": len(parts.compared), "held_out": parts.apart}
+    context.log.details.setdefault("agreement", {})[name] = measured_on
 
 
-def glance(model: nn.Module, teacher: Teacher, context: RunContext) -> dict[str, float]:
-    """Return a model's accuracy on a draw of ``EVALUATED`` images; empty where there are none."""
-    if context.evaluation is None:
-        return {}
-    some = drawn(context.evaluation, EVALUATED, stream(context.seed, "evaluation"))
-    with context.log.progress("accuracy", len(some)) as advance:
-        return {"accuracy": accuracy(model, some, teacher.card, context.device, advance)}
+def glance(
+    model: nn.Module, teacher: Teacher, parts: Parts, context: RunContext, timed: bool = False
+) -> dict[str, float]:
+    """Look at a model between two rounds: accuracy on a draw of ``GLANCED`` evaluation images.
+
+    Where there are none, agreement with the teacher on as many that are held back.
+
+    Args:
+        model: on the run's device.
+        teacher: that it is compared with.
+        parts: the images that it is made on, and those held back.
+        context: the run's.
+        timed: whether its latency is told too, in milliseconds.
+    """
+    card, device, log = teacher.card, context.device, context.log
+    found = {}
+    if context.evaluation is not None:
+        some = drawn(context.evaluation, GLANCED, stream(context.seed, "evaluation"))
+        with log.progress("accuracy", len(some)) as advance:
+            found["accuracy"] = accuracy(model, some, card, device, advance)
+    elif parts.tell:
+        some = drawn(parts.compared, GLANCED, stream(context.seed, "agreement"))
+        with log.progress("agreement", 2 * len(some)) as advance:
+            found["agreement"] = agreement(model, teacher.model, some, card, device, advance)
+    if timed:
+        with log.progress("timing", 1):
+            (timing,) = time_models(
+                {"student": model}, card.input_size, context.latency, log.note
+            ).values()
+        found["latency_ms"] = timing.median_ms
+    return found
 
 
 def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, latency: bool) -> None:
@@ -105,7 +131,7 @@ def measure_latency(
     """Add ``<name>.latency_ms`` and its spread; the models are timed in turn."""
     metrics = context.log.metrics
     with context.log.progress("timing latencies", 1):
-        timings = time_models(models, input_size, context.latency)
+        timings = time_models(models, input_size, context.latency, context.log.note)
     for name, timing in timings.items():
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
@@ -113,14 +139,30 @@ def measure_latency(
 
 
 def time_models(
-    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], backend: LatencyBackend
+    models: Mapping[str, nn.Module],
+    input_size: tuple[int, int, int],
+    backend: LatencyBackend,
+    note: Callable[[str], None],
 ) -> dict[str, Timing]:
-    """Time models in turn on the latency target; they end up where they were."""
+    """Time models in turn on the latency target, and again; they end up where they were.
+
+    Args:
+        models: by name.
+        input_size: of an image.
+        backend: that measures.
+        note: told where the times of a model do not agree.
+    """
     homes = {name: device_of(model) for name, model in models.items()}
     example = torch.zeros(backend.batch_size, *input_size)
     try:
-        timings = backend.time([(model.cpu(), example) for model in models.values()])
+        timed = [(model.cpu(), example) for model in models.values()]
+        timings, disagreement = repeated_times(backend, timed)
     finally:
         for name, model in models.items():
             model.to(homes[name])
+    if disagreement > NOISY:
+        note(
+            f"timing {' and '.join(models)} three times, even the nearest two differ by "
+            f"{disagreement:.0%}: other work keeps the machine busy, and latencies are as unsure"
+        )
     return dict(zip(models, timings, strict=True))

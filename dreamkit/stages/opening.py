@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, StoreError, placed
 from dreamkit.joined_images import lacks_labels
 from dreamkit.sources.joined import Joined
 from dreamkit.store.source import Dreams
@@ -50,6 +50,34 @@ def open_evaluation(source: ImageSource, card: Card, note: Callable[[str], None]
     if _are_dreams(source):
         note(_DREAMED)
     return images
+
+
+def check_dreamed(source: ImageSource, card: Card) -> None:
+    """Refuse images that were dreamed from other weights than those of a network.
+
+    They show what the other knows, and its classes may be others. Where either does not tell its
+    weights, nothing is refused.
+
+    Args:
+        source: the entry.
+        card: of the network that is to work on them.
+
+    Raises:
+        StoreError: naming both, unless the source takes foreign dreams.
+    """
+    if isinstance(source, Joined):
+        for number, part in enumerate(source.of):
+            with placed("of", number):
+                check_dreamed(part, card)
+        return
+    found, own = source.teacher_sha256(), card.weights_sha256
+    if source.takes_foreign or found is None or own is None or found == own:
+        return
+    raise StoreError(
+        f"the dreams are of another network (weights {found[:12]}...) than {card.name} "
+        f"({own[:12]}...): dream them from this one, or say 'allow_foreign: true' "
+        "(allow_foreign=True in Python) if they are meant"
+    )
 
 
 def dreamed_from(source: ImageSource | None) -> set[str]:

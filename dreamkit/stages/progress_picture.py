@@ -61,8 +61,12 @@ class ProgressPicture:
 
     def begin(self) -> None:
         """Take in what an earlier try left in the store, as much as may be seen."""
-        for index in sorted(self.store.shards) if self._drawing else ():
-            if len(self._keys) < CELLS:
+        if not self._drawing or not self.store.shards:
+            return
+        keys = {index: _keys(index, shard.images) for index, shard in self.store.shards.items()}
+        highest = torch.cat([*keys.values()]).sort().values[:CELLS][-1]
+        for index in sorted(keys):
+            if keys[index].min() <= highest:  # of the others nothing is read
                 self._take(index, self.store.read(index))
 
     def see(self, images: Tensor, labels: Tensor) -> None:
@@ -93,7 +97,7 @@ class ProgressPicture:
 
     def _take(self, index: int, content: StoredImages) -> None:
         """Keep those of the lowest keys: of all images so far each is as likely."""
-        keys = torch.rand(len(content), generator=stream(index, "picture"))
+        keys = _keys(index, len(content))
         chosen = keys.argsort()[:CELLS].sort().values
         images, labels = thumbnails(content.images[chosen], SIDE), content.labels[chosen]
         if self._images is not None:
@@ -117,3 +121,8 @@ class ProgressPicture:
         self.log.emit(DreamsPictured(path=self.path, png=png))
         end = self.clock()
         self._due = end + max(SECONDS, (end - start) / SHARE)
+
+
+def _keys(index: int, images: int) -> Tensor:
+    """Return a number for each image of a batch, (N,) in [0, 1): the lowest of all are shown."""
+    return torch.rand(images, generator=stream(index, "picture"))

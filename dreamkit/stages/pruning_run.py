@@ -25,11 +25,11 @@ from dreamkit.pruning.selection import removable
 from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
-from dreamkit.stages.measuring import glance, time_models
+from dreamkit.stages.measuring import glance
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
-from dreamkit.stages.samples import fitting_sample
+from dreamkit.stages.samples import Parts, fitting_sample
 from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
@@ -37,7 +37,6 @@ from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
-    Images,
     PruningStep,
     RoundPruned,
     RunContext,
@@ -89,9 +88,8 @@ class PruningRun:
         ms, total = found and found[1]["teacher_ms"], sum(self.originals.values())
         goal, latency = options.target, context.latency  # what is timed on is drawn:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
-            self.budget = Budget(goal, teacher, self.table, total, latency, ms)
-        for text in self.budget.notes:
-            context.log.note(text)
+            note = context.log.note
+            self.budget = Budget(goal, teacher, self.table, total, latency, ms, note)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
 
     def _read_tables(self) -> LookUpTable:
@@ -115,16 +113,16 @@ class PruningRun:
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
             raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
-    def begin(self, images: Images) -> None:
+    def begin(self, parts: Parts) -> None:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
-        self.images = images
+        self.parts, self.images = parts, parts.fitted
         seed, size = self.context.seed, options.batch_size
         count = size * options.ranking_batches
-        self.ranked_on = fitting_sample(images, count, seed, "ranking")
+        self.ranked_on = fitting_sample(self.images, count, seed, "ranking")
         count = size * options.recalibration_batches
-        self.recalibrated_on = fitting_sample(images, count, seed, "recalibration")
-        found = self.checkpoint.go_on(images)
+        self.recalibrated_on = fitting_sample(self.images, count, seed, "recalibration")
+        found = self.checkpoint.go_on(self.images)
         if found is not None:
             self._restore(*found)
 
@@ -262,11 +260,8 @@ class PruningRun:
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
         found = {"removed_channels": float(removed), **self.shares}
-        found |= glance(self.student, self.teacher, self.context)
-        if self.table.asked:
-            size, latency = self.card.input_size, self.context.latency
-            timing = time_models({"student": self.student}, size, latency)["student"]
-            found["latency_ms"] = timing.median_ms
+        timed = self.table.asked
+        found |= glance(self.student, self.teacher, self.parts, self.context, timed)
         return found
 
     def _save(self) -> None:

@@ -1,51 +1,114 @@
-"""Which of a run's images are for what: to fit a network, or to compare it with its teacher."""
+"""Which of a run's images are for what: to make a network on, or to compare it with its teacher."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dreamkit.seeds import stream
-from dreamkit.training.batches import Subset
+from dreamkit.training.batches import Subset, drawn
 from dreamkit.types import Images
 
-COMPARED = 8192
-"""Images on which a model is compared with its teacher at the most: half a percent of doubt."""
-FEW = 256
-"""Where half of the images are fewer than these, a model is compared on all of them."""
+ONE_IN = 10
+"""Of so many images one is held back."""
+LEAST = 32
+"""Of fewer held-back images an agreement tells little, so that none are held back."""
+MOST = 2048
+"""Images held back at the most: an agreement of 0.9 on these is sure to 0.7 points."""
 
 
-def compared_sample(images: Images, seed: int) -> Subset:
-    """Return the images on which models are compared with their teacher.
-
-    Half of them, up to ``COMPARED``; all where they are few. ``fitting_sample`` takes others as
-    long as there are others.
+@dataclass(frozen=True)
+class Parts:
+    """A run's images in two parts.
 
     Args:
-        images: that the models are made on.
+        fitted: channels are ranked on them, and layers, statistics and weights fitted to them.
+        compared: a network is compared with its teacher on them, ``MOST`` at the most.
+        apart: whether these are others. Where there are too few images, they are some of
+            ``fitted``.
+    """
+
+    fitted: Images
+    compared: Images
+    apart: bool
+
+    @property
+    def tell(self) -> bool:
+        """Whether there are enough to compare on; of dreams to come few may be there yet."""
+        return not self.apart or len(self.compared) >= LEAST
+
+
+def held_back(count: int, seed: int) -> Tensor:
+    """Return the positions of images that nothing is fitted to, in order, int64.
+
+    A tenth, spread evenly, ``MOST`` at the most; none where that would be fewer than ``LEAST``.
+    The first image and two neighbours are never among them: so a batch of dreams that is there
+    before the others, or has two images or more, always has some to fit to.
+
+    Args:
+        count: of all images.
         seed: the run's.
     """
-    return Subset(images, _compared(len(images), seed).tolist())
+    held = min(MOST, count // ONE_IN)
+    if held < LEAST:
+        return torch.zeros(0, dtype=torch.int64)
+    edges = torch.arange(held + 1) * count // held
+    room = edges.diff() - 1  # the first of each stretch stays
+    share = torch.rand(held, generator=stream(seed, "held back"), dtype=torch.float64)
+    return edges[:-1] + 1 + (share * room).long()
+
+
+def parted(images: Images, seed: int, note: Callable[[str], None]) -> Parts:
+    """Return images in two parts: to fit to, and to compare networks with their teacher on.
+
+    Args:
+        images: all that there are.
+        seed: the run's.
+        note: told how many are held back.
+    """
+    held = held_back(len(images), seed)
+    note(what_is_held_back(len(images), len(held)))
+    if not len(held):
+        return Parts(images, some_of(images, seed), apart=False)
+    free = torch.ones(len(images), dtype=torch.bool)
+    free[held] = False
+    fitted = Subset(images, free.nonzero().flatten().tolist())
+    return Parts(fitted, Subset(images, held.tolist()), apart=True)
+
+
+def some_of(images: Images, seed: int) -> Subset:
+    """Return the images that a network is compared on where none are held back."""
+    return drawn(images, MOST, stream(seed, "compared"))
+
+
+def what_is_held_back(count: int, held: int) -> str:
+    """Return a sentence for the user.
+
+    Args:
+        count: of all images.
+        held: of those that are held back.
+    """
+    if held:
+        return (
+            f"{held} of {count} images are held back: nothing is fitted to them, and agreement "
+            "with the teacher is measured on them"
+        )
+    return (
+        f"agreement with the teacher is measured on images that the student is trained on: of "
+        f"{count} images none are held back, of {ONE_IN * LEAST} and more a tenth"
+    )
 
 
 def fitting_sample(images: Images, count: int, seed: int, purpose: str) -> Subset:
     """Return at most ``count`` images to rank, fit or calibrate on, drawn at random.
 
-    Those that models are compared on come last.
-
     Args:
-        images: that there are.
+        images: that may be fitted to.
         count: >= 0.
         seed: the run's.
         purpose: what they are for; each has a draw of its own.
     """
-    compared = torch.zeros(len(images), dtype=torch.bool)
-    compared[_compared(len(images), seed)] = True
-    order = torch.randperm(len(images), generator=stream(seed, purpose))
-    order = torch.cat([order[~compared[order]], order[compared[order]]])
-    return Subset(images, order[:count].tolist())
-
-
-def _compared(size: int, seed: int) -> Tensor:
-    count = min(COMPARED, size // 2 if size // 2 >= FEW else size)
-    return torch.randperm(size, generator=stream(seed, "agreement"))[:count]
+    return drawn(images, count, stream(seed, purpose))

@@ -16,6 +16,7 @@ from dreamkit.model_state import frozen, seeded
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.run_store import report_synthesis
+from dreamkit.stages.samples import Parts, parted, what_is_held_back
 from dreamkit.stages.training_run import TrainingRun
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.trainer import Trainer, lay_out
@@ -123,8 +124,8 @@ class StudentTraining:
     stage: str
     place: str
 
-    def first_images(self, student: nn.Module) -> Images:
-        """Return the images that there are before the training.
+    def first_images(self, student: nn.Module) -> Parts:
+        """Return the images that there are before the training, with those that are held back.
 
         Args:
             student: what the first dreams are made against.
@@ -133,13 +134,15 @@ class StudentTraining:
             DreamkitError: there are none, or the training is too short for all dreams.
         """
         if self.adaptive is None:
-            return images_of(self.teacher, self.images, self.context)
+            images = images_of(self.teacher, self.images, self.context)
+            return parted(images, self.context.seed, self.context.log.note)
         with self._pool(student, self.adaptive) as pool:
+            self.context.log.note(what_is_held_back(pool.planned, len(pool.held)))
             pool.check(self.options.total_steps(pool.images), self.place)
             pool.dream()
-        return pool.pool
+        return pool.parts
 
-    def run(self, student: nn.Module, first: Images | None = None) -> Images:
+    def run(self, student: nn.Module, first: Parts | None = None) -> Parts:
         """Train a student.
 
         Args:
@@ -147,25 +150,28 @@ class StudentTraining:
             first: from ``first_images``; None to begin with these here.
 
         Returns:
-            The images that it was taught on.
+            The images that it was taught on, with those that were held back.
         """
         if self.adaptive is None:
-            return self._train(student, self.first_images(student) if first is None else first)
+            parts = self.first_images(student) if first is None else first
+            self._train(student, parts.fitted)
+            return parts
         lay_out(student, self.options, self.context.device)  # before it is compiled as a competitor
         with self._pool(student, self.adaptive) as pool:
             if first is None:
+                self.context.log.note(what_is_held_back(pool.planned, len(pool.held)))
                 pool.check(self.options.total_steps(pool.images), self.place)
             else:
                 pool.restore(min(self.adaptive.batches, len(pool.dreams.plans)))
-            taught_on = self._train(student, pool)
+            self._train(student, pool)
             report_synthesis(self.context, pool.dreams.store, self.teacher)
-        return taught_on
+        return pool.parts
 
-    def _train(self, student: nn.Module, images: Images | AdaptivePool) -> Images:
+    def _train(self, student: nn.Module, images: Images | AdaptivePool) -> None:
         with placed(self.place, always=False):
-            return train_student(
-                self.teacher, student, images, self.options, self.context, self.stage
-            )
+            train_student(self.teacher, student, images, self.options, self.context, self.stage)
 
     def _pool(self, student: nn.Module, adaptive: Adaptive) -> AbstractContextManager[AdaptivePool]:
-        return adaptive_pool(self.teacher, self.images, self.context, student, adaptive)
+        return adaptive_pool(
+            self.teacher, self.images, self.context, student, adaptive, compared=True
+        )

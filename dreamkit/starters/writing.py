@@ -12,6 +12,7 @@ from typing import Any
 from dreamkit.errors import DreamkitError, did_you_mean
 from dreamkit.recipe.yaml_nodes import parse_yaml
 from dreamkit.registry import Registries
+from dreamkit.synthesizers.planning import default_batch
 from dreamkit.synthesizers.stage import Stage, default_stages
 from dreamkit.teachers.named import load_teacher, split_name, teacher_options
 from dreamkit.types import Teacher
@@ -95,7 +96,7 @@ def starter(application: str, teacher: dict[str, Any], network: Teacher, file: P
         "student": _flow(teacher | {"weights": None} if "weights" in teacher else other),
         "verifier": _flow(verifier),
         "images": 1024,
-        "batch_size": 256 if small else 32,
+        "batch_size": 256 if small else default_batch(network),
         "stages": "\n".join(f"    - {_stage(stage)}" for stage in default_stages(network)),
         "flip": str(photographs).lower(),
         "jitter": "null" if max(size) > 16 else 0,

@@ -23,9 +23,11 @@ class Dreams(ImageSource):
 
     Args:
         path: an earlier run's directory (or its ``dreams`` folder); null dreams afresh.
+        allow_foreign: take them though they were dreamed from other weights than the teacher's.
     """
 
     path: str | None = None
+    allow_foreign: bool = False
 
     def __post_init__(self) -> None:
         if self.path is not None and not holds_dreams(find_store(Path(self.path))):
@@ -50,6 +52,11 @@ class Dreams(ImageSource):
                 f"{card.name} takes {card.input_size[0]}"
             )
         return content
+
+    @property
+    def takes_foreign(self) -> bool:
+        """Whether they may be dreams of other weights than those of the run's teacher."""
+        return self.allow_foreign
 
     def teacher_sha256(self) -> str | None:
         """Return the hash of the weights that the earlier run inverted; None of its own dreams."""

@@ -29,7 +29,7 @@ from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
-from dreamkit.synthesizers.planning import Phase
+from dreamkit.synthesizers.planning import Phase, default_batch
 from dreamkit.synthesizers.stage import DEFAULT_STEPS, Plateau, Stage, check_stages, default_stages
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.teachers.checking import check_fits
@@ -67,9 +67,9 @@ class DeepInversion(Synthesizer):
         stages: resolutions in turn, joined by nearest upsampling; the last one's size is the
             images' size. Null is 240 steps; where the network takes inputs of 128 pixels or more,
             and of half the side as well, the first 200 are at half the side.
-        batch_size: images optimised together, over which feature statistics are taken. ``auto``
-            is the most that fit, up to 1,024: on a CPU in 60 % of the memory available then, on a
-            GPU by trial.
+        batch_size: images optimised together, over which feature statistics are taken. Null is 32
+            from 128 pixels on, else 64; ``auto`` is the most that fit, up to 1,024: on a CPU in
+            60 % of the memory available then, on a GPU by trial.
         lr: Adam's learning rate.
         betas: Adam's.
         schedule: of the learning rate within a stage.
@@ -92,7 +92,7 @@ class DeepInversion(Synthesizer):
     )
     images: Annotated[int, Field(ge=1)] = 1024
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     lr: Annotated[float, Field(gt=0)] = 0.1
     betas: tuple[Beta, Beta] = (0.7, 0.9)
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -119,7 +119,7 @@ class DeepInversion(Synthesizer):
         return DEFAULT_STEPS if self.stages is None else sum(s.steps for s in self.stages)
 
     def known_batch_size(self) -> int | None:
-        """Return the batch size; None for ``auto``."""
+        """Return the batch size; None where it is left to the machine or to the teacher."""
         return None if self.batch_size == "auto" else self.batch_size
 
     @contextmanager
@@ -173,7 +173,8 @@ class Inversion(LossDreamer):
         self.options = options
         self.stages = options.stages or default_stages(self.teacher)
         self.deal = partial(deal_labels, options.labels, session.teacher.card, session.seed)
-        batch_size = session.choices.get("batch_size", options.batch_size)
+        own = options.batch_size or default_batch(self.teacher)
+        batch_size = session.choices.get("batch_size", own)
         self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
 
     @property
@@ -282,8 +283,7 @@ class Inversion(LossDreamer):
         self, start: Tensor, labels: Tensor, stage: Stage, steps: int, on_step: OnStep
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        some = replace(stage, steps=steps)
-        self._stage(start, labels, some, generator, self.evaluator, on_step)
+        self._stage(start, labels, replace(stage, steps=steps), generator, self.evaluator, on_step)
 
     def _largest_batch(self) -> int:
         card = self.teacher.card

@@ -1,4 +1,4 @@
-"""Before dreaming: what a run will cost, and whether compiling it pays."""
+"""Before dreaming: how many images together, what a run will cost, and if compiling it pays."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from dreamkit.memory import peak_memory
 from dreamkit.synthesizers.engine import EXPECTED_SPEEDUP, Engine, Evaluator
-from dreamkit.types import Estimate, OnStep
+from dreamkit.synthesizers.stage import LARGE
+from dreamkit.types import Estimate, OnStep, Teacher
 from dreamkit.wording import duration
 
 TIMED_SECONDS = 1.0
 """How long the steps of a phase are timed for, or until ``StepClock.most_steps`` are done."""
+SMALL_BATCH, LARGE_BATCH = 64, 32
+"""Images of a batch below ``LARGE``, and from it on: more would fill a laptop's memory."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Phase:
     run: Callable[[int, OnStep], None]
     images: Tensor
     labels: Tensor
+
+
+def default_batch(teacher: Teacher) -> int:
+    """Return how many images are dreamed together of those that a teacher takes."""
+    _, height, width = teacher.card.input_size
+    return SMALL_BATCH if min(height, width) < LARGE else LARGE_BATCH
 
 
 def prepare(

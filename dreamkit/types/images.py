@@ -66,6 +66,11 @@ class StoredImages:
         chosen = torch.as_tensor(indices)
         return self.images[chosen], self.labels[chosen]
 
+    def chosen(self, which: Tensor) -> StoredImages:
+        """Return those of a mask (N,) bool, or at positions (M,)."""
+        logits = None if self.teacher_logits is None else self.teacher_logits[which]
+        return StoredImages(self.images[which], self.labels[which], logits, self.notes)
+
 
 class ImageSource(ABC):
     """An entry of ``sources``. Its constructor checks paths; ``open`` reads."""
@@ -94,3 +99,8 @@ class ImageSource(ABC):
         A network never judges what was dreamed from itself.
         """
         return None
+
+    @property
+    def takes_foreign(self) -> bool:
+        """Whether its images may be dreams of other weights than those of the run's teacher."""
+        return False

@@ -12,7 +12,7 @@ from dreamkit.errors import DreamkitError, NonFiniteLoss, StoreError
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
-from dreamkit.stages import training_run
+from dreamkit.stages import samples, training_run
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
 from dreamkit.stages.batches import batch_plans
 from dreamkit.stages.teaching import train_student
@@ -66,7 +66,7 @@ def student_of(toys):
 
 
 def teach(teacher, context, student, options=EVERY_THREE):
-    with adaptive_pool(teacher, SYNTHESIS, context, student, options) as pool:
+    with adaptive_pool(teacher, SYNTHESIS, context, student, options, compared=True) as pool:
         return train_student(teacher, student, pool, TRAINING, context, "training")
 
 
@@ -135,6 +135,28 @@ def test_each_batch_is_made_against_the_student_of_its_time_and_used_at_once(
     assert context.log.metrics["training.steps"] == 12
 
 
+def test_what_is_held_back_of_each_batch_is_never_taught(teacher, context, toys, monkeypatch):
+    monkeypatch.setattr(samples, "LEAST", 2)
+    monkeypatch.setattr(samples, "ONE_IN", 4)
+    student, used, step = student_of(toys), [], Distiller.step
+
+    def count(self, batch, share):
+        used.extend(batch[0])
+        return step(self, batch, share=share)
+
+    monkeypatch.setattr(Distiller, "step", count)
+    with adaptive_pool(teacher, SYNTHESIS, context, student, EVERY_THREE, compared=True) as pool:
+        train_student(teacher, student, pool, TRAINING, context, "training")
+    parts = pool.parts
+    assert (len(parts.fitted), len(parts.compared), pool.images) == (8, 2, 8)
+    assert parts.apart
+    whole, _ = DreamStore(context.folder / "dreams").open().batch(samples.held_back(10, 3))
+    assert torch.equal(parts.compared.batch(range(2))[0], whole)
+    taught = {image.numpy().tobytes() for image in used}
+    assert len(taught) == 8
+    assert not taught & {image.numpy().tobytes() for image in whole}
+
+
 def test_rounds_dream_several_batches_against_one_student(teacher, context, toys, monkeypatch):
     student, seen, dream = student_of(toys), [], Inversion.dream
 
@@ -167,6 +189,8 @@ def test_a_training_too_short_for_its_dreams_says_how_long_it_must_be(options, n
 def test_a_killed_run_ends_with_the_same_pool_and_student(
     toys, teacher, tmp_path, monkeypatch, where
 ):
+    monkeypatch.setattr(samples, "LEAST", 2)
+    monkeypatch.setattr(samples, "ONE_IN", 4)
     whole = toys.context(tmp_path / "whole")
     expected = student_of(toys)
     pool = teach(teacher, whole, expected)
@@ -195,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_pool_and_student(
     again = teach(teacher, parts, student)
     assert before.items() <= stored(parts).items()
     assert stored(parts) == stored(whole)
-    assert torch.equal(again.batch(range(10))[0], pool.batch(range(10))[0])
+    assert torch.equal(again.batch(range(8))[0], pool.batch(range(8))[0])
     for name, value in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -155,9 +156,10 @@ def test_a_goal_that_is_met_is_held_while_the_others_are_sought(toys, teacher, t
 def test_of_two_latency_goals_one_may_be_met_already(residual):
     backend = Weights()
     target = Target(latency=0.5, latency_ms=99)
-    budget = Budget(target, residual, LookUpTable(backend), 9, backend)
+    notes = []
+    budget = Budget(target, residual, LookUpTable(backend), 9, backend, note=notes.append)
     assert budget.goals == {"latency": 0.5}
-    assert len(budget.notes) == 1
+    assert len(notes) == 1
 
 
 def test_predictions_are_corrected_by_measurements(residual):
@@ -297,22 +299,62 @@ def test_finetuning_between_rounds_comes_after_the_fit_and_stays(toys, teacher, 
     assert "cut.agreement" not in context.log.metrics
 
 
-def test_models_are_compared_with_the_teacher_on_some_of_many_dreams(
-    toys, teacher, context, monkeypatch
+def test_no_dream_that_models_are_compared_on_is_seen_by_anything_else(
+    toys, teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(samples, "COMPARED", 5)
-    seen = []
+    """Ranking, statistics, a fit, pauses, and the recovery: each reads its images by number."""
+    monkeypatch.setattr(samples, "LEAST", 4)
+    read = {}
 
-    def counted(model, teacher, images, card, device, advance):
-        seen.append(images.batch(range(len(images)))[0])
-        return 0.5
+    class Watched:
+        def __init__(self):
+            self.images = toys.images(48)
+            self.stage = []
 
-    monkeypatch.setattr(measuring, "agreement", counted)
-    for name in ("pruned", "student"):
-        measuring.measure_quality(name, toys.two_bn(), teacher, toys.images(12), context)
-    assert [len(images) for images in seen] == [5, 5]
-    assert torch.equal(*seen), "the same for all"
-    assert context.log.metrics["student.agreement"] == 0.5
+        def __len__(self):
+            return len(self.images)
+
+        def batch(self, indices):
+            stage = "compared" if "agreement" in str(log.stages.innermost) else "fitted"
+            read.setdefault(stage, set()).update(indices)
+            return self.images.batch(indices)
+
+    log = MemoryLog()
+    run = toys.context(tmp_path, log=log)
+    tuned = Recovery(steps=6, batch_size=16, precision="float32", lr=0.01)
+    options = pruning(
+        recovery=dataclasses.replace(tuned, recalibrate=2),
+        reconstruction=FIT,
+        reconstruct_each=True,
+        finetune=tuned,
+    )
+    options.run(teacher, Watched(), run)
+    assert len(read["compared"]) == 4
+    assert len(read["fitted"]) > 30
+    assert not read["fitted"] & read["compared"]
+    measured_on = {"images": 4, "held_out": True}
+    assert log.details["agreement"] == {"pruned": measured_on, "student": measured_on}
+    looks = log.records["pruning"].values()
+    assert all("agreement" in look for look in looks), "there are no evaluation images"
+
+
+def test_a_round_is_looked_at_on_a_draw_of_the_evaluation_images(
+    toys, teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measuring, "GLANCED", 5)
+    looked_at = []
+
+    class Told(MemoryLog):
+        def progress(self, stage, total):
+            looked_at.append((stage, total))
+            return super().progress(stage, total)
+
+    run = toys.context(tmp_path, log=Told(), evaluation=toys.images(9))
+    pruning(recovery=UNTRAINED).run(teacher, toys.images(24), run)
+    assert ("accuracy", 5) in looked_at
+    assert {("teacher accuracy", 9), ("pruned accuracy", 9), ("student accuracy", 9)} <= {
+        *looked_at
+    }
 
 
 def test_a_fit_in_each_round_leaves_none_for_the_end(toys, teacher, tmp_path):

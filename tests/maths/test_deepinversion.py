@@ -676,3 +676,12 @@ def test_a_label_the_teacher_does_not_have_is_refused(toys, label):
     with pytest.raises(TeacherMismatch, match=str(label)) as caught:
         options(labels=(0, label)).check(toys.teacher(toys.two_bn()))
     assert caught.value.path == ("labels",)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((8, 8), 64), ((127, 300), 64), ((128, 160), 32)])
+def test_large_images_are_dreamed_fewer_at_a_time(toys, size, expected):
+    teacher = toys.teacher(toys.two_bn(), toys.card(input_size=(3, *size)))
+    for given, found in ((None, expected), (7, 7)):
+        with options(batch_size=given).session(teacher, CPU) as session:
+            assert session.batch_size == found
+    assert options(batch_size=None).known_batch_size() is None

@@ -134,6 +134,20 @@ def test_a_run_that_goes_on_shows_what_is_there(tmp_path, log, clock, pictures):
     assert values(pictures[-1]) == {10, 20}
 
 
+def test_a_run_that_goes_on_shows_a_sample_of_all_that_is_there(tmp_path, log, clock, pictures):
+    whole = ProgressPicture(DreamStore(tmp_path / "dreams", {}), CARD, log, clock)
+    store = DreamStore(tmp_path / "dreams", {})
+    for index in range(16):
+        store.write(index, batch(index * 8, count=40, first=index), 1.0, 0.5, {})
+        whole.add(index, batch(index * 8, count=40, first=index))
+    again = ProgressPicture(store, CARD, log, clock)
+    again.begin()
+    for picture in (whole, again):
+        picture.catch_up()
+    assert values(pictures[-1]) == {index * 8 for index in range(16)} - {128}
+    assert pictures[-1].png == pictures[-2].png, "as that of a run that was not interrupted"
+
+
 def test_what_takes_long_to_draw_is_drawn_seldom(tmp_path, log, pictures):
     ticks = iter([0.0, 5.0, 5.0, 7.0, 100.0, 206.9, 207.1, 207.1, 207.1])
     picture = ProgressPicture(DreamStore(tmp_path / "dreams", {}), CARD, log, lambda: next(ticks))

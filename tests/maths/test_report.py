@@ -143,8 +143,9 @@ def test_quantity(value, expected):
 
 
 def test_summary_rows_by_hand():
-    header, rows = summary_rows(
-        {
+    report = {
+        "details": {},
+        "metrics": {
             "teacher.accuracy": 0.98765,
             "student.accuracy": 0.5,
             "student.agreement": 1,
@@ -153,9 +154,15 @@ def test_summary_rows_by_hand():
             "student.params": 999,
             "teacher.latency_ms": 1.23456,
             "synthesis.images": 8,
-        }
-    )
-    assert header == ["model", "accuracy", "agrees on its training images", "parameters", "latency"]
+        },
+    }
+    header, rows = summary_rows(report)
+    agreement = "agreement with the teacher, on its training images"
+    assert header == ["model", "accuracy", agreement, "parameters", "latency"]
+    report["details"]["agreement"] = {"student": {"images": 40, "held_out": True}}
+    assert summary_rows(report)[0][2] == "agreement with the teacher, on held-out dreams"
+    del report["metrics"]["synthesis.images"]
+    assert summary_rows(report)[0][2] == "agreement with the teacher, on held-out images"
     assert rows == [
         ["teacher", "0.9877", "-", "1.23 k", "1.235 ms"],
         ["pruned, before recovery", "0.2500", "-", "-", "-"],
@@ -164,7 +171,8 @@ def test_summary_rows_by_hand():
 
 
 def test_summary_of_a_run_that_measured_nothing():
-    assert summary_rows({"synthesis.images": 8}) == (["model"], [])
+    report = {"metrics": {"synthesis.images": 8}, "details": {}}
+    assert summary_rows(report) == (["model"], [])
 
 
 JUDGED = {

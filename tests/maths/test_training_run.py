@@ -13,7 +13,7 @@ from dreamkit import distributed
 from dreamkit.errors import DreamkitError
 from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages import samples, training_run
-from dreamkit.stages.samples import compared_sample, fitting_sample
+from dreamkit.stages.samples import fitting_sample, held_back, parted
 from dreamkit.stages.teaching import teach, train_student
 from dreamkit.training.augmenter import Augmentation, Augmenter
 from dreamkit.training.batches import Draws, drawn_evenly, in_order
@@ -50,18 +50,40 @@ def labels(sample):
     return set(sample.batch(range(len(sample)))[1].tolist())
 
 
-def test_what_is_compared_is_not_what_was_fitted(monkeypatch):
-    monkeypatch.setattr(samples, "FEW", 10)
-    images = numbered(60)
-    compared = labels(compared_sample(images, 5))
-    fitted = {p: labels(fitting_sample(images, 20, 5, p)) for p in ("ranking", "reconstruction")}
-    assert len(compared) == 30
-    assert all(len(found) == 20 and not found & compared for found in fitted.values())
-    assert fitted["ranking"] != fitted["reconstruction"], "each has a draw of its own"
-    assert labels(fitting_sample(images, 40, 5, "ranking")) > fitted["ranking"]
-    assert len(labels(fitting_sample(images, 99, 5, "ranking"))) == 60
-    few = numbered(12)
-    assert len(labels(compared_sample(few, 5))) == 12
+def test_a_tenth_is_held_back_from_all_that_is_fitted(monkeypatch):
+    monkeypatch.setattr(samples, "LEAST", 4)
+    notes = []
+    parts = parted(numbered(60), 5, notes.append)
+    compared, fitted = labels(parts.compared), labels(parts.fitted)
+    assert parts.apart
+    assert (len(compared), len(fitted), compared | fitted) == (6, 54, set(range(60)))
+    assert [label // 10 for label in sorted(compared)] == list(range(6)), "spread evenly"
+    assert "6 of 60 images are held back" in notes[0]
+    drawn = {p: labels(fitting_sample(parts.fitted, 20, 5, p)) for p in ("ranking", "statistics")}
+    assert all(len(found) == 20 and not found & compared for found in drawn.values())
+    assert drawn["ranking"] != drawn["statistics"], "each has a draw of its own"
+    assert labels(parted(numbered(60), 6, notes.append).compared) != compared
+
+
+def test_what_is_held_back_is_bounded_and_never_a_whole_batch(monkeypatch):
+    assert len(held_back(319, 0)) == 0
+    assert len(held_back(320, 0)) == 32
+    assert len(held_back(10**6, 0)) == samples.MOST
+    for seed in range(20):
+        held = held_back(2000, seed)
+        assert int(held.min()) > 0
+        assert int(held.diff().min()) > 1
+
+
+def test_where_images_are_few_a_note_says_that_agreement_is_on_training_images():
+    notes = []
+    parts = parted(numbered(12), 5, notes.append)
+    assert not parts.apart
+    assert labels(parts.compared) == labels(parts.fitted) == set(range(12))
+    assert notes == [
+        "agreement with the teacher is measured on images that the student is trained on: of 12 "
+        "images none are held back, of 320 and more a tenth"
+    ]
 
 
 def test_no_two_draws_of_a_run_come_from_one_seed(toys, tmp_path, monkeypatch):
