@@ -63,8 +63,8 @@ def relative_distance(*layers: LayerStatistics) -> Tensor:
     """Return the mean over layers of the mean over channels of ((μ̂ - μ)² + (σ̂ - σ)²)/σ².
 
     Per channel it is the squared 2-Wasserstein distance between two Gaussians, in units of σ².
-    Layers' channels are joined: with fifty layers, thirty operations on each of them and back take
-    up to a tenth of a step.
+    Layers' channels are joined: fifty layers with thirty operations on each, there and back, take as
+    long as a twentieth of a step of theirs.
 
     Returns:
         Of shape ().

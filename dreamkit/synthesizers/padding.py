@@ -60,8 +60,8 @@ def _joinable(pad: nn.ZeroPad2d, conv: nn.Conv2d) -> bool:
     return alike and plain and "forward" not in vars(pad)
 
 
-def _unchanged(features: Tensor) -> Tensor:
-    return features
+def _unchanged(input: Tensor) -> Tensor:
+    return input
 
 
 def _logits(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor | None:
