@@ -220,20 +220,36 @@ def _by_channel(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return torch.addcmul(offset.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
-@torch.library.custom_op("dreamkit::gradient_line", mutates_args=())
 def _gradient_line(
     mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return by channel the line, slope and offset, that the gradient in x is of x.
+    """Return by channel the line, slope and offset, that the gradient in x is of x."""
+    if torch.compiler.is_compiling():
+        slope, offset = _closed_gradient_line(mean_gradient, var_gradient, mean, count)
+        return slope, offset
+    return _line(mean_gradient, var_gradient, mean, count)
 
-    An operation that the compiler cannot look into: it would compute these few numbers anew for
-    every element of x.
-    """
+
+def _line(
+    mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     slope = var_gradient * (2 / count)
     return slope, mean_gradient / count - slope * mean
 
 
-@_gradient_line.register_fake
+@torch.library.custom_op("dreamkit::gradient_line", mutates_args=())
+def _closed_gradient_line(
+    mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the line by an operation that the compiler cannot look into.
+
+    It would compute these few numbers anew for every element of x. Calling it takes longer than
+    the line does, so it is for the compiler alone.
+    """
+    return _line(mean_gradient, var_gradient, mean, count)
+
+
+@_closed_gradient_line.register_fake
 def _(
     mean_gradient: Tensor, var_gradient: Tensor, mean: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:

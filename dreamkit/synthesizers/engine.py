@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import device_of, frozen
+from dreamkit.synthesizers.padding import padding_joined
 from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View
 from dreamkit.teachers.trying import blank_noise
@@ -70,7 +71,9 @@ class Engine:
 
 @contextmanager
 def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[None]:
-    """Freeze a model and show it images with channels last, if it takes them so; both are undone.
+    """Freeze a model and show it images with channels last, if it takes them so; it is undone.
+
+    So is that convolutions pad for themselves (``padding_joined``).
 
     Frozen weights need no gradients, which is a third of a backward pass. What images are laid out
     like, so are all features: convolutions are faster then, depthwise ones and channels' statistics
@@ -88,6 +91,7 @@ def borrowed(model: nn.Module, input_size: tuple[int, int, int]) -> Iterator[Non
             stack.callback(hook.remove)
             if not _runs(model, input_size):
                 hook.remove()
+        stack.enter_context(padding_joined(model, input_size))
         yield
 
 

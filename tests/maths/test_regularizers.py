@@ -94,6 +94,28 @@ def test_bn_feature_per_layer_is_unscaled():
     assert {k: v.item() for k, v in parts.items()} == pytest.approx({"first": 7, "second": 4})
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_relative_bn_feature_joins_layers_of_all_widths(scale):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(4, width, generator=generator) + 0.5 for width in (3, 1, 7)]
+    layers = [
+        LayerStatistics(str(i), mean.requires_grad_(), var.requires_grad_(), stored, spread)
+        for i, (mean, var, stored, spread) in enumerate(drawn)
+    ]
+    moved = [tensor for layer in layers for tensor in (layer.mean, layer.var)]
+    found = BNFeature(first_layer_scale=scale)(step_of(statistics=tuple(layers)))
+    parts = [
+        (((s.mean - s.running_mean) ** 2 + (s.var**0.5 - s.running_var**0.5) ** 2) / s.running_var)
+        for s in layers
+    ]
+    expected = (scale * parts[0].mean() + parts[1].mean() + parts[2].mean()) / 3
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, moved), torch.autograd.grad(expected, moved), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 def test_bn_feature_gradient_is_finite_where_the_statistics_already_match():
     mean = torch.tensor([1.0, 2], requires_grad=True)
     var = torch.tensor([3.0, 4], requires_grad=True)
