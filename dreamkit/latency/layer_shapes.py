@@ -74,7 +74,9 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
 
 
 @contextmanager
-def _padded(layers: Sequence[tuple[str, nn.Module]], found: dict[str, LayerShape]) -> Iterator[None]:
+def _padded(
+    layers: Sequence[tuple[str, nn.Module]], found: dict[str, LayerShape]
+) -> Iterator[None]:
     """Give the shapes of convolutions the padding that their outputs tell of."""
 
     def see(name: str, layer: nn.Module, inputs: object, output: Tensor) -> None:

@@ -21,13 +21,13 @@ from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.selection import removable
 from dreamkit.seeds import derived_seed, stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
+from dreamkit.stages.choosing import Choosing
 from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
-from dreamkit.stages.ranking import Ranking
+from dreamkit.stages.ranking import Ranking, without
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import fitting_sample
 from dreamkit.stages.teaching import train_student, trainable_copy
@@ -41,7 +41,6 @@ from dreamkit.types import (
     PruningStep,
     RoundPruned,
     RunContext,
-    SelectionStep,
     Teacher,
 )
 
@@ -55,7 +54,7 @@ class PruningRun:
         context: the run's.
 
     Raises:
-        NothingToPrune: no channel of the teacher can go.
+        NothingToPrune: no channel of the teacher can go, or not as many as the target asks for.
     """
 
     def __init__(self, options: ChannelPruning, teacher: Teacher, context: RunContext) -> None:
@@ -93,6 +92,8 @@ class PruningRun:
         for text in self.budget.notes:
             context.log.note(text)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
+        self.choosing = Choosing(options, self.budget, self.originals, context.log.note)
+        self.choosing.check_reach(self.student, groups, rules)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
@@ -159,37 +160,31 @@ class PruningRun:
     def _round(self) -> int:
         """Rank, remove, adjust to the loss, measure; return how many channels went."""
         groups, _ = self.graph.groups()
-        chosen = self._choose(groups)
-        if not chosen:
-            self._give_up()
+        ranked = [group for group in groups if group.name in self.open]
+        # What is timed for them must be the same on every rank.
+        ordered = distributed.broadcast(self.importance(ranked))
+        scores = {group.name: score for group, score in zip(ranked, ordered, strict=True)}
+        removed, ending = 0, True
+        # Where counting finds more than shapes told, the rest goes by the same ranking.
+        while ending and not self.budget.met(self.shares):
+            chosen, ending = self.choosing(self.student, groups, scores, self.shares)
+            self._remove(chosen, groups)
+            scores = without(scores, chosen)
+            groups, _ = self.graph.groups()
+            self.shares = self.budget.shares(self.student, sum(g.channels for g in groups))
+            removed += sum(len(channels) for channels in chosen.values())
+        self._adjust()
+        if self.budget.met(self.shares):
+            self.shares = self.budget.verified(self.student, self.shares)
+        return removed
+
+    def _remove(self, chosen: dict[str, list[int]], groups: list[ChannelGroup]) -> None:
         for parameter in self.student.parameters():
             parameter.grad = None  # of the old shape
         self.graph.remove(chosen)
         self.removed.append(chosen)
         self._check_runs(chosen)
-        self.ranking.forget(chosen, groups)
-        self._adjust()
-        left = sum(group.channels for group in self.graph.groups()[0])
-        self.shares = self.budget.shares(self.student, left)
-        if self.budget.met(self.shares):
-            self.shares = self.budget.verified(self.student, self.shares)
-        return sum(len(channels) for channels in chosen.values())
-
-    def _choose(self, groups: list[ChannelGroup]) -> dict[str, list[int]]:
-        options, budget = self.options, self.budget
-        # What is timed for them must be the same on every rank.
-        ranked = [group for group in groups if group.name in self.open]
-        scores = distributed.broadcast(self.importance(ranked))
-        chunks = removable(ranked, scores, self.originals, options.limits)
-        step = SelectionStep(
-            chunks=chunks,
-            channels=max(1, round(options.step * sum(self.originals.values()))),
-            enough=budget.watch(self.student, groups, self.shares),
-            shortfall=lambda: budget.needs(self.student, self.shares, options.step, chunks),
-            note=self.context.log.note,
-        )
-        with placed("selection"):
-            return options.selection(step)
+        self.ranking.forget(chosen)
 
     def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
         """Return the weighted sum of the criteria, (channels,) for each group."""
@@ -245,17 +240,6 @@ class PruningRun:
                 f"{self.card.name} no longer runs once channels of {', '.join(sorted(chosen))} "
                 f"are removed, so its code fixes their number: {error}"
             ) from error
-
-    def _give_up(self) -> None:
-        reached = ", ".join(
-            f"{name} {self.shares[name]:.3f} (target {goal:.3f})"
-            for name, goal in self.budget.goals.items()
-        )
-        raise NothingToPrune(
-            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
-            "lower limits.min_channels or limits.chunk, or set an easier target",
-            ("target",),
-        )
 
     # --- records ------------------------------------------------------------------------------
 
