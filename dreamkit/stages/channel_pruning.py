@@ -33,11 +33,11 @@ class ChannelPruning:
         finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
             dreams; null prunes without a pause.
         limits: floors and chunk size.
-        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper);
-            ``knapsack``, the least importance that saves what a round has to (HALP; Shen et al.,
-            NeurIPS 2022); or a plugin's.
+        selection: how channels are chosen: ``greedy``, the lowest importance first, per channel
+            (the paper) or per cost; ``knapsack``, the least importance that saves what a round has
+            to (HALP; Shen et al., NeurIPS 2022); or a plugin's.
         step: what is removed between two rankings at the most, a share of the prunable channels
-            (``greedy``) or of what each goal counts (``knapsack``).
+            (``greedy``) or of what each goal counts (``knapsack``, and ``greedy`` per cost).
         ranking_batches: batches of images a ranking is averaged over.
         batch_size: images in each of them, and in BatchNorm recalibration.
         recalibration_batches: batches that BatchNorm statistics are recomputed over after

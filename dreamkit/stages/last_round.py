@@ -66,7 +66,10 @@ class LastRound:
 
     def _give_back(self) -> None:
         needed: set[int] = set()
-        while places := [p for p, taken in enumerate(self.taken) if taken and p not in needed]:
+        while sum(self.taken) > 1:  # without a chunk gone a round would not end
+            places = [p for p, taken in enumerate(self.taken) if taken and p not in needed]
+            if not places:
+                return
             place = max(places, key=lambda p: _importance(self.chunks[p][self.taken[p] - 1]))
             self._give(place)
             if not self.met:
