@@ -32,6 +32,8 @@ class ChannelPruning:
             ``finetune`` taught, of which the ranking remains.
         finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
             dreams; null prunes without a pause.
+        finetune_drop: train after a round only if agreement with the teacher, on images of the
+            run, has fallen by more than this share since the last training; null trains after each.
         limits: floors and chunk size.
         selection: how channels are chosen: ``greedy``, the lowest importance first, per channel
             (the paper) or per cost; ``knapsack``, the least importance that saves what a round has
@@ -55,6 +57,7 @@ class ChannelPruning:
     reconstruction: Reconstruction | None = None
     reconstruct_each: bool = False
     finetune: Recovery | None = None
+    finetune_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
     limits: Limits = field(default_factory=Limits)
     selection: Annotated[Selection, EntryOf("selections")] = field(default_factory=Greedy)
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -74,5 +77,7 @@ class ChannelPruning:
                 "reconstruct_each",
                 "set it to true: a fit at the end alone would undo all that 'finetune' taught",
             )
+        if self.finetune_drop is not None and self.finetune is None:
+            raise OptionError("finetune_drop", "set 'finetune' too: it says how to train")
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")

@@ -21,16 +21,17 @@ from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.seeds import derived_seed, stream
+from dreamkit.seeds import stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.choosing import Choosing
 from dreamkit.stages.measuring import glance, time_models
+from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking, without
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import fitting_sample
-from dreamkit.stages.teaching import train_student, trainable_copy
+from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import in_order
@@ -120,6 +121,7 @@ class PruningRun:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
         self.images = images
+        self.pauses = Pauses(options, self.teacher, images, self.context)
         seed, size = self.context.seed, options.batch_size
         count = size * options.ranking_batches
         self.ranked_on = fitting_sample(images, count, seed, "ranking")
@@ -223,14 +225,7 @@ class PruningRun:
             student, sample, device = self.student, self.recalibrated_on, context.device
             with context.log.progress("statistics", batches) as advance:
                 recalibrate(student, sample, self.card, device, batches, size, advance)
-        if options.finetune is not None:
-            with placed("finetune", always=False):
-                number = self.rounds + 1
-                # Each pause draws other images, other crops and other pairs to mix.
-                seed = derived_seed(context.seed, f"finetune {number}")
-                pause = dataclasses.replace(context, seed=seed)
-                stage, how = f"finetune {number}", options.finetune
-                train_student(teacher, self.student, self.images, how, pause, stage, False)
+        self.pauses.after_round(self.rounds + 1, self.student)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:
@@ -245,7 +240,7 @@ class PruningRun:
 
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
-        found = {"removed_channels": float(removed), **self.shares}
+        found = {"removed_channels": float(removed), **self.shares, **self.pauses.looked}
         found |= glance(self.student, self.teacher, self.context)
         if self.table.asked:
             size, latency = self.card.input_size, self.context.latency
@@ -265,6 +260,7 @@ class PruningRun:
             "removed": self.removed,
             "seconds": self.seconds,
             "shares": self.shares,
+            "agreed": self.pauses.agreed,
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
             "training": {k: v for k, v in metrics.items() if k.startswith("training.")},
@@ -280,5 +276,6 @@ class PruningRun:
         self.ranking.restore(below("ranking", state))
         self.generator.set_state(state["generator"])
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
+        self.pauses.agreed = facts["agreed"]
         self.context.log.metrics |= facts["training"]
         self.shares, self.budget.correction = facts["shares"], facts["correction"]
