@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.budget import Target
 from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
+from dreamkit.stages.sensitivity import Sensitivity
 from dreamkit.stages.teaching import Recovery
 from dreamkit.types import Criterion, Selection
 
@@ -35,6 +36,11 @@ class ChannelPruning:
         finetune_drop: train after a round only if agreement with the teacher, on images of the
             run, has fallen by more than this share since the last training; null trains after each.
         limits: floors and chunk size.
+        sensitivity: a look at each group before anything is cut: what removing a part of it does to
+            agreement with the teacher, for the report, and for limits where ``max_drop`` is set;
+            null does without.
+        importance: what chunks are chosen by: ``criteria``, or what the ``sensitivity`` pass
+            ``measured`` of each group, along the order of the criteria.
         selection: how channels are chosen: ``greedy``, the lowest importance first, per channel
             (the paper) or per cost; ``knapsack``, the least importance that saves what a round has
             to (HALP; Shen et al., NeurIPS 2022); or a plugin's.
@@ -59,6 +65,8 @@ class ChannelPruning:
     finetune: Recovery | None = None
     finetune_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
     limits: Limits = field(default_factory=Limits)
+    sensitivity: Sensitivity | None = None
+    importance: Literal["criteria", "measured"] = "criteria"
     selection: Annotated[Selection, EntryOf("selections")] = field(default_factory=Greedy)
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
@@ -77,6 +85,8 @@ class ChannelPruning:
                 "reconstruct_each",
                 "set it to true: a fit at the end alone would undo all that 'finetune' taught",
             )
+        if self.importance == "measured" and self.sensitivity is None:
+            raise OptionError("importance", "set 'sensitivity' too: it is what measures")
         if self.finetune_drop is not None and self.finetune is None:
             raise OptionError("finetune_drop", "set 'finetune' too: it says how to train")
         if self.latency_table is not None and not Path(self.latency_table).is_file():

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from dreamkit.copying import copied
 from dreamkit.errors import NothingToPrune, placed
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.selection import removable
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
+from dreamkit.stages.importances import Importances
 from dreamkit.stages.last_round import LastRound
-from dreamkit.types import ChannelGroup, ChannelRule, SelectionStep
+from dreamkit.types import ChannelGroup, SelectionStep
 
 
 class Choosing:
@@ -22,7 +22,7 @@ class Choosing:
     Args:
         options: of the pruning.
         budget: its goals.
-        originals: channels of each group before any pruning, by name.
+        importances: has the limits, and the channels of each group before any pruning.
         note: told what the user must know.
     """
 
@@ -30,12 +30,12 @@ class Choosing:
         self,
         options: ChannelPruning,
         budget: Budget,
-        originals: Mapping[str, int],
+        importances: Importances,
         note: Callable[[str], None],
     ) -> None:
         self.options = options
         self.budget = budget
-        self.originals = originals
+        self.importances = importances
         self.note = note
 
     def __call__(
@@ -61,12 +61,13 @@ class Choosing:
             NothingToPrune: the limits let none go.
         """
         options, budget = self.options, self.budget
+        originals, limits = self.importances.originals, self.importances.limits
         ranked = [group for group in groups if group.name in scores]
         ordered = [scores[group.name] for group in ranked]
-        chunks = removable(ranked, ordered, self.originals, options.limits)
+        chunks = removable(ranked, ordered, originals, limits)
         step = SelectionStep(
             chunks=chunks,
-            channels=max(1, round(options.step * sum(self.originals.values()))),
+            channels=max(1, round(options.step * sum(originals.values()))),
             enough=budget.forecast(model, groups, shares).enough,
             shortfall=lambda: budget.needs(model, shares, options.step, chunks),
             note=self.note,
@@ -81,34 +82,29 @@ class Choosing:
         last.trim(swap="latency" not in budget.goals)
         return last.chosen(), True
 
-    def check_reach(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], rules: Sequence[ChannelRule]
-    ) -> None:
+    def check_reach(self, graph: ChannelGraph) -> None:
         """Refuse a target that is out of reach even if all goes that the limits let go.
 
         A latency is not asked for: to tell it takes measurements.
 
         Args:
-            model: as it is before pruning.
-            groups: of it.
-            rules: how layers treat channels, beside those known.
+            graph: of the model before pruning.
 
         Raises:
             NothingToPrune: it is; the message names what is reachable.
         """
-        limits, budget = self.options.limits, self.budget
+        limits, budget = self.importances.limits, self.budget
         goals = {name: goal for name, goal in budget.goals.items() if name != "latency"}
-        gone = {g.name: sum(limits.chunks(g, self.originals[g.name])) for g in groups}
-        forecast = budget.forecast(model, groups, dict.fromkeys(goals, 1.0), goals)
+        groups, _ = graph.groups()
+        gone = {g.name: sum(limits.chunks(g, g.channels)) for g in groups}
+        forecast = budget.forecast(graph.model, groups, dict.fromkeys(goals, 1.0), goals)
         for group in groups:
             forecast.take(group, gone[group.name])
         if forecast.met():
             return
         # Shapes do not tell of all layers: a refusal is to be exact.
-        small = copied(model)
-        graph = ChannelGraph(small, budget.size, rules=rules)
-        graph.remove({name: range(channels) for name, channels in gone.items()})
-        left = sum(group.channels for group in graph.groups()[0])
+        small, _ = graph.without({name: range(channels) for name, channels in gone.items()})
+        left = sum(group.channels - gone[group.name] for group in groups)
         shares = budget.counted(small, left)
         if any(shares[name] > goal for name, goal in goals.items()):
             self._give_up(shares)

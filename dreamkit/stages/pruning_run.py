@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamkit import distributed
 from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
@@ -21,25 +18,24 @@ from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.seeds import stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.choosing import Choosing
+from dreamkit.stages.importances import Importances
 from dreamkit.stages.measuring import glance, time_models
 from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
-from dreamkit.stages.ranking import Ranking, without
+from dreamkit.stages.ranking import without
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import fitting_sample
+from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
     Images,
-    PruningStep,
     RoundPruned,
     RunContext,
     Teacher,
@@ -65,8 +61,6 @@ class PruningRun:
         self.card = teacher.card
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
-        self.ranking = Ranking(options.criteria, options.normalise)
-        self.generator = stream(context.seed, "criteria")
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -79,22 +73,20 @@ class PruningRun:
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
-        self.originals = {group.name: group.channels for group in groups}
-        self.open = {g.name for g in groups if options.limits.chunks(g, g.channels)}
-        """Groups that the limits do not leave alone from the start; these are ranked."""
+        self.importances = Importances(options, teacher, groups, self.table, context)
         self._check_any(groups, skipped)
-        self.ranking.check(self.student, [g for g in groups if g.name in self.open])
+        self.importances.check(self.student)
         self.checkpoint = PruningCheckpoint(teacher, context)
         found = self.checkpoint.found
-        ms, total = found and found[1]["teacher_ms"], sum(self.originals.values())
+        ms, total = found and found[1]["teacher_ms"], sum(g.channels for g in groups)
         goal, latency = options.target, context.latency  # what is timed on is drawn:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
             self.budget = Budget(goal, teacher, self.table, total, latency, ms)
         for text in self.budget.notes:
             context.log.note(text)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
-        self.choosing = Choosing(options, self.budget, self.originals, context.log.note)
-        self.choosing.check_reach(self.student, groups, rules)
+        self.choosing = Choosing(options, self.budget, self.importances, context.log.note)
+        self.choosing.check_reach(self.graph)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
@@ -108,7 +100,7 @@ class PruningRun:
         return table
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
-        if not self.open:
+        if not self.importances.open:
             chunk = self.options.limits.chunk
             blocked = skipped + [
                 Skipped(g.name, f"{g.channels} channels leave no spare chunk of {chunk}")
@@ -123,8 +115,7 @@ class PruningRun:
         self.images = images
         self.pauses = Pauses(options, self.teacher, images, self.context)
         seed, size = self.context.seed, options.batch_size
-        count = size * options.ranking_batches
-        self.ranked_on = fitting_sample(images, count, seed, "ranking")
+        self.importances.begin(images)
         count = size * options.recalibration_batches
         self.recalibrated_on = fitting_sample(images, count, seed, "recalibration")
         found = self.checkpoint.go_on(images)
@@ -143,6 +134,8 @@ class PruningRun:
         cure = f"lower batch_size ({self.options.batch_size} now)"
         short = enough_memory("pruning", cure, ("batch_size",))
         with log.progress("pruning", 1000) as advance, seeded(self.context.seed), short:
+            if self.options.sensitivity is not None and self.importances.measured is None:
+                self._measure_groups(self.options.sensitivity)
             while not budget.met(self.shares):
                 start = time.perf_counter()
                 removed = self._round()
@@ -162,15 +155,12 @@ class PruningRun:
     def _round(self) -> int:
         """Rank, remove, adjust to the loss, measure; return how many channels went."""
         groups, _ = self.graph.groups()
-        ranked = [group for group in groups if group.name in self.open]
-        # What is timed for them must be the same on every rank.
-        ordered = distributed.broadcast(self.importance(ranked))
-        scores = {group.name: score for group, score in zip(ranked, ordered, strict=True)}
+        scores = self.importances(self.student, groups)
         removed, ending = 0, True
         # Where counting finds more than shapes told, the rest goes by the same ranking.
         while ending and not self.budget.met(self.shares):
             chosen, ending = self.choosing(self.student, groups, scores, self.shares)
-            self._remove(chosen, groups)
+            self._remove(chosen)
             scores = without(scores, chosen)
             groups, _ = self.graph.groups()
             self.shares = self.budget.shares(self.student, sum(g.channels for g in groups))
@@ -180,40 +170,24 @@ class PruningRun:
             self.shares = self.budget.verified(self.student, self.shares)
         return removed
 
-    def _remove(self, chosen: dict[str, list[int]], groups: list[ChannelGroup]) -> None:
+    def _remove(self, chosen: dict[str, list[int]]) -> None:
         for parameter in self.student.parameters():
             parameter.grad = None  # of the old shape
         self.graph.remove(chosen)
         self.removed.append(chosen)
         self._check_runs(chosen)
-        self.ranking.forget(chosen)
+        self.importances.ranking.forget(chosen)
 
-    def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
-        """Return the weighted sum of the criteria, (channels,) for each group."""
-        options, limits = self.options, self.options.limits
-        passes = options.ranking_batches * len(options.criteria)
-        with self.context.log.progress("ranking", passes) as advance:
-            step = PruningStep(
-                model=self.student,
-                teacher=self.teacher.model,
-                groups=groups,
-                card=self.card,
-                chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
-                device=self.context.device,
-                batches=partial(self._batches, advance, itertools.count(1)),
-                latency=self.table,
-                generator=self.generator,
+    def _measure_groups(self, options: Sensitivity) -> None:
+        """Find out what removing a part of each group does, before anything is cut."""
+        scores = self.importances(self.student, self.graph.groups()[0])
+        images, take = self.recalibrated_on, self._take_statistics
+        self.importances.know(
+            measure_sensitivity(
+                self.graph, self.teacher, scores, options, images, take, self.context
             )
-            return self.ranking(step)
-
-    def _batches(
-        self, advance: Callable[[int], None], passed: Iterator[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        device, size = self.context.device, self.options.batch_size
-        all_batches = in_order(self.ranked_on, size)
-        for stored, labels in itertools.islice(all_batches, self.options.ranking_batches):
-            yield self.card.normalise(stored.to(device)), labels.to(device)
-            advance(next(passed))
+        )
+        self.choosing.check_reach(self.graph)
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
@@ -221,11 +195,20 @@ class PruningRun:
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
-            batches, size = options.recalibration_batches, options.batch_size
-            student, sample, device = self.student, self.recalibrated_on, context.device
-            with context.log.progress("statistics", batches) as advance:
-                recalibrate(student, sample, self.card, device, batches, size, advance)
+            with context.log.progress("statistics", options.recalibration_batches) as advance:
+                self._take_statistics(self.student, self.cut, advance)
         self.pauses.after_round(self.rounds + 1, self.student)
+
+    def _take_statistics(
+        self,
+        student: nn.Module,
+        record: PruningRecord,
+        advance: Callable[[int], None] = lambda batches: None,
+    ) -> None:
+        """Give BatchNorm of a student, which lacks what a record says, its statistics."""
+        batches, size = self.options.recalibration_batches, self.options.batch_size
+        sample, device = self.recalibrated_on, self.context.device
+        recalibrate(student, sample, self.card, device, batches, size, advance)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:
@@ -253,14 +236,14 @@ class PruningRun:
             path = self.context.folder / RunContext.TABLE
             write_atomically(path, table_text(self.table).encode())
         tensors = prefixed("student", tensors_of(self.student))
-        tensors |= prefixed("ranking", self.ranking.state())
-        tensors["generator"] = self.generator.get_state()
+        tensors |= prefixed("importances", self.importances.state())
         metrics = self.context.log.metrics
         facts = {
             "removed": self.removed,
             "seconds": self.seconds,
             "shares": self.shares,
             "agreed": self.pauses.agreed,
+            "sensitivity": self.context.log.details.get("sensitivity"),
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
             "training": {k: v for k, v in metrics.items() if k.startswith("training.")},
@@ -273,9 +256,10 @@ class PruningRun:
         for chosen in self.removed:
             self.graph.remove(chosen)
         load_state(self.student, below("student", state))
-        self.ranking.restore(below("ranking", state))
-        self.generator.set_state(state["generator"])
+        self.importances.restore(below("importances", state))
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
         self.pauses.agreed = facts["agreed"]
+        if facts["sensitivity"] is not None:
+            self.importances.know(Measured.from_json(facts["sensitivity"]))
         self.context.log.metrics |= facts["training"]
         self.shares, self.budget.correction = facts["shares"], facts["correction"]

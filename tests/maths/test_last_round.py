@@ -14,6 +14,7 @@ from dreamkit.registry import Term
 from dreamkit.stages import budget
 from dreamkit.stages.budget import Target
 from dreamkit.stages.forecast import Forecast
+from dreamkit.stages.importances import Importances
 from dreamkit.stages.last_round import LastRound
 from dreamkit.stages.pruning_run import PruningRun
 from dreamkit.stages.teaching import Recovery
@@ -177,10 +178,8 @@ class Hopeful(Forecast):
 def test_what_counting_finds_lacking_goes_in_the_same_round(toys, context, monkeypatch):
     monkeypatch.setattr(budget, "Forecast", Hopeful)
     ranked = []
-    rank = PruningRun.importance
-    monkeypatch.setattr(
-        PruningRun, "importance", lambda run, groups: ranked.append(1) or rank(run, groups)
-    )
+    rank = Importances._by_criteria
+    monkeypatch.setattr(Importances, "_by_criteria", lambda *args: ranked.append(1) or rank(*args))
     run = reached(pruning(step=1.0), network(toys), toys.images(8, size=SIZE), context)
     assert 0.61 <= run.shares["flops"] <= 0.63
     assert (run.rounds, len(ranked)) == (1, 1)
