@@ -27,7 +27,7 @@ from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import without
 from dreamkit.stages.reconstructing import reconstruct_student
-from dreamkit.stages.samples import fitting_sample
+from dreamkit.stages.samples import compared_sample, fitting_sample
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
@@ -181,12 +181,11 @@ class PruningRun:
     def _measure_groups(self, options: Sensitivity) -> None:
         """Find out what removing a part of each group does, before anything is cut."""
         scores = self.importances(self.student, self.graph.groups()[0])
-        images, take = self.recalibrated_on, self._take_statistics
-        self.importances.know(
-            measure_sensitivity(
-                self.graph, self.teacher, scores, options, images, take, self.context
-            )
+        images, take = compared_sample(self.images, self.context.seed), self._take_statistics
+        measured = measure_sensitivity(
+            self.graph, self.teacher, scores, options, images, take, self.context
         )
+        self.importances.know(measured)
         self.choosing.check_reach(self.graph)
 
     def _adjust(self) -> None:

@@ -37,7 +37,8 @@ class Sensitivity:
 
     Args:
         shares: of a group's channels that are removed on trial, the least important first.
-        images: that agreement with the teacher is measured on, drawn from those of the ranking.
+        images: that agreement with the teacher is measured on, of those that models are compared
+            on.
         max_drop: share of agreement that a group may lose by itself: ``limits`` then let no more of
             it go than was tried and lost no more, except where ``exceptions`` say how much may.
             null leaves the limits as they are.
