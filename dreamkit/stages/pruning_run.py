@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,10 @@ class PruningRun:
     def _measure_groups(self, options: Sensitivity) -> None:
         """Find out what removing a part of each group does, before anything is cut."""
         scores = self.importances(self.student, self.graph.groups()[0])
-        images, take = compared_sample(self.images, self.context.seed), self._take_statistics
+        images = compared_sample(self.images, self.context.seed)
+        few = -(-options.images // self.options.batch_size)
+        batches = min(few, self.options.recalibration_batches)
+        take = partial(self._take_statistics, batches=batches)
         measured = measure_sensitivity(
             self.graph, self.teacher, scores, options, images, take, self.context
         )
@@ -194,19 +198,20 @@ class PruningRun:
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
-            with context.log.progress("statistics", options.recalibration_batches) as advance:
-                self._take_statistics(self.student, self.cut, advance)
+            batches = options.recalibration_batches
+            with context.log.progress("statistics", batches) as advance:
+                self._take_statistics(self.student, self.cut, batches, advance)
         self.pauses.after_round(self.rounds + 1, self.student)
 
     def _take_statistics(
         self,
         student: nn.Module,
         record: PruningRecord,
+        batches: int,
         advance: Callable[[int], None] = lambda batches: None,
     ) -> None:
         """Give BatchNorm of a student, which lacks what a record says, its statistics."""
-        batches, size = self.options.recalibration_batches, self.options.batch_size
-        sample, device = self.recalibrated_on, self.context.device
+        sample, size, device = self.recalibrated_on, self.options.batch_size, self.context.device
         recalibrate(student, sample, self.card, device, batches, size, advance)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:

@@ -38,7 +38,7 @@ class Sensitivity:
     Args:
         shares: of a group's channels that are removed on trial, the least important first.
         images: that agreement with the teacher is measured on, of those that models are compared
-            on.
+            on; BatchNorm's statistics are taken over about as many.
         max_drop: share of agreement that a group may lose by itself: ``limits`` then let no more of
             it go than was tried and lost no more, except where ``exceptions`` say how much may.
             null leaves the limits as they are.

@@ -190,6 +190,21 @@ def test_a_run_tells_what_it_measured(toys, context):
     assert set(told.agreement) == {"conv1", "conv2"}
 
 
+def test_a_pass_takes_statistics_over_few_images(toys, context, monkeypatch):
+    taken = []
+    recalibrate = pruning_run.recalibrate
+
+    def count(model, images, card, device, batches, *rest):
+        taken.append(batches)
+        recalibrate(model, images, card, device, batches, *rest)
+
+    monkeypatch.setattr(pruning_run, "recalibrate", count)
+    options = pruning(recalibration_batches=3, sensitivity=Sensitivity((0.5,), images=9))
+    options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
+    assert taken[:2] == [2, 2]
+    assert set(taken[2:]) == {3}
+
+
 @pytest.mark.parametrize("harmless", ["conv1", "conv2"])
 def test_channels_go_where_it_was_measured_to_matter_least(toys, context, monkeypatch, harmless):
     divergence = {name: [0.0 if name == harmless else 9.0] for name in ("conv1", "conv2")}
