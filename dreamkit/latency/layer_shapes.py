@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,8 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
     """Return the shape of every layer that a forward pass calls, in its order.
 
     Layers are convolutions, linear ones, and BatchNorm of feature maps with the activation module
-    that is called next.
+    that is called next. A convolution may have layers of its own, e.g. one that pads. Where it pads
+    in its code, its shape has the padding that leads to the output it has.
     """
     from torchvision.ops import FrozenBatchNorm2d  # a second, and half of the runs need it not
 
@@ -57,15 +61,46 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
         elif norm is not None and type(module).__name__ in _ACTIVATIONS:
             found[norm] = replace(found[norm], activation=type(module).__name__)
 
-    leaves = [
+    counted = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    layers = [
         (name, module)
         for name, module in model.named_modules()
-        if not list(module.children()) or isinstance(module, nn.BatchNorm2d)
+        if not list(module.children()) or isinstance(module, counted)
     ]
     example = torch.zeros(1, *input_size, device=device_of(model))
-    with torch.no_grad(), eval_mode(model), hooked(leaves, see):
+    with torch.no_grad(), eval_mode(model), hooked(layers, see), _padded(layers, found):
         model(example)
     return found
+
+
+@contextmanager
+def _padded(
+    layers: Sequence[tuple[str, nn.Module]], found: dict[str, LayerShape]
+) -> Iterator[None]:
+    """Give the shapes of convolutions the padding that their outputs tell of."""
+
+    def see(name: str, layer: nn.Module, inputs: object, output: Tensor) -> None:
+        shape, size = found[name], tuple(output.shape[2:])
+        if shape.output_size != size:
+            found[name] = replace(shape, padding=_padding_to(shape, size))
+
+    handles = [
+        layer.register_forward_hook(partial(see, name))
+        for name, layer in layers
+        if isinstance(layer, nn.Conv2d)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _padding_to(shape: LayerShape, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the padding on both sides with which a convolution puts out maps of a size."""
+    axes = zip(shape.feature_map, shape.kernel, shape.stride, shape.dilation, size, strict=True)
+    lacking = ((out - 1) * s + d * (k - 1) + 1 - given for given, k, s, d, out in axes)
+    return tuple(max(0, (pixels + 1) // 2) for pixels in lacking)
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:

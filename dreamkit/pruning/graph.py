@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from dreamkit.copying import copied
 from dreamkit.errors import NothingToPrune
 from dreamkit.pruning.channels import NONE, Trace, TraceFailed, Use
 from dreamkit.pruning.record import PruningRecord
@@ -139,6 +141,14 @@ class ChannelGraph:
             if len(kept) < len(use.labels):
                 self.pruning_record.cut(self.model, use, kept)
                 use.labels = [use.labels[i] for i in kept]
+
+    def without(self, removed: Mapping[str, Sequence[int]]) -> tuple[nn.Module, PruningRecord]:
+        """Return a copy of the model without some channels, and what it lacks; all else stays."""
+        twin = copy.copy(self)
+        twin.model, twin.pruning_record = copied(self.model), PruningRecord()
+        twin._uses = [replace(use) for use in self._uses]  # a cut gives a use new labels
+        twin.remove(removed)
+        return twin.model, twin.pruning_record
 
     def _labels_of(self, removed: Mapping[str, Sequence[int]]) -> set[int]:
         numbers: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError
+from dreamkit.pruning.selection import savings
 from dreamkit.types import Chunk, Saved, Selection, SelectionStep
 
 _SECONDS = 60.0
@@ -108,7 +109,7 @@ def _problem(
     scores = np.array([chunk.score for chunk in items])
     # Importances below 0 would all be taken, however little has to be saved: the least becomes 0.
     scores += max(0.0, -(scores / sizes).min()) * sizes
-    saved = [np.array(_savings(chunks, saved)) / need for saved, need in needs]
+    saved = [np.concatenate(savings(chunks, saved)) / need for saved, need in needs]
     rows = [LinearConstraint(row[None], 1.0) for row in saved]
     pairs = _neighbours(chunks)
     if pairs:
@@ -124,19 +125,6 @@ def _problem(
         "constraints": rows,
         "options": {"time_limit": _SECONDS, "mip_rel_gap": _GAP},
     }
-
-
-def _savings(chunks: Sequence[Sequence[Chunk]], saved: Saved) -> list[float]:
-    """Return what each chunk saves once those of its group before it are gone."""
-    found = []
-    for group in chunks:
-        gone, before = 0, 0.0
-        for chunk in group:
-            gone += len(chunk.channels)
-            after = saved(chunk.group, gone)
-            found.append(after - before)
-            before = after
-    return found
 
 
 def _neighbours(chunks: Sequence[Sequence[Chunk]]) -> list[tuple[int, int]]:

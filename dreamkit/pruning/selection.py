@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dreamkit.errors import TeacherMismatch, did_you_mean
-from dreamkit.types import ChannelGroup, Chunk, Selection, SelectionStep
+from dreamkit.types import ChannelGroup, Chunk, Saved, Selection, SelectionStep
 from dreamkit.wording import and_more
 
 
@@ -158,13 +160,91 @@ def choose(
     return chosen
 
 
+def savings(chunks: Sequence[Sequence[Chunk]], saved: Saved) -> list[list[float]]:
+    """Return what each chunk of each group saves once those of its group before it are gone."""
+    found = []
+    for group in chunks:
+        gone = itertools.accumulate(len(chunk.channels) for chunk in group)
+        totals = [saved(chunk.group, channels) for chunk, channels in zip(group, gone, strict=True)]
+        found.append([after - before for before, after in itertools.pairwise([0.0, *totals])])
+    return found
+
+
+@dataclass
+class _Block:
+    """Chunks of a group that go one after the other: their scores, and what they save."""
+
+    chunks: list[Chunk]
+    score: float
+    saved: list[float]
+
+    @property
+    def per_cost(self) -> float:
+        cost = sum(self.saved)
+        return self.score / cost if cost > 0 else math.copysign(math.inf, self.score)
+
+
+def _bargains(group: Sequence[Chunk], saved: Sequence[list[float]]) -> list[_Block]:
+    """Return a group's chunks in blocks of which none is a better bargain than the one before."""
+    blocks: list[_Block] = []
+    for chunk, shares in zip(group, saved, strict=True):
+        blocks.append(_Block([chunk], chunk.score, shares))
+        while len(blocks) > 1 and blocks[-1].per_cost < blocks[-2].per_cost:
+            last, before = blocks.pop(), blocks.pop()
+            both = [a + b for a, b in zip(before.saved, last.saved, strict=True)]
+            blocks.append(_Block(before.chunks + last.chunks, before.score + last.score, both))
+    return blocks
+
+
+def choose_by_cost(
+    chunks: Sequence[Sequence[Chunk]], needs: Sequence[tuple[Saved, float]]
+) -> dict[str, list[int]]:
+    """Choose chunks of the lowest score for what they save, until enough is saved.
+
+    A chunk that saves little by itself, as latencies go in steps, is joined with those after it
+    where they are the better bargain together.
+
+    Args:
+        chunks: from ``removable``.
+        needs: what channels save of something, and how much of it, above 0, is to be saved. What
+            saves of several things counts by its shares of what is needed of each.
+
+    Returns:
+        The channels to remove of each group, by name; all where they do not save enough.
+    """
+    amounts = [savings(chunks, saved) for saved, _ in needs]
+    blocks: list[_Block] = []
+    for place, group in enumerate(chunks):
+        pairs = [(of_all[place], need) for of_all, (_, need) in zip(amounts, needs, strict=True)]
+        shares = [[saved[n] / need for saved, need in pairs] for n in range(len(group))]
+        blocks += _bargains(group, shares)
+    chosen: dict[str, list[int]] = {}
+    saved = [0.0] * len(needs)
+    for block in sorted(blocks, key=lambda block: block.per_cost):
+        for chunk in block.chunks:
+            chosen.setdefault(chunk.group.name, []).extend(chunk.channels)
+        saved = [before + more for before, more in zip(saved, block.saved, strict=True)]
+        if min(saved, default=1.0) >= 1:
+            break
+    return chosen
+
+
 @dataclass(frozen=True)
 class Greedy(Selection):
-    """The lowest mean importance of a chunk first, until as many channels are chosen as may go.
+    """The lowest importance first, until as much is chosen as may go in a round.
 
-    DeepInversion (Yin et al., CVPR 2020), section 4.3.
+    DeepInversion (Yin et al., CVPR 2020), section 4.3, takes the importance of each channel.
+
+    Args:
+        per: ``channel``, the mean importance of a chunk's channels (the paper), or ``cost``, the
+            importance for what the chunk saves of the target: FLOPs, parameters, channels or
+            milliseconds. Of several goals each counts by what is lacking of it.
     """
+
+    per: Literal["channel", "cost"] = "channel"
 
     def __call__(self, step: SelectionStep) -> dict[str, list[int]]:
         """Return the channels to remove of each group, by name."""
+        if self.per == "cost":
+            return choose_by_cost(step.chunks, step.shortfall())
         return choose(step.chunks, step.channels, step.enough)

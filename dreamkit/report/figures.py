@@ -155,6 +155,27 @@ def heat_map(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         return _svg(figure)
 
 
+def sensitivity(shares: Sequence[float], agreement: Mapping[str, Sequence[float]]) -> str:
+    """Draw how much agreement is left of a network that lacks a part of one group, a row each.
+
+    Args:
+        shares: of a group's channels that were removed.
+        agreement: by group, along the shares, in [0, 1].
+
+    Returns:
+        An SVG element, from nothing left (white) to all (dark).
+    """
+    with _style("sensitivity"):
+        size = (2.5 + 0.7 * len(shares), 0.8 + 0.2 * len(agreement))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(list(agreement.values()), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xlabel("share of the channels removed")
+        axes.set_xticks(range(len(shares)), [f"{100 * share:.3g} %" for share in shares])
+        axes.set_yticks(range(len(agreement)), list(agreement), fontsize=6)
+        return _svg(figure)
+
+
 def _style(salt: str) -> AbstractContextManager[None]:
     """Set what all figures share; the salt makes the identifiers in an SVG the same every time."""
     return matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "svg.hashsalt": salt})

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from dreamkit.report.figures import curves, heat_map
+from dreamkit.report.figures import curves, heat_map, sensitivity
 from dreamkit.report.notebook import data_uri
 from dreamkit.report.tables import (
     continual_rows,
@@ -16,6 +16,7 @@ from dreamkit.report.tables import (
     fidelity_line,
     judge_rows,
     pixel_rows,
+    sensitivity_rows,
     summary_rows,
 )
 
@@ -41,6 +42,8 @@ def render(
     learnt_header, learnt = continual_rows(report)
     pixel_header, pixels = pixel_rows(report)
     told = report["details"].get("continual")
+    groups_header, groups = sensitivity_rows(report)
+    measured = report["details"].get("sensitivity")
     environment = Environment(
         loader=PackageLoader("dreamkit.report", ""), autoescape=True, keep_trailing_newline=True
     )
@@ -60,5 +63,8 @@ def render(
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
         layers=report["details"].get("statistics_distance", {}),
         dreams=dreams_line(report),
+        groups_header=groups_header,
+        groups=groups,
+        sensitivity=sensitivity(measured["shares"], measured["agreement"]) if measured else None,
         recipe_yaml=recipe_yaml,
     )

@@ -108,6 +108,19 @@ def continual_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["accuracy", *told["sets"], "combined", "of all images", "forgetting"], rows
 
 
+def sensitivity_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what removing parts of each channel group did by itself."""
+    told = report["details"].get("sensitivity")
+    if told is None:
+        return [], []
+    header = ["agreement without", *(f"{100 * share:.3g} %" for share in told["shares"])]
+    rows = [
+        [group, *(_cell("agreement", value) for value in found)]
+        for group, found in told["agreement"].items()
+    ]
+    return header, rows
+
+
 def fidelity_line(report: Mapping[str, Any]) -> str | None:
     """Return a sentence with the Inception score and FID, None where they were not computed."""
     metrics, judged = report["metrics"], report["details"].get("judge", {})

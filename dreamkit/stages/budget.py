@@ -17,6 +17,7 @@ from dreamkit.errors import NothingToPrune
 from dreamkit.evaluation.cost import count
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.cost_model import CostModel
+from dreamkit.stages.forecast import Forecast
 from dreamkit.stages.measuring import time_models
 from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
@@ -97,7 +98,9 @@ class Budget:
             if teacher_ms is None:
                 self.teacher_ms = self._measured(teacher.model)["model"]
             self.goals["latency"] = self._latency_goal(target)
-        self.before = self._amounts(teacher.model, channels)
+        self.before = self._counts(teacher.model, channels)
+        if target.timed:
+            self.before["latency"] = self._predicted(teacher.model)
 
     def _latency_goal(self, target: Target) -> float:
         assert self.teacher_ms is not None
@@ -155,15 +158,24 @@ class Budget:
         }
         return {name: cost for name, cost in known.items() if name in self.goals}
 
-    def _amounts(self, model: nn.Module, channels: int) -> dict[str, float]:
+    def _counts(self, model: nn.Module, channels: int) -> dict[str, float]:
         cost = count(model, self.size)
-        amounts: dict[str, float] = {"channels": channels}
-        amounts |= {"flops": cost.flops, "params": cost.params}
-        if "latency" in self.goals:
-            shapes = self.table.shapes(model, self.size)
-            self.table.prepare(shapes.values())
-            amounts["latency"] = CostModel(shapes).total(self.table.predict)
-        return amounts
+        return {"channels": channels, "flops": cost.flops, "params": cost.params}
+
+    def _predicted(self, model: nn.Module) -> float:
+        shapes = self.table.shapes(model, self.size)
+        self.table.prepare(shapes.values())
+        return CostModel(shapes).total(self.table.predict)
+
+    def counted(self, model: nn.Module, channels: int) -> dict[str, float]:
+        """Return what a model costs as shares of the teacher's, without a measurement.
+
+        Args:
+            model: pruned.
+            channels: how many of it can be pruned further.
+        """
+        counts = self._counts(model, channels)
+        return {name: amount / self.before[name] for name, amount in counts.items()}
 
     def shares(self, model: nn.Module, channels: int) -> dict[str, float]:
         """Return what a model costs as shares of the teacher's, its latency as predicted.
@@ -172,10 +184,10 @@ class Budget:
             model: pruned.
             channels: how many of it can be pruned further.
         """
-        amounts = self._amounts(model, channels)
-        shares = {name: amount / self.before[name] for name, amount in amounts.items()}
-        if "latency" in shares:
-            shares["latency"] *= self.correction
+        shares = self.counted(model, channels)
+        if "latency" in self.goals:
+            predicted = self._predicted(model) / self.before["latency"]
+            shares["latency"] = self.correction * predicted
         return shares
 
     def met(self, shares: Mapping[str, float]) -> bool:
@@ -201,29 +213,26 @@ class Budget:
         self.correction *= share / shares["latency"]
         return {**shares, "latency": share}
 
-    def watch(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], shares: Mapping[str, float]
-    ) -> Callable[[Chunk], bool]:
-        """Return what tells, chunk by chunk, whether enough of a model is chosen.
+    def forecast(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        shares: Mapping[str, float],
+        goals: Mapping[str, float] | None = None,
+    ) -> Forecast:
+        """Return what tells, chunk by chunk, what a model would cost.
 
         Args:
             model: as it is.
             groups: of it.
             shares: its.
+            goals: that are asked for; all by default.
         """
+        goals = self.goals if goals is None else goals
+        costs = {name: cost for name, cost in self.costs.items() if name in goals}
+        channels = sum(group.channels for group in groups)
         cost_model = CostModel(self.table.shapes(model, self.size))
-        now = {name: cost_model.total(cost) for name, cost in self.costs.items()}
-        left = all_channels = sum(group.channels for group in groups)
-
-        def enough(chunk: Chunk) -> bool:
-            nonlocal left
-            cost_model.take(chunk.group, len(chunk.channels))
-            left -= len(chunk.channels)
-            after = {n: shares[n] * cost_model.total(c) / now[n] for n, c in self.costs.items()}
-            after["channels"] = shares["channels"] * left / all_channels
-            return self.met(after)
-
-        return enough
+        return Forecast(cost_model, costs, shares, channels, goals)
 
     def needs(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.budget import Target
 from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
+from dreamkit.stages.sensitivity import Sensitivity
 from dreamkit.stages.teaching import Recovery
 from dreamkit.types import Criterion, Selection
 
@@ -32,12 +33,19 @@ class ChannelPruning:
             ``finetune`` taught, of which the ranking remains.
         finetune: distillation between two rounds of pruning, with ``adaptive`` on the first of its
             dreams; null prunes without a pause.
+        finetune_drop: train after a round only if agreement with the teacher, on images of the
+            run, has fallen by more than this share since the last training; null trains after each.
         limits: floors and chunk size.
-        selection: how channels are chosen: ``greedy``, the lowest importance first (the paper);
-            ``knapsack``, the least importance that saves what a round has to (HALP; Shen et al.,
-            NeurIPS 2022); or a plugin's.
+        sensitivity: a look at each group before anything is cut: what removing a part of it does to
+            agreement with the teacher, for the report, and for limits where ``max_drop`` is set;
+            null does without.
+        importance: what chunks are chosen by: ``criteria``, or what the ``sensitivity`` pass
+            ``measured`` of each group, along the order of the criteria.
+        selection: how channels are chosen: ``greedy``, the lowest importance first, per channel
+            (the paper) or per cost; ``knapsack``, the least importance that saves what a round has
+            to (HALP; Shen et al., NeurIPS 2022); or a plugin's.
         step: what is removed between two rankings at the most, a share of the prunable channels
-            (``greedy``) or of what each goal counts (``knapsack``).
+            (``greedy``) or of what each goal counts (``knapsack``, and ``greedy`` per cost).
         ranking_batches: batches of images a ranking is averaged over.
         batch_size: images in each of them, and in BatchNorm recalibration.
         recalibration_batches: batches that BatchNorm statistics are recomputed over after
@@ -55,7 +63,10 @@ class ChannelPruning:
     reconstruction: Reconstruction | None = None
     reconstruct_each: bool = False
     finetune: Recovery | None = None
+    finetune_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
     limits: Limits = field(default_factory=Limits)
+    sensitivity: Sensitivity | None = None
+    importance: Literal["criteria", "measured"] = "criteria"
     selection: Annotated[Selection, EntryOf("selections")] = field(default_factory=Greedy)
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
@@ -74,5 +85,9 @@ class ChannelPruning:
                 "reconstruct_each",
                 "set it to true: a fit at the end alone would undo all that 'finetune' taught",
             )
+        if self.importance == "measured" and self.sensitivity is None:
+            raise OptionError("importance", "set 'sensitivity' too: it is what measures")
+        if self.finetune_drop is not None and self.finetune is None:
+            raise OptionError("finetune_drop", "set 'finetune' too: it says how to train")
         if self.latency_table is not None and not Path(self.latency_table).is_file():
             raise MissingPath("latency_table", f"no such table: {self.latency_table}")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamkit import distributed
 from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
@@ -21,26 +19,27 @@ from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.selection import removable
-from dreamkit.seeds import derived_seed, stream
+from dreamkit.seeds import stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
+from dreamkit.stages.choosing import Choosing
+from dreamkit.stages.importances import Importances
 from dreamkit.stages.measuring import glance
+from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
-from dreamkit.stages.ranking import Ranking
+from dreamkit.stages.ranking import without
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import Parts, fitting_sample
-from dreamkit.stages.teaching import train_student, trainable_copy
+from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
+from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import in_order
+from dreamkit.training.batches import drawn
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
-    PruningStep,
     RoundPruned,
     RunContext,
-    SelectionStep,
     Teacher,
 )
 
@@ -54,7 +53,7 @@ class PruningRun:
         context: the run's.
 
     Raises:
-        NothingToPrune: no channel of the teacher can go.
+        NothingToPrune: no channel of the teacher can go, or not as many as the target asks for.
     """
 
     def __init__(self, options: ChannelPruning, teacher: Teacher, context: RunContext) -> None:
@@ -64,8 +63,6 @@ class PruningRun:
         self.card = teacher.card
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
-        self.ranking = Ranking(options.criteria, options.normalise)
-        self.generator = stream(context.seed, "criteria")
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -78,19 +75,19 @@ class PruningRun:
         with placed("limits"):
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
-        self.originals = {group.name: group.channels for group in groups}
-        self.open = {g.name for g in groups if options.limits.chunks(g, g.channels)}
-        """Groups that the limits do not leave alone from the start; these are ranked."""
+        self.importances = Importances(options, teacher, groups, self.table, context)
         self._check_any(groups, skipped)
-        self.ranking.check(self.student, [g for g in groups if g.name in self.open])
+        self.importances.check(self.student)
         self.checkpoint = PruningCheckpoint(teacher, context)
         found = self.checkpoint.found
-        ms, total = found and found[1]["teacher_ms"], sum(self.originals.values())
+        ms, total = found and found[1]["teacher_ms"], sum(g.channels for g in groups)
         goal, latency = options.target, context.latency  # what is timed on is drawn:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
             note = context.log.note
             self.budget = Budget(goal, teacher, self.table, total, latency, ms, note)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
+        self.choosing = Choosing(options, self.budget, self.importances, context.log.note)
+        self.choosing.check_reach(self.graph)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
@@ -104,7 +101,7 @@ class PruningRun:
         return table
 
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
-        if not self.open:
+        if not self.importances.open:
             chunk = self.options.limits.chunk
             blocked = skipped + [
                 Skipped(g.name, f"{g.channels} channels leave no spare chunk of {chunk}")
@@ -117,9 +114,9 @@ class PruningRun:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
         options = self.options
         self.parts, self.images = parts, parts.fitted
+        self.pauses = Pauses(options, self.teacher, parts, self.context)
         seed, size = self.context.seed, options.batch_size
-        count = size * options.ranking_batches
-        self.ranked_on = fitting_sample(self.images, count, seed, "ranking")
+        self.importances.begin(self.images)
         count = size * options.recalibration_batches
         self.recalibrated_on = fitting_sample(self.images, count, seed, "recalibration")
         found = self.checkpoint.go_on(self.images)
@@ -138,6 +135,8 @@ class PruningRun:
         cure = f"lower batch_size ({self.options.batch_size} now)"
         short = enough_memory("pruning", cure, ("batch_size",))
         with log.progress("pruning", 1000) as advance, seeded(self.context.seed), short:
+            if self.options.sensitivity is not None and self.importances.measured is None:
+                self._measure_groups(self.options.sensitivity)
             while not budget.met(self.shares):
                 start = time.perf_counter()
                 removed = self._round()
@@ -157,64 +156,42 @@ class PruningRun:
     def _round(self) -> int:
         """Rank, remove, adjust to the loss, measure; return how many channels went."""
         groups, _ = self.graph.groups()
-        chosen = self._choose(groups)
-        if not chosen:
-            self._give_up()
+        scores = self.importances(self.student, groups)
+        removed, ending = 0, True
+        # Where counting finds more than shapes told, the rest goes by the same ranking.
+        while ending and not self.budget.met(self.shares):
+            chosen, ending = self.choosing(self.student, groups, scores, self.shares)
+            self._remove(chosen)
+            scores = without(scores, chosen)
+            groups, _ = self.graph.groups()
+            self.shares = self.budget.shares(self.student, sum(g.channels for g in groups))
+            removed += sum(len(channels) for channels in chosen.values())
+        self._adjust()
+        if self.budget.met(self.shares):
+            self.shares = self.budget.verified(self.student, self.shares)
+        return removed
+
+    def _remove(self, chosen: dict[str, list[int]]) -> None:
         for parameter in self.student.parameters():
             parameter.grad = None  # of the old shape
         self.graph.remove(chosen)
         self.removed.append(chosen)
         self._check_runs(chosen)
-        self.ranking.forget(chosen, groups)
-        self._adjust()
-        left = sum(group.channels for group in self.graph.groups()[0])
-        self.shares = self.budget.shares(self.student, left)
-        if self.budget.met(self.shares):
-            self.shares = self.budget.verified(self.student, self.shares)
-        return sum(len(channels) for channels in chosen.values())
+        self.importances.ranking.forget(chosen)
 
-    def _choose(self, groups: list[ChannelGroup]) -> dict[str, list[int]]:
-        options, budget = self.options, self.budget
-        # What is timed for them must be the same on every rank.
-        ranked = [group for group in groups if group.name in self.open]
-        scores = distributed.broadcast(self.importance(ranked))
-        chunks = removable(ranked, scores, self.originals, options.limits)
-        step = SelectionStep(
-            chunks=chunks,
-            channels=max(1, round(options.step * sum(self.originals.values()))),
-            enough=budget.watch(self.student, groups, self.shares),
-            shortfall=lambda: budget.needs(self.student, self.shares, options.step, chunks),
-            note=self.context.log.note,
+    def _measure_groups(self, options: Sensitivity) -> None:
+        """Find out what removing a part of each group does, before anything is cut."""
+        scores = self.importances(self.student, self.graph.groups()[0])
+        looked = stream(self.context.seed, "sensitivity")
+        images = drawn(self.parts.looked_at, options.images, looked)
+        few = -(-options.images // self.options.batch_size)
+        batches = min(few, self.options.recalibration_batches)
+        take = partial(self._take_statistics, batches=batches)
+        measured = measure_sensitivity(
+            self.graph, self.teacher, scores, options, images, take, self.context
         )
-        with placed("selection"):
-            return options.selection(step)
-
-    def importance(self, groups: list[ChannelGroup]) -> list[Tensor]:
-        """Return the weighted sum of the criteria, (channels,) for each group."""
-        options, limits = self.options, self.options.limits
-        passes = options.ranking_batches * len(options.criteria)
-        with self.context.log.progress("ranking", passes) as advance:
-            step = PruningStep(
-                model=self.student,
-                teacher=self.teacher.model,
-                groups=groups,
-                card=self.card,
-                chunks=[limits.chunks(g, self.originals[g.name]) for g in groups],
-                device=self.context.device,
-                batches=partial(self._batches, advance, itertools.count(1)),
-                latency=self.table,
-                generator=self.generator,
-            )
-            return self.ranking(step)
-
-    def _batches(
-        self, advance: Callable[[int], None], passed: Iterator[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        device, size = self.context.device, self.options.batch_size
-        all_batches = in_order(self.ranked_on, size)
-        for stored, labels in itertools.islice(all_batches, self.options.ranking_batches):
-            yield self.card.normalise(stored.to(device)), labels.to(device)
-            advance(next(passed))
+        self.importances.know(measured)
+        self.choosing.check_reach(self.graph)
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
@@ -222,18 +199,21 @@ class PruningRun:
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
             reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
         else:
-            batches, size = options.recalibration_batches, options.batch_size
-            student, sample, device = self.student, self.recalibrated_on, context.device
+            batches = options.recalibration_batches
             with context.log.progress("statistics", batches) as advance:
-                recalibrate(student, sample, self.card, device, batches, size, advance)
-        if options.finetune is not None:
-            with placed("finetune", always=False):
-                number = self.rounds + 1
-                # Each pause draws other images, other crops and other pairs to mix.
-                seed = derived_seed(context.seed, f"finetune {number}")
-                pause = dataclasses.replace(context, seed=seed)
-                stage, how = f"finetune {number}", options.finetune
-                train_student(teacher, self.student, self.images, how, pause, stage, False)
+                self._take_statistics(self.student, self.cut, batches, advance)
+        self.pauses.after_round(self.rounds + 1, self.student)
+
+    def _take_statistics(
+        self,
+        student: nn.Module,
+        record: PruningRecord,
+        batches: int,
+        advance: Callable[[int], None] = lambda batches: None,
+    ) -> None:
+        """Give BatchNorm of a student, which lacks what a record says, its statistics."""
+        sample, size, device = self.recalibrated_on, self.options.batch_size, self.context.device
+        recalibrate(student, sample, self.card, device, batches, size, advance)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:
@@ -244,22 +224,11 @@ class PruningRun:
                 f"are removed, so its code fixes their number: {error}"
             ) from error
 
-    def _give_up(self) -> None:
-        reached = ", ".join(
-            f"{name} {self.shares[name]:.3f} (target {goal:.3f})"
-            for name, goal in self.budget.goals.items()
-        )
-        raise NothingToPrune(
-            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
-            "lower limits.min_channels or limits.chunk, or set an easier target",
-            ("target",),
-        )
-
     # --- records ------------------------------------------------------------------------------
 
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
-        found = {"removed_channels": float(removed), **self.shares}
+        found = {"removed_channels": float(removed), **self.shares, **self.pauses.looked}
         timed = self.table.asked
         found |= glance(self.student, self.teacher, self.parts, self.context, timed)
         return found
@@ -269,13 +238,14 @@ class PruningRun:
             path = self.context.folder / RunContext.TABLE
             write_atomically(path, table_text(self.table).encode())
         tensors = prefixed("student", tensors_of(self.student))
-        tensors |= prefixed("ranking", self.ranking.state())
-        tensors["generator"] = self.generator.get_state()
+        tensors |= prefixed("importances", self.importances.state())
         metrics = self.context.log.metrics
         facts = {
             "removed": self.removed,
             "seconds": self.seconds,
             "shares": self.shares,
+            "agreed": self.pauses.agreed,
+            "sensitivity": self.context.log.details.get("sensitivity"),
             "teacher_ms": self.budget.teacher_ms,
             "correction": self.budget.correction,
             "training": {k: v for k, v in metrics.items() if k.startswith("training.")},
@@ -288,8 +258,10 @@ class PruningRun:
         for chosen in self.removed:
             self.graph.remove(chosen)
         load_state(self.student, below("student", state))
-        self.ranking.restore(below("ranking", state))
-        self.generator.set_state(state["generator"])
+        self.importances.restore(below("importances", state))
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
+        self.pauses.agreed = facts["agreed"]
+        if facts["sensitivity"] is not None:
+            self.importances.know(Measured.from_json(facts["sensitivity"]))
         self.context.log.metrics |= facts["training"]
         self.shares, self.budget.correction = facts["shares"], facts["correction"]

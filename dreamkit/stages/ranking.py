@@ -66,19 +66,9 @@ class Ranking:
             scale = float(size.mean() if self.normalise == "mean" else size.max()) or 1.0
         return [score / scale for score in scores]
 
-    def forget(self, removed: Mapping[str, Sequence[int]], groups: Sequence[ChannelGroup]) -> None:
-        """Drop what was said of channels that are gone.
-
-        Args:
-            removed: channels by group.
-            groups: as they were before.
-        """
-        for group in groups:
-            gone = set(removed.get(group.name, ()))
-            left = [channel for channel in range(group.channels) if channel not in gone]
-            for earlier in self.earlier:
-                if group.name in earlier:
-                    earlier[group.name] = earlier[group.name][left]
+    def forget(self, removed: Mapping[str, Sequence[int]]) -> None:
+        """Drop what was said of channels that are gone, by group."""
+        self.earlier = [without(earlier, removed) for earlier in self.earlier]
 
     def state(self) -> dict[str, Tensor]:
         """Return what was said, as a flat dictionary of tensors."""
@@ -90,3 +80,15 @@ class Ranking:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state that ``state`` returned."""
         self.earlier = [below(str(number), state) for number in range(len(self.criteria))]
+
+
+def without(
+    scores: Mapping[str, Tensor], removed: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return scores (channels,) of groups, by name, of the channels that are not removed."""
+    found = dict(scores)
+    for name in scores.keys() & removed.keys():
+        stays = torch.ones(len(scores[name]), dtype=torch.bool)
+        stays[list(removed[name])] = False
+        found[name] = scores[name][stays]
+    return found

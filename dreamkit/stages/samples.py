@@ -40,6 +40,11 @@ class Parts:
         """Whether there are enough to compare on; of dreams to come few may be there yet."""
         return not self.apart or len(self.compared) >= LEAST
 
+    @property
+    def looked_at(self) -> Images:
+        """What decisions on the way are made on: held-back images, or others while those lack."""
+        return self.compared if self.tell else self.fitted
+
 
 def held_back(count: int, seed: int) -> Tensor:
     """Return the positions of images that nothing is fitted to, in order, int64.

@@ -45,16 +45,20 @@ class LayerShape:
         return weights + (self.c_out if self.bias else 0)
 
     @property
+    def output_size(self) -> tuple[int, ...]:
+        """Height and width of what a convolution puts out."""
+        axes = (self.feature_map, self.kernel, self.stride, self.padding, self.dilation)
+        return tuple(
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(*axes, strict=True)
+        )
+
+    @property
     def flops(self) -> int:
         """Multiply-adds for one image, each counted once; those of a BatchNorm are not."""
         if self.kind == "norm":
             return 0
-        spots = 1
-        if self.kind == "conv":
-            for size, kernel, stride, padding, dilation in zip(
-                self.feature_map, self.kernel, self.stride, self.padding, self.dilation, strict=True
-            ):
-                spots *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        spots = math.prod(self.output_size) if self.kind == "conv" else 1
         return spots * self.c_in // self.groups * self.c_out * math.prod(self.kernel)
 
     def without(self, axis: str, channels: int) -> LayerShape:

@@ -24,9 +24,10 @@ from dreamkit.pruning.selection import Greedy, LayerLimits, Limits, removable
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.seeds import derived_seed
-from dreamkit.stages import measuring, pruning_run, samples
+from dreamkit.stages import measuring, pauses, samples
 from dreamkit.stages.budget import Budget, Target
 from dreamkit.stages.measuring import measure_costs
+from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_run import PruningRun
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.teaching import Recovery
@@ -185,7 +186,7 @@ def test_watching_ends_at_the_chunk_that_reaches_the_goal(residual):
     scores = [torch.arange(group.channels).float() for group in groups]
     originals = {group.name: group.channels for group in groups}
     chunks = removable(groups, scores, originals, Limits(min_channels=1))
-    enough = budget.watch(model, groups, {"channels": 1.0, "flops": 1.0, "params": 1.0})
+    enough = budget.forecast(model, groups, {"params": 1.0}).enough
     removed: dict[str, list[int]] = {}
     reached = []
     for chunk in (chunk for group in chunks for chunk in group):
@@ -372,6 +373,7 @@ def test_a_fit_in_each_round_leaves_none_for_the_end(toys, teacher, tmp_path):
     ("given", "message"),
     [
         ({"reconstruct_each": True}, "set 'reconstruction' too"),
+        ({"finetune_drop": 0.1}, "set 'finetune' too"),
         (
             {"finetune": Recovery(), "reconstruction": Reconstruction()},
             "set it to true: a fit at the end alone would undo all that 'finetune' taught",
@@ -492,13 +494,58 @@ def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     def teach(teacher, student, images, options, context, stage, resumable):
         seeds.append((stage, context.seed, resumable))
 
-    monkeypatch.setattr(pruning_run, "train_student", teach)
+    monkeypatch.setattr(pauses, "train_student", teach)
     between = Recovery(steps=2, batch_size=8, precision="float32")
     options = pruning(finetune=between, step=0.1)
     options.run(teacher, toys.images(24), toys.context(tmp_path, seed=7))
     assert len(seeds) > 1
     stages = [f"finetune {n}" for n in range(1, len(seeds) + 1)]
     assert seeds == [(stage, derived_seed(7, stage), False) for stage in stages]
+
+
+@pytest.mark.parametrize(
+    ("drop", "trained"),
+    [
+        (0.0, [1, 2, 3, 4]),
+        (0.3, [2, 4]),  # of 1: 0.8, 0.65; of 0.9: 0.65, 0.5
+        (0.8, []),
+    ],
+)
+def test_a_pause_comes_where_agreement_has_fallen(
+    toys, teacher, context, monkeypatch, drop, trained
+):
+    """Each round loses some of it, and a training brings it back to 0.9."""
+    said = []
+    state = {"agreement": 1.0}
+
+    def teach(teacher, student, images, options, context, stage, resumable):
+        said.append(int(stage.split()[1]))
+        state["agreement"] = 0.9
+
+    monkeypatch.setattr(pauses, "train_student", teach)
+    monkeypatch.setattr(Pauses, "_agreement", lambda self, student: state["agreement"])
+    tuned = Recovery(steps=2, batch_size=8)
+    work = Pauses(pruning(finetune=tuned, finetune_drop=drop), teacher, toys.images(24), context)
+    looked = []
+    for number, loss in enumerate((0.2, 0.15, 0.25, 0.15), 1):
+        state["agreement"] -= loss
+        work.after_round(number, teacher.model)
+        looked.append(work.looked["trained"])
+    assert said == trained
+    assert looked == [float(number in trained) for number in range(1, 5)]
+
+
+def test_agreement_is_looked_at_on_images_that_nothing_is_fitted_on(
+    toys, teacher, context, monkeypatch
+):
+    monkeypatch.setattr(samples, "COMPARED", 5)
+    tuned = Recovery(steps=2, batch_size=8, precision="float32")
+    options = pruning(finetune=tuned, finetune_drop=0.9, recovery=UNTRAINED)
+    options.run(teacher, toys.images(24), context)
+    rounds = list(context.log.records["pruning"].values())
+    assert all(record["trained"] == 0 for record in rounds)
+    assert all(5 * record["agreement"] == round(5 * record["agreement"]) for record in rounds)
+    assert context.log.metrics["training.steps"] == 0
 
 
 class Interrupted(BaseException):
@@ -519,8 +566,12 @@ def interrupt():
                 steps=2, batch_size=8, precision="float32", soft_loss=LogitDistance(), ema=0.9
             )
         },
+        {
+            "finetune": Recovery(steps=2, batch_size=8, precision="float32", lr=0.1),
+            "finetune_drop": 0.2,
+        },
     ],
-    ids=["plain", "fitted", "trained"],
+    ids=["plain", "fitted", "trained", "where needed"],
 )
 @pytest.mark.parametrize(("stage", "step"), [("pruning", 2), ("recovery", None)])
 def test_a_pruning_that_is_killed_ends_like_an_undisturbed_one(

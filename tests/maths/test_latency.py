@@ -546,3 +546,30 @@ def test_describe_names_what_the_figures_hold_for():
 def test_the_real_clock_feeds_the_table():
     table = LookUpTable(TorchCPU(warmup=0, repeats=3))
     assert table.predict(conv(3, 4, kernel=(3, 3))) > 0
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads by a layer of its own, e.g. one row more at the end."""
+
+    def __init__(self, c_in, c_out, kernel, stride, pad):
+        super().__init__(c_in, c_out, kernel, stride)
+        self.pad = nn.ZeroPad2d(pad)
+
+    def forward(self, x):
+        return super().forward(self.pad(x))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "padding", "size"),
+    [
+        (3, 2, (0, 1, 0, 1), (1, 1), (4, 5)),
+        (5, 1, (2, 2, 2, 2), (2, 2), (8, 10)),
+        (5, 2, (1, 2, 0, 0), (0, 2), (2, 5)),
+        (1, 1, (0, 0, 0, 0), (0, 0), (8, 10)),
+    ],
+)
+def test_a_convolution_with_a_layer_of_its_own_is_counted(kernel, stride, pad, padding, size):
+    shapes = layer_shapes(nn.Sequential(Padded(3, 4, kernel, stride, pad)), (3, 8, 10))
+    assert list(shapes) == ["0"]
+    assert (shapes["0"].padding, shapes["0"].output_size) == (padding, size)
+    assert shapes["0"].flops == 3 * 4 * kernel**2 * size[0] * size[1]

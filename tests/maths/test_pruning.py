@@ -17,12 +17,20 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import ArtifactError, DreamkitError, TeacherMismatch
 from dreamkit.latency.layer_shapes import layer_shapes
+from dreamkit.plugin.testing import check_selection
 from dreamkit.pruning import knapsack
 from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.knapsack import choose_knapsack
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.selection import LayerLimits, Limits, choose, removable
+from dreamkit.pruning.selection import (
+    Greedy,
+    LayerLimits,
+    Limits,
+    choose,
+    choose_by_cost,
+    removable,
+)
 from dreamkit.types import ChannelGroup, Member
 
 SIZE = (3, 8, 8)
@@ -680,6 +688,62 @@ def test_choose_ends_with_the_chunk_that_is_enough():
 
     assert choose(removable([A, B], SCORES, FOUR, FREE), 99, enough) == {"b": [0], "a": [1]}
     assert seen == [("b", [0]), ("a", [1])]
+
+
+# --- the lowest importance per cost -------------------------------------------------------------
+
+
+def saving(**of_each):
+    """Return what channels of groups save, by name: a number a channel, or a list by how many."""
+
+    def saved(group, channels):
+        known = of_each[group.name]
+        return known[channels] if isinstance(known, list) else channels * known
+
+    return saved
+
+
+def test_a_channel_that_saves_more_goes_first():
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    # a's channels save ten times what b's do: 0.1, 0.2, 0.3 of importance for one, beside 0.5, 2.5.
+    found = choose_by_cost(chunks, [(saving(a=10, b=1), 30.0)])
+    assert found == {"a": [1, 3, 2]}
+    found = choose_by_cost(chunks, [(saving(a=10, b=1), 31.0)])
+    assert found == {"a": [1, 3, 2], "b": [0]}
+
+
+def test_per_cost_in_channels_is_per_channel():
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    for number in (1, 3, 5):
+        by_cost = choose_by_cost(chunks, [(saving(a=1, b=1), float(number))])
+        assert by_cost == choose(chunks, number)
+
+
+def test_chunks_that_save_only_together_go_together():
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    # Of a, one channel saves nothing and two save 9: 3 of importance for 9, a third of b's for one.
+    steps = saving(a=[0, 0, 9, 9], b=1)
+    assert choose_by_cost(chunks, [(steps, 1.0)]) == {"a": [1, 3]}
+    assert choose_by_cost(chunks, [(steps, 10.0)]) == {"a": [1, 3], "b": [0]}
+
+
+def test_of_several_costs_each_counts_by_what_is_lacking():
+    chunks = removable([A, B], [torch.arange(4.0) + 1] * 2, FOUR, FREE)
+    flops, params = saving(a=10, b=1), saving(a=1, b=10)
+    assert list(choose_by_cost(chunks, [(flops, 30.0), (params, 1.0)])) == ["b", "a"]
+    assert list(choose_by_cost(chunks, [(flops, 1.0), (params, 30.0)])) == ["a", "b"]
+
+
+def test_what_does_not_save_enough_goes_all_the_same():
+    chunks = removable([A, B], SCORES, FOUR, FREE)
+    found = choose_by_cost(chunks, [(saving(a=1, b=1), 99.0)])
+    assert {name: len(channels) for name, channels in found.items()} == {"a": 3, "b": 3}
+    assert choose_by_cost([[], []], [(saving(a=1, b=1), 1.0)]) == {}
+
+
+@pytest.mark.parametrize("per", ["channel", "cost"])
+def test_greedy_keeps_the_contract(per):
+    check_selection(Greedy(per=per))
 
 
 # --- the knapsack -----------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""Choosing what goes in a round of pruning, and whether a target can be reached at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dreamkit.errors import NothingToPrune, placed
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.selection import removable
+from dreamkit.stages.budget import Budget
+from dreamkit.stages.channel_pruning import ChannelPruning
+from dreamkit.stages.importances import Importances
+from dreamkit.stages.last_round import LastRound
+from dreamkit.types import ChannelGroup, SelectionStep
+
+
+class Choosing:
+    """What goes in each round: by the recipe's selection, and no more than the target asks for.
+
+    Args:
+        options: of the pruning.
+        budget: its goals.
+        importances: has the limits, and the channels of each group before any pruning.
+        note: told what the user must know.
+    """
+
+    def __init__(
+        self,
+        options: ChannelPruning,
+        budget: Budget,
+        importances: Importances,
+        note: Callable[[str], None],
+    ) -> None:
+        self.options = options
+        self.budget = budget
+        self.importances = importances
+        self.note = note
+
+    def __call__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        scores: Mapping[str, Tensor],
+        shares: Mapping[str, float],
+    ) -> tuple[dict[str, list[int]], bool]:
+        """Choose channels.
+
+        Args:
+            model: as it is.
+            groups: of it.
+            scores: importances (channels,) of the groups that may lose some, by name.
+            shares: what the model costs.
+
+        Returns:
+            The channels to remove of each group, by name, and whether the target should be met
+            without them.
+
+        Raises:
+            NothingToPrune: the limits let none go.
+        """
+        options, budget = self.options, self.budget
+        originals, limits = self.importances.originals, self.importances.limits
+        ranked = [group for group in groups if group.name in scores]
+        ordered = [scores[group.name] for group in ranked]
+        chunks = removable(ranked, ordered, originals, limits)
+        step = SelectionStep(
+            chunks=chunks,
+            channels=max(1, round(options.step * sum(originals.values()))),
+            enough=budget.forecast(model, groups, shares).enough,
+            shortfall=lambda: budget.needs(model, shares, options.step, chunks),
+            note=self.note,
+        )
+        with placed("selection"):
+            chosen = options.selection(step)
+        if not chosen:
+            self._give_up(shares)
+        last = LastRound(chunks, chosen, budget.forecast(model, groups, shares))
+        if not last.met:
+            return chosen, False
+        last.trim(swap="latency" not in budget.goals)
+        return last.chosen(), True
+
+    def check_reach(self, graph: ChannelGraph) -> None:
+        """Refuse a target that is out of reach even if all goes that the limits let go.
+
+        A latency is not asked for: to tell it takes measurements.
+
+        Args:
+            graph: of the model before pruning.
+
+        Raises:
+            NothingToPrune: it is; the message names what is reachable.
+        """
+        limits, budget = self.importances.limits, self.budget
+        goals = {name: goal for name, goal in budget.goals.items() if name != "latency"}
+        groups, _ = graph.groups()
+        gone = {g.name: sum(limits.chunks(g, g.channels)) for g in groups}
+        forecast = budget.forecast(graph.model, groups, dict.fromkeys(goals, 1.0), goals)
+        for group in groups:
+            forecast.take(group, gone[group.name])
+        if forecast.met():
+            return
+        # Shapes do not tell of all layers: a refusal is to be exact.
+        small, _ = graph.without({name: range(channels) for name, channels in gone.items()})
+        left = sum(group.channels - gone[group.name] for group in groups)
+        shares = budget.counted(small, left)
+        if any(shares[name] > goal for name, goal in goals.items()):
+            self._give_up(shares)
+
+    def _give_up(self, shares: Mapping[str, float]) -> None:
+        reached = ", ".join(
+            f"{name} {shares[name]:.3f} (target {goal:.3f})"
+            for name, goal in self.budget.goals.items()
+            if name in shares
+        )
+        raise NothingToPrune(
+            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
+            "lower limits.min_channels or limits.chunk, or set an easier target",
+            ("target",),
+        )

@@ -1,0 +1,201 @@
+"""What removing a part of each channel group, and of no other, does to a network."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamkit import distributed
+from dreamkit.model_state import eval_mode
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.record import PruningRecord
+from dreamkit.pruning.selection import LayerLimits, Limits
+from dreamkit.training.batches import in_order
+from dreamkit.types import Images, RunContext, Teacher
+
+TakeStatistics = Callable[[nn.Module, PruningRecord], None]
+"""Gives BatchNorm of a network that lacks what a record says the statistics it is to have."""
+
+_BATCH = 64
+_FAR = 1e3
+"""Divergence in place of one that is not finite."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A pass before anything is cut: what removing shares of each group does.
+
+    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 3.2, look at layers one
+    by one in this way; there are no labels here, so the teacher's own outputs take their place.
+
+    Args:
+        shares: of a group's channels that are removed on trial, the least important first.
+        images: that agreement with the teacher is measured on, of those that are held back;
+            BatchNorm's statistics are taken over about as many.
+        max_drop: share of agreement that a group may lose by itself: ``limits`` then let no more of
+            it go than was tried and lost no more, except where ``exceptions`` say how much may.
+            null leaves the limits as they are.
+    """
+
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5)
+    images: Annotated[int, Field(ge=2)] = 64
+    max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.shares or list(self.shares) != sorted(set(self.shares)):
+            raise ValueError("shares: give at least one, each more than the one before")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the pass found, by group; lists go along ``shares``.
+
+    Args:
+        shares: of the channels that were removed.
+        agreement: how often the network still predicts the teacher's class, in [0, 1].
+        divergence: mean KL(p_T ‖ p) of the outputs, in nats.
+    """
+
+    shares: tuple[float, ...]
+    agreement: Mapping[str, Sequence[float]]
+    divergence: Mapping[str, Sequence[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-safe data."""
+        return {
+            "shares": list(self.shares),
+            "agreement": {name: list(found) for name, found in self.agreement.items()},
+            "divergence": {name: list(found) for name, found in self.divergence.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Measured:
+        """Read what ``to_json`` wrote."""
+        return Measured(tuple(data["shares"]), data["agreement"], data["divergence"])
+
+    def narrowed(self, limits: Limits, max_drop: float) -> Limits:
+        """Return limits by which no more of a group goes than lost so much agreement by itself.
+
+        Args:
+            limits: as they were; their exceptions come first.
+            max_drop: share of agreement.
+        """
+        found = []
+        for name, agreement in self.agreement.items():
+            pairs = zip(self.shares, agreement, strict=True)
+            harmless = itertools.takewhile(lambda pair: pair[1] >= 1 - max_drop, pairs)
+            share = max((share for share, _ in harmless), default=0.0)
+            found.append(LayerLimits(name.partition("#")[0], min(share, limits.max_ratio)))
+        return replace(limits, exceptions=(*limits.exceptions, *found))
+
+    def importances(
+        self, scores: Mapping[str, Tensor], originals: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return importances that add up to the divergences measured, in the order of others.
+
+        The divergence over the share removed is made convex (its lower hull), as the channels that
+        matter least go first; beyond the last share it goes on as it came.
+
+        Args:
+            scores: what tells the order, (channels,) of each group, by name.
+            originals: channels of each group before any pruning.
+
+        Returns:
+            Importances >= 0, (channels,) of each group, by name; a group's sum over the channels
+            that would go is what that costs, so those of all groups compare.
+        """
+        found = {}
+        for name, score in scores.items():
+            hull = _lower_hull([0.0, *self.shares], [0.0, *self.divergence[name]])
+            total = originals[name]
+            gone = total - len(score)
+            rises = [
+                _at(hull, (gone + n + 1) / total) - _at(hull, (gone + n) / total)
+                for n in range(len(score))
+            ]
+            order = torch.argsort(score, stable=True)
+            importance = torch.empty(len(score))
+            # Where the slope is one, the order stays that of the scores.
+            tilt = 1 + 1e-4 * torch.arange(len(score)) / max(1, len(score))
+            importance[order] = (torch.tensor(rises).clamp_min(0) + 1e-12) * tilt
+            found[name] = importance
+        return found
+
+
+def measure_sensitivity(
+    graph: ChannelGraph,
+    teacher: Teacher,
+    scores: Mapping[str, Tensor],
+    options: Sensitivity,
+    images: Images,
+    take_statistics: TakeStatistics,
+    context: RunContext,
+) -> Measured:
+    """Remove shares of each group from copies of a network, and look at what these predict.
+
+    Args:
+        graph: of the network as it is, which computes what its teacher does.
+        teacher: that is agreed with.
+        scores: importances (channels,) of the groups that are looked at, by name.
+        options: how.
+        images: stored; all of them are looked at.
+        take_statistics: what is done to BatchNorm after a removal.
+        context: the run's.
+
+    Returns:
+        What was found; the same on every rank.
+    """
+    device, card = context.device, teacher.card
+    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(images, _BATCH)]
+    theirs = _logits(teacher.model, batches)
+    agreement: dict[str, list[float]] = {name: [] for name in scores}
+    divergence: dict[str, list[float]] = {name: [] for name in scores}
+    trials = list(itertools.product(scores.items(), options.shares))
+    with context.log.progress("sensitivity", len(trials)) as advance:
+        for number, ((name, score), share) in enumerate(trials, 1):
+            count = min(len(score) - 1, max(1, round(share * len(score))))
+            gone = torch.argsort(score, stable=True)[:count].tolist()
+            smaller, record = graph.without({name: gone})
+            take_statistics(smaller, record)
+            ours = _logits(smaller, batches)
+            agreement[name].append(float((ours.argmax(1) == theirs.argmax(1)).float().mean()))
+            log_p, log_q = F.log_softmax(theirs, 1), F.log_softmax(ours, 1)
+            apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+            divergence[name].append(float(apart.nan_to_num(nan=_FAR, posinf=_FAR)))
+            advance(number)
+            context.log.check(together=True)
+    return Measured(*distributed.broadcast((options.shares, agreement, divergence)))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    with eval_mode(model):
+        return torch.cat([model(x).float().cpu() for x in batches])
+
+
+def _lower_hull(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the corners of the lower convex hull of points, from left to right."""
+    hull: list[tuple[float, float]] = []
+    for x, y in zip(xs, ys, strict=True):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x1) <= (y - y1) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _at(hull: Sequence[tuple[float, float]], x: float) -> float:
+    """Return a hull's height at some place, beyond its end as it came."""
+    (x0, y0), (x1, y1) = next(
+        (pair for pair in itertools.pairwise(hull) if x <= pair[1][0]), (hull[-2], hull[-1])
+    )
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
