@@ -30,11 +30,11 @@ from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import Ranking
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import Parts, fitting_sample
+from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import train_student, trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import in_order
-from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.types import (
     ChannelGroup,
     PruningStep,
@@ -120,8 +120,8 @@ class PruningRun:
         seed, size = self.context.seed, options.batch_size
         count = size * options.ranking_batches
         self.ranked_on = fitting_sample(self.images, count, seed, "ranking")
-        count = size * options.recalibration_batches
-        self.recalibrated_on = fitting_sample(self.images, count, seed, "recalibration")
+        count = size * options.statistics_batches
+        self.statistics_of = fitting_sample(self.images, count, seed, "statistics")
         found = self.checkpoint.go_on(self.images)
         if found is not None:
             self._restore(*found)
@@ -217,23 +217,22 @@ class PruningRun:
             advance(next(passed))
 
     def _adjust(self) -> None:
-        """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
+        """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""
         options, context, teacher = self.options, self.context, self.teacher
+        student, images, kept = self.student, self.images, self.cut.kept
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
-            reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
+            reconstruct_student(teacher, student, self.cut, images, fit, context)
         else:
-            batches, size = options.recalibration_batches, options.batch_size
-            student, sample, device = self.student, self.recalibrated_on, context.device
-            with context.log.progress("statistics", batches) as advance:
-                recalibrate(student, sample, self.card, device, batches, size, advance)
+            how, sample, size = options.statistics, self.statistics_of, options.batch_size
+            give_statistics(how, teacher, student, kept, sample, size, context)
         if options.finetune is not None:
             with placed("finetune", always=False):
                 number = self.rounds + 1
                 # Each pause draws other images, other crops and other pairs to mix.
                 seed = derived_seed(context.seed, f"finetune {number}")
                 pause = dataclasses.replace(context, seed=seed)
-                stage, how = f"finetune {number}", options.finetune
-                train_student(teacher, self.student, self.images, how, pause, stage, False)
+                stage, taught = f"finetune {number}", options.finetune
+                train_student(teacher, student, images, taught, pause, stage, False, kept)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:

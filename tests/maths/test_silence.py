@@ -30,7 +30,8 @@ TAUGHT = {
     "steps": 2,
     "batch_size": 4,
     "precision": "float32",
-    "recalibrate": 1,
+    "statistics": "difference",
+    "statistics_batches": 1,
     "evaluate_every": 1,
 }
 
