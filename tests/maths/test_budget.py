@@ -489,7 +489,7 @@ def test_finetuning_between_rounds_changes_what_goes_on_being_pruned(toys, teach
 def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     seeds = []
 
-    def teach(teacher, student, images, options, context, stage, resumable):
+    def teach(teacher, student, images, options, context, stage, resumable, kept):
         seeds.append((stage, context.seed, resumable))
 
     monkeypatch.setattr(pruning_run, "train_student", teach)
