@@ -21,6 +21,7 @@ from dreamkit.stages.samples import Parts, parted, what_is_held_back
 from dreamkit.stages.training_run import TrainingRun
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.statistics import Statistics
 from dreamkit.training.trainer import Trainer, lay_out
 from dreamkit.types import Images, RunContext, Synthesis, Teacher
 
@@ -31,6 +32,7 @@ class Recovery(Distillation):
 
     temperature: Annotated[float, Field(gt=0)] = 5.0
     lr: Annotated[float, Field(gt=0)] = 0.01
+    statistics: Statistics = "difference"
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:
