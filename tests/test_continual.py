@@ -299,7 +299,7 @@ def test_a_head_of_an_unknown_kind(tmp_path, recipe, recipe_file, invoke):
         ({"sets": [{"train": {"source": "digits"}, "test": 3}]}, "should be a mapping"),
         ({"sets": [{"train": {"source": "digits"}, "trian": 3}]}, "unknown option"),
         ({"replay": {"source": "digits"}, "adaptive": {"every": 2}}, "'replay' must be dreams"),
-        ({"training": {"recalibrate": 3}}, "would undo what freeze_bn keeps"),
+        ({"training": {"statistics": "recalibrate"}}, "would undo what freeze_bn keeps"),
         ({"training": {"augmentation": {"mixup": 1}}}, "classes are learnt from whole images"),
     ],
 )

@@ -412,7 +412,7 @@ SHRINKING = {
         "target": {"channels": 0.9},
         "recovery": {"steps": 6, "batch_size": 8},
         "ranking_batches": 1,
-        "recalibration_batches": 1,
+        "statistics_batches": 1,
         "batch_size": 8,
     },
     "recover": {"name": "recover", "sparsity": 0.5, "training": {"steps": 6, "batch_size": 8}},

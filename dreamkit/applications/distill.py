@@ -16,6 +16,7 @@ from dreamkit.stages.measuring import measure_quality
 from dreamkit.stages.teaching import StudentTraining
 from dreamkit.teachers.checking import check_fits
 from dreamkit.teachers.intake import admit
+from dreamkit.training.difference_statistics import check_made_from
 from dreamkit.training.distillation import Distillation
 from dreamkit.types import (
     Images,
@@ -61,6 +62,9 @@ class Distill(TrainsOnImages):
             loaded.model.to(context.device)
             made = admit(loaded, context.log.note, "the student", learnt=False)
             check_fits(made.card, teacher.card)
+        if self.training.statistics == "difference":
+            with placed("training"):
+                check_made_from(made.model, teacher.model, {})
         made.model.requires_grad_(True)  # whatever of it its owner froze
         return made
 

@@ -63,7 +63,7 @@ class Prune(ChannelPruning, TrainsOnImages):
             fit = self.reconstruction
             reconstruct_student(teacher, student, work.cut, first.fitted, fit, context)
         measure_quality("pruned", student, teacher, first, context)
-        taught_on = training.run(student, first)
+        taught_on = training.run(student, first, work.cut.kept)
         measure_quality("student", student, teacher, taught_on, context)
         if self.target.timed:
             self._check_latency(work, context)

@@ -19,7 +19,6 @@ from dreamkit.copying import copied
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state, tensors_of
-from dreamkit.out_of_memory import enough_memory
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
@@ -35,8 +34,9 @@ from dreamkit.stages.measuring import glance, measure_quality
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.reconstructing import Reconstruction, reconstruct_student
 from dreamkit.stages.samples import Parts, fitting_sample
+from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import Recovery, StudentTraining, trainable_copy
-from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.statistics import Statistics
 from dreamkit.types import (
     Images,
     ImageSource,
@@ -61,8 +61,11 @@ class Recover(TrainsOnImages):
             prune, or not to prune", eq. 1). After each, ``reconstruction`` gives what is left the
             work of what went, so that the next one finds other weights the smallest.
         training: distillation from the teacher.
-        recalibration_batches: batches that BatchNorm statistics are recomputed over before the
-            accuracy of what pruning left is read; 0 leaves them. Without ``reconstruction`` alone.
+        statistics: BatchNorm's once the weights are gone, without ``reconstruction`` alone:
+            ``difference``, the teacher's, moved by what student and teacher see differently of the
+            images; ``recalibrate``, those of the images, which for dreams are not those of real
+            images; ``keep``, those that it has.
+        statistics_batches: batches of images that these are taken over.
         reconstruction: least squares, layer by layer, between what is left and the teacher, after
             each round; null leaves the weights as they are until the training.
         images: what the network recovers on; this run's own dreams by default.
@@ -73,7 +76,8 @@ class Recover(TrainsOnImages):
     sparsity: Annotated[float, Field(gt=0, lt=1)]
     rounds: Annotated[int, Field(ge=1)] = 1
     training: Recovery = field(default_factory=Recovery)
-    recalibration_batches: Annotated[int, Field(ge=0)] = 16
+    statistics: Statistics = "difference"
+    statistics_batches: Annotated[int, Field(ge=1)] = 16
     reconstruction: Reconstruction | None = None
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
     adaptive: Adaptive | None = None
@@ -136,7 +140,7 @@ class Recover(TrainsOnImages):
                 remove_weights(student, masks)
                 fit = self.reconstruction
                 if fit is None:
-                    self._recalibrate(teacher, student, images, context)
+                    self._take_statistics(teacher, student, images, context)
                 else:
                     record = PruningRecord()
                     reconstruct_student(teacher, student, record, images, fit, context, masks)
@@ -167,16 +171,11 @@ class Recover(TrainsOnImages):
         masks = {name: mask.to(device) for name, mask in below("masks", state).items()}
         return masks, facts["rounds"]
 
-    def _recalibrate(
+    def _take_statistics(
         self, teacher: Teacher, student: nn.Module, images: Images, context: RunContext
     ) -> None:
-        if self.recalibration_batches == 0:
-            return
-        batches, size = self.recalibration_batches, self.training.batch_size
-        sample = fitting_sample(images, batches * size, context.seed, "recalibration")
-        cure = f"lower training.batch_size ({size} now)"
-        with (
-            context.log.progress("statistics", batches) as advance,
-            enough_memory("taking BatchNorm statistics", cure, ("training", "batch_size")),
-        ):
-            recalibrate(student, sample, teacher.card, context.device, batches, size, advance)
+        size = self.training.batch_size
+        count = self.statistics_batches * size
+        sample = fitting_sample(images, count, context.seed, "statistics")
+        place = ("training", "batch_size")
+        give_statistics(self.statistics, teacher, student, {}, sample, size, context, place)

@@ -16,6 +16,7 @@ from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.sensitivity import Sensitivity
 from dreamkit.stages.teaching import Recovery
+from dreamkit.training.statistics import Statistics
 from dreamkit.types import Criterion, Selection
 
 
@@ -47,9 +48,11 @@ class ChannelPruning:
         step: what is removed between two rankings at the most, a share of the prunable channels
             (``greedy``) or of what each goal counts (``knapsack``, and ``greedy`` per cost).
         ranking_batches: batches of images a ranking is averaged over.
-        batch_size: images in each of them, and in BatchNorm recalibration.
-        recalibration_batches: batches that BatchNorm statistics are recomputed over after
-            every step.
+        batch_size: images in each of them, and of those that statistics are taken over.
+        statistics: BatchNorm's after every step: ``difference``, the teacher's, moved by what
+            student and teacher see differently of the images; ``recalibrate``, those of the
+            images, which for dreams are not those of real images; ``keep``, those that it has.
+        statistics_batches: batches of images that these are taken over.
         normalise: what each criterion's values are divided by, so that weights compare criteria
             of different units: the ``mean`` or the ``max`` of their absolute values over all
             channels, the mean within each ``group`` (for criteria whose size differs from layer
@@ -71,7 +74,8 @@ class ChannelPruning:
     step: Annotated[float, Field(gt=0, le=1)] = 0.05
     ranking_batches: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=2)] = 64
-    recalibration_batches: Annotated[int, Field(ge=1)] = 16
+    statistics: Statistics = "difference"
+    statistics_batches: Annotated[int, Field(ge=1)] = 16
     normalise: Normalise = "mean"
     latency_table: str | None = None
 

@@ -13,6 +13,7 @@ from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.samples import Parts
 from dreamkit.stages.teaching import train_student
 from dreamkit.training.batches import drawn
+from dreamkit.training.difference_statistics import Kept
 from dreamkit.types import RunContext, Teacher
 
 LOOKED_AT = 256
@@ -42,12 +43,13 @@ class Pauses:
         """What was seen after the last round, as its record holds it."""
         self._theirs: Tensor | None = None
 
-    def after_round(self, number: int, student: nn.Module) -> None:
+    def after_round(self, number: int, student: nn.Module, kept: Kept) -> None:
         """Train a student if it is time.
 
         Args:
             number: of the round, from 1.
             student: trained in place.
+            kept: which of the teacher's channels it has.
         """
         how, drop, teacher = self.options.finetune, self.options.finetune_drop, self.teacher
         if how is None:
@@ -61,7 +63,7 @@ class Pauses:
             stage = f"finetune {number}"
             # Each pause draws other images, other crops and other pairs to mix.
             pause = dataclasses.replace(self.context, seed=derived_seed(self.context.seed, stage))
-            train_student(teacher, student, self.parts.fitted, how, pause, stage, False)
+            train_student(teacher, student, self.parts.fitted, how, pause, stage, False, kept)
         if drop is not None:
             self.agreed = self._agreement(student)
             self.looked = {"agreement": self.agreed, "trained": 1.0}

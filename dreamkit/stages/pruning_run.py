@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,12 @@ from dreamkit.stages.ranking import without
 from dreamkit.stages.reconstructing import reconstruct_student
 from dreamkit.stages.samples import Parts, fitting_sample
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
+from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import drawn
-from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.statistics import take_statistics
 from dreamkit.types import (
     ChannelGroup,
     RoundPruned,
@@ -117,8 +116,8 @@ class PruningRun:
         self.pauses = Pauses(options, self.teacher, parts, self.context)
         seed, size = self.context.seed, options.batch_size
         self.importances.begin(self.images)
-        count = size * options.recalibration_batches
-        self.recalibrated_on = fitting_sample(self.images, count, seed, "recalibration")
+        count = size * options.statistics_batches
+        self.statistics_of = fitting_sample(self.images, count, seed, "statistics")
         found = self.checkpoint.go_on(self.images)
         if found is not None:
             self._restore(*found)
@@ -184,9 +183,14 @@ class PruningRun:
         scores = self.importances(self.student, self.graph.groups()[0])
         looked = stream(self.context.seed, "sensitivity")
         images = drawn(self.parts.looked_at, options.images, looked)
-        few = -(-options.images // self.options.batch_size)
-        batches = min(few, self.options.recalibration_batches)
-        take = partial(self._take_statistics, batches=batches)
+        how, size, device = self.options.statistics, self.options.batch_size, self.context.device
+        batches = min(-(-options.images // size), self.options.statistics_batches)
+
+        def take(smaller: nn.Module, record: PruningRecord) -> None:
+            sample, kept = self.statistics_of, record.kept
+            args = (smaller, self.teacher.model, kept, sample, self.card, device, batches, size)
+            take_statistics(how, *args)
+
         measured = measure_sensitivity(
             self.graph, self.teacher, scores, options, images, take, self.context
         )
@@ -194,26 +198,15 @@ class PruningRun:
         self.choosing.check_reach(self.graph)
 
     def _adjust(self) -> None:
-        """Fit the student to what it lost, or take BatchNorm's statistics anew; then train it."""
+        """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""
         options, context, teacher = self.options, self.context, self.teacher
+        student, images, kept = self.student, self.images, self.cut.kept
         if options.reconstruct_each and (fit := options.reconstruction) is not None:
-            reconstruct_student(teacher, self.student, self.cut, self.images, fit, context)
+            reconstruct_student(teacher, student, self.cut, images, fit, context)
         else:
-            batches = options.recalibration_batches
-            with context.log.progress("statistics", batches) as advance:
-                self._take_statistics(self.student, self.cut, batches, advance)
-        self.pauses.after_round(self.rounds + 1, self.student)
-
-    def _take_statistics(
-        self,
-        student: nn.Module,
-        record: PruningRecord,
-        batches: int,
-        advance: Callable[[int], None] = lambda batches: None,
-    ) -> None:
-        """Give BatchNorm of a student, which lacks what a record says, its statistics."""
-        sample, size, device = self.recalibrated_on, self.options.batch_size, self.context.device
-        recalibrate(student, sample, self.card, device, batches, size, advance)
+            how, sample, size = options.statistics, self.statistics_of, options.batch_size
+            give_statistics(how, teacher, student, kept, sample, size, context)
+        self.pauses.after_round(self.rounds + 1, student, kept)
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:

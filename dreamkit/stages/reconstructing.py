@@ -16,7 +16,7 @@ from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.stages.samples import fitting_sample
 from dreamkit.training.batches import in_order
-from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.difference_statistics import take_difference
 from dreamkit.types import Images, RunContext, RunLog, Teacher
 from dreamkit.wording import and_more
 
@@ -51,9 +51,10 @@ def reconstruct_student(
 ) -> None:
     """Fit a student to its teacher; all that is not fitted is then the teacher's.
 
-    Where a layer that lost something cannot be fitted, BatchNorm's statistics are taken anew: the
-    teacher's do not hold behind it. Adds ``reconstruction.seconds`` to the metrics, and the
-    layers that could not be fitted to the details.
+    Where a layer that lost something cannot be fitted, the teacher's BatchNorm statistics do not
+    hold behind it, and move by what student and teacher see differently. Adds
+    ``reconstruction.seconds`` to the metrics, and the layers that could not be fitted to the
+    details.
 
     Args:
         teacher: that it is fitted to.
@@ -103,9 +104,10 @@ def _fit(
     if lost:
         context.log.note(
             f"reconstruction: {and_more(lost)} cannot be fitted, so BatchNorm's "
-            "statistics are taken anew"
+            "statistics move by what that changes"
         )
-        recalibrate(student, sample, card, device, len(batches), size)
+        kept, network = pruning_record.kept, teacher.model
+        take_difference(student, network, kept, sample, card, device, len(batches), size)
     context.log.details["reconstruction_left_alone"] = left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -18,7 +19,9 @@ from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.samples import Parts, parted, what_is_held_back
 from dreamkit.stages.training_run import TrainingRun
+from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.statistics import Statistics
 from dreamkit.training.trainer import Trainer, lay_out
 from dreamkit.types import Images, RunContext, Synthesis, Teacher
 
@@ -29,6 +32,7 @@ class Recovery(Distillation):
 
     temperature: Annotated[float, Field(gt=0)] = 5.0
     lr: Annotated[float, Field(gt=0)] = 0.01
+    statistics: Statistics = "difference"
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:
@@ -44,6 +48,7 @@ def train_student(
     context: RunContext,
     stage: str,
     resumable: bool = True,
+    kept: Kept = MappingProxyType({}),
 ) -> Images:
     """Distil a teacher into ``student``, reporting under ``stage``.
 
@@ -55,6 +60,7 @@ def train_student(
         context: the run's.
         stage: what it is called in records and reports.
         resumable: as of ``teach``.
+        kept: which of the teacher's channels the student has.
 
     Returns:
         The images that it was taught on.
@@ -69,6 +75,7 @@ def train_student(
         context.seed,
         options.total_steps(count),
         context.log.note,
+        kept,
     )
     return teach(trainer, [images], context, stage, resumable)[0]
 
@@ -142,19 +149,25 @@ class StudentTraining:
             pool.dream()
         return pool.parts
 
-    def run(self, student: nn.Module, first: Parts | None = None) -> Parts:
+    def run(
+        self,
+        student: nn.Module,
+        first: Parts | None = None,
+        kept: Kept = MappingProxyType({}),
+    ) -> Parts:
         """Train a student.
 
         Args:
             student: as ``train_student`` takes it.
             first: from ``first_images``; None to begin with these here.
+            kept: which of the teacher's channels it has.
 
         Returns:
             The images that it was taught on, with those that were held back.
         """
         if self.adaptive is None:
             parts = self.first_images(student) if first is None else first
-            self._train(student, parts.fitted)
+            self._train(student, parts.fitted, kept)
             return parts
         lay_out(student, self.options, self.context.device)  # before it is compiled as a competitor
         with self._pool(student, self.adaptive) as pool:
@@ -163,13 +176,21 @@ class StudentTraining:
                 pool.check(self.options.total_steps(pool.images), self.place)
             else:
                 pool.restore(min(self.adaptive.batches, len(pool.dreams.plans)))
-            self._train(student, pool)
+            self._train(student, pool, kept)
             report_synthesis(self.context, pool.dreams.store, self.teacher)
         return pool.parts
 
-    def _train(self, student: nn.Module, images: Images | AdaptivePool) -> None:
+    def _train(self, student: nn.Module, images: Images | AdaptivePool, kept: Kept) -> None:
         with placed(self.place, always=False):
-            train_student(self.teacher, student, images, self.options, self.context, self.stage)
+            train_student(
+                self.teacher,
+                student,
+                images,
+                self.options,
+                self.context,
+                self.stage,
+                kept=kept,
+            )
 
     def _pool(self, student: nn.Module, adaptive: Adaptive) -> AbstractContextManager[AdaptivePool]:
         return adaptive_pool(

@@ -14,6 +14,7 @@ from dreamkit import distributed
 from dreamkit.card import Card
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.batches import in_order
+from dreamkit.training.moments import Moments
 from dreamkit.types import Images
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -35,8 +36,7 @@ def recalibrate(
 
     Pruned channels shift what later layers see; accuracy read before this is meaningless. These
     are population statistics (precise BN, Wu and Johnson 2021), each layer fed by layers that
-    normalise with their batch's own. fvcore's version takes E[x²] - E[x]² in float32, which turns
-    negative for channels of large mean; here moments are merged as Chan et al. (1983) do.
+    normalise with their batch's own.
 
     Args:
         model: changed in its BatchNorm buffers alone; modes are kept.
@@ -63,7 +63,7 @@ def recalibrate(
         assert layer.running_mean is not None
         assert layer.running_var is not None
         layer.running_mean.copy_(moments.mean)
-        layer.running_var.copy_(moments.squares / moments.count)
+        layer.running_var.copy_(moments.variance)
 
 
 @torch.no_grad()
@@ -94,9 +94,7 @@ def refresh(
     with eval_mode(model):
         seen = _inputs(model, layers, images, card, device, None, batch_size, advance)
     # Ranks may differ in the last bit, and are to have one network.
-    found = distributed.broadcast(
-        [(m.mean.cpu(), (m.squares / m.count).cpu()) for m in seen.values()]
-    )
+    found = distributed.broadcast([(m.mean.cpu(), m.variance.cpu()) for m in seen.values()])
     for layer, (mean, variance) in zip(seen, found, strict=True):
         scale, shift, old_mean, old_variance = (
             getattr(layer, name) for name in ("weight", "bias", "running_mean", "running_var")
@@ -137,14 +135,15 @@ def _inputs(
     batches: int | None,
     batch_size: int,
     advance: Callable[[int], None],
-) -> dict[_Layer, _Moments]:
+) -> dict[_Layer, Moments]:
     """Return the moments of what layers are given, of those that are reached."""
-    seen = {layer: _Moments() for layer in layers}
+    seen: dict[_Layer, Moments] = {}
     named = ((str(number), layer) for number, layer in enumerate(layers))
 
     def see(number: str, layer: nn.Module, x: Tensor) -> None:
         if x.numel() > x.shape[1]:
-            seen[layers[int(number)]].add(x.float())
+            watched = layers[int(number)]
+            seen[watched] = Moments.of(x).merged(seen.get(watched))
         else:  # one value a channel: torch refuses to normalise that by itself
             layer.eval()
 
@@ -154,23 +153,4 @@ def _inputs(
             if len(stored) > 1 or len(images) == 1 or batch_size == 1:
                 model(card.normalise(stored.to(device)))
             advance(number)
-    return {layer: moments for layer, moments in seen.items() if moments.count}
-
-
-class _Moments:
-    """Channels' means and sums of squared deviations, merged batch by batch."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        count = x.numel() // x.shape[1]
-        var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
-        total = self.count + count
-        shift = mean - self.mean.to(mean)
-        between = shift.square() * (self.count * count / total)
-        self.squares = self.squares.to(mean) + var * count + between
-        self.mean = self.mean.to(mean) + shift * (count / total)
-        self.count = total
+    return seen

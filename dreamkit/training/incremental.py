@@ -29,7 +29,6 @@ class IncrementalTraining(Training):
     Args:
         epochs: passes over the images of the new classes.
         batch_size: images of new classes in a step; there are as many of old ones.
-        freeze_bn: keep BatchNorm's running statistics, and train with them.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 25
@@ -40,8 +39,6 @@ class IncrementalTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recalibrate and self.freeze_bn:
-            raise ValueError("recalibrate: it would undo what freeze_bn keeps; set one of them")
         if self.augmentation.mixup:
             raise ValueError("augmentation.mixup: classes are learnt from whole images; use 0")
 
@@ -58,14 +55,6 @@ class IncrementalTrainer(Trainer[IncrementalTraining]):
     def __init__(self, losses: Sequence[Term[IncrementalLoss]], *arguments: Any) -> None:
         self.losses = losses
         super().__init__(*arguments)
-
-    def train_mode(self) -> None:
-        """Put the student in training mode, BatchNorm in eval mode where it is frozen."""
-        self.student.train()
-        if self.options.freeze_bn:
-            for module in self.student.modules():
-                if isinstance(getattr(module, "running_mean", None), Tensor):
-                    module.eval()
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the weighted sum of the losses.

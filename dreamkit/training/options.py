@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dreamkit.errors import OptionError
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.schedule import Schedule, lr_factor
+from dreamkit.training.statistics import Statistics
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -36,8 +38,13 @@ class Training:
         augmentation: how images are varied.
         ema: keep a moving average of the weights with this decay, and let it be the student;
             null does not.
-        recalibrate: batches over which BatchNorm statistics are taken anew at the end; 0 keeps
-            those of training.
+        freeze_bn: train with BatchNorm's running statistics as they are at the beginning, and keep
+            them; else each step normalises with its own images' and moves them.
+        statistics: BatchNorm's at the end: ``keep``, those of training; ``difference``, the
+            teacher's, moved by what student and teacher see differently of the images, for a
+            student that has the teacher's layers; ``recalibrate``, those of the images, which for
+            dreams are not those of real images.
+        statistics_batches: batches of images that the last two are taken over.
         evaluate_every: steps between looks at the accuracy on evaluation images; null never does.
         precision: of the networks' arithmetic; weights, statistics and losses stay float32.
             ``auto`` is bfloat16 where the hardware multiplies it natively, except for students
@@ -60,7 +67,9 @@ class Training:
     milestones: tuple[Share, ...] = (0.4, 0.8)
     augmentation: Augmentation = field(default_factory=Augmentation)
     ema: Share | None = None
-    recalibrate: Annotated[int, Field(ge=0)] = 0
+    freeze_bn: bool = False
+    statistics: Statistics = "keep"
+    statistics_batches: Annotated[int, Field(ge=1)] = 16
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
@@ -72,6 +81,8 @@ class Training:
                 f"accumulate: {self.accumulate} parts of {self.batch_size} images leave BatchNorm "
                 "less than two; choose fewer"
             )
+        if self.freeze_bn and self.statistics == "recalibrate":
+            raise OptionError("statistics", "recalibrate would undo what freeze_bn keeps")
 
     def total_steps(self, images: int) -> int:
         """Return how many optimizer steps a run over this many images takes."""

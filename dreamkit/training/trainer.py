@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import torch
@@ -22,9 +23,10 @@ from dreamkit.model_state import load_state, tensors_of
 from dreamkit.seeds import stream
 from dreamkit.training.augmenter import Augmenter
 from dreamkit.training.batches import drawn_evenly
-from dreamkit.training.bn_recalibration import recalibrate
+from dreamkit.training.difference_statistics import Kept, check_made_from, stating
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
+from dreamkit.training.statistics import take_statistics
 from dreamkit.types import Images
 
 Options = TypeVar("Options", bound=Training)
@@ -41,7 +43,11 @@ class Trainer(ABC, Generic[Options]):
         device: where both models are.
         seed: of what is drawn: augmentation, and the images of ``recalibrate``.
         total: steps in all.
-        note: told if compilation fails.
+        note: told if compilation fails, and of layers without statistics to take.
+        kept: which of the teacher's channels the student has, as ``take_difference`` takes it.
+
+    Raises:
+        DreamkitError: the student has no layers of the teacher's, and is to have its statistics.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Trainer(ABC, Generic[Options]):
         seed: int,
         total: int,
         note: Callable[[str], None] = lambda text: None,
+        kept: Kept = MappingProxyType({}),
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -63,9 +70,12 @@ class Trainer(ABC, Generic[Options]):
         self.seed = seed
         self.total = total
         self.note = note
+        self.kept = kept
         self.done = 0
         self.network: nn.Module = student
         """The student, with its gradients averaged over ranks where there are several."""
+        if options.statistics == "difference":
+            check_made_from(student, teacher, kept)
         self.precision = resolve_precision(options.precision, device, student)
         lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
@@ -80,11 +90,14 @@ class Trainer(ABC, Generic[Options]):
         self._forward: _Forward = self._logits
         if options.compile:
             self._forward = torch.compile(with_cache_of_its_own(self._logits), dynamic=False)
-        self.train_mode()
+        self._train_mode()
 
-    def train_mode(self) -> None:
-        """Put the student in the mode in which it is trained."""
+    def _train_mode(self) -> None:
+        """Put the student in training mode, BatchNorm in eval mode where it is frozen."""
         self.student.train()
+        if self.options.freeze_bn:
+            for _, layer in stating(self.student):
+                layer.eval()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         options = self.options
@@ -200,13 +213,24 @@ class Trainer(ABC, Generic[Options]):
                 "clip_norm",
                 ("lr",),
             )
-        if self.options.recalibrate and self.done:
-            batches, size = self.options.recalibrate, self.options.batch_size
-            sample = drawn_evenly(
-                sets, batches * size, stream(self.seed, "recalibration at the end")
-            )
-            size *= len(sets)
-            recalibrate(self.student, sample, self.card, self.device, batches, size)
+        if self.options.statistics != "keep" and self.done:
+            self._take_statistics(sets)
+
+    def _take_statistics(self, sets: Sequence[Images]) -> None:
+        batches, size = self.options.statistics_batches, self.options.batch_size
+        sample = drawn_evenly(sets, batches * size, stream(self.seed, "statistics at the end"))
+        take_statistics(
+            self.options.statistics,
+            self.student,
+            self.teacher,
+            self.kept,
+            sample,
+            self.card,
+            self.device,
+            batches,
+            size * len(sets),
+            note=self.note,
+        )
 
     @property
     def finite(self) -> bool:

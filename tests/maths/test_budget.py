@@ -30,6 +30,7 @@ from dreamkit.stages.measuring import measure_costs
 from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_run import PruningRun
 from dreamkit.stages.reconstructing import Reconstruction
+from dreamkit.stages.samples import parted
 from dreamkit.stages.teaching import Recovery
 from dreamkit.training.losses.distillation import LogitDistance
 from dreamkit.types import LatencyBackend, Timing
@@ -238,7 +239,7 @@ def pruning(**changes):
         "step": 0.2,
         "ranking_batches": 1,
         "batch_size": 8,
-        "recalibration_batches": 1,
+        "statistics_batches": 1,
     }
     return Prune(**(known | changes))
 
@@ -324,7 +325,7 @@ def test_no_dream_that_models_are_compared_on_is_seen_by_anything_else(
     run = toys.context(tmp_path, log=log)
     tuned = Recovery(steps=6, batch_size=16, precision="float32", lr=0.01)
     options = pruning(
-        recovery=dataclasses.replace(tuned, recalibrate=2),
+        recovery=dataclasses.replace(tuned, statistics="recalibrate", statistics_batches=2),
         reconstruction=FIT,
         reconstruct_each=True,
         finetune=tuned,
@@ -491,7 +492,7 @@ def test_finetuning_between_rounds_changes_what_goes_on_being_pruned(toys, teach
 def test_every_pause_draws_other_images(toys, teacher, tmp_path, monkeypatch):
     seeds = []
 
-    def teach(teacher, student, images, options, context, stage, resumable):
+    def teach(teacher, student, images, options, context, stage, resumable, kept):
         seeds.append((stage, context.seed, resumable))
 
     monkeypatch.setattr(pauses, "train_student", teach)
@@ -518,18 +519,19 @@ def test_a_pause_comes_where_agreement_has_fallen(
     said = []
     state = {"agreement": 1.0}
 
-    def teach(teacher, student, images, options, context, stage, resumable):
+    def teach(teacher, student, images, options, context, stage, resumable, kept):
         said.append(int(stage.split()[1]))
         state["agreement"] = 0.9
 
     monkeypatch.setattr(pauses, "train_student", teach)
     monkeypatch.setattr(Pauses, "_agreement", lambda self, student: state["agreement"])
     tuned = Recovery(steps=2, batch_size=8)
-    work = Pauses(pruning(finetune=tuned, finetune_drop=drop), teacher, toys.images(24), context)
+    parts = parted(toys.images(24), 0, context.log.note)
+    work = Pauses(pruning(finetune=tuned, finetune_drop=drop), teacher, parts, context)
     looked = []
     for number, loss in enumerate((0.2, 0.15, 0.25, 0.15), 1):
         state["agreement"] -= loss
-        work.after_round(number, teacher.model)
+        work.after_round(number, teacher.model, {})
         looked.append(work.looked["trained"])
     assert said == trained
     assert looked == [float(number in trained) for number in range(1, 5)]
@@ -538,10 +540,10 @@ def test_a_pause_comes_where_agreement_has_fallen(
 def test_agreement_is_looked_at_on_images_that_nothing_is_fitted_on(
     toys, teacher, context, monkeypatch
 ):
-    monkeypatch.setattr(samples, "COMPARED", 5)
+    monkeypatch.setattr(samples, "LEAST", 5)
     tuned = Recovery(steps=2, batch_size=8, precision="float32")
     options = pruning(finetune=tuned, finetune_drop=0.9, recovery=UNTRAINED)
-    options.run(teacher, toys.images(24), context)
+    options.run(teacher, toys.images(50), context)
     rounds = list(context.log.records["pruning"].values())
     assert all(record["trained"] == 0 for record in rounds)
     assert all(5 * record["agreement"] == round(5 * record["agreement"]) for record in rounds)

@@ -140,7 +140,7 @@ def pruning(**changes):
         "step": 0.2,
         "ranking_batches": 1,
         "batch_size": 8,
-        "recalibration_batches": 1,
+        "statistics_batches": 1,
     }
     return Prune(**(known | changes))
 

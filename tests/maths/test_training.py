@@ -305,7 +305,9 @@ def test_a_divergence_names_what_to_change(toys):
 def test_statistics_are_taken_anew_where_that_is_asked_for(toys):
     student = toys.two_bn()
     images = toys.images(8)
-    options = taught(1, lr=1e-9, batch_size=4, recalibrate=2, weight_decay=0)
+    options = taught(
+        1, lr=1e-9, batch_size=4, statistics="recalibrate", statistics_batches=2, weight_decay=0
+    )
     train(toys, student, toys.two_bn(), images, options)
     seen = student.conv1(toys.card().normalise(images.images))
     torch.testing.assert_close(student.bn1.running_mean, seen.mean((0, 2, 3)))

@@ -171,14 +171,15 @@ def test_images_are_drawn_evenly_from_sets_of_any_size():
 def test_recalibration_sees_every_class_and_every_set(toys, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "dreamkit.training.trainer.recalibrate",
-        lambda model, images, card, device, batches, size: seen.append(
+        "dreamkit.training.statistics.recalibrate",
+        lambda model, images, card, device, batches, size, advance: seen.append(
             [labels for _, labels in in_order(images, size)]
         ),
     )
     context, classes = toys.context(tmp_path), torch.arange(60) // 20  # sorted by class
     images = StoredImages(toys.images(60).images, classes)
-    how = options(steps=2, recalibrate=2, batch_size=10)
+    anew = {"statistics": "recalibrate", "statistics_batches": 2}
+    how = options(steps=2, batch_size=10, **anew)
     train_student(toys.teacher(toys.two_bn()), toys.residual(), images, how, context, "training")
     (batches,) = seen
     assert [len(batch) for batch in batches] == [10, 10]
@@ -186,7 +187,12 @@ def test_recalibration_sees_every_class_and_every_set(toys, tmp_path, monkeypatc
 
     seen.clear()
     how = IncrementalTraining(
-        steps=2, batch_size=10, recalibrate=2, freeze_bn=False, precision="float32"
+        steps=2,
+        batch_size=10,
+        statistics="recalibrate",
+        statistics_batches=2,
+        freeze_bn=False,
+        precision="float32",
     )
     loss = Distance()
     old, student = toys.two_bn(), toys.two_bn(classes=5)

@@ -137,6 +137,7 @@ def test_what_is_left_is_fitted_before_it_is_trained(toys, tmp_path):
         options = Recover(
             sparsity=0.75,
             training=Recovery(epochs=0, batch_size=8),
+            statistics="keep",
             reconstruction=reconstruction,
         )
         options.run(teacher, toys.images(48), run)
@@ -145,6 +146,17 @@ def test_what_is_left_is_fitted_before_it_is_trained(toys, tmp_path):
     assert agreement["fitted"] > agreement["as it is"]
     assert run.log.metrics["reconstruction.seconds"] > 0
     assert run.log.details["reconstruction_left_alone"] == []
+
+
+def test_what_pruning_left_has_its_teachers_statistics_and_the_difference(toys, tmp_path):
+    teacher, found = toys.teacher(toys.two_bn()), {}
+    for how in ("keep", "difference", "recalibrate"):
+        options = Recover(0.75, training=Recovery(epochs=0, batch_size=8), statistics=how)
+        student = options.run(teacher, toys.images(24), toys.context(tmp_path / how)).student
+        found[how] = student.model.bn2.running_mean
+    assert found["keep"].equal(teacher.model.bn2.running_mean)
+    assert not torch.allclose(found["difference"], found["keep"], atol=1e-2)
+    assert not torch.allclose(found["difference"], found["recalibrate"], atol=1e-2)
 
 
 def recovered(toys, folder, **options):

@@ -107,7 +107,7 @@ def test_the_regularizer_and_the_criterion_prune(report):
             "recovery": TRAINING,
             "step": 0.1,
             "ranking_batches": 1,
-            "recalibration_batches": 1,
+            "statistics_batches": 1,
         },
     )
     assert found["metrics"]["pruned.channels_ratio"] <= 0.9

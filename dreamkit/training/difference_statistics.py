@@ -1,0 +1,179 @@
+"""BatchNorm statistics of a network made from another: the other's, moved by what has changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dreamkit import distributed
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import eval_mode, hooked
+from dreamkit.training.batches import in_order
+from dreamkit.training.moments import Moments
+from dreamkit.types import Images
+
+Kept = Mapping[str, Sequence[Sequence[int] | None]]
+"""By name of a parameter or buffer, the positions kept of the teacher's on every axis, None for
+all; what is not named is as the teacher's. ``PruningRecord.kept`` is one."""
+BOUND = 16.0
+"""How far a variance may go up or down, as a factor."""
+_STATISTICS = ("running_mean", "running_var")
+
+
+@torch.no_grad()
+def take_difference(
+    student: nn.Module,
+    teacher: nn.Module,
+    kept: Kept,
+    images: Images,
+    card: Card,
+    device: torch.device,
+    batches: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda batches: None,
+) -> list[str]:
+    """Give a network's BatchNorm layers its teacher's statistics, moved as far as it differs.
+
+    Images that stand for the real ones (dreams) have nearly their statistics. Those taken on them
+    anew lose a little of what the teacher knows of real images in each layer, and much in all. Here
+    teacher and student are shown the same images, and the difference alone counts:
+
+        mean = the teacher's + (mean the student sees - mean the teacher sees)
+        variance = the teacher's · (variance the student sees / variance the teacher sees)
+
+    with the factor of the variance held between 1/16 and 16, and 1 for a channel in which one of
+    the two sees none. A layer has its new statistics before it passes a batch on, so that later
+    layers see what is mended already. What is seen adds up over the batches: the means and
+    variances are those of all images so far together (between batches too), not averages of the
+    batches' own. So one batch gives the exact result, and several come near it: later layers saw
+    the first of them mended by these alone. A layer that is called several times counts all calls.
+
+    A student that computes what its teacher does gets its teacher's statistics, to the last bit.
+
+    Args:
+        student: changed in its running statistics alone; modes are kept.
+        teacher: what it was made from; unchanged.
+        kept: which of the teacher's channels the student's layers have.
+        images: stored images.
+        card: how to normalise them.
+        device: where both networks are.
+        batches: how many batches at the most.
+        batch_size: images in each.
+        advance: told how many batches are done.
+
+    Returns:
+        Names of the layers left alone, wholly or in some calls: the teacher has none with these
+        channels, or calls it less often.
+    """
+    layers = dict(stating(student))
+    theirs = {
+        name: found
+        for name, layer in layers.items()
+        if (found := _statistics_of(teacher, name, layer, kept)) is not None
+    }
+    alone = dict.fromkeys(name for name in layers if name not in theirs)
+    seen: dict[str, tuple[Moments, Moments]] = {}
+    calls: dict[str, list[Moments]] = {}
+
+    def watch(name: str, layer: nn.Module, x: Tensor) -> None:
+        channels, moments = _channels(kept, name, x.device), Moments.of(x)
+        chosen = moments if channels is None else moments.chosen(channels)
+        calls.setdefault(name, []).append(chosen)
+
+    def mend(name: str, layer: nn.Module, x: Tensor) -> None:
+        if not calls.get(name):
+            alone[name] = None
+            return
+        ours, others = seen.get(name, (None, None))
+        seen[name] = Moments.of(x).merged(ours), calls[name].pop(0).merged(others)
+        _set(layer, *theirs[name], *seen[name])
+
+    watched = [(name, teacher.get_submodule(name)) for name in theirs]
+    mended = [(name, layers[name]) for name in theirs]
+    with eval_mode(student), eval_mode(teacher):
+        taken = itertools.islice(in_order(images, batch_size), batches)
+        for number, (stored, _) in enumerate(taken, 1):
+            x = card.normalise(stored.to(device))
+            calls.clear()
+            with hooked(watched, watch):
+                teacher(x)
+            with hooked(mended, mend):
+                student(x)
+            advance(number)
+    _agree(mended, device)
+    return list(alone)
+
+
+def check_made_from(student: nn.Module, teacher: nn.Module, kept: Kept) -> None:
+    """Refuse a student none of whose running statistics are of a layer that the teacher has.
+
+    Raises:
+        DreamkitError: it has such layers, and they are its own.
+    """
+    layers = stating(student)
+    if layers and all(_statistics_of(teacher, *layer, kept) is None for layer in layers):
+        raise DreamkitError(
+            "difference wants a student made from the teacher, and this one has none of its "
+            "BatchNorm layers: choose keep or recalibrate",
+            ("statistics",),
+        )
+
+
+def stating(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers that normalise by running statistics, frozen ones too, by name."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if all(isinstance(getattr(module, key, None), Tensor) for key in _STATISTICS)
+    ]
+
+
+def _statistics_of(
+    teacher: nn.Module, name: str, layer: nn.Module, kept: Kept
+) -> tuple[Tensor, Tensor] | None:
+    """Return the teacher's mean and variance of a student's layer, if it has that layer."""
+    try:
+        module = teacher.get_submodule(name)
+    except AttributeError:
+        return None
+    found = []
+    for key in _STATISTICS:
+        tensor = getattr(module, key, None)
+        if not isinstance(tensor, Tensor):
+            return None
+        channels = _channels(kept, name, tensor.device)
+        if channels is not None:
+            if int(channels.max()) >= len(tensor):
+                return None
+            tensor = tensor[channels]
+        if tensor.shape != layer.get_buffer(key).shape:
+            return None
+        found.append(tensor.clone())
+    return found[0], found[1]
+
+
+def _channels(kept: Kept, name: str, device: torch.device) -> Tensor | None:
+    axes = kept.get(f"{name}.{_STATISTICS[0]}")
+    return None if axes is None or axes[0] is None else torch.tensor(axes[0], device=device)
+
+
+def _set(layer: nn.Module, mean: Tensor, variance: Tensor, ours: Moments, others: Moments) -> None:
+    """Set a layer's statistics to the teacher's, moved by the difference of what the two see."""
+    # Subtracted, as a zero of the teacher's may have a sign.
+    layer.get_buffer("running_mean").copy_(mean - (others.mean - ours.mean))
+    factor = (ours.variance / others.variance).clamp(1 / BOUND, BOUND)
+    flat = (ours.squares <= 0) | (others.squares <= 0)
+    layer.get_buffer("running_var").copy_(variance * torch.where(flat, 1.0, factor))
+
+
+def _agree(layers: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
+    """Give every rank the first one's statistics: ranks may differ in the last bit."""
+    if distributed.size() == 1:
+        return
+    own = {f"{name}.{key}": layer.get_buffer(key) for name, layer in layers for key in _STATISTICS}
+    for name, tensor in distributed.broadcast_tensors(own, device).items():
+        own[name].copy_(tensor)
