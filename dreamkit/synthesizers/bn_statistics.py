@@ -68,7 +68,7 @@ class BatchNormTap:
         self._note(name, module, mean, var, images)
 
     def normalise(self, name: str, module: _BatchNorm, input: Tensor) -> Tensor:
-        """Do what a frozen layer of torch's own does, and note its input."""
+        """Do what a frozen layer of ``_known`` kind does, and note its input."""
         if self._seen is None or module.training:
             self.see(name, module, input)
             return type(module).forward(module, input)
@@ -76,6 +76,8 @@ class BatchNormTap:
         stored = module.running_mean, module.running_var, module.weight, module.bias
         output, mean, var = _Normalised.apply(input, *stored, module.eps)
         self._note(name, module, mean, var)
+        if type(module) not in _PLAIN:  # timm's
+            output = cast(Any, module).act(cast(Any, module).drop(output))
         return cast(Tensor, output)
 
     def _note(
@@ -263,6 +265,14 @@ def _along_channels(x: Tensor) -> tuple[int, ...]:
 
 _PLAIN = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 """Layers that are known to do nothing but normalise; what is derived from them may do more."""
+_WITH_ACTIVATION = ("timm.layers.norm_act", "BatchNormAct2d")
+"""By name, as timm is imported where one of its networks is: normalises, drops out, activates."""
+
+
+def _known(module: nn.Module) -> bool:
+    kind = type(module)
+    known = kind in _PLAIN or (kind.__module__, kind.__qualname__) == _WITH_ACTIVATION
+    return known and "forward" not in vars(module)
 
 
 @contextmanager
@@ -275,17 +285,13 @@ def tapped(model: nn.Module, each_image: bool = False) -> Iterator[BatchNormTap]
     """
     tap = BatchNormTap(model, each_image)
     layers = batch_norm_layers(model)
-    plain = [
-        (name, module)
-        for name, module in layers
-        if type(module) in _PLAIN and "forward" not in vars(module) and not each_image
-    ]
-    others = [layer for layer in layers if layer not in plain]
+    known = [layer for layer in layers if _known(layer[1]) and not each_image]
+    others = [layer for layer in layers if layer not in known]
     try:
-        for name, module in plain:
+        for name, module in known:
             module.forward = partial(tap.normalise, name, cast(_BatchNorm, module))
         with hooked(others, tap.see):
             yield tap
     finally:
-        for _, module in plain:
+        for _, module in known:
             vars(module).pop("forward", None)

@@ -267,6 +267,21 @@ def settled(layer):
     return layer.eval().requires_grad_(False)
 
 
+def test_a_layer_of_timm_is_normalised_dropped_out_and_activated():
+    layer = settled(BatchNormAct2d(5, act_layer=nn.ReLU6, drop_layer=nn.Dropout))
+    weight = pattern(4, 5, 3, 6).flip(0) / 7
+    x = pattern(4, 5, 3, 6).requires_grad_()
+    with tapped(layer) as tap:
+        assert "forward" in vars(layer)  # not by a hook, which takes two passes more
+        output, (seen,) = tap(x)
+        (found,) = torch.autograd.grad((output * weight).sum() + seen.var.square().sum(), x)
+    assert torch.equal(output, layer(x))
+    assert output.min() == 0
+    variance = x.transpose(0, 1).flatten(1).var(1, correction=0)
+    (expected,) = torch.autograd.grad((layer(x) * weight).sum() + variance.square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_that_is_derived_does_what_it_does():
     class Doubling(nn.BatchNorm2d):
         def forward(self, x):
