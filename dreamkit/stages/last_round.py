@@ -70,7 +70,7 @@ class LastRound:
             places = [p for p, taken in enumerate(self.taken) if taken and p not in needed]
             if not places:
                 return
-            place = max(places, key=lambda p: _importance(self.chunks[p][self.taken[p] - 1]))
+            place = max(places, key=lambda p: self.chunks[p][self.taken[p] - 1].importance)
             self._give(place)
             if not self.met:
                 self._take(place)
@@ -89,7 +89,7 @@ class LastRound:
             ]
             if not places:
                 return
-            place = min(places, key=lambda p: _importance(self.chunks[p][self.taken[p]]))
+            place = min(places, key=lambda p: self.chunks[p][self.taken[p]].importance)
             self._take(place)
             if self.forecast.excess() > NEAR:
                 self._give(place)
@@ -118,7 +118,3 @@ class LastRound:
         self.taken[place] -= 1
         chunk = self.chunks[place][self.taken[place]]
         self.forecast.take(chunk.group, -len(chunk.channels))
-
-
-def _importance(chunk: Chunk) -> float:
-    return chunk.score / len(chunk.channels)
