@@ -61,9 +61,13 @@ class Limits:
     min_channels: Annotated[int, Field(ge=1)] = 2
     exceptions: tuple[LayerLimits, ...] = ()
 
+    def exception(self, group: ChannelGroup) -> LayerLimits | None:
+        """Return the exception that counts for a group, if one means it."""
+        return next((e for e in self.exceptions if e.mean(group)), None)
+
     def floor(self, group: ChannelGroup, original: int) -> int:
         """Return how many channels of a group must stay."""
-        own = next((e for e in self.exceptions if e.mean(group)), None)
+        own = self.exception(group)
         ratio, least = self.max_ratio, self.min_channels
         if own is not None:
             ratio = ratio if own.max_ratio is None else own.max_ratio

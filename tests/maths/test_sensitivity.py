@@ -21,6 +21,7 @@ from dreamkit.stages import pruning_run
 from dreamkit.stages.budget import Target
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import Recovery
+from dreamkit.types import ChannelGroup, Member
 
 SIZE = (3, 8, 8)
 MEASURED = Measured(
@@ -118,16 +119,62 @@ def test_importances_go_on_where_channels_are_gone():
     assert rest.tolist() == pytest.approx(whole[3:].tolist(), rel=1e-3)
 
 
+def of(name, channels, layer):
+    """Return a group whose channels a layer makes."""
+    every = torch.arange(channels)
+    return ChannelGroup(name, channels, (Member(layer, "out", every, every),))
+
+
+GROUPS = [of("a", 10, "a"), of("b", 10, "b"), of("b#2", 10, "b"), of("c", 10, "c")]
+
+
+def floors(limits, max_drop, measured=MEASURED):
+    narrowed = measured.narrowed(limits, max_drop, {group.name: 10 for group in GROUPS})
+    return [narrowed.floor(group, 10) for group in GROUPS]
+
+
 def test_limits_let_no_more_go_than_was_harmless():
-    own = LayerLimits("a", max_ratio=0.9)
-    limits = Limits(chunk=4, max_ratio=0.4, exceptions=(own,))
-    assert MEASURED.narrowed(limits, 0.05).exceptions == (
-        own,
-        LayerLimits("a", max_ratio=0.3),
-        LayerLimits("b", max_ratio=0.0),
-        LayerLimits("c", max_ratio=0.4),
-    )
-    assert MEASURED.narrowed(limits, 0.5).exceptions[2] == LayerLimits("b", max_ratio=0.4)
+    assert floors(Limits(), 0.05) == [7, 2, 10, 5]  # nothing is known of b
+    assert floors(Limits(), 0.5) == [5, 2, 5, 5]
+    assert floors(Limits(max_ratio=0.4), 0.05) == [7, 6, 10, 6]
+
+
+def test_layers_whose_channels_are_in_two_groups_have_the_limits_of_each():
+    first = Measured((0.5,), {"b": [1.0], "b#2": [0.0]}, {"b": [0.0], "b#2": [9.0]})
+    assert floors(Limits(), 0.05, first)[1:3] == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("own", "floor"),
+    [
+        (LayerLimits("a", max_ratio=0.9), 2),
+        (LayerLimits("a", max_ratio=0.9, min_channels=4), 4),
+        (LayerLimits("a", min_channels=4), 7),  # says nothing of how much may go
+        (LayerLimits("a", min_channels=8), 8),
+    ],
+)
+def test_an_exception_that_says_how_much_may_go_counts(own, floor):
+    assert floors(Limits(exceptions=(own,)), 0.05)[0] == floor
+
+
+def test_a_drop_that_is_just_allowed_is():
+    nine_of_ten = float(torch.tensor([1.0] * 9 + [0.0]).mean())
+    told = Measured((0.5,), {"a": [nine_of_ten]}, {"a": [1.0]})
+    assert floors(Limits(), 0.1, told)[0] == 5
+
+
+def test_small_groups_count_by_the_channels_that_were_removed():
+    """Of five channels a tenth is one, and 30 and 50 % are two."""
+    told = Measured((0.1, 0.3, 0.5), {"a": [1.0, 1.0, 0.0]}, {"a": [0.1, 0.4, 0.4]})
+    importance = told.importances({"a": torch.arange(5.0)}, {"a": 5})["a"]
+    assert importance[:3].tolist() == pytest.approx([0.1, 0.3, 0.3], rel=1e-3)
+    assert told.narrowed(Limits(), 0.05, {"a": 5}).floor(of("a", 5, "a"), 5) == 3
+
+
+def test_many_channels_keep_the_order_of_the_criteria():
+    score = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    importance = MEASURED.importances({"a": score}, {"a": 4096})["a"]
+    assert torch.equal(importance.argsort(stable=True), score.argsort(stable=True))
 
 
 def test_what_was_measured_comes_back_from_json():
