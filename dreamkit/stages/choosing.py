@@ -115,8 +115,10 @@ class Choosing:
             for name, goal in self.budget.goals.items()
             if name in shares
         )
+        narrowed = self.importances.limits is not self.options.limits
+        also = " or sensitivity.max_drop" if narrowed else ""
         raise NothingToPrune(
-            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
-            "lower limits.min_channels or limits.chunk, or set an easier target",
+            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio"
+            f"{also}, lower limits.min_channels or limits.chunk, or set an easier target",
             ("target",),
         )

@@ -195,6 +195,13 @@ class PruningRun:
             self.graph, self.teacher, scores, options, images, take, self.context
         )
         self.importances.know(measured)
+        if not self.importances.open:
+            raise NothingToPrune(
+                f"no group may lose a channel: removing {options.shares[0]:.0%} of any costs more "
+                f"than max_drop ({options.max_drop}) of the agreement, or is less than "
+                f"a chunk ({self.options.limits.chunk} channels). Raise max_drop, or other shares",
+                ("sensitivity", "max_drop"),
+            )
         self.choosing.check_reach(self.graph)
 
     def _adjust(self) -> None:

@@ -21,7 +21,7 @@ from dreamkit.stages import pruning_run
 from dreamkit.stages.budget import Target
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import Recovery
-from dreamkit.types import ChannelGroup, Member
+from dreamkit.types import ChannelGroup, LatencyBackend, Member, Timing
 
 SIZE = (3, 8, 8)
 MEASURED = Measured(
@@ -285,10 +285,38 @@ def test_a_run_that_was_stopped_does_not_measure_again(toys, tmp_path, monkeypat
     assert again.log.details == whole.log.details
 
 
-def test_a_target_that_measured_limits_do_not_allow_is_refused(toys, context):
-    harmless = Sensitivity(images=8, shares=(0.3,), max_drop=0.0)
-    with pytest.raises(NothingToPrune, match=r"out of reach within the limits: params") as refused:
-        pruning(sensitivity=harmless, target=Target(params=0.3)).run(
-            toys.teacher(toys.two_bn()), toys.images(24), context
-        )
+def told_of(monkeypatch, agreement):
+    """Let the pass find the same agreement for both groups."""
+    told = {name: [agreement] for name in ("conv1", "conv2")}
+    found = Measured((0.3,), told, {"conv1": [1.0], "conv2": [1.0]})
+    monkeypatch.setattr(pruning_run, "measure_sensitivity", lambda *args: found)
+    return Sensitivity(images=8, shares=(0.3,), max_drop=0.1)
+
+
+def test_a_target_that_measured_limits_do_not_allow_is_refused(toys, context, monkeypatch):
+    options = pruning(sensitivity=told_of(monkeypatch, 0.95), target=Target(params=0.3))
+    message = r"within the limits: params 0\.\d+ .* or sensitivity\.max_drop"
+    with pytest.raises(NothingToPrune, match=message) as refused:
+        options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
     assert refused.value.path == ("target",)
+
+
+class Steady(LatencyBackend):
+    """A target on which everything takes as long."""
+
+    batch_size = 1
+
+    def describe(self):
+        return {"device": "steady"}
+
+    def time(self, modules):
+        return [Timing(1.0, 0.0) for _ in modules]
+
+
+@pytest.mark.parametrize("goal", ["params", "latency"])
+def test_where_no_group_may_lose_anything_it_is_said(toys, tmp_path, monkeypatch, goal):
+    context = toys.context(tmp_path, latency=Steady())
+    options = pruning(sensitivity=told_of(monkeypatch, 0.5), target=Target(**{goal: 0.9}))
+    with pytest.raises(NothingToPrune, match="removing 30% of any costs more") as refused:
+        options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
+    assert refused.value.path == ("sensitivity", "max_drop")
