@@ -59,6 +59,7 @@ class Choosing:
 
         Raises:
             NothingToPrune: the limits let none go.
+            PluginError: the selection chose what it may not.
         """
         options, budget = self.options, self.budget
         originals, limits = self.importances.originals, self.importances.limits
@@ -74,9 +75,9 @@ class Choosing:
         )
         with placed("selection"):
             chosen = options.selection(step)
-        if not chosen:
+            last = LastRound(chunks, chosen, budget.forecast(model, groups, shares))
+        if not any(chosen.values()):
             self._give_up(shares)
-        last = LastRound(chunks, chosen, budget.forecast(model, groups, shares))
         if not last.met:
             return chosen, False
         last.trim(swap="latency" not in budget.goals)
