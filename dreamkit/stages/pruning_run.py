@@ -203,6 +203,7 @@ class PruningRun:
                 ("sensitivity", "max_drop"),
             )
         self.choosing.check_reach(self.graph)
+        self._save()  # it may have taken minutes
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""
@@ -228,10 +229,10 @@ class PruningRun:
 
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
-        found = {"removed_channels": float(removed), **self.shares, **self.pauses.looked}
         timed = self.table.asked
-        found |= glance(self.student, self.teacher, self.parts, self.context, timed)
-        return found
+        seen = glance(self.student, self.teacher, self.parts, self.context, timed)
+        # Of two looks at agreement the one that decided on a training is told.
+        return {"removed_channels": float(removed), **self.shares, **seen, **self.pauses.looked}
 
     def _save(self) -> None:
         if self.table.points:

@@ -263,26 +263,32 @@ def test_channels_go_where_it_was_measured_to_matter_least(toys, context, monkey
 
 
 class Interrupting(MemoryLog):
-    """A log that stops the run at its second round."""
+    """A log that stops the run at the end of a round."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
 
     def record(self, stage, step, numbers):
-        if (stage, step) == ("pruning", 2):
+        if (stage, step) == ("pruning", self.number):
             raise KeyboardInterrupt
         super().record(stage, step, numbers)
 
 
-def test_a_run_that_was_stopped_does_not_measure_again(toys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_that_was_stopped_does_not_measure_again(toys, tmp_path, monkeypatch, number):
     options = pruning(importance="measured", sensitivity=Sensitivity(images=8, max_drop=0.6))
     teacher, images = toys.teacher(toys.two_bn()), toys.images(24)
     whole = toys.context(tmp_path / "whole")
     expected = options.run(teacher, images, whole).student
     with pytest.raises(KeyboardInterrupt):
-        options.run(teacher, images, toys.context(tmp_path / "parts", log=Interrupting()))
+        options.run(teacher, images, toys.context(tmp_path / "parts", log=Interrupting(number)))
     again = toys.context(tmp_path / "parts")
     monkeypatch.setattr(pruning_run, "measure_sensitivity", None)
     student = options.run(teacher, images, again).student
     assert student.pruning_record == expected.pruning_record
     assert again.log.details == whole.log.details
+    toys.assert_same_tensors(student.model, expected.model)
 
 
 def told_of(monkeypatch, agreement):
