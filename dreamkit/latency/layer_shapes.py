@@ -97,7 +97,11 @@ def _padded(
 
 
 def _padding_to(shape: LayerShape, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the padding on both sides with which a convolution puts out maps of a size."""
+    """Return the padding on both sides with which a convolution puts out maps of a size.
+
+    Where stride 1 wants an odd number of pixels, which no padding alike on both sides gives, the
+    maps are one pixel larger.
+    """
     axes = zip(shape.feature_map, shape.kernel, shape.stride, shape.dilation, size, strict=True)
     lacking = ((out - 1) * s + d * (k - 1) + 1 - given for given, k, s, d, out in axes)
     return tuple(max(0, (pixels + 1) // 2) for pixels in lacking)

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError
-from dreamkit.pruning.selection import savings
+from dreamkit.pruning.selection import from_zero, savings
 from dreamkit.types import Chunk, Saved, Selection, SelectionStep
 
 _SECONDS = 60.0
@@ -105,10 +105,8 @@ def _problem(
     needs: Sequence[tuple[Saved, float]],
 ) -> dict[str, Any]:
     """Return the mixed-integer program over all chunks, as SciPy takes it."""
-    sizes = np.array([len(chunk.channels) for chunk in items])
-    scores = np.array([chunk.score for chunk in items])
-    # Importances below 0 would all be taken, however little has to be saved: the least becomes 0.
-    scores += max(0.0, -(scores / sizes).min()) * sizes
+    # Importances below 0 would all be taken, however little has to be saved.
+    scores = np.concatenate(from_zero(chunks))
     saved = [np.concatenate(savings(chunks, saved)) / need for saved, need in needs]
     rows = [LinearConstraint(row[None], 1.0) for row in saved]
     pairs = _neighbours(chunks)
@@ -119,7 +117,7 @@ def _problem(
         order = csr_array((value, (row, np.ravel(pairs))), shape=(len(pairs), len(items)))
         rows.append(LinearConstraint(order, 0.0))
     return {
-        "c": scores / (np.abs(scores).max() or 1.0),
+        "c": scores / (scores.max() or 1.0),
         "integrality": np.ones(len(items)),
         "bounds": (0, 1),
         "constraints": rows,

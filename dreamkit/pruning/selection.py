@@ -61,9 +61,13 @@ class Limits:
     min_channels: Annotated[int, Field(ge=1)] = 2
     exceptions: tuple[LayerLimits, ...] = ()
 
+    def exception(self, group: ChannelGroup) -> LayerLimits | None:
+        """Return the exception that counts for a group, if one means it."""
+        return next((e for e in self.exceptions if e.mean(group)), None)
+
     def floor(self, group: ChannelGroup, original: int) -> int:
         """Return how many channels of a group must stay."""
-        own = next((e for e in self.exceptions if e.mean(group)), None)
+        own = self.exception(group)
         ratio, least = self.max_ratio, self.min_channels
         if own is not None:
             ratio = ratio if own.max_ratio is None else own.max_ratio
@@ -146,10 +150,7 @@ def choose(
     chosen: dict[str, list[int]] = {}
     taken = 0
     # Within a group later chunks score no lower, so they never come before an earlier one.
-    ordered = sorted(
-        (chunk for group in chunks for chunk in group),
-        key=lambda chunk: chunk.score / len(chunk.channels),
-    )
+    ordered = sorted(itertools.chain(*chunks), key=lambda chunk: chunk.importance)
     for chunk in ordered:
         if taken and taken + len(chunk.channels) > channels:
             break
@@ -170,9 +171,20 @@ def savings(chunks: Sequence[Sequence[Chunk]], saved: Saved) -> list[list[float]
     return found
 
 
+def from_zero(chunks: Sequence[Sequence[Chunk]]) -> list[list[float]]:
+    """Return chunks' scores, all raised by as much a channel where the least is below 0.
+
+    Where a score is below 0, to take more seems better than less: of two chunks that are as
+    unimportant, the one that saves less would go before the other, and both where one is enough.
+    """
+    least = min((chunk.importance for chunk in itertools.chain(*chunks)), default=0.0)
+    lift = max(0.0, -least)
+    return [[(chunk.importance + lift) * len(chunk.channels) for chunk in c] for c in chunks]
+
+
 @dataclass
 class _Block:
-    """Chunks of a group that go one after the other: their scores, and what they save."""
+    """Chunks of a group that go one after the other: their score, >= 0, and what they save."""
 
     chunks: list[Chunk]
     score: float
@@ -181,14 +193,16 @@ class _Block:
     @property
     def per_cost(self) -> float:
         cost = sum(self.saved)
-        return self.score / cost if cost > 0 else math.copysign(math.inf, self.score)
+        return self.score / cost if cost > 0 else math.inf
 
 
-def _bargains(group: Sequence[Chunk], saved: Sequence[list[float]]) -> list[_Block]:
+def _bargains(
+    group: Sequence[Chunk], scores: Sequence[float], saved: Sequence[list[float]]
+) -> list[_Block]:
     """Return a group's chunks in blocks of which none is a better bargain than the one before."""
     blocks: list[_Block] = []
-    for chunk, shares in zip(group, saved, strict=True):
-        blocks.append(_Block([chunk], chunk.score, shares))
+    for chunk, score, shares in zip(group, scores, saved, strict=True):
+        blocks.append(_Block([chunk], score, shares))
         while len(blocks) > 1 and blocks[-1].per_cost < blocks[-2].per_cost:
             last, before = blocks.pop(), blocks.pop()
             both = [a + b for a, b in zip(before.saved, last.saved, strict=True)]
@@ -213,11 +227,12 @@ def choose_by_cost(
         The channels to remove of each group, by name; all where they do not save enough.
     """
     amounts = [savings(chunks, saved) for saved, _ in needs]
+    scores = from_zero(chunks)
     blocks: list[_Block] = []
     for place, group in enumerate(chunks):
         pairs = [(of_all[place], need) for of_all, (_, need) in zip(amounts, needs, strict=True)]
         shares = [[saved[n] / need for saved, need in pairs] for n in range(len(group))]
-        blocks += _bargains(group, shares)
+        blocks += _bargains(group, scores[place], shares)
     chosen: dict[str, list[int]] = {}
     saved = [0.0] * len(needs)
     for block in sorted(blocks, key=lambda block: block.per_cost):

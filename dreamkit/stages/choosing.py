@@ -59,6 +59,7 @@ class Choosing:
 
         Raises:
             NothingToPrune: the limits let none go.
+            PluginError: the selection chose what it may not.
         """
         options, budget = self.options, self.budget
         originals, limits = self.importances.originals, self.importances.limits
@@ -74,9 +75,9 @@ class Choosing:
         )
         with placed("selection"):
             chosen = options.selection(step)
-        if not chosen:
+            last = LastRound(chunks, chosen, budget.forecast(model, groups, shares))
+        if not any(chosen.values()):
             self._give_up(shares)
-        last = LastRound(chunks, chosen, budget.forecast(model, groups, shares))
         if not last.met:
             return chosen, False
         last.trim(swap="latency" not in budget.goals)
@@ -115,8 +116,10 @@ class Choosing:
             for name, goal in self.budget.goals.items()
             if name in shares
         )
+        narrowed = self.importances.limits is not self.options.limits
+        also = " or sensitivity.max_drop" if narrowed else ""
         raise NothingToPrune(
-            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio, "
-            "lower limits.min_channels or limits.chunk, or set an easier target",
+            f"the target is out of reach within the limits: {reached}. Raise limits.max_ratio"
+            f"{also}, lower limits.min_channels or limits.chunk, or set an easier target",
             ("target",),
         )

@@ -79,7 +79,8 @@ class Importances:
         self.context.log.details["sensitivity"] = measured.to_json()
         sensitivity = self.options.sensitivity
         if sensitivity is not None and sensitivity.max_drop is not None:
-            self.limits = measured.narrowed(self.options.limits, sensitivity.max_drop)
+            limits, drop = self.options.limits, sensitivity.max_drop
+            self.limits = measured.narrowed(limits, drop, self.originals)
             self.open = self._left_open()
 
     def __call__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:

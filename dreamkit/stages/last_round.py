@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dreamkit.errors import PluginError
 from dreamkit.stages.forecast import Forecast
 from dreamkit.types import Chunk
 
@@ -18,6 +19,9 @@ class LastRound:
         chunks: of each group, in the order in which they may go.
         chosen: the channels of each group that are to go, by name.
         forecast: of the model as it is; changed.
+
+    Raises:
+        PluginError: of a group other channels were chosen than those of its first chunks.
     """
 
     def __init__(
@@ -31,9 +35,14 @@ class LastRound:
         self.taken = [0] * len(self.chunks)
         for place, group in enumerate(self.chunks):
             wanted = len(chosen.get(group[0].group.name, ()))
-            while wanted > 0:
+            while wanted > 0 and self.taken[place] < len(group):
                 wanted -= len(group[self.taken[place]].channels)
                 self._take(place)
+        if _sorted(chosen) != _sorted(self.chosen()):
+            raise PluginError(
+                "a selection takes whole chunks of a group, none before an earlier one, and this "
+                "one took others; dreamkit.plugin.testing.check_selection tells where"
+            )
 
     @property
     def met(self) -> bool:
@@ -70,7 +79,7 @@ class LastRound:
             places = [p for p, taken in enumerate(self.taken) if taken and p not in needed]
             if not places:
                 return
-            place = max(places, key=lambda p: _importance(self.chunks[p][self.taken[p] - 1]))
+            place = max(places, key=lambda p: self.chunks[p][self.taken[p] - 1].importance)
             self._give(place)
             if not self.met:
                 self._take(place)
@@ -89,7 +98,7 @@ class LastRound:
             ]
             if not places:
                 return
-            place = min(places, key=lambda p: _importance(self.chunks[p][self.taken[p]]))
+            place = min(places, key=lambda p: self.chunks[p][self.taken[p]].importance)
             self._take(place)
             if self.forecast.excess() > NEAR:
                 self._give(place)
@@ -120,5 +129,5 @@ class LastRound:
         self.forecast.take(chunk.group, -len(chunk.channels))
 
 
-def _importance(chunk: Chunk) -> float:
-    return chunk.score / len(chunk.channels)
+def _sorted(chosen: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {name: sorted(channels) for name, channels in chosen.items() if len(channels)}

@@ -195,7 +195,15 @@ class PruningRun:
             self.graph, self.teacher, scores, options, images, take, self.context
         )
         self.importances.know(measured)
+        if not self.importances.open:
+            raise NothingToPrune(
+                f"no group may lose a channel: removing {options.shares[0]:.0%} of any costs more "
+                f"than max_drop ({options.max_drop}) of the agreement, or is less than "
+                f"a chunk ({self.options.limits.chunk} channels). Raise max_drop, or other shares",
+                ("sensitivity", "max_drop"),
+            )
         self.choosing.check_reach(self.graph)
+        self._save()  # it may have taken minutes
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""
@@ -221,10 +229,10 @@ class PruningRun:
 
     def _look(self, removed: int) -> dict[str, float]:
         """Return what a round's record holds; latency where a criterion or a goal asked for it."""
-        found = {"removed_channels": float(removed), **self.shares, **self.pauses.looked}
         timed = self.table.asked
-        found |= glance(self.student, self.teacher, self.parts, self.context, timed)
-        return found
+        seen = glance(self.student, self.teacher, self.parts, self.context, timed)
+        # Of two looks at agreement the one that decided on a training is told.
+        return {"removed_channels": float(removed), **self.shares, **seen, **self.pauses.looked}
 
     def _save(self) -> None:
         if self.table.points:

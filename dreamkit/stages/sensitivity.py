@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -16,9 +16,9 @@ from dreamkit import distributed
 from dreamkit.model_state import eval_mode
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.selection import LayerLimits, Limits
+from dreamkit.pruning.selection import Limits
 from dreamkit.training.batches import in_order
-from dreamkit.types import Images, RunContext, Teacher
+from dreamkit.types import ChannelGroup, Images, RunContext, Teacher
 
 TakeStatistics = Callable[[nn.Module, PruningRecord], None]
 """Gives BatchNorm of a network that lacks what a record says the statistics it is to have."""
@@ -26,6 +26,8 @@ TakeStatistics = Callable[[nn.Module, PruningRecord], None]
 _BATCH = 64
 _FAR = 1e3
 """Divergence in place of one that is not finite."""
+_EXACT = 1e-6
+"""By how much an agreement may be off: it is a float32."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,30 @@ class Sensitivity:
     def __post_init__(self) -> None:
         if not self.shares or list(self.shares) != sorted(set(self.shares)):
             raise ValueError("shares: give at least one, each more than the one before")
+
+
+def _part(channels: int, share: float) -> int:
+    """Return how many channels of a group a share is: one at the least, and one stays."""
+    return min(channels - 1, max(1, round(share * channels)))
+
+
+@dataclass(frozen=True)
+class Narrowed(Limits):
+    """Limits by which no more goes than was found to be harmless.
+
+    Args:
+        harmless: how many of its original channels a group may lose, by its name. Where an
+            exception says how much of the group may go, that counts.
+    """
+
+    harmless: Mapping[str, int] = field(default_factory=dict)
+
+    def floor(self, group: ChannelGroup, original: int) -> int:
+        """Return how many channels of a group must stay."""
+        floor, own = super().floor(group, original), self.exception(group)
+        if own is not None and own.max_ratio is not None:
+            return floor
+        return max(floor, original - self.harmless.get(group.name, original))
 
 
 @dataclass(frozen=True)
@@ -80,27 +106,27 @@ class Measured:
         """Read what ``to_json`` wrote."""
         return Measured(tuple(data["shares"]), data["agreement"], data["divergence"])
 
-    def narrowed(self, limits: Limits, max_drop: float) -> Limits:
+    def narrowed(self, limits: Limits, max_drop: float, originals: Mapping[str, int]) -> Narrowed:
         """Return limits by which no more of a group goes than lost so much agreement by itself.
 
         Args:
-            limits: as they were; their exceptions come first.
+            limits: as they were; what their exceptions say of how much may go counts.
             max_drop: share of agreement.
+            originals: channels of each group before any pruning, by name.
         """
-        found = []
+        harmless = {}
         for name, agreement in self.agreement.items():
             pairs = zip(self.shares, agreement, strict=True)
-            harmless = itertools.takewhile(lambda pair: pair[1] >= 1 - max_drop, pairs)
-            share = max((share for share, _ in harmless), default=0.0)
-            found.append(LayerLimits(name.partition("#")[0], min(share, limits.max_ratio)))
-        return replace(limits, exceptions=(*limits.exceptions, *found))
+            tried = itertools.takewhile(lambda pair: pair[1] >= 1 - max_drop - _EXACT, pairs)
+            harmless[name] = max((_part(originals[name], share) for share, _ in tried), default=0)
+        return Narrowed(**vars(limits), harmless=harmless)
 
     def importances(
         self, scores: Mapping[str, Tensor], originals: Mapping[str, int]
     ) -> dict[str, Tensor]:
         """Return importances that add up to the divergences measured, in the order of others.
 
-        The divergence over the share removed is made convex (its lower hull), as the channels that
+        The divergence over the channels removed is made convex (its lower hull), as those that
         matter least go first; beyond the last share it goes on as it came.
 
         Args:
@@ -108,23 +134,23 @@ class Measured:
             originals: channels of each group before any pruning.
 
         Returns:
-            Importances >= 0, (channels,) of each group, by name; a group's sum over the channels
-            that would go is what that costs, so those of all groups compare.
+            Importances > 0, (channels,) float64 of each group, by name; a group's sum over the
+            channels that would go is what that costs, so those of all groups compare.
         """
         found = {}
         for name, score in scores.items():
-            hull = _lower_hull([0.0, *self.shares], [0.0, *self.divergence[name]])
             total = originals[name]
+            removed = [_part(total, share) for share in self.shares]
+            measured = {0: 0.0, **dict(zip(removed, self.divergence[name], strict=True))}
+            hull = _lower_hull(list(measured), list(measured.values()))
             gone = total - len(score)
-            rises = [
-                _at(hull, (gone + n + 1) / total) - _at(hull, (gone + n) / total)
-                for n in range(len(score))
-            ]
+            heights = [_at(hull, gone + n) for n in range(len(score) + 1)]
+            rises = torch.tensor(heights, dtype=torch.float64).diff().clamp_min(0)
             order = torch.argsort(score, stable=True)
-            importance = torch.empty(len(score))
+            importance = torch.empty(len(score), dtype=torch.float64)
             # Where the slope is one, the order stays that of the scores.
-            tilt = 1 + 1e-4 * torch.arange(len(score)) / max(1, len(score))
-            importance[order] = (torch.tensor(rises).clamp_min(0) + 1e-12) * tilt
+            tilt = 1 + 1e-4 * torch.arange(len(score), dtype=torch.float64) / max(1, len(score))
+            importance[order] = (rises.cummax(0).values + 1e-12) * tilt
             found[name] = importance
         return found
 
@@ -160,8 +186,7 @@ def measure_sensitivity(
     trials = list(itertools.product(scores.items(), options.shares))
     with context.log.progress("sensitivity", len(trials)) as advance:
         for number, ((name, score), share) in enumerate(trials, 1):
-            count = min(len(score) - 1, max(1, round(share * len(score))))
-            gone = torch.argsort(score, stable=True)[:count].tolist()
+            gone = torch.argsort(score, stable=True)[: _part(len(score), share)].tolist()
             smaller, record = graph.without({name: gone})
             take_statistics(smaller, record)
             ours = _logits(smaller, batches)

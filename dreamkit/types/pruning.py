@@ -111,6 +111,11 @@ class Chunk:
     channels: list[int]
     score: float
 
+    @property
+    def importance(self) -> float:
+        """The mean over its channels, by which chunks of different sizes compare."""
+        return self.score / len(self.channels)
+
 
 Saved = Callable[[ChannelGroup, int], float]
 """What taking some channels of a group, and no others, saves."""

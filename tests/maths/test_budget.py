@@ -538,16 +538,38 @@ def test_a_pause_comes_where_agreement_has_fallen(
 
 
 def test_agreement_is_looked_at_on_images_that_nothing_is_fitted_on(
-    toys, teacher, context, monkeypatch
+    toys, teacher, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(samples, "LEAST", 5)
+    seen = set()
+
+    class Watched:
+        def __init__(self):
+            self.images = toys.images(50)
+
+        def __len__(self):
+            return len(self.images)
+
+        def batch(self, indices):
+            if log.stages.innermost == "agreement":
+                seen.update(indices)
+            return self.images.batch(indices)
+
+    log = MemoryLog()
+    run = toys.context(tmp_path, log=log, evaluation=toys.images(9))
     tuned = Recovery(steps=2, batch_size=8, precision="float32")
     options = pruning(finetune=tuned, finetune_drop=0.9, recovery=UNTRAINED)
-    options.run(teacher, toys.images(50), context)
-    rounds = list(context.log.records["pruning"].values())
-    assert all(record["trained"] == 0 for record in rounds)
-    assert all(5 * record["agreement"] == round(5 * record["agreement"]) for record in rounds)
-    assert context.log.metrics["training.steps"] == 0
+    options.run(teacher, Watched(), run)
+    assert seen == set(samples.held_back(50, run.seed).tolist())
+    assert all(record["trained"] == 0 for record in log.records["pruning"].values())
+    assert log.metrics["training.steps"] == 0
+
+
+def test_a_record_tells_the_agreement_that_decided(toys, teacher, context, monkeypatch):
+    monkeypatch.setattr(Pauses, "_agreement", lambda self, student: 0.375)
+    tuned = Recovery(steps=2, batch_size=8, precision="float32")
+    pruning(finetune=tuned, finetune_drop=0.9).run(teacher, toys.images(24), context)
+    assert all(r["agreement"] == 0.375 for r in context.log.records["pruning"].values())
 
 
 class Interrupted(BaseException):

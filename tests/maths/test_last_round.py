@@ -7,7 +7,7 @@ from torch import nn
 
 from dreamkit.applications.prune import Prune
 from dreamkit.criteria.magnitude import Magnitude
-from dreamkit.errors import NothingToPrune
+from dreamkit.errors import NothingToPrune, PluginError
 from dreamkit.pruning.knapsack import Knapsack
 from dreamkit.pruning.selection import Greedy, LayerLimits, Limits
 from dreamkit.registry import Term
@@ -19,7 +19,7 @@ from dreamkit.stages.last_round import LastRound
 from dreamkit.stages.pruning_run import PruningRun
 from dreamkit.stages.samples import parted
 from dreamkit.stages.teaching import Recovery
-from dreamkit.types import ChannelGroup, Chunk
+from dreamkit.types import ChannelGroup, Chunk, Selection
 
 SIZE = (3, 8, 8)
 SELECTIONS = {"greedy": Greedy(), "per cost": Greedy(per="cost"), "knapsack": Knapsack()}
@@ -89,6 +89,16 @@ def test_where_small_chunks_do_not_lead_there_the_large_one_stays(chunks):
     assert last.met
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [{"a": [1]}, {"a": [0, 0]}, {"a": [0, 1, 2]}, {"c": [0]}],
+    ids=["a later one", "one twice", "more than may go", "of no group"],
+)
+def test_a_selection_that_breaks_its_contract_is_refused(chosen):
+    with pytest.raises(PluginError, match="none before an earlier one"):
+        ending({"a": [1, 2], "b": [3]}, {"a": 10, "b": 1}, chosen, 0.99)
+
+
 # --- whole runs -------------------------------------------------------------------------------
 
 
@@ -153,6 +163,18 @@ def test_the_result_is_within_a_channel_of_the_target(toys, context, selection, 
     # By half a point, or by a channel where that is more: one of a hundred, or of the first forty.
     nearest = {"flops": 0.012, "params": 0.017, "channels": 0.005}[goal]
     assert 0.63 - nearest <= run.shares[goal] <= 0.63
+
+
+class Idle(Selection):
+    """A selection that names groups and takes nothing of them."""
+
+    def __call__(self, step):
+        return {chunks[0].group.name: [] for chunks in step.chunks}
+
+
+def test_a_selection_that_takes_nothing_ends_the_run(toys, context):
+    with pytest.raises(NothingToPrune, match="out of reach"):
+        reached(pruning(selection=Idle()), network(toys), toys.images(8, size=SIZE), context)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)

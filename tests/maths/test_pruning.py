@@ -734,6 +734,16 @@ def test_of_several_costs_each_counts_by_what_is_lacking():
     assert list(choose_by_cost(chunks, [(flops, 1.0), (params, 30.0)])) == ["a", "b"]
 
 
+def test_below_zero_too_the_channel_that_saves_more_goes_first():
+    """As a latency criterion's importances are: the more negative, the more is saved."""
+    scores = [torch.tensor([-2.0, 5, 6, 7]), torch.tensor([-1.5, -1, 5, 6])]
+    chunks = removable([A, B], scores, FOUR, FREE)
+    assert choose_by_cost(chunks, [(saving(a=10, b=1), 10.0)]) == {"a": [0]}
+    # a's next channel is 7 above the least for 10; b's are 0.5 and 1 above it, for 1 each.
+    assert choose_by_cost(chunks, [(saving(a=10, b=1), 11.0)]) == {"a": [0], "b": [0]}
+    assert choose_by_cost(chunks, [(saving(a=10, b=1), 12.0)]) == {"a": [0, 1], "b": [0]}
+
+
 def test_what_does_not_save_enough_goes_all_the_same():
     chunks = removable([A, B], SCORES, FOUR, FREE)
     found = choose_by_cost(chunks, [(saving(a=1, b=1), 99.0)])

@@ -21,6 +21,7 @@ from dreamkit.stages import pruning_run
 from dreamkit.stages.budget import Target
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import Recovery
+from dreamkit.types import ChannelGroup, LatencyBackend, Member, Timing
 
 SIZE = (3, 8, 8)
 MEASURED = Measured(
@@ -118,16 +119,62 @@ def test_importances_go_on_where_channels_are_gone():
     assert rest.tolist() == pytest.approx(whole[3:].tolist(), rel=1e-3)
 
 
+def of(name, channels, layer):
+    """Return a group whose channels a layer makes."""
+    every = torch.arange(channels)
+    return ChannelGroup(name, channels, (Member(layer, "out", every, every),))
+
+
+GROUPS = [of("a", 10, "a"), of("b", 10, "b"), of("b#2", 10, "b"), of("c", 10, "c")]
+
+
+def floors(limits, max_drop, measured=MEASURED):
+    narrowed = measured.narrowed(limits, max_drop, {group.name: 10 for group in GROUPS})
+    return [narrowed.floor(group, 10) for group in GROUPS]
+
+
 def test_limits_let_no_more_go_than_was_harmless():
-    own = LayerLimits("a", max_ratio=0.9)
-    limits = Limits(chunk=4, max_ratio=0.4, exceptions=(own,))
-    assert MEASURED.narrowed(limits, 0.05).exceptions == (
-        own,
-        LayerLimits("a", max_ratio=0.3),
-        LayerLimits("b", max_ratio=0.0),
-        LayerLimits("c", max_ratio=0.4),
-    )
-    assert MEASURED.narrowed(limits, 0.5).exceptions[2] == LayerLimits("b", max_ratio=0.4)
+    assert floors(Limits(), 0.05) == [7, 2, 10, 5]  # nothing is known of b
+    assert floors(Limits(), 0.5) == [5, 2, 5, 5]
+    assert floors(Limits(max_ratio=0.4), 0.05) == [7, 6, 10, 6]
+
+
+def test_layers_whose_channels_are_in_two_groups_have_the_limits_of_each():
+    first = Measured((0.5,), {"b": [1.0], "b#2": [0.0]}, {"b": [0.0], "b#2": [9.0]})
+    assert floors(Limits(), 0.05, first)[1:3] == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("own", "floor"),
+    [
+        (LayerLimits("a", max_ratio=0.9), 2),
+        (LayerLimits("a", max_ratio=0.9, min_channels=4), 4),
+        (LayerLimits("a", min_channels=4), 7),  # says nothing of how much may go
+        (LayerLimits("a", min_channels=8), 8),
+    ],
+)
+def test_an_exception_that_says_how_much_may_go_counts(own, floor):
+    assert floors(Limits(exceptions=(own,)), 0.05)[0] == floor
+
+
+def test_a_drop_that_is_just_allowed_is():
+    nine_of_ten = float(torch.tensor([1.0] * 9 + [0.0]).mean())
+    told = Measured((0.5,), {"a": [nine_of_ten]}, {"a": [1.0]})
+    assert floors(Limits(), 0.1, told)[0] == 5
+
+
+def test_small_groups_count_by_the_channels_that_were_removed():
+    """Of five channels a tenth is one, and 30 and 50 % are two."""
+    told = Measured((0.1, 0.3, 0.5), {"a": [1.0, 1.0, 0.0]}, {"a": [0.1, 0.4, 0.4]})
+    importance = told.importances({"a": torch.arange(5.0)}, {"a": 5})["a"]
+    assert importance[:3].tolist() == pytest.approx([0.1, 0.3, 0.3], rel=1e-3)
+    assert told.narrowed(Limits(), 0.05, {"a": 5}).floor(of("a", 5, "a"), 5) == 3
+
+
+def test_many_channels_keep_the_order_of_the_criteria():
+    score = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    importance = MEASURED.importances({"a": score}, {"a": 4096})["a"]
+    assert torch.equal(importance.argsort(stable=True), score.argsort(stable=True))
 
 
 def test_what_was_measured_comes_back_from_json():
@@ -216,32 +263,66 @@ def test_channels_go_where_it_was_measured_to_matter_least(toys, context, monkey
 
 
 class Interrupting(MemoryLog):
-    """A log that stops the run at its second round."""
+    """A log that stops the run at the end of a round."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
 
     def record(self, stage, step, numbers):
-        if (stage, step) == ("pruning", 2):
+        if (stage, step) == ("pruning", self.number):
             raise KeyboardInterrupt
         super().record(stage, step, numbers)
 
 
-def test_a_run_that_was_stopped_does_not_measure_again(toys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_that_was_stopped_does_not_measure_again(toys, tmp_path, monkeypatch, number):
     options = pruning(importance="measured", sensitivity=Sensitivity(images=8, max_drop=0.6))
     teacher, images = toys.teacher(toys.two_bn()), toys.images(24)
     whole = toys.context(tmp_path / "whole")
     expected = options.run(teacher, images, whole).student
     with pytest.raises(KeyboardInterrupt):
-        options.run(teacher, images, toys.context(tmp_path / "parts", log=Interrupting()))
+        options.run(teacher, images, toys.context(tmp_path / "parts", log=Interrupting(number)))
     again = toys.context(tmp_path / "parts")
     monkeypatch.setattr(pruning_run, "measure_sensitivity", None)
     student = options.run(teacher, images, again).student
     assert student.pruning_record == expected.pruning_record
     assert again.log.details == whole.log.details
+    toys.assert_same_tensors(student.model, expected.model)
 
 
-def test_a_target_that_measured_limits_do_not_allow_is_refused(toys, context):
-    harmless = Sensitivity(images=8, shares=(0.3,), max_drop=0.0)
-    with pytest.raises(NothingToPrune, match=r"out of reach within the limits: params") as refused:
-        pruning(sensitivity=harmless, target=Target(params=0.3)).run(
-            toys.teacher(toys.two_bn()), toys.images(24), context
-        )
+def told_of(monkeypatch, agreement):
+    """Let the pass find the same agreement for both groups."""
+    told = {name: [agreement] for name in ("conv1", "conv2")}
+    found = Measured((0.3,), told, {"conv1": [1.0], "conv2": [1.0]})
+    monkeypatch.setattr(pruning_run, "measure_sensitivity", lambda *args: found)
+    return Sensitivity(images=8, shares=(0.3,), max_drop=0.1)
+
+
+def test_a_target_that_measured_limits_do_not_allow_is_refused(toys, context, monkeypatch):
+    options = pruning(sensitivity=told_of(monkeypatch, 0.95), target=Target(params=0.3))
+    message = r"within the limits: params 0\.\d+ .* or sensitivity\.max_drop"
+    with pytest.raises(NothingToPrune, match=message) as refused:
+        options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
     assert refused.value.path == ("target",)
+
+
+class Steady(LatencyBackend):
+    """A target on which everything takes as long."""
+
+    batch_size = 1
+
+    def describe(self):
+        return {"device": "steady"}
+
+    def time(self, modules):
+        return [Timing(1.0, 0.0) for _ in modules]
+
+
+@pytest.mark.parametrize("goal", ["params", "latency"])
+def test_where_no_group_may_lose_anything_it_is_said(toys, tmp_path, monkeypatch, goal):
+    context = toys.context(tmp_path, latency=Steady())
+    options = pruning(sensitivity=told_of(monkeypatch, 0.5), target=Target(**{goal: 0.9}))
+    with pytest.raises(NothingToPrune, match="removing 30% of any costs more") as refused:
+        options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
+    assert refused.value.path == ("sensitivity", "max_drop")
