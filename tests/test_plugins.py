@@ -392,6 +392,13 @@ def test_broken_plugin_that_a_recipe_names_is_an_error(case, tmp_path):
     assert caught.value.message.startswith(f"{place}plugin '{file}' cannot be loaded: {reason}")
 
 
+def test_an_entry_that_cannot_be_imported_does_not_hide_what_another_is_called():
+    registry = build_registries()["parameterisations"]
+    registry.register("a_broken_one", "gone_module:Gone", "plugin x")
+    assert registry.name_of(registry.resolve("fourier")) == "fourier"
+    assert registry.name_of(int) is None
+
+
 def test_missing_plugin_is_an_error_that_names_where_it_was_sought(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PluginError, match=re.escape(str(tmp_path / "gone.py"))):

@@ -149,9 +149,8 @@ def _default(option: Option, registries: Registries | None) -> str:
         if option.marker is None:
             return "its own defaults"
         cls = type(value)
-        known = None if registries is None else registries[option.marker.kind]
-        names = () if known is None else (name for name in known if known.resolve(name) is cls)
-        return next(iter(names), cls.__name__)
+        named = None if registries is None else registries[option.marker.kind].name_of(cls)
+        return named or cls.__name__
     if isinstance(option.marker, TermsOf):
         value = {term.name: term.weight for term in value}
     return json.dumps(value, default=_given, ensure_ascii=False)
