@@ -243,14 +243,6 @@ class Registry:
         imported: type[Any] = cls
         return imported
 
-    def name_of(self, cls: type[Any]) -> str | None:
-        """Return the name that a class is registered under, if it is; nothing is imported for it.
-
-        Another provider's entry that cannot be loaded is thus nothing to stumble over.
-        """
-        reference = f"{cls.__module__}:{cls.__qualname__}"
-        return next((n for n in self if self.entries[n].target in (cls, reference)), None)
-
     def summary(self, name: str) -> str:
         """Return the first line of the entry's docstring, without importing it where that goes.
 
