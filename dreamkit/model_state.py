@@ -60,14 +60,11 @@ def hooked(
     ) -> None:
         see(name, module, inputs[0] if inputs else next(iter(named.values())))
 
-    handles = [
-        m.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, m in modules
-    ]
-    try:
+    with contextlib.ExitStack() as stack:  # a module that takes no hook leaves none in the others
+        for name, module in modules:
+            handle = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ def derived_seed(seed: int, purpose: str) -> int:
 
     Args:
         seed: the run's.
-        purpose: what is drawn, as ``"recalibration"``.
+        purpose: what is drawn, as ``"statistics"``.
     """
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

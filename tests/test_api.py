@@ -921,11 +921,20 @@ def test_verifiers_are_believed_about_themselves(net, pixels):
     assert plain.card.mean == MEAN
 
 
-def test_a_generator_of_new_images_is_read_once(net, pixels):
+@pytest.mark.parametrize("names", [None, ["a", "b"]])
+def test_a_generator_of_new_images_is_read_once(net, pixels, monkeypatch, names):
+    monkeypatch.setattr(given_images, "STREAM_IMAGES", 16)
     images, labels = pixels
     batches = ((images[i : i + 8], labels[i : i + 8] % 2) for i in range(0, 24, 8))
     options = {"replay": pixels, "images_per_class": 4, "steps": 1, "progress": False, **VIEW}
-    assert dreamkit.extend(net, batches, **options).card.num_classes == 5
+    more = dreamkit.extend(net, batches, new_names=names, **options)
+    assert more.card.num_classes == 5
+    assert any("its first 16 images are taken" in note for note in more.notes)
+
+
+def test_names_of_new_classes_are_several(net, pixels):
+    images, labels = pixels
+    options = {"replay": pixels, "steps": 1, "progress": False, **VIEW}
     with pytest.raises(dreamkit.DreamkitError, match="new_names: should be several names"):
         dreamkit.extend(net, (images, labels % 2), new_names="ab", **options)
 

@@ -317,12 +317,15 @@ def test_a_test_set_of_other_classes(tmp_path, recipe, recipe_file, invoke):
     assert "application.sets[1].test: '6' is none of the classes learnt: 8, 9" in err
 
 
-def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke):
-    recipe["synthesis"]["batch_size"] = 2
+@pytest.mark.parametrize(("batch_size", "batches"), [(2, 14), (None, 2)])
+def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke, batch_size, batches):
+    recipe["synthesis"]["batch_size"] = batch_size
+    if batch_size is None:  # 64: the second set's are two, and are refused before the first's
+        recipe["application"]["images_per_class"] = 9
     recipe["synthesis"]["regularizers"] = {"bn_feature": 30, "js_compete": 1}
     recipe["application"]["adaptive"] = {"every": 50}
     err = refused(invoke, recipe_file(recipe), tmp_path)
-    assert "application.training: the last of 14 batches of dreams would come before" in err
+    assert f"application.training: the last of {batches} batches of dreams would come before" in err
 
 
 @pytest.mark.parametrize("dry", [True, False])

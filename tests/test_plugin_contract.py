@@ -122,7 +122,7 @@ def test_defaults_of_synthesizers_backends_and_trackers(tmp_path):
         def record(self, stage, step, numbers): ...
 
     assert Dreams().needs_student is None
-    assert Dreams().known_batch_size() is None
+    assert Dreams().known_batch_size(None) is None
     assert (Board().channel_block, Board().folds_norms) == (1, False)
     testing.check_tracker(Silent, tmp_path)
 

@@ -30,7 +30,7 @@ from dreamkit.plugins import (
     with_commands,
 )
 from dreamkit.recipe import read_recipe
-from dreamkit.recipe.signature import documentation, options_of
+from dreamkit.recipe.signature import documentation, option_rows, options_of
 from dreamkit.registry import KINDS, PluginFailure, Registries, Registry, name_key
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.types import Event, InversionStep, Noted
@@ -390,6 +390,15 @@ def test_broken_plugin_that_a_recipe_names_is_an_error(case, tmp_path):
         read_recipe(recipe, build_registries)
     place = f"{tmp_path / 'recipe.yaml'}:2:10 plugins: "
     assert caught.value.message.startswith(f"{place}plugin '{file}' cannot be loaded: {reason}")
+
+
+def test_an_entry_that_cannot_be_imported_does_not_hide_what_another_is_called():
+    registries = build_registries()
+    registry = registries["parameterisations"]
+    registry.register("a_broken_one", "gone_module:Gone", "plugin x")
+    registry.entries = dict(sorted(registry.entries.items()))  # it comes first
+    rows = option_rows(registries["synthesizers"].resolve("deepinversion"), registries)
+    assert {row.name: row.default for row in rows}["parameterisation"] == "fourier"
 
 
 def test_missing_plugin_is_an_error_that_names_where_it_was_sought(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from dreamkit.api.students import (
 from dreamkit.applications.continual import Continual
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
-from dreamkit.types import NO_LABEL, Teacher
+from dreamkit.types import NO_LABEL, StoredImages, Teacher, notes_of
 
 
 def extend(
@@ -113,16 +113,18 @@ def _taken(new: Any, told: Sequence[str] | None, card: Card) -> tuple[Any, tuple
     """Return the new images, and the names of their classes.
 
     Names are as told, as the data set has them, or numbers that go on from the old classes'. For
-    numbers the images are read once, and then held in memory.
+    numbers the images are read once, and then held in memory, as are those that can be read but
+    once.
     """
     if isinstance(told, str):
         raise DreamkitError(f"new_names: should be several names, not one (got {told!r})")
     if told is None:
         told = getattr(new, "classes", None)
-    if told is not None:
-        return new, tuple(str(name) for name in told)
     # As many as labels tell; any label fits a card of more classes than there can be.
     wide = dataclasses.replace(card, num_classes=2**31, class_names=None)
+    if told is not None:
+        held = as_images(new, wide, "new") if isinstance(new, Iterator) else new
+        return held, tuple(str(name) for name in told)
     images = as_images(new, wide, "new")
     pixels, labels = images.batch(range(len(images)))
     if int(labels.min()) == NO_LABEL:
@@ -134,4 +136,5 @@ def _taken(new: Any, told: Sequence[str] | None, card: Card) -> tuple[Any, tuple
             f"new: no image has the label {missing[0]}, and one has {count - 1}: label the new "
             "classes 0, 1, 2 ... without gaps"
         )
-    return (pixels, labels), tuple(str(card.num_classes + number) for number in range(count))
+    held = StoredImages(pixels, labels, notes=notes_of(images))
+    return held, tuple(str(card.num_classes + number) for number in range(count))

@@ -198,7 +198,7 @@ class _Learning:
         """Refuse a set whose training ends before all of its dreams are there."""
         if not isinstance(self.images, Synthesis):
             raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
-        batch_size = self.images.synthesizer.known_batch_size()
+        batch_size = self.images.synthesizer.known_batch_size(self.teacher)
         if batch_size is None:  # left to the machine: looked at when it is known
             return
         for task, classes in zip(self.course.tasks, self.course.old_classes, strict=True):

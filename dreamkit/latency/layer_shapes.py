@@ -23,8 +23,9 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
     """Return the shape of every layer that a forward pass calls, in its order.
 
     Layers are convolutions, linear ones, and BatchNorm of feature maps with the activation module
-    that is called next. A convolution may have layers of its own, e.g. one that pads. Where it pads
-    in its code, its shape has the padding that leads to the output it has.
+    that is called next, but for those in TorchScript. A convolution may have layers of its own,
+    e.g. one that pads. Where it pads in its code, its shape has the padding that leads to the
+    output it has.
     """
     from torchvision.ops import FrozenBatchNorm2d  # a second, and half of the runs need it not
 
@@ -65,7 +66,8 @@ def layer_shapes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str
     layers = [
         (name, module)
         for name, module in model.named_modules()
-        if not list(module.children()) or isinstance(module, counted)
+        if (not list(module.children()) or isinstance(module, counted))
+        and not isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
     ]
     example = torch.zeros(1, *input_size, device=device_of(model))
     with torch.no_grad(), eval_mode(model), hooked(layers, see), _padded(layers, found):

@@ -66,8 +66,8 @@ def left_alone(model: nn.Module) -> dict[str, str]:
 
 
 def _has_own_weight(layer: nn.Module) -> bool:
-    own = layer._parameters.get("weight")
-    return isinstance(layer, _LAYERS) and own is not None
+    # Layers in TorchScript are none of these, and have no such table.
+    return isinstance(layer, _LAYERS) and layer._parameters.get("weight") is not None
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, Registries, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, Registered, Registries, TermsOf
 
 _ABSENT = inspect.Parameter.empty
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
@@ -143,15 +143,20 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[^.]{2}\.) (?=[A-Z`])", text)[0].rstrip(".")
 
 
+def _name_of(cls: type[Any], entries: Mapping[str, Registered]) -> str | None:
+    """Return the name that a class is registered under; none is imported, as it may not load."""
+    reference = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, e in entries.items() if e.target in (cls, reference)), None)
+
+
 def _default(option: Option, registries: Registries | None) -> str:
     value = option.default
     if dataclasses.is_dataclass(value) and not _given(value):
         if option.marker is None:
             return "its own defaults"
         cls = type(value)
-        known = None if registries is None else registries[option.marker.kind]
-        names = () if known is None else (name for name in known if known.resolve(name) is cls)
-        return next(iter(names), cls.__name__)
+        entries = {} if registries is None else registries[option.marker.kind].entries
+        return _name_of(cls, entries) or cls.__name__
     if isinstance(option.marker, TermsOf):
         value = {term.name: term.weight for term in value}
     return json.dumps(value, default=_given, ensure_ascii=False)

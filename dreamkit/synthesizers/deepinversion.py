@@ -118,9 +118,9 @@ class DeepInversion(Synthesizer):
         """Optimizer steps over all stages."""
         return DEFAULT_STEPS if self.stages is None else sum(s.steps for s in self.stages)
 
-    def known_batch_size(self) -> int | None:
-        """Return the batch size; None where it is left to the machine or to the teacher."""
-        return None if self.batch_size == "auto" else self.batch_size
+    def known_batch_size(self, teacher: Teacher) -> int | None:
+        """Return the batch size; None where it is left to the machine."""
+        return None if self.batch_size == "auto" else self.batch_size or default_batch(teacher)
 
     @contextmanager
     def session(
@@ -173,9 +173,8 @@ class Inversion(LossDreamer):
         self.options = options
         self.stages = options.stages or default_stages(self.teacher)
         self.deal = partial(deal_labels, options.labels, session.teacher.card, session.seed)
-        own = options.batch_size or default_batch(self.teacher)
-        batch_size = session.choices.get("batch_size", own)
-        self._batch_size = self._largest_batch() if batch_size == "auto" else batch_size
+        known = options.known_batch_size(self.teacher)
+        self._batch_size = session.choices.get("batch_size", known) or self._largest_batch()
 
     @property
     def batch_size(self) -> int:

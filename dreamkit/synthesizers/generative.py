@@ -74,7 +74,7 @@ class Generative(Synthesizer):
         """The term that competes with a student, if one does."""
         return competing(self.regularizers)
 
-    def known_batch_size(self) -> int:
+    def known_batch_size(self, teacher: Teacher) -> int:
         """Return the batch size."""
         return self.batch_size
 

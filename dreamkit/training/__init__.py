@@ -1,1 +1,1 @@
-"""Training: distillation, its losses, and BatchNorm recalibration."""
+"""Training: distillation, its losses, and BatchNorm statistics."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from dreamkit import distributed
 from dreamkit.card import Card
@@ -67,7 +68,7 @@ def take_difference(
 
     Returns:
         Names of the layers left alone, wholly or in some calls: the teacher has none with these
-        channels, or calls it less often.
+        channels, or calls it less often, or they are in TorchScript and cannot be watched.
     """
     layers = dict(stating(student))
     theirs = {
@@ -76,11 +77,14 @@ def take_difference(
         if (found := _statistics_of(teacher, name, layer, kept)) is not None
     }
     alone = dict.fromkeys(name for name in layers if name not in theirs)
+    if not theirs:
+        return list(alone)
     seen: dict[str, tuple[Moments, Moments]] = {}
     calls: dict[str, list[Moments]] = {}
 
     def watch(name: str, layer: nn.Module, x: Tensor) -> None:
-        channels, moments = _channels(kept, name, x.device), Moments.of(x)
+        stored = len(layer.get_buffer(_STATISTICS[0]))
+        channels, moments = _channels(kept, name, x.device), Moments.of(x, stored)
         chosen = moments if channels is None else moments.chosen(channels)
         calls.setdefault(name, []).append(chosen)
 
@@ -89,7 +93,8 @@ def take_difference(
             alone[name] = None
             return
         ours, others = seen.get(name, (None, None))
-        seen[name] = Moments.of(x).merged(ours), calls[name].pop(0).merged(others)
+        own = Moments.of(x, len(theirs[name][0]))
+        seen[name] = own.merged(ours), calls[name].pop(0).merged(others)
         _set(layer, *theirs[name], *seen[name])
 
     watched = [(name, teacher.get_submodule(name)) for name in theirs]
@@ -114,7 +119,7 @@ def check_made_from(student: nn.Module, teacher: nn.Module, kept: Kept) -> None:
     Raises:
         DreamkitError: it has such layers, and they are its own.
     """
-    layers = stating(student)
+    layers = [layer for layer in stating(student) if not isinstance(layer[1], ScriptModule)]
     if layers and all(_statistics_of(teacher, *layer, kept) is None for layer in layers):
         raise DreamkitError(
             "difference wants a student made from the teacher, and this one has none of its "
@@ -139,6 +144,8 @@ def _statistics_of(
     try:
         module = teacher.get_submodule(name)
     except AttributeError:
+        return None
+    if isinstance(layer, ScriptModule) or isinstance(module, ScriptModule):
         return None
     found = []
     for key in _STATISTICS:

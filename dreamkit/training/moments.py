@@ -26,8 +26,15 @@ class Moments:
     squares: Tensor
 
     @staticmethod
-    def of(x: Tensor) -> Moments:
-        """Return the moments of channels with values (N, C, ...), float32 at the least."""
+    def of(x: Tensor, channels: int | None = None) -> Moments:
+        """Return the moments of channels, float32 at the least.
+
+        Args:
+            x: (N, C, ...) or, as transformers have them, (N, ..., C).
+            channels: C, by which the two are told apart; None for the first.
+        """
+        if channels is not None and x.shape[1] != channels and x.shape[-1] == channels:
+            x = x.flatten(0, -2)
         x = x if x.dtype == torch.float64 else x.float()
         count = x.numel() // x.shape[1]
         var, mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)

@@ -38,14 +38,16 @@ class Training:
         augmentation: how images are varied.
         ema: keep a moving average of the weights with this decay, and let it be the student;
             null does not.
-        freeze_bn: train with BatchNorm's running statistics as they are at the beginning, and keep
-            them; else each step normalises with its own images' and moves them.
+        freeze_bn: train with BatchNorm's running statistics as they are at the beginning; else each
+            step normalises with its own images' and moves them.
         statistics: BatchNorm's at the end: ``keep``, those of training; ``difference``, the
             teacher's, moved by what student and teacher see differently of the images, for a
             student that has the teacher's layers; ``recalibrate``, those of the images, which for
             dreams are not those of real images.
         statistics_batches: batches of images that the last two are taken over.
-        evaluate_every: steps between looks at the accuracy on evaluation images; null never does.
+        evaluate_every: steps between looks at the accuracy on evaluation images, each with the
+            running statistics of training: what ``statistics`` does comes after the last of them;
+            null never does.
         precision: of the networks' arithmetic; weights, statistics and losses stay float32.
             ``auto`` is bfloat16 where the hardware multiplies it natively, except for students
             with depthwise convolutions on a CPU.

@@ -56,5 +56,5 @@ def take_statistics(
         if alone:
             note(
                 f"{and_more(alone)}: BatchNorm statistics left as they were, as the teacher has no "
-                "such layer"
+                "such layers, or they are TorchScript"
             )

@@ -41,7 +41,7 @@ class Trainer(ABC, Generic[Options]):
         card: how to normalise stored images.
         options: hyper-parameters.
         device: where both models are.
-        seed: of what is drawn: augmentation, and the images of ``recalibrate``.
+        seed: of what is drawn: augmentation, and the images that ``statistics`` are taken over.
         total: steps in all.
         note: told if compilation fails, and of layers without statistics to take.
         kept: which of the teacher's channels the student has, as ``take_difference`` takes it.

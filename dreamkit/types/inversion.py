@@ -204,7 +204,7 @@ class Synthesizer(ABC):
         """
         return None
 
-    def known_batch_size(self) -> int | None:
+    def known_batch_size(self, teacher: Teacher) -> int | None:
         """Return how many images are dreamed together; None if a session settles it."""
         return None
 

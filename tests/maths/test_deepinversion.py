@@ -684,4 +684,5 @@ def test_large_images_are_dreamed_fewer_at_a_time(toys, size, expected):
     for given, found in ((None, expected), (7, 7)):
         with options(batch_size=given).session(teacher, CPU) as session:
             assert session.batch_size == found
-    assert options(batch_size=None).known_batch_size() is None
+        assert options(batch_size=given).known_batch_size(teacher) == found
+    assert options(batch_size="auto").known_batch_size(teacher) is None

@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.model_state import hooked
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.training import difference_statistics
@@ -148,7 +149,7 @@ def test_a_channel_without_variance_keeps_its_teachers_and_no_factor_is_beyond_t
 class Norms(nn.Module):
     """A layer, then what normalises: rows, sequences, volumes, or over all ranks."""
 
-    def __init__(self, norm, shape, bn):
+    def __init__(self, shape, bn):
         super().__init__()
         self.linear = nn.Linear(192, 24)
         self.shape = shape
@@ -171,7 +172,7 @@ class Norms(nn.Module):
     ],
 )
 def test_every_kind_of_batch_norm_in_any_mode(toys, norm, shape):
-    teacher = toys.fill(Norms(norm, shape, copy.deepcopy(norm)))
+    teacher = toys.fill(Norms(shape, copy.deepcopy(norm)))
     student = copy.deepcopy(teacher).train()
     with torch.no_grad():
         student.linear.bias.add_(2.5)
@@ -215,6 +216,59 @@ def test_a_layer_called_twice_counts_both_calls(toys):
     (mean, _), (own, _) = (seen(torch.cat(pair)) for pair in (given[:2], given[2:4]))
     expected = teacher.bn.running_mean + (own - mean).float()
     torch.testing.assert_close(student.bn.running_mean, expected, rtol=1e-4, atol=1e-5)
+
+
+class Positions(nn.Module):
+    """A layer that normalises sequences (N, L, C) by running statistics, as transformers do."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        return (x - self.running_mean) / (self.running_var + 1e-5).sqrt()
+
+
+def test_channels_may_come_last(toys):
+    teacher = toys.fill(Norms((6, 4), Positions(4)))
+    student, images = copy.deepcopy(teacher), toys.images(5)
+    with torch.no_grad():
+        student.linear.bias.add_(2.5)
+        student.linear.weight.mul_(2)
+    assert difference(toys, student, teacher, images, batch_size=2) == []
+    x = toys.card().normalise(images.images).flatten(1)
+    ours, theirs = (m.linear(x).view(-1, 4) for m in (student, teacher))
+    mean = teacher.bn.running_mean + ours.mean(0) - theirs.mean(0)
+    torch.testing.assert_close(student.bn.running_mean, mean, rtol=1e-4, atol=1e-5)
+    var = teacher.bn.running_var * ours.var(0) / theirs.var(0)
+    torch.testing.assert_close(student.bn.running_var, var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
+def test_what_is_scripted_takes_no_hooks_and_is_left_alone(toys):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = toys.fill(nn.BatchNorm2d(3))
+            self.second = torch.jit.script(toys.fill(nn.BatchNorm2d(3)))
+
+        def forward(self, x):
+            return self.second(self.first(x)).mean((2, 3))
+
+    student, teacher = Partly().eval(), Partly().eval()
+    student.first.running_mean.add_(1)
+    assert difference(toys, student, teacher, toys.images(4)) == ["second"]
+    assert_same_bits(student, teacher)
+    with pytest.raises(RuntimeError, match="not supported"), hooked(student.named_children(), min):
+        pass
+    assert not student.first._forward_pre_hooks
+    distiller(toys, nn.Sequential(student.second), teacher, statistics="difference")
+
+
+def test_without_batch_norm_no_image_is_looked_at(toys):
+    assert difference(toys, toys.plain(), toys.plain(), None) == []
 
 
 def test_layers_that_the_teacher_lacks_are_left_alone_and_named(toys):

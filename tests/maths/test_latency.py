@@ -573,3 +573,11 @@ def test_a_convolution_with_a_layer_of_its_own_is_counted(kernel, stride, pad, p
     assert list(shapes) == ["0"]
     assert (shapes["0"].padding, shapes["0"].output_size) == (padding, size)
     assert shapes["0"].flops == 3 * 4 * kernel**2 * size[0] * size[1]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
+def test_what_is_scripted_has_no_shape():
+    scripted = torch.jit.script(nn.Conv2d(4, 4, 1))
+    shapes = layer_shapes(nn.Sequential(nn.Conv2d(3, 4, 3), scripted), (3, 8, 8))
+    assert list(shapes) == ["0"]

@@ -148,6 +148,13 @@ def test_what_is_left_is_fitted_before_it_is_trained(toys, tmp_path):
     assert run.log.details["reconstruction_left_alone"] == []
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
+def test_what_is_scripted_keeps_its_weights():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 2)))
+    assert list(choose_weights(model, 0.5)) == ["0.weight"]
+
+
 def test_what_pruning_left_has_its_teachers_statistics_and_the_difference(toys, tmp_path):
     teacher, found = toys.teacher(toys.two_bn()), {}
     for how in ("keep", "difference", "recalibrate"):

@@ -49,7 +49,7 @@ class SignAscent(Synthesizer):
         """Steps of the walk."""
         return self.steps
 
-    def known_batch_size(self) -> int:
+    def known_batch_size(self, teacher: Teacher) -> int:
         """Return the batch size."""
         return self.batch_size
 
