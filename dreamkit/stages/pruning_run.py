@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dreamkit.allocator import give_back
 from dreamkit.errors import NothingToPrune, TeacherMismatch, placed
 from dreamkit.flat_state import below, prefixed
 from dreamkit.latency.table import LookUpTable
@@ -144,6 +145,7 @@ class PruningRun:
                 numbers = self._look(removed)
                 log.record("pruning", self.rounds, numbers)
                 self._save()
+                give_back()  # tensors of a smaller network leave holes between those of this one
                 log.emit(RoundPruned(round=self.rounds, numbers=numbers))
                 log.check(together=True)
                 advance(max(0, min(1000, round(1000 * budget.progress(self.shares)))))
