@@ -258,7 +258,8 @@ def test_dreams_of_another_size_as_replay(tmp_path, recipe, recipe_file, invoke,
         "std": [0.5],
     }
     assert invoke("run", recipe_file(tiny, "tiny.yaml"), "--out", tmp_path / "other")[0] == 0
-    recipe["application"]["replay"] = {"source": "dreams", "path": str(tmp_path / "other")}
+    replay = {"source": "dreams", "path": str(tmp_path / "other"), "allow_foreign": True}
+    recipe["application"]["replay"] = replay
     recipe["synthesis"] = None
     err = refused(invoke, recipe_file(recipe), tmp_path)
     assert "application.replay: its images are (1, 16, 16)" in err

@@ -85,6 +85,7 @@ def test_two_ranks_dream_what_one_does(tmp_path, one):
     assert "already holds this recipe's finished run" in finished(run(1, folder, *SMALL))
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_ranks_speaks_once_and_writes_nothing(tmp_path):
     out = finished(run(2, tmp_path / "run", *SMALL, "--dry-run"))
     assert out.count("dreaming 120 images in 8 batches") == 1
@@ -206,6 +207,7 @@ with distributed.ranks():
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_anew_begin_the_queue_anew(tmp_path):
     (tmp_path / "work.py").write_text(RESTARTED)
     command = [*TORCHRUN, "2", "--max-restarts", "1", str(tmp_path / "work.py")]

@@ -62,10 +62,18 @@ def content(path):
     return hash_state(safetensors.torch.load_file(path))
 
 
-def test_the_quickstart(tmp_path, invoke):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="whole"),
+        pytest.param(["synthesis.images=512", "application.recovery.epochs=25"], id="in a hurry"),
+    ],
+)
+def test_the_quickstart(tmp_path, invoke, changes):
     pytest.importorskip("sklearn", reason="the quickstart is judged on scikit-learn's digits")
     start = time.perf_counter()
-    code, out, _ = invoke("run", str(QUICKSTART), "--out", str(tmp_path / "run"))
+    options = [word for change in changes for word in ("--set", change)]
+    code, out, _ = invoke("run", str(QUICKSTART), *options, "--out", str(tmp_path / "run"))
     seconds = time.perf_counter() - start
     folder = tmp_path / "run"
     assert code == 0
@@ -212,6 +220,7 @@ def test_dreams_are_exported_as_an_image_folder(tmp_path, invoke):
     assert "not empty" in err
 
 
+@pytest.mark.slow
 def test_the_flagships_mechanics_at_a_small_size(tmp_path, invoke):
     overrides = ["teacher.weights=null", "teacher.input_size=[3, 64, 64]", "synthesis.images=4"]
     overrides += ["synthesis.stages=[{size: 32, steps: 2}, {size: 64, steps: 1}]"]

@@ -551,7 +551,7 @@ def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file
     fourier = {"name": "fourier", **asdict(Fourier()), "colour": list(Fourier().colour)}
     assert synthesis["parameterisation"] == fourier
     assert synthesis["engine"] == {"precision": "auto", "compile": "auto"}
-    assert application["selection"] == {"name": "greedy"}
+    assert application["selection"] == {"name": "greedy", "per": "channel"}
     assert application["limits"] == {
         **{"chunk": 2, "max_ratio": 0.9, "min_channels": 2, "exceptions": []},
     }

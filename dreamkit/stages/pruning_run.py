@@ -85,9 +85,9 @@ class PruningRun:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
             note = context.log.note
             self.budget = Budget(goal, teacher, self.table, total, latency, ms, note)
+            self.choosing = Choosing(options, self.budget, self.importances, note)
+            self.choosing.check_reach(self.graph)
         self.shares = dict.fromkeys(self.budget.before, 1.0)
-        self.choosing = Choosing(options, self.budget, self.importances, context.log.note)
-        self.choosing.check_reach(self.graph)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
