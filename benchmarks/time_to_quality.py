@@ -55,7 +55,9 @@ def quality(images: Tensor, labels: Tensor, teacher: Teacher, verifier: Teacher)
     content, stored = as_stored(Dream(images, labels, 0.0), teacher)
     with torch.no_grad(), tapped(teacher.model) as tap:
         logits, statistics = tap(images)
-    unclipped = BNFeature().per_layer(InversionStep(images, labels, logits, None, statistics))
+    unclipped = BNFeature("paper").per_layer(
+        InversionStep(images, labels, logits, None, statistics)
+    )
     assert content.teacher_logits is not None
     assert stored.r_feature is not None
     with torch.no_grad():
