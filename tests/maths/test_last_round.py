@@ -242,4 +242,5 @@ def test_what_is_named_as_reachable_is_reachable(toys, tmp_path):
 
 def test_what_shapes_do_not_tell_of_is_counted_before_a_refusal(toys, context, monkeypatch):
     monkeypatch.setattr(Forecast, "met", lambda forecast: False)
-    PruningRun(pruning(), network(toys), context)
+    run = PruningRun(pruning(), network(toys), context)
+    assert run.shares["flops"] == 1.0  # not refused: the forecast alone said that nothing is enough
