@@ -37,20 +37,39 @@ def random_crop(
     height, width = images.shape[2:]
     if padding < 0 or (border == "reflect" and padding >= min(height, width)):
         raise ValueError(f"padding {padding} does not fit images of {height} by {width}")
-    shape = (2, len(images), 1)
-    shifts = torch.randint(2 * padding + 1, shape, generator=generator, device=generator.device).to(
-        images.device
+    rows, columns = (
+        _drawn(2 * padding + 1, images, generator) + torch.arange(side, device=images.device)
+        for side in (height, width)
     )
-    rows = shifts[0] + torch.arange(height, device=images.device)
-    columns = shifts[1] + torch.arange(width, device=images.device)
     if border == "zeros":
         images = F.pad(images, (padding,) * 4)
     else:
         rows, columns = _mirrored(rows - padding, height), _mirrored(columns - padding, width)
-    batch = torch.arange(len(images), device=images.device)
-    # Gathered axes come first, so that this is (N, H, W, C).
-    window = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return window.permute(0, 3, 1, 2)
+    return _windows(images, rows, columns)
+
+
+def random_window(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Cut a window out of each image, all places equally likely.
+
+    Args:
+        images: (N, C, H, W), stored or normalised; gradients flow to them.
+        size: of the window's sides; at most H and W.
+        generator: draws 2N integers.
+
+    Returns:
+        (N, C, size, size) in channels-last memory.
+
+    Raises:
+        ValueError: the images are smaller.
+    """
+    height, width = images.shape[2:]
+    if size > min(height, width):
+        raise ValueError(f"images of {height} by {width} have no window of {size} pixels a side")
+    rows, columns = (
+        _drawn(side - size + 1, images, generator) + torch.arange(size, device=images.device)
+        for side in (height, width)
+    )
+    return _windows(images, rows, columns)
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,6 +77,21 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     shape = (len(images), 1, 1, 1)
     draw = torch.randint(2, shape, generator=generator, device=generator.device)
     return torch.where(draw.to(images.device) > 0, images.flip(3), images)
+
+
+def _drawn(below: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an integer in [0, below) for each image; return them as (N, 1)."""
+    shape = (len(images), 1)
+    draw = torch.randint(below, shape, generator=generator, device=generator.device)
+    return draw.to(images.device)
+
+
+def _windows(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return of each image the rows (N, H') and the columns (N, W') that are named."""
+    batch = torch.arange(len(images), device=images.device)
+    # Gathered axes come first, so that this is (N, H, W, C).
+    window = images[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return window.permute(0, 3, 1, 2)
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:

@@ -7,11 +7,16 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamkit import distributed
+from dreamkit.card import Card
+from dreamkit.errors import DreamkitError
+from dreamkit.model_state import eval_mode
+from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.seeds import derived_seed
-from dreamkit.training.augmentation import random_crop, random_flip
+from dreamkit.training.augmentation import random_crop, random_flip, random_window
+from dreamkit.wording import one_line
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,15 @@ class Augmentation:
     """How training images are varied, each step anew.
 
     Args:
+        size: train on windows of this many pixels a side, cut out of each image where chance will;
+            smaller ones take less time, of networks that take them. Null is the whole image.
         crop: largest shift in pixels; the border is filled with zeros after normalisation.
         flip: mirror half of the images left to right.
         mixup: α of the Beta(α, α) distribution by which images are mixed in pairs (Zhang et al.
             2018); 0 does not mix.
     """
 
+    size: Annotated[int, Field(ge=8)] | None = None
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -71,6 +79,8 @@ class Augmenter:
         options = self.options
         if options.crop:
             images = random_crop(images, options.crop, self.generator, "zeros")
+        if options.size is not None:
+            images = random_window(images, options.size, self.generator)
         if options.flip:
             images = random_flip(images, self.generator)
         if options.mixup == 0:
@@ -85,3 +95,30 @@ class Augmenter:
         alpha = torch.full((2,), self.options.mixup, dtype=torch.float64)
         pair = torch._standard_gamma(alpha, generator=self.generator)
         return float(pair[0] / pair.sum().clamp(min=1e-300))
+
+
+def check_window(
+    options: Augmentation, model: nn.Module, role: str, card: Card, device: torch.device
+) -> None:
+    """Refuse windows of the images that a network does not take.
+
+    Raises:
+        DreamkitError: it does not, or they are larger than the images.
+    """
+    size, place = options.size, ("augmentation", "size")
+    channels, height, width = card.input_size
+    if size is None:
+        return
+    if size > min(height, width):
+        raise DreamkitError(f"windows of {size} pixels of images of {height} by {width}", place)
+    try:
+        with torch.no_grad(), eval_mode(model):
+            model(torch.zeros(2, channels, size, size, device=device))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise DreamkitError(
+            f"the {role} does not take windows of {size} pixels: set it to null "
+            f"({one_line(error)})",
+            place,
+        ) from error

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.registry import EntryOf
+from dreamkit.seeds import stream
+from dreamkit.training.augmenter import Mixed
+from dreamkit.training.feature_points import feature_points
 from dreamkit.training.losses.distillation import (
     KLDivergence,
     mixed_cross_entropy,
 )
+from dreamkit.training.losses.feature_distance import FeatureDistance
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
 from dreamkit.training.trainer import Trainer
@@ -34,6 +39,11 @@ class Distillation(Training):
         temperature: of the softmax, τ in eq. 1; ``l1`` has none.
         hard_labels: weight of the cross-entropy to the images' own labels; the distillation loss
             has the rest.
+        features: weight of the mean squared difference between the student's features and the
+            teacher's, each as a share of its variance (Romero et al., ICLR 2015); added to the
+            losses above. For a student that was made from the teacher. They are taken where all
+            that a network goes on with is in one tensor: after each residual block, and after each
+            layer of a network without.
     """
 
     soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
@@ -41,14 +51,40 @@ class Distillation(Training):
     )
     temperature: Annotated[float, Field(gt=0)] = 3.0
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
+    features: Annotated[float, Field(ge=0)] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features and self.compile:
+            raise OptionError(
+                "compile", "features are seen by hooks: set it to false, or features to 0"
+            )
 
 
 class Distiller(Trainer[Distillation]):
-    """A student that learns the teacher's outputs on one set of images.
+    """A student that learns the teacher's outputs, and its features, on one set of images.
 
     Args:
         arguments: those of ``Trainer``; the student has the teacher's outputs.
+
+    Raises:
+        DreamkitError: as ``Trainer``; ``features`` of a student that was not made from the teacher.
     """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.features: FeatureDistance | None = None
+        if self.options.features:
+            draw = stream(self.seed, "noise that shows the features")
+            noise = torch.randn(2, *self.card.input_size, generator=draw).to(self.device)
+            points = feature_points(self.teacher, self.student, self.kept, noise)
+            if not points:
+                raise DreamkitError(
+                    "the student shares none of the teacher's features: it was not made from it, "
+                    "or none of its layers is given all that it goes on with; set it to 0",
+                    ("features",),
+                )
+            self.features = FeatureDistance(self.student, self.teacher, points)
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the distillation loss, mixed with the labels' cross-entropy where that is asked.
@@ -60,10 +96,17 @@ class Distiller(Trainer[Distillation]):
         if self.options.hard_labels and int(labels.min()) == NO_LABEL:
             raise DreamkitError("these images have no labels; set it to 0", ("hard_labels",))
         mixed = self.augmenter(self.card.normalise(stored), labels)
-        student_logits, teacher_logits = self.forward(mixed.images)
+        if self.features is None:
+            return self._of_logits(mixed, *self.forward(mixed.images))
+        with self.features.watched():
+            student_logits, teacher_logits = self.forward(mixed.images)
+        distance = self.options.features * self.features.taken()
+        return self._of_logits(mixed, student_logits, teacher_logits) + distance
+
+    def _of_logits(self, mixed: Mixed, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         options = self.options
         soft = options.soft_loss(student_logits, teacher_logits, options.temperature)
-        if self.options.hard_labels == 0:
+        if options.hard_labels == 0:
             return soft
         hard = mixed_cross_entropy(student_logits, mixed)
-        return (1 - self.options.hard_labels) * soft + self.options.hard_labels * hard
+        return (1 - options.hard_labels) * soft + options.hard_labels * hard

@@ -40,6 +40,7 @@ class Training:
             null does not.
         freeze_bn: train with BatchNorm's running statistics as they are at the beginning; else each
             step normalises with its own images' and moves them.
+        dropout: train with the network's own dropout and stochastic depth; else without.
         statistics: BatchNorm's at the end: ``keep``, those of training; ``difference``, the
             teacher's, moved by what student and teacher see differently of the images, for a
             student that has the teacher's layers; ``recalibrate``, those of the images, which for
@@ -70,6 +71,7 @@ class Training:
     augmentation: Augmentation = field(default_factory=Augmentation)
     ema: Share | None = None
     freeze_bn: bool = False
+    dropout: bool = True
     statistics: Statistics = "keep"
     statistics_batches: Annotated[int, Field(ge=1)] = 16
     evaluate_every: Annotated[int, Field(ge=1)] | None = None

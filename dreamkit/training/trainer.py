@@ -21,7 +21,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import load_state, tensors_of
 from dreamkit.seeds import stream
-from dreamkit.training.augmenter import Augmenter
+from dreamkit.training.augmenter import Augmenter, check_window
 from dreamkit.training.batches import drawn_evenly
 from dreamkit.training.difference_statistics import Kept, check_made_from, stating
 from dreamkit.training.options import Training
@@ -76,6 +76,8 @@ class Trainer(ABC, Generic[Options]):
         """The student, with its gradients averaged over ranks where there are several."""
         if options.statistics == "difference":
             check_made_from(student, teacher, kept)
+        for network, role in ((teacher, "teacher"), (student, "student")):
+            check_window(options.augmentation, network, role, card, device)
         self.precision = resolve_precision(options.precision, device, student)
         lay_out(student, options, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
@@ -93,11 +95,11 @@ class Trainer(ABC, Generic[Options]):
         self._train_mode()
 
     def _train_mode(self) -> None:
-        """Put the student in training mode, BatchNorm in eval mode where it is frozen."""
-        self.student.train()
-        if self.options.freeze_bn:
-            for _, layer in stating(self.student):
-                layer.eval()
+        """Put the student in training mode, BatchNorm and dropout as the options have them."""
+        # Some networks draw in functions of their own, by the mode of a module around them.
+        self.student.train(self.options.dropout)
+        for _, layer in stating(self.student):
+            layer.train(not self.options.freeze_bn)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         options = self.options

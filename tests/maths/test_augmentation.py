@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dreamkit.training.augmentation import random_crop, random_flip
+from dreamkit.training.augmentation import random_crop, random_flip, random_window
 
 
 def generator(seed=0):
@@ -104,3 +104,21 @@ def test_crops_come_as_channels_last():
     crops = random_crop(numbered(3), 1, generator())
     assert crops.is_contiguous(memory_format=torch.channels_last)
     assert random_flip(crops, generator()).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_each_window_is_one_of_the_images_own():
+    images = numbered(300)
+    found = random_window(images, 3, generator())
+    windows = torch.stack(
+        [images[:, :, r : r + 3, c : c + 3] for r in range(3) for c in range(2)], dim=1
+    )
+    matches = (windows == found[:, None]).flatten(2).all(2)
+    assert (matches.sum(1) == 1).all()
+    # 300 draws of six places: 50 of each on the average, with a deviation of 6.5.
+    assert matches.sum(0).min() >= 25
+    assert matches.sum(0).max() <= 80
+
+
+def test_a_window_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="no window of 5"):
+        random_window(numbered(2), 5, generator())

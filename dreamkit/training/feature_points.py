@@ -1,0 +1,138 @@
+"""Where one tensor holds all that a network goes on with, so that a student can be compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from dreamkit.model_state import eval_mode, hooked
+from dreamkit.training.difference_statistics import Kept
+
+
+@dataclass(frozen=True)
+class FeaturePoint:
+    """A layer that is given all that a network goes on with.
+
+    Args:
+        name: of the layer; what it is given is the feature.
+        axis: of the feature's channels.
+        channels: positions of the student's channels among the teacher's, None for all.
+    """
+
+    name: str
+    axis: int
+    channels: Tensor | None
+
+    def of_teacher(self, feature: Tensor) -> Tensor:
+        """Return the teacher's feature without the channels that the student lacks."""
+        return feature if self.channels is None else feature.index_select(self.axis, self.channels)
+
+    def left_of(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of the student's feature, by that of the teacher's."""
+        sizes = list(shape)
+        if self.channels is not None:
+            sizes[self.axis] = len(self.channels)
+        return torch.Size(sizes)
+
+
+def feature_points(
+    teacher: nn.Module, student: nn.Module, kept: Kept, images: Tensor
+) -> list[FeaturePoint]:
+    """Return the layers by whose inputs a student can be compared with what it was made from.
+
+    These are convolutions and linear layers whose input is a waist of the network: every path from
+    the images to the outputs goes through it. It is what a block with a residual sum around it puts
+    out, and what any layer of a plain network does; the inside of a block is not one. So a student
+    that has them right has all right, and is free in how it comes to them. (In graphs' terms: the
+    node dominates the output.)
+
+    Args:
+        teacher: with a graph from its images to its outputs.
+        student: made from it.
+        kept: which of the teacher's channels the student has.
+        images: normalised, (N, C, H, W), on the device of both.
+
+    Returns:
+        In forward order; none of two layers is given the same tensor, none the images themselves.
+    """
+    given = _waists(teacher, images)
+    shapes: dict[str, torch.Size] = {}
+    layers = dict(student.named_modules())
+    watched = [(name, layers[name]) for name in given if name in layers]
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        shapes[name] = x.shape
+
+    with torch.no_grad(), eval_mode(student), hooked(watched, see):
+        student(images)
+    found = []
+    for name, shape in given.items():
+        point = _point(name, teacher.get_submodule(name), kept, images.device)
+        if name in shapes and point.left_of(shape) == shapes[name]:
+            found.append(point)
+    return found
+
+
+def _point(name: str, layer: nn.Module, kept: Kept, device: torch.device) -> FeaturePoint:
+    axes = kept.get(f"{name}.weight")
+    chosen = None if axes is None or axes[1] is None else torch.tensor(axes[1], device=device)
+    return FeaturePoint(name, -1 if isinstance(layer, nn.Linear) else 1, chosen)
+
+
+def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
+    """Return the layers, called once, that are given a waist, with the shape of it."""
+    layers = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    ]
+    given: dict[str, tuple[Node | None, torch.Size]] = {}
+    calls: Counter[str] = Counter()
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        given[name] = x.grad_fn, x.shape
+        calls[name] += 1
+
+    start = images.clone().requires_grad_(True)
+    with torch.enable_grad(), eval_mode(model), hooked(layers, see):
+        outputs = model(start)
+    graph = _graph(outputs.grad_fn)
+    found: dict[Node, tuple[str, torch.Size]] = {}
+    for name, (node, shape) in given.items():
+        once = node is not None and node in graph and node not in found and calls[name] == 1
+        if once and node is not None and not _reaches(graph, outputs.grad_fn, start, node):
+            found[node] = name, shape
+    return dict(found.values())
+
+
+def _graph(last: Node | None) -> dict[Node, list[Node]]:
+    """Return what each node of a graph is computed from, and keep the nodes what they are."""
+    found: dict[Node, list[Node]] = {}
+    open_nodes = [] if last is None else [last]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in found:
+            found[node] = [before for before, _ in node.next_functions if before is not None]
+            open_nodes += found[node]
+    return found
+
+
+def _reaches(
+    graph: Mapping[Node, list[Node]], last: Node | None, start: Tensor, shut: Node
+) -> bool:
+    """Whether a path leads from the outputs back to the images that does not pass a node."""
+    open_nodes = [last] if last is not None and last is not shut else []
+    seen = {shut, *open_nodes}
+    while open_nodes:
+        node = open_nodes.pop()
+        if getattr(node, "variable", None) is start:
+            return True
+        following = [before for before in graph[node] if before not in seen]
+        seen.update(following)
+        open_nodes += following
+    return False

@@ -1,0 +1,180 @@
+"""Features that a student shares with its teacher: where they are, and how far apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dreamkit.copying import copied
+from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.model_state import seeded
+from dreamkit.training.augmenter import Augmentation
+from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.feature_points import feature_points
+from dreamkit.training.losses.feature_distance import FeatureDistance
+
+CPU = torch.device("cpu")
+
+
+class Residual(nn.Module):
+    """A stem, a block with a sum around it, a downsampling one with a sum, a classifier."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.inner = nn.Sequential(
+            nn.Conv2d(4, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, groups=width)
+        )
+        self.outer = nn.Conv2d(width, 4, 1)
+        self.down, self.shortcut = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2)
+        self.drop = nn.Dropout(0.5)
+        self.classifier = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.outer(torch.relu(self.inner(x)))
+        x = torch.relu(self.down(x) + self.shortcut(x))
+        return self.classifier(self.drop(x.mean((2, 3))))
+
+
+def network(width=4, seed=0):
+    with seeded(seed):
+        return Residual(width).eval()
+
+
+def noise(count=2):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_points_are_where_all_goes_through_one_tensor():
+    # Inside a block a path leads around; the first layer is given the images; of two layers that
+    # are given the same, one counts.
+    model = network()
+    found = [point.name for point in feature_points(model, model, {}, noise())]
+    assert found == ["inner.0", "down", "classifier"]
+
+
+def test_points_of_a_plain_network_are_its_layers():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten())
+    plain.append(nn.Linear(80, 3))
+    found = [point.name for point in feature_points(plain, plain, {}, noise())]
+    assert found == ["2", "4"]
+
+
+def test_a_layer_that_is_called_twice_is_no_point():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.again(self.again(self.first(x))).mean((2, 3))
+
+    assert feature_points(Twice(), Twice(), {}, noise()) == []
+
+
+def test_distance_is_over_what_is_kept_and_a_share_of_the_variance():
+    teacher = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 2, 1), nn.Flatten())
+    student = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten())
+    with torch.no_grad():
+        teacher[0].weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        student[0].weight.copy_(torch.eye(3)[[0, 2]].view(2, 3, 1, 1))
+        student[0].bias.zero_()
+    images = torch.tensor([[1.0, 50, 2], [3, -50, 4]]).view(2, 3, 1, 1)
+    kept = {"0.weight": [[0, 2], None, None, None], "1.weight": [None, [0, 2], None, None]}
+    (point,) = feature_points(teacher, student, kept, images)
+    distance = FeatureDistance(student, teacher, [point])
+    with distance.watched():
+        teacher(images), student(images)
+    assert distance.taken().item() == 0
+    with torch.no_grad():
+        student[0].bias.copy_(torch.tensor([1.0, 0.0]))  # one of two channels is off by 1
+    with distance.watched():
+        teacher(images), student(images)
+    # Kept are 1, 2, 3 and 4: variance 1¼; the error is 1 in half of them.
+    assert distance.taken().item() == pytest.approx(0.5 / 1.25)
+
+
+def trainer(toys, teacher, student, **options):
+    how = Distillation(
+        **({"steps": 60, "batch_size": 8, "lr": 0.01, "optimizer": "adamw"} | options)
+    )
+    return Distiller(student, teacher, toys.card(classes=5), how, CPU, 0, 60)
+
+
+def taught(toys, teacher, weight):
+    """Return how far features are from the teacher's, on noise, after training on other images."""
+    student = copied(teacher).requires_grad_(True)
+    with torch.no_grad():
+        student.inner[0].weight[:2] = 0
+    made, images = trainer(toys, teacher, student, features=weight, dropout=False), toys.images(8)
+    for _ in range(60):
+        made.step(images.batch(range(8)))
+    made.finish([images])
+    distance = FeatureDistance(student, teacher, feature_points(teacher, student, {}, noise()))
+    with distance.watched(), torch.no_grad():
+        student(noise(8)), teacher(noise(8))
+    return float(distance.taken())
+
+
+def test_features_teach_more_of_a_network_than_its_logits_do(toys):
+    teacher = network().requires_grad_(False)
+    assert taught(toys, teacher, 10.0) < 0.7 * taught(toys, teacher, 0.0)
+
+
+def test_a_training_leaves_no_hooks(toys):
+    teacher, student = network().requires_grad_(False), network(seed=1)
+    before = [toys.state(model)["hooks"] for model in (teacher, student)]
+    trainer(toys, teacher, student, features=1.0).step(toys.images(8).batch(range(8)))
+    assert [toys.state(model)["hooks"] for model in (teacher, student)] == before
+
+
+def test_features_of_a_network_that_is_not_of_the_teacher_are_refused(toys):
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    with pytest.raises(DreamkitError, match="shares none of the teacher's features"):
+        trainer(toys, network(), other, features=1.0)
+
+
+def test_features_and_compilation_exclude_each_other():
+    with pytest.raises(OptionError, match="features are seen by hooks"):
+        Distillation(features=1.0, compile=True)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_is_the_networks_own_or_none(toys, dropout):
+    student = network()
+    trainer(toys, network(), student, dropout=dropout)
+    assert student.drop.training is dropout
+
+
+def test_norms_learn_their_statistics_without_dropout_too(toys):
+    student = toys.two_bn()
+    how = Distillation(steps=1, batch_size=8, dropout=False)
+    Distiller(student, toys.two_bn(), toys.card(), how, CPU, 0, 1)
+    norms = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.training for norm in norms)
+
+
+def test_training_on_windows_shows_no_more_than_their_size(toys):
+    teacher, student = network().requires_grad_(False), network(seed=1)
+    made = trainer(toys, teacher, student, augmentation=Augmentation(size=8))
+    seen = []
+    student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2:]))
+    card = toys.card(size=(3, 12, 12), classes=5)
+    made = Distiller(student, teacher, card, made.options, CPU, 0, 60)
+    seen.clear()
+    made.step(toys.images(8, size=(3, 12, 12)).batch(range(8)))
+    assert set(seen) == {(8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(9, "windows of 9 pixels of images of 8 by 8"), (8, "does not take windows")]
+)
+def test_windows_that_do_not_fit_are_refused(toys, size, said):
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 5))
+    side = 8 if size == 9 else 12
+    how = Distillation(steps=1, batch_size=8, augmentation=Augmentation(size=size))
+    with pytest.raises(DreamkitError, match=said):
+        Distiller(fixed, fixed, toys.card(size=(3, side, side), classes=5), how, CPU, 0, 1)
