@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -21,18 +21,25 @@ from dreamkit.stages.samples import Parts, parted, what_is_held_back
 from dreamkit.stages.training_run import TrainingRun
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.statistics import Statistics
 from dreamkit.training.trainer import Trainer, lay_out
 from dreamkit.types import Images, RunContext, Synthesis, Teacher
 
 
 @dataclass(frozen=True)
 class Recovery(Distillation):
-    """Distillation with defaults for a network that is nearly right already."""
+    """Distillation with defaults for a network that is nearly right already.
+
+    It is taught by the teacher's features more than by its logits, with the BatchNorm statistics
+    that pruning left. SGD diverges where BatchNorm is frozen, at rates that teach; AdamW does not.
+    """
 
     temperature: Annotated[float, Field(gt=0)] = 5.0
-    lr: Annotated[float, Field(gt=0)] = 0.01
-    statistics: Statistics = "difference"
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    features: Annotated[float, Field(ge=0)] = 100.0
+    freeze_bn: bool = True
+    dropout: bool = False
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:

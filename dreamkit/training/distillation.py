@@ -68,7 +68,7 @@ class Distiller(Trainer[Distillation]):
         arguments: those of ``Trainer``; the student has the teacher's outputs.
 
     Raises:
-        DreamkitError: as ``Trainer``; ``features`` of a student that was not made from the teacher.
+        DreamkitError: as ``Trainer``.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -78,13 +78,13 @@ class Distiller(Trainer[Distillation]):
             draw = stream(self.seed, "noise that shows the features")
             noise = torch.randn(2, *self.card.input_size, generator=draw).to(self.device)
             points = feature_points(self.teacher, self.student, self.kept, noise)
-            if not points:
-                raise DreamkitError(
-                    "the student shares none of the teacher's features: it was not made from it, "
-                    "or none of its layers is given all that it goes on with; set it to 0",
-                    ("features",),
+            if points:
+                self.features = FeatureDistance(self.student, self.teacher, points)
+            else:
+                self.note(
+                    "features has no effect: the student has no layer of the teacher's that is "
+                    "given all that the network goes on with"
                 )
-            self.features = FeatureDistance(self.student, self.teacher, points)
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the distillation loss, mixed with the labels' cross-entropy where that is asked.

@@ -130,10 +130,14 @@ def test_a_training_leaves_no_hooks(toys):
     assert [toys.state(model)["hooks"] for model in (teacher, student)] == before
 
 
-def test_features_of_a_network_that_is_not_of_the_teacher_are_refused(toys):
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    with pytest.raises(DreamkitError, match="shares none of the teacher's features"):
-        trainer(toys, network(), other, features=1.0)
+def test_a_network_that_is_not_of_the_teacher_is_taught_by_logits_alone(toys):
+    other, told = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), []
+    how = Distillation(steps=1, batch_size=8, features=1.0)
+    card, images = toys.card(classes=5), toys.images(8)
+    made = Distiller(other, network(), card, how, CPU, 0, 1, told.append)
+    assert made.features is None
+    assert told[0].startswith("features has no effect")
+    made.step(images.batch(range(8)))
 
 
 def test_features_and_compilation_exclude_each_other():

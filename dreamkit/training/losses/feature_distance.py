@@ -22,7 +22,7 @@ class FeatureDistance:
     without a regressor, as what pruning left of a feature are channels of the teacher's. An image
     says far more of a network in its features than in its logits: some hundred thousand numbers in
     place of a thousand. Wang et al. ("Compressing Models with Few Samples: Mimicking then
-    Replacing", ECCV 2022) find so with few real images.
+    Replacing", CVPR 2022) find so with few real images.
 
     Args:
         student: made from the teacher.
