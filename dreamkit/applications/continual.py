@@ -35,7 +35,7 @@ from dreamkit.store.artifact import SPECIFICATION, read_artifact, write_artifact
 from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.teachers.weights import hash_weights
-from dreamkit.training.batches import drawn_by_class
+from dreamkit.training.batches import NormalisedBatches, drawn_by_class
 from dreamkit.training.bn_recalibration import refresh
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
@@ -266,11 +266,11 @@ class _Learning:
                 taught_on = teach(trainer, sets, step, "training")
         if self.options.refresh_bn and len(taught_on) > 1:
             # As many of each new class as of an old one.
-            generator = stream(step.seed, "refresh")
-            added = drawn_by_class(task.train, self.options.images_per_class, generator)
-            images = JoinedImages([added, *taught_on[1:]])
-            with step.log.progress("statistics", len(images) // options.batch_size) as advance:
-                refresh(new.model, images, new.card, step.device, options.batch_size, advance)
+            count, generator = self.options.images_per_class, stream(step.seed, "refresh")
+            images = JoinedImages([drawn_by_class(task.train, count, generator), *taught_on[1:]])
+            batches = NormalisedBatches(images, new.card, step.device, options.batch_size)
+            with step.log.progress("statistics", len(batches)) as advance:
+                refresh(new.model, batches, advance)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store, old)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dreamkit import distributed
-from dreamkit.card import Card
 from dreamkit.model_state import eval_mode, hooked
-from dreamkit.training.batches import in_order
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.moments import Moments
-from dreamkit.types import Images
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _DEAD = 1e-3
@@ -25,12 +22,8 @@ _DEAD = 1e-3
 @torch.no_grad()
 def recalibrate(
     model: nn.Module,
-    images: Images,
-    card: Card,
-    device: torch.device,
-    batches: int,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda batches: None,
+    batches: NormalisedBatches,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Recompute every BatchNorm's running statistics over some batches of images.
 
@@ -40,12 +33,8 @@ def recalibrate(
 
     Args:
         model: changed in its BatchNorm buffers alone; modes are kept.
-        images: stored images.
-        card: how to normalise them.
-        device: where the model is.
-        batches: how many batches at the most.
-        batch_size: images in each; a last batch of one image is left out. Layers that are given
-            one value a channel, and so no variance, keep the statistics that they have.
+        batches: of images, where the model is; a last one of one image is left out. Layers that
+            are given one value a channel, and so no variance, keep the statistics that they have.
         advance: told how many batches are done.
     """
     layers = _layers(model)
@@ -55,7 +44,7 @@ def recalibrate(
             for layer in layers:
                 layer.train()
                 layer.momentum = 0.0  # the forward pass itself leaves what is stored alone
-            seen = _inputs(model, layers, images, card, device, batches, batch_size, advance)
+            seen = _inputs(model, layers, batches, advance)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -69,11 +58,8 @@ def recalibrate(
 @torch.no_grad()
 def refresh(
     model: nn.Module,
-    images: Images,
-    card: Card,
-    device: torch.device,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda batches: None,
+    batches: NormalisedBatches,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Let every BatchNorm state what it is given, and compute in eval mode what it did.
 
@@ -84,15 +70,12 @@ def refresh(
 
     Args:
         model: changed in its BatchNorm layers alone; modes are kept.
-        images: stored images, of all that it is to be used on.
-        card: how to normalise them.
-        device: where the model is.
-        batch_size: images at once.
+        batches: of images, of all that it is to be used on, where the model is.
         advance: told how many batches are done.
     """
     layers = [m for m in model.modules() if _states_and_scales(m)]
     with eval_mode(model):
-        seen = _inputs(model, layers, images, card, device, None, batch_size, advance)
+        seen = _inputs(model, layers, batches, advance)
     # Ranks may differ in the last bit, and are to have one network.
     found = distributed.broadcast([(m.mean.cpu(), m.variance.cpu()) for m in seen.values()])
     for layer, (mean, variance) in zip(seen, found, strict=True):
@@ -129,11 +112,7 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
 def _inputs(
     model: nn.Module,
     layers: Sequence[_Layer],
-    images: Images,
-    card: Card,
-    device: torch.device,
-    batches: int | None,
-    batch_size: int,
+    batches: NormalisedBatches,
     advance: Callable[[int], None],
 ) -> dict[_Layer, Moments]:
     """Return the moments of what layers are given, of those that are reached."""
@@ -148,9 +127,8 @@ def _inputs(
             layer.eval()
 
     with hooked(named, see):
-        taken = itertools.islice(in_order(images, batch_size), batches)
-        for number, (stored, _) in enumerate(taken, 1):
-            if len(stored) > 1 or len(images) == 1 or batch_size == 1:
-                model(card.normalise(stored.to(device)))
+        for number, x in enumerate(batches, 1):
+            if len(x) > 1 or len(batches.images) == 1 or batches.batch_size == 1:
+                model(x)
             advance(number)
     return seen
