@@ -119,6 +119,21 @@ def check_made_from(student: nn.Module, teacher: nn.Module, kept: Kept) -> None:
         )
 
 
+def moved(mean: Tensor, variance: Tensor, ours: Moments, others: Moments) -> tuple[Tensor, Tensor]:
+    """Return a layer's statistics (C,), moved by how what two networks see of images differs.
+
+    Args:
+        mean: the teacher's (C,).
+        variance: the teacher's (C,).
+        ours: what the student sees of the images.
+        others: what the teacher does.
+    """
+    factor = (ours.variance / others.variance).clamp(1 / BOUND, BOUND)
+    flat = (ours.squares <= 0) | (others.squares <= 0)
+    # Subtracted, as a zero of the teacher's may have a sign.
+    return mean - (others.mean - ours.mean), variance * torch.where(flat, 1.0, factor)
+
+
 def stating(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the layers that normalise by running statistics, frozen ones too, by name."""
     return [
@@ -161,11 +176,8 @@ def _channels(kept: Kept, name: str, device: torch.device) -> Tensor | None:
 
 def _set(layer: nn.Module, mean: Tensor, variance: Tensor, ours: Moments, others: Moments) -> None:
     """Set a layer's statistics to the teacher's, moved by the difference of what the two see."""
-    # Subtracted, as a zero of the teacher's may have a sign.
-    layer.get_buffer("running_mean").copy_(mean - (others.mean - ours.mean))
-    factor = (ours.variance / others.variance).clamp(1 / BOUND, BOUND)
-    flat = (ours.squares <= 0) | (others.squares <= 0)
-    layer.get_buffer("running_var").copy_(variance * torch.where(flat, 1.0, factor))
+    for key, statistic in zip(_STATISTICS, moved(mean, variance, ours, others), strict=True):
+        layer.get_buffer(key).copy_(statistic)
 
 
 def _agree(layers: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:

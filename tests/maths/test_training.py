@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, NormalisedBatches, in_order
-from dreamkit.training.bn_recalibration import recalibrate, refresh
+from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
     LogitDistance,
@@ -622,48 +621,6 @@ def test_a_channel_that_hardly_varies_gets_no_negative_variance(toys):
     recalibrate(model, batches(toys, images, 4))
     assert (model[1].running_var >= 0).all()
     assert torch.isfinite(model(toys.card().normalise(images.images))).all()
-
-
-# --- stating anew what BatchNorm sees ---------------------------------------------------------
-
-
-def test_refreshed_statistics_are_those_of_the_network_as_it_computes(toys):
-    model, images = toys.two_bn(), toys.images(7)
-    x = toys.card().normalise(images.images)
-    with torch.no_grad():
-        before = model(x)
-        given = [model.conv1(x), model.conv2(model.bn1(model.conv1(x)).relu())]
-    refresh(model, batches(toys, images, 3))
-    assert_statistics(model.bn1, given[0][:6])  # a last batch of one is left out
-    assert_statistics(model.bn2, given[1][:6])
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.bn1.weight, toys.two_bn().bn1.weight), "they differed before"
-
-
-def test_layers_without_scale_and_shift_state_what_they_did(toys):
-    model = nn.Sequential(
-        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)
-    )
-    before = toys.state(model)
-    refresh(model, batches(toys, toys.images(4), 4))
-    toys.assert_same_state(model, before)
-    assert model.training
-
-
-def test_a_frozen_norm_is_refreshed_and_a_dead_channel_is_not(toys):
-    model = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
-    with torch.no_grad():
-        model[0].weight[1] = 0  # nothing of channel 1 reaches the second layer
-    images = toys.images(4)
-    x = toys.card().normalise(images.images)
-    before = model(x)
-    refresh(model, batches(toys, images, 4))
-    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert_statistics(model[0], x)
-    assert model[1].running_var[1] == 1
-    assert model[1].weight[1] == 1
-    assert model[1].running_var[0] != 1
 
 
 def test_a_block_with_a_seed_leaves_the_generator_as_it_was():
