@@ -129,7 +129,14 @@ def test_dreams_against_a_student_do_not_depend_on_who_makes_them(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
-        ("quickstart", ["application.recovery.epochs=2", "application.step=0.2"]),
+        (
+            "quickstart",
+            [
+                "application.recovery.epochs=2",
+                "application.step=0.2",
+                "application.sensitivity={images: 16}",
+            ],
+        ),
         ("digits/continual", ["application.training.epochs=2", "application.images_per_class=20"]),
     ],
 )

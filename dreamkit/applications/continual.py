@@ -19,7 +19,6 @@ from pydantic import Field
 
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, OptionError, placed
-from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import load_state
 from dreamkit.pruning.head import find_head
 from dreamkit.registry import EntryOf, Term, TermsOf
@@ -28,6 +27,7 @@ from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, chec
 from dreamkit.stages.batches import batch_seed
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
 from dreamkit.stages.dreaming import images_of
+from dreamkit.stages.refreshing import refresh_statistics
 from dreamkit.stages.retention import Retention
 from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.teaching import teach
@@ -36,11 +36,11 @@ from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import drawn_by_class
-from dreamkit.training.bn_recalibration import refresh
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_distillation import ReplayDistillation
+from dreamkit.training.statistics import Statistics
 from dreamkit.training.trainer import lay_out
 from dreamkit.types import (
     Application,
@@ -85,9 +85,11 @@ class Continual(Application):
             synthesizer's ``images`` says.
         adaptive: dream while the network learns, against it (Adaptive DeepInversion, with the
             regularizer ``js_compete``); null dreams everything first.
-        refresh_bn: after each set, let BatchNorm's statistics be those of what the network was
-            taught on, old classes included, without changing what it computes: the next dreams are
-            held to them.
+        refresh_bn: after each set, let BatchNorm state what it is given of all classes, without
+            changing what the network computes: the next dreams are held to it. Of the old classes
+            ``difference`` takes what the network stated before, moved by what it sees differently
+            of the images that stand for theirs, and ``recalibrate`` what it sees of these; ``keep``
+            leaves the statistics as they were.
     """
 
     images_option: ClassVar[str] = "replay"
@@ -98,7 +100,7 @@ class Continual(Application):
     replay: Annotated[ImageSource | None, EntryOf("sources")] = field(default_factory=Dreams)
     images_per_class: Annotated[int, Field(ge=1)] = 250
     adaptive: Adaptive | None = None
-    refresh_bn: bool = True
+    refresh_bn: Statistics = "difference"
 
     def __post_init__(self) -> None:
         if not self.sets:
@@ -264,13 +266,11 @@ class _Learning:
             sets = [task.train] if replay is None else [task.train, replay]
             with placed("training", always=False):
                 taught_on = teach(trainer, sets, step, "training")
-        if self.options.refresh_bn and len(taught_on) > 1:
-            # As many of each new class as of an old one.
-            generator = stream(step.seed, "refresh")
-            added = drawn_by_class(task.train, self.options.images_per_class, generator)
-            images = JoinedImages([added, *taught_on[1:]])
-            with step.log.progress("statistics", len(images) // options.batch_size) as advance:
-                refresh(new.model, images, new.card, step.device, options.batch_size, advance)
+        if len(taught_on) > 1:
+            how, size = self.options.refresh_bn, options.batch_size
+            count, generator = self.options.images_per_class, stream(step.seed, "refresh")
+            added = drawn_by_class(task.train, count, generator)
+            refresh_statistics(how, old, new, taught_on[1], added, size, step)
         if isinstance(replay, AdaptivePool):
             report_synthesis(step, replay.dreams.store, old)
 

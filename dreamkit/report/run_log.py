@@ -57,7 +57,9 @@ class ConsoleLog:
             listener(event)
 
     def note(self, text: str) -> None:
-        """Show a note at once and keep it for the report."""
+        """Show a note at once and keep it for the report; what was said before is not repeated."""
+        if text in self.notes:
+            return
         self.notes.append(text)
         if self.console is not None:
             say(self.console, f"note: {text}")

@@ -114,9 +114,11 @@ def sensitivity_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[st
     if told is None:
         return [], []
     header = ["agreement without", *(f"{100 * share:.3g} %" for share in told["shares"])]
+    looked = dict(told["agreement"])
+    if told["whole_agreement"] < 1:  # then a group has not lost all that is lacking
+        looked = {"(nothing)": [told["whole_agreement"]] * len(told["shares"])} | looked
     rows = [
-        [group, *(_cell("agreement", value) for value in found)]
-        for group, found in told["agreement"].items()
+        [group, *(_cell("agreement", value) for value in found)] for group, found in looked.items()
     ]
     return header, rows
 

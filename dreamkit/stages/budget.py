@@ -194,6 +194,10 @@ class Budget:
         """Whether every goal is reached."""
         return all(shares[name] <= goal for name, goal in self.goals.items())
 
+    def within(self, most: float, shares: Mapping[str, float]) -> bool:
+        """Whether every goal is as near as ``most``, a share of what the teacher costs."""
+        return all(shares[name] - goal <= most for name, goal in self.goals.items())
+
     def progress(self, shares: Mapping[str, float]) -> float:
         """Return the share of the way to the goal that is furthest, 1 where all are reached."""
         ways = ((1 - shares[name]) / (1 - goal) for name, goal in self.goals.items() if goal < 1)

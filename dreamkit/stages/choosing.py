@@ -13,7 +13,7 @@ from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.importances import Importances
 from dreamkit.stages.last_round import LastRound
-from dreamkit.types import ChannelGroup, SelectionStep
+from dreamkit.types import ChannelGroup, Saved, SelectionStep
 
 
 class Choosing:
@@ -54,8 +54,8 @@ class Choosing:
             shares: what the model costs.
 
         Returns:
-            The channels to remove of each group, by name, and whether the target should be met
-            without them.
+            The channels to remove of each group, by name, and whether the target was to be met
+            without them: if it is not, more goes by the same ranking.
 
         Raises:
             NothingToPrune: the limits let none go.
@@ -66,11 +66,18 @@ class Choosing:
         ranked = [group for group in groups if group.name in scores]
         ordered = [scores[group.name] for group in ranked]
         chunks = removable(ranked, ordered, originals, limits)
+        asked: list[bool] = []
+        """Whether all that is lacking was asked for, once a selection asks what is."""
+
+        def shortfall() -> Sequence[tuple[Saved, float]]:
+            asked.append(budget.within(options.step, shares))
+            return budget.needs(model, shares, options.step, chunks)
+
         step = SelectionStep(
             chunks=chunks,
             channels=max(1, round(options.step * sum(originals.values()))),
             enough=budget.forecast(model, groups, shares).enough,
-            shortfall=lambda: budget.needs(model, shares, options.step, chunks),
+            shortfall=shortfall,
             note=self.note,
         )
         with placed("selection"):
@@ -79,7 +86,8 @@ class Choosing:
         if not any(chosen.values()):
             self._give_up(shares)
         if not last.met:
-            return chosen, False
+            # What chunks save is told group by group: too much where two meet in a layer.
+            return chosen, any(asked)
         last.trim(swap="latency" not in budget.goals)
         return last.chosen(), True
 

@@ -34,7 +34,7 @@ from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.store.atomic import write_atomically
 from dreamkit.teachers.checking import check_outputs
-from dreamkit.training.batches import drawn
+from dreamkit.training.batches import NormalisedBatches, drawn
 from dreamkit.training.statistics import take_statistics
 from dreamkit.types import (
     ChannelGroup,
@@ -185,13 +185,14 @@ class PruningRun:
         scores = self.importances(self.student, self.graph.groups()[0])
         looked = stream(self.context.seed, "sensitivity")
         images = drawn(self.parts.looked_at, options.images, looked)
-        how, size, device = self.options.statistics, self.options.batch_size, self.context.device
-        batches = min(-(-options.images // size), self.options.statistics_batches)
+        size, device = self.options.batch_size, self.context.device
+        most = min(-(-options.images // size), self.options.statistics_batches)
+        batches = NormalisedBatches(self.statistics_of, self.card, device, size, most)
+        how, network = self.options.statistics, self.teacher.model
 
         def take(smaller: nn.Module, record: PruningRecord) -> None:
-            sample, kept = self.statistics_of, record.kept
-            args = (smaller, self.teacher.model, kept, sample, self.card, device, batches, size)
-            take_statistics(how, *args)
+            # Each rank has networks of its own to look at.
+            take_statistics(how, smaller, network, record.kept, batches, together=False)
 
         measured = measure_sensitivity(
             self.graph, self.teacher, scores, options, images, take, self.context

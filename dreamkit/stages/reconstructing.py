@@ -15,7 +15,7 @@ from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.stages.samples import fitting_sample
-from dreamkit.training.batches import in_order
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.difference_statistics import take_difference
 from dreamkit.types import Images, RunContext, RunLog, Teacher
 from dreamkit.wording import and_more
@@ -93,11 +93,10 @@ def _fit(
     masks: Mapping[str, Tensor] | None,
     advance: Callable[[int, int], None],
 ) -> None:
-    card, device, size = teacher.card, context.device, options.batch_size
     sample = fitting_sample(images, options.images, context.seed, "reconstruction")
-    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(sample, size)]
+    batches = NormalisedBatches(sample, teacher.card, context.device, options.batch_size)
     done = reconstruct(
-        student, teacher.model, pruning_record, batches, masks, options.ridge, advance
+        student, teacher.model, pruning_record, list(batches), masks, options.ridge, advance
     )
     left = [name for name, _ in weighted_layers(student) if name not in done]
     lost = [name for name in left if f"{name}.weight" in {*pruning_record.kept, *(masks or {})}]
@@ -106,8 +105,7 @@ def _fit(
             f"reconstruction: {and_more(lost)} cannot be fitted, so BatchNorm's "
             "statistics move by what that changes"
         )
-        kept, network = pruning_record.kept, teacher.model
-        take_difference(student, network, kept, sample, card, device, len(batches), size)
+        take_difference(student, teacher.model, pruning_record.kept, batches)
     context.log.details["reconstruction_left_alone"] = left
 
 

@@ -17,7 +17,7 @@ from dreamkit.model_state import eval_mode
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Limits
-from dreamkit.training.batches import in_order
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.types import ChannelGroup, Images, RunContext, Teacher
 
 TakeStatistics = Callable[[nn.Module, PruningRecord], None]
@@ -41,9 +41,10 @@ class Sensitivity:
         shares: of a group's channels that are removed on trial, the least important first.
         images: that agreement with the teacher is measured on, of those that are held back;
             BatchNorm's statistics are taken over about as many.
-        max_drop: share of agreement that a group may lose by itself: ``limits`` then let no more of
-            it go than was tried and lost no more, except where ``exceptions`` say how much may.
-            null leaves the limits as they are.
+        max_drop: share of agreement that a group may lose by itself, of what the untouched network
+            has with such statistics: ``limits`` then let no more of it go than was tried and lost
+            no more, except where ``exceptions`` say how much may. null leaves the limits as they
+            are.
     """
 
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.3, 0.5)
@@ -87,11 +88,16 @@ class Measured:
         shares: of the channels that were removed.
         agreement: how often the network still predicts the teacher's class, in [0, 1].
         divergence: mean KL(p_T ‖ p) of the outputs, in nats.
+        whole_agreement: that of the network with all channels, its statistics taken in the same
+            way: 1 by difference, and less where they are taken anew on dreams.
+        whole_divergence: likewise.
     """
 
     shares: tuple[float, ...]
     agreement: Mapping[str, Sequence[float]]
     divergence: Mapping[str, Sequence[float]]
+    whole_agreement: float = 1.0
+    whole_divergence: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-safe data."""
@@ -99,12 +105,14 @@ class Measured:
             "shares": list(self.shares),
             "agreement": {name: list(found) for name, found in self.agreement.items()},
             "divergence": {name: list(found) for name, found in self.divergence.items()},
+            "whole_agreement": self.whole_agreement,
+            "whole_divergence": self.whole_divergence,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Measured:
         """Read what ``to_json`` wrote."""
-        return Measured(tuple(data["shares"]), data["agreement"], data["divergence"])
+        return Measured(**{**data, "shares": tuple(data["shares"])})
 
     def narrowed(self, limits: Limits, max_drop: float, originals: Mapping[str, int]) -> Narrowed:
         """Return limits by which no more of a group goes than lost so much agreement by itself.
@@ -114,10 +122,10 @@ class Measured:
             max_drop: share of agreement.
             originals: channels of each group before any pruning, by name.
         """
-        harmless = {}
+        harmless, least = {}, self.whole_agreement - max_drop - _EXACT
         for name, agreement in self.agreement.items():
             pairs = zip(self.shares, agreement, strict=True)
-            tried = itertools.takewhile(lambda pair: pair[1] >= 1 - max_drop - _EXACT, pairs)
+            tried = itertools.takewhile(lambda pair: pair[1] >= least, pairs)
             harmless[name] = max((_part(originals[name], share) for share, _ in tried), default=0)
         return Narrowed(**vars(limits), harmless=harmless)
 
@@ -126,8 +134,10 @@ class Measured:
     ) -> dict[str, Tensor]:
         """Return importances that add up to the divergences measured, in the order of others.
 
-        The divergence over the channels removed is made convex (its lower hull), as those that
-        matter least go first; beyond the last share it goes on as it came.
+        What the divergence rises by over the channels removed is made convex (its lower hull), as
+        those that matter least go first. Beyond the last share nothing was tried, and what is left
+        of a group is ever more of what it does: there each channel costs more than the one before
+        it by as much as they grew dearer over the last share.
 
         Args:
             scores: what tells the order, (channels,) of each group, by name.
@@ -141,7 +151,8 @@ class Measured:
         for name, score in scores.items():
             total = originals[name]
             removed = [_part(total, share) for share in self.shares]
-            measured = {0: 0.0, **dict(zip(removed, self.divergence[name], strict=True))}
+            measured = {0: self.whole_divergence}
+            measured |= zip(removed, self.divergence[name], strict=True)
             hull = _lower_hull(list(measured), list(measured.values()))
             gone = total - len(score)
             heights = [_at(hull, gone + n) for n in range(len(score) + 1)]
@@ -178,29 +189,48 @@ def measure_sensitivity(
     Returns:
         What was found; the same on every rank.
     """
-    device, card = context.device, teacher.card
-    batches = [card.normalise(stored.to(device)) for stored, _ in in_order(images, _BATCH)]
+    batches = NormalisedBatches(images, teacher.card, context.device, _BATCH)
     theirs = _logits(teacher.model, batches)
-    agreement: dict[str, list[float]] = {name: [] for name in scores}
-    divergence: dict[str, list[float]] = {name: [] for name in scores}
-    trials = list(itertools.product(scores.items(), options.shares))
+    trials: list[tuple[str | None, float]] = [(None, 0.0)]  # the network as it is
+    trials += itertools.product(scores, options.shares)
+    found: dict[tuple[str | None, float], tuple[float, float]] = {}
     with context.log.progress("sensitivity", len(trials)) as advance:
-        for number, ((name, score), share) in enumerate(trials, 1):
-            gone = torch.argsort(score, stable=True)[: _part(len(score), share)].tolist()
-            smaller, record = graph.without({name: gone})
-            take_statistics(smaller, record)
-            ours = _logits(smaller, batches)
-            agreement[name].append(float((ours.argmax(1) == theirs.argmax(1)).float().mean()))
-            log_p, log_q = F.log_softmax(theirs, 1), F.log_softmax(ours, 1)
-            apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-            divergence[name].append(float(apart.nan_to_num(nan=_FAR, posinf=_FAR)))
-            advance(number)
+        # Each rank tries some, and all come as often to where they stop together.
+        for first in range(0, len(trials), distributed.size()):
+            mine = first + distributed.rank()
+            if mine < len(trials):
+                name, share = trials[mine]
+                gone = {} if name is None else {name: _lowest(scores[name], share)}
+                smaller, record = graph.without(gone)
+                take_statistics(smaller, record)
+                found[name, share] = _compared(_logits(smaller, batches), theirs)
+            advance(min(first + distributed.size(), len(trials)))
             context.log.check(together=True)
-    return Measured(*distributed.broadcast((options.shares, agreement, divergence)))
+    for of_rank in distributed.gather(found):
+        found |= of_rank
+    agreement, divergence = (
+        {name: [found[name, share][which] for share in options.shares] for name in scores}
+        for which in (0, 1)
+    )
+    return Measured(options.shares, agreement, divergence, *found[None, 0.0])
+
+
+def _lowest(score: Tensor, share: float) -> list[int]:
+    """Return a share of a group's channels, the least important first."""
+    lowest: list[int] = torch.argsort(score, stable=True)[: _part(len(score), share)].tolist()
+    return lowest
+
+
+def _compared(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Return agreement and divergence of logits (N, K)."""
+    agreement = float((ours.argmax(1) == theirs.argmax(1)).float().mean())
+    log_p, log_q = F.log_softmax(theirs, 1), F.log_softmax(ours, 1)
+    apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return agreement, float(apart.nan_to_num(nan=_FAR, posinf=_FAR))
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+def _logits(model: nn.Module, batches: NormalisedBatches) -> Tensor:
     with eval_mode(model):
         return torch.cat([model(x).float().cpu() for x in batches])
 
@@ -219,8 +249,15 @@ def _lower_hull(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, f
 
 
 def _at(hull: Sequence[tuple[float, float]], x: float) -> float:
-    """Return a hull's height at some place, beyond its end as it came."""
-    (x0, y0), (x1, y1) = next(
-        (pair for pair in itertools.pairwise(hull) if x <= pair[1][0]), (hull[-2], hull[-1])
-    )
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    """Return a hull's height at some place; beyond its end the slope grows on as it grew."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    # Slopes are those in the middle of each part; at the first channel there is none.
+    slopes = [(0.0, 0.0)]
+    for (x0, y0), (x1, y1) in itertools.pairwise(hull):
+        slopes.append(((x0 + x1) / 2, max(0.0, (y1 - y0) / (x1 - x0))))
+    (before, low), (last, high) = slopes[-2:]
+    growth = (high - low) / (last - before)
+    x1, y1 = hull[-1]
+    return y1 + (x - x1) * (high + growth * ((x + x1) / 2 - last))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from dreamkit.out_of_memory import enough_memory
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.statistics import Statistics, take_statistics
 from dreamkit.types import Images, RunContext, Teacher
@@ -36,22 +35,10 @@ def give_statistics(
     """
     if how == "keep":
         return
-    batches = math.ceil(len(images) / batch_size)
+    batches = NormalisedBatches(images, teacher.card, context.device, batch_size)
     cure = f"lower {'.'.join(place)} ({batch_size} now)"
     with (
-        context.log.progress("statistics", batches) as advance,
+        context.log.progress("statistics", len(batches)) as advance,
         enough_memory("taking BatchNorm statistics", cure, place),
     ):
-        take_statistics(
-            how,
-            student,
-            teacher.model,
-            kept,
-            images,
-            teacher.card,
-            context.device,
-            batches,
-            batch_size,
-            advance,
-            context.log.note,
-        )
+        take_statistics(how, student, teacher.model, kept, batches, advance, context.log.note)

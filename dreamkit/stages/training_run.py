@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ class TrainingRun:
                 with self._saved_if_stopped():
                     log.check(together=True)
         start = time.perf_counter()
-        with log.progress(f"end of {self.stage}", 1):
-            self.trainer.finish(self.pools)
+        self.trainer.finish(self.pools, partial(log.progress, f"end of {self.stage}"))
         self.seconds += time.perf_counter() - start
         spent = {"training.seconds": self.seconds, "training.steps": self.trainer.done}
         metrics = self.context.log.metrics  # a run may train more than once

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dreamkit.card import Card
 from dreamkit.joined_images import JoinedImages
 from dreamkit.types import Images, Labelled
 
@@ -94,6 +96,34 @@ def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]
     """Yield every image once: stored images (N, C, H, W) and labels (N,)."""
     for first in range(0, len(images), batch_size):
         yield images.batch(range(first, min(first + batch_size, len(images))))
+
+
+@dataclass(frozen=True)
+class NormalisedBatches:
+    """Images as networks are shown them, from the first on; its length is in batches.
+
+    Args:
+        images: stored.
+        card: how to normalise them.
+        device: where the networks are.
+        batch_size: images in each batch.
+        most: batches at the most; None for all images.
+    """
+
+    images: Images
+    card: Card
+    device: torch.device
+    batch_size: int
+    most: int | None = None
+
+    def __len__(self) -> int:
+        batches = -(-len(self.images) // self.batch_size)
+        return batches if self.most is None else min(batches, self.most)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield normalised images (N, C, H, W) on the device."""
+        for stored, _ in itertools.islice(in_order(self.images, self.batch_size), self.most):
+            yield self.card.normalise(stored.to(self.device))
 
 
 class Draws:

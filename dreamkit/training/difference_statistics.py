@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,12 +9,10 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from dreamkit import distributed
-from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import eval_mode, hooked
-from dreamkit.training.batches import in_order
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.moments import Moments
-from dreamkit.types import Images
 
 Kept = Mapping[str, Sequence[Sequence[int] | None]]
 """By name of a parameter or buffer, the positions kept of the teacher's on every axis, None for
@@ -30,12 +27,9 @@ def take_difference(
     student: nn.Module,
     teacher: nn.Module,
     kept: Kept,
-    images: Images,
-    card: Card,
-    device: torch.device,
-    batches: int,
-    batch_size: int,
-    advance: Callable[[int], None] = lambda batches: None,
+    batches: NormalisedBatches,
+    advance: Callable[[int], None] = lambda done: None,
+    together: bool = True,
 ) -> list[str]:
     """Give a network's BatchNorm layers its teacher's statistics, moved as far as it differs.
 
@@ -59,12 +53,10 @@ def take_difference(
         student: changed in its running statistics alone; modes are kept.
         teacher: what it was made from; unchanged.
         kept: which of the teacher's channels the student's layers have.
-        images: stored images.
-        card: how to normalise them.
-        device: where both networks are.
-        batches: how many batches at the most.
-        batch_size: images in each.
+        batches: of images, where both networks are.
         advance: told how many batches are done.
+        together: whether every rank does the same, and is to have the first one's statistics, as
+            ranks may differ in the last bit.
 
     Returns:
         Names of the layers left alone, wholly or in some calls: the teacher has none with these
@@ -100,16 +92,15 @@ def take_difference(
     watched = [(name, teacher.get_submodule(name)) for name in theirs]
     mended = [(name, layers[name]) for name in theirs]
     with eval_mode(student), eval_mode(teacher):
-        taken = itertools.islice(in_order(images, batch_size), batches)
-        for number, (stored, _) in enumerate(taken, 1):
-            x = card.normalise(stored.to(device))
+        for number, x in enumerate(batches, 1):
             calls.clear()
             with hooked(watched, watch):
                 teacher(x)
             with hooked(mended, mend):
                 student(x)
             advance(number)
-    _agree(mended, device)
+    if together:
+        _agree(mended, batches.device)
     return list(alone)
 
 
@@ -126,6 +117,21 @@ def check_made_from(student: nn.Module, teacher: nn.Module, kept: Kept) -> None:
             "BatchNorm layers: choose keep or recalibrate",
             ("statistics",),
         )
+
+
+def moved(mean: Tensor, variance: Tensor, ours: Moments, others: Moments) -> tuple[Tensor, Tensor]:
+    """Return a layer's statistics (C,), moved by how what two networks see of images differs.
+
+    Args:
+        mean: the teacher's (C,).
+        variance: the teacher's (C,).
+        ours: what the student sees of the images.
+        others: what the teacher does.
+    """
+    factor = (ours.variance / others.variance).clamp(1 / BOUND, BOUND)
+    flat = (ours.squares <= 0) | (others.squares <= 0)
+    # Subtracted, as a zero of the teacher's may have a sign.
+    return mean - (others.mean - ours.mean), variance * torch.where(flat, 1.0, factor)
 
 
 def stating(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -170,15 +176,12 @@ def _channels(kept: Kept, name: str, device: torch.device) -> Tensor | None:
 
 def _set(layer: nn.Module, mean: Tensor, variance: Tensor, ours: Moments, others: Moments) -> None:
     """Set a layer's statistics to the teacher's, moved by the difference of what the two see."""
-    # Subtracted, as a zero of the teacher's may have a sign.
-    layer.get_buffer("running_mean").copy_(mean - (others.mean - ours.mean))
-    factor = (ours.variance / others.variance).clamp(1 / BOUND, BOUND)
-    flat = (ours.squares <= 0) | (others.squares <= 0)
-    layer.get_buffer("running_var").copy_(variance * torch.where(flat, 1.0, factor))
+    for key, statistic in zip(_STATISTICS, moved(mean, variance, ours, others), strict=True):
+        layer.get_buffer(key).copy_(statistic)
 
 
 def _agree(layers: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
-    """Give every rank the first one's statistics: ranks may differ in the last bit."""
+    """Give every rank the first one's statistics."""
     if distributed.size() == 1:
         return
     own = {f"{name}.{key}": layer.get_buffer(key) for name, layer in layers for key in _STATISTICS}

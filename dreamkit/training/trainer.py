@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -22,7 +22,7 @@ from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimi
 from dreamkit.model_state import load_state, tensors_of
 from dreamkit.seeds import stream
 from dreamkit.training.augmenter import Augmenter, check_window
-from dreamkit.training.batches import drawn_evenly
+from dreamkit.training.batches import NormalisedBatches, drawn_evenly
 from dreamkit.training.difference_statistics import Kept, check_made_from, stating
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
@@ -30,6 +30,11 @@ from dreamkit.training.statistics import take_statistics
 from dreamkit.types import Images
 
 Options = TypeVar("Options", bound=Training)
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+def _unseen(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
 
 
 class Trainer(ABC, Generic[Options]):
@@ -194,12 +199,14 @@ class Trainer(ABC, Generic[Options]):
         """The network that the student would be if training ended now."""
         return self.student if self.average is None else self.average.module
 
-    def finish(self, sets: Sequence[Images]) -> None:
+    def finish(self, sets: Sequence[Images], progress: Progress = _unseen) -> None:
         """Leave the student as it is to be used, in eval mode.
 
         Args:
             sets: that it was taught on, for BatchNorm statistics where they are to be taken anew:
                 as many images of each, as its steps had them.
+            progress: begins what is to be shown of that, with the number of batches; the callable
+                takes how many are done.
 
         Raises:
             DreamkitError: training diverged.
@@ -216,23 +223,15 @@ class Trainer(ABC, Generic[Options]):
                 ("lr",),
             )
         if self.options.statistics != "keep" and self.done:
-            self._take_statistics(sets)
+            self._take_statistics(sets, progress)
 
-    def _take_statistics(self, sets: Sequence[Images]) -> None:
-        batches, size = self.options.statistics_batches, self.options.batch_size
-        sample = drawn_evenly(sets, batches * size, stream(self.seed, "statistics at the end"))
-        take_statistics(
-            self.options.statistics,
-            self.student,
-            self.teacher,
-            self.kept,
-            sample,
-            self.card,
-            self.device,
-            batches,
-            size * len(sets),
-            note=self.note,
-        )
+    def _take_statistics(self, sets: Sequence[Images], progress: Progress) -> None:
+        most, size = self.options.statistics_batches, self.options.batch_size
+        sample = drawn_evenly(sets, most * size, stream(self.seed, "statistics at the end"))
+        batches = NormalisedBatches(sample, self.card, self.device, size * len(sets), most)
+        how, student, teacher = self.options.statistics, self.student, self.teacher
+        with progress(len(batches)) as advance:
+            take_statistics(how, student, teacher, self.kept, batches, advance, self.note)
 
     @property
     def finite(self) -> bool:

@@ -38,7 +38,7 @@ class RunLog(Protocol):
         """Forget what an interrupted try recorded under a stage that starts afresh."""
 
     def note(self, text: str) -> None:
-        """Say something the user must know; it also stands in the report."""
+        """Say something the user must know, once; it also stands in the report."""
 
     def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show progress of ``total`` units; the callable takes how many are done. Times it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dreamkit.model_state import hooked
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.training import difference_statistics
+from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.difference_statistics import BOUND, take_difference
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.incremental import IncrementalTraining
@@ -26,7 +28,8 @@ CPU = torch.device("cpu")
 
 def difference(toys, student, teacher, images, kept=None, batches=9, batch_size=99):
     kept = {} if kept is None else kept
-    return take_difference(student, teacher, kept, images, toys.card(), CPU, batches, batch_size)
+    shown = NormalisedBatches(images, toys.card(), CPU, batch_size, batches)
+    return take_difference(student, teacher, kept, shown)
 
 
 def seen(x):
@@ -109,7 +112,9 @@ def test_batches_add_up_to_the_statistics_of_all_their_images(toys):
     few = copy.deepcopy(student)
     difference(toys, few, teacher, images, batches=2, batch_size=3)
     done = []
-    take_difference(student, teacher, {}, images, toys.card(), CPU, 9, 3, done.append)
+    take_difference(
+        student, teacher, {}, NormalisedBatches(images, toys.card(), CPU, 3), done.append
+    )
     assert done == [1, 2, 3]
     # No layer comes before the first: its statistics do not depend on how images are batched.
     torch.testing.assert_close(student.bn1.running_mean, whole.bn1.running_mean)
@@ -294,10 +299,8 @@ def test_layers_that_the_teacher_lacks_are_left_alone_and_named(toys):
     student.body.bn2 = nn.BatchNorm2d(6).eval()
     teacher.body.bn2 = nn.Identity()
     before = copy.deepcopy(student.bn_more.state_dict())
-    take_statistics(
-        "difference", student, teacher, {}, toys.images(4), toys.card(), CPU, 1, 4,
-        note=notes.append,
-    )  # fmt: skip
+    batches = NormalisedBatches(toys.images(4), toys.card(), CPU, 4)
+    take_statistics("difference", student, teacher, {}, batches, note=notes.append)
     (note,) = notes
     assert note.startswith("body.bn2, bn_more: BatchNorm statistics left as they were")
     assert all(t.equal(student.bn_more.state_dict()[name]) for name, t in before.items())
@@ -342,7 +345,8 @@ def test_what_recalibrates_and_what_keeps(toys):
     images, card = toys.images(4), toys.card()
     kept, recalibrated = toys.two_bn(), toys.two_bn()
     for how, model in (("keep", kept), ("recalibrate", recalibrated)):
-        take_statistics(how, model, toys.two_bn(), {}, images, card, CPU, 1, 4)
+        batches = NormalisedBatches(images, card, CPU, 4, 1)
+        take_statistics(how, model, toys.two_bn(), {}, batches)
     assert_same_bits(kept, toys.two_bn())
     mean, _ = seen(recalibrated.conv1(card.normalise(images.images)))
     torch.testing.assert_close(recalibrated.bn1.running_mean.double(), mean)
@@ -366,6 +370,20 @@ def test_statistics_after_training_are_the_teachers_where_nothing_was_learnt(toy
         trainer.finish([images])
         moved = float((student.bn1.running_mean - teacher.bn1.running_mean).abs().max())
         assert (moved > 1e-3) == (statistics == "keep")
+
+
+def test_the_end_of_a_training_tells_how_far_its_statistics_are(toys):
+    told, images = [], toys.images(10)
+
+    @contextmanager
+    def progress(total):
+        told.append(f"of {total}")
+        yield told.append
+
+    trainer = distiller(toys, toys.two_bn(), toys.two_bn(), statistics="difference")
+    trainer.step((images.images, images.labels))
+    trainer.finish([images], progress)
+    assert told == ["of 3", 1, 2, 3]
 
 
 def test_frozen_statistics_stay_and_are_trained_with(toys):

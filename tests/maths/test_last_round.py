@@ -209,6 +209,24 @@ def test_what_counting_finds_lacking_goes_in_the_same_round(toys, context, monke
     assert len(run.removed) > 1
 
 
+@pytest.mark.parametrize("name", ["per cost", "knapsack"])
+def test_what_groups_save_together_is_less_and_the_rest_goes_in_the_same_round(toys, context, name):
+    """Both groups meet in the second convolution, whose savings are told for each by itself."""
+    limits = Limits(max_ratio=0.3, min_channels=1)
+    options = pruning(selection=SELECTIONS[name], step=0.4, limits=limits)
+    run = reached(options, network(toys), toys.images(8, size=SIZE), context)
+    assert len(run.removed) > 1
+    assert run.rounds == 1
+    assert 0.618 <= run.shares["flops"] <= 0.63
+
+
+def test_channel_by_channel_a_round_removes_no_more_than_its_step(toys, context):
+    options = pruning(target=Target(flops=0.7), step=0.1)
+    run = reached(options, network(toys), toys.images(8, size=SIZE), context)
+    assert len(run.removed) == run.rounds
+    assert all(sum(map(len, chosen.values())) <= 10 for chosen in run.removed)
+
+
 # --- out of reach -------------------------------------------------------------------------------
 
 

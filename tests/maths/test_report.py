@@ -31,6 +31,16 @@ def flat(values, channels=1, side=8):
     return torch.stack([torch.full((channels, side, side), v, dtype=torch.uint8) for v in values])
 
 
+def test_a_note_is_said_once():
+    """A round of pruning says what the round before it said."""
+    log, heard = MemoryLog(), []
+    log.listen(heard.append)
+    for text in ("one", "two", "one"):
+        log.note(text)
+    assert log.notes == ["one", "two"]
+    assert len(heard) == 2
+
+
 def test_grid_puts_a_class_in_a_column():
     # 8×8 images are enlarged 8 times to 64×64; with a gap of 6: 70 each, and 6 at the end.
     # Class 2 has two images and class 5 one: 2 rows and 2 columns.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dreamkit import distributed
 from dreamkit.applications.prune import Prune
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.errors import NothingToPrune, OptionError
@@ -78,15 +80,19 @@ def test_statistics_are_taken_of_each_copy_and_what_it_lacks(toys, context):
         model.bn1.running_mean.zero_()
 
     found, teacher, _ = look(toys, context, take)
-    assert [sizes[:2] for sizes in seen] == [(3, 6), (2, 6), (4, 4), (4, 3)]
-    assert [lacks["conv2.weight"][:2] for *_, lacks in seen] == [
+    assert [sizes[:2] for sizes in seen] == [(4, 6), (3, 6), (2, 6), (4, 4), (4, 3)]
+    assert seen[0][2] == {}
+    assert [lacks["conv2.weight"][:2] for *_, lacks in seen[1:]] == [
         [None, [0, 2, 3]],
         [None, [0, 2]],
         [[2, 3, 4, 5], None],
         [[3, 4, 5], None],
     ]
     assert not torch.equal(teacher.model.bn1.running_mean, torch.zeros(4))
-    assert found != look(toys, context)[0]
+    plain = look(toys, context)[0]
+    assert found != plain
+    assert (plain.whole_agreement, plain.whole_divergence) == (1.0, 0.0)
+    assert found.whole_divergence > 0, "its statistics are not its teacher's either"
 
 
 def test_one_channel_is_left_of_each_group(toys, context):
@@ -94,7 +100,7 @@ def test_one_channel_is_left_of_each_group(toys, context):
     look(
         toys, context, lambda model, _: sizes.append(model.conv1.out_channels), shares=(0.01, 0.99)
     )
-    assert sizes == [3, 1, 4, 4]
+    assert sizes == [4, 3, 1, 4, 4]
 
 
 def test_importances_add_up_to_what_was_measured():
@@ -106,11 +112,49 @@ def test_importances_add_up_to_what_was_measured():
         assert torch.equal(importance.argsort(stable=True), score.argsort(stable=True)), name
     lowest_first = found["a"][score.argsort()]
     assert lowest_first.cumsum(0)[[0, 2, 4]].tolist() == pytest.approx([0.1, 0.5, 1.1], rel=1e-3)
-    assert float(lowest_first[-1]) == pytest.approx(0.3, rel=1e-3), "as it came"
+    # 0.1, 0.2 and 0.3 a channel in the middles of the parts: it grows by 0.05 a channel.
+    beyond = [0.3 + 0.05 * n for n in (1.5, 2.5, 3.5, 4.5, 5.5)]
+    assert lowest_first[5:].tolist() == pytest.approx(beyond, rel=1e-3)
     # Less lost by more channels is a slip: 0.2 for three is on the hull, and 0.4 for one is not.
     lowest_first = found["b#2"][score.argsort()]
     assert lowest_first.cumsum(0)[[2, 4]].tolist() == pytest.approx([0.18, 0.3], rel=1e-3)
     assert float(found["c"].sum()) < 1e-9
+
+
+def test_what_one_share_tells_grows_on_from_nothing():
+    told = Measured((0.5,), {"a": [0.9]}, {"a": [1.0]})
+    importance = told.importances({"a": torch.arange(10.0)}, {"a": 10})["a"]
+    assert float(importance[:5].sum()) == pytest.approx(1.0, rel=1e-3)
+    assert importance[5:].tolist() == pytest.approx([0.44, 0.52, 0.6, 0.68, 0.76], rel=1e-3)
+
+
+def test_what_statistics_alone_lose_is_no_groups_loss():
+    """Recalibrated on dreams, a network agrees less before anything is removed."""
+    told = Measured((0.5,), {"a": [0.7], "b": [0.8]}, {"a": [2.5], "b": [2.0]}, 0.8, 2.0)
+    assert floors(Limits(), 0.05, told) == [10, 5, 2, 2]
+    found = told.importances(dict.fromkeys("ab", torch.arange(10.0)), dict.fromkeys("ab", 10))
+    assert float(found["a"][:5].sum()) == pytest.approx(0.5, rel=1e-3)
+    assert float(found["b"].sum()) < 1e-9
+    rows = sensitivity_rows({"details": {"sensitivity": told.to_json()}})[1]
+    assert rows[0] == ["(nothing)", "0.8000"]
+
+
+def test_ranks_share_the_trials(toys, context, monkeypatch):
+    alone, of_ranks, together, tried = look(toys, context)[0], [], None, []
+
+    def gather(found):
+        of_ranks.append(found)
+        return of_ranks
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "anywhere", lambda here: here)
+    monkeypatch.setattr(distributed, "gather", gather)
+    for rank in (0, 1):  # one after the other: the first has no other's yet
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with suppress(KeyError):
+            together = look(toys, context, lambda model, record: tried.append(rank))[0]  # noqa: B023
+    assert tried == [0, 0, 0, 1, 1]
+    assert together == alone
 
 
 def test_importances_go_on_where_channels_are_gone():
@@ -167,7 +211,7 @@ def test_small_groups_count_by_the_channels_that_were_removed():
     """Of five channels a tenth is one, and 30 and 50 % are two."""
     told = Measured((0.1, 0.3, 0.5), {"a": [1.0, 1.0, 0.0]}, {"a": [0.1, 0.4, 0.4]})
     importance = told.importances({"a": torch.arange(5.0)}, {"a": 5})["a"]
-    assert importance[:3].tolist() == pytest.approx([0.1, 0.3, 0.3], rel=1e-3)
+    assert importance[:3].tolist() == pytest.approx([0.1, 0.3, 0.5], rel=1e-3)
     assert told.narrowed(Limits(), 0.05, {"a": 5}).floor(of("a", 5, "a"), 5) == 3
 
 
@@ -241,14 +285,14 @@ def test_a_pass_takes_statistics_over_few_images(toys, context, monkeypatch):
     taken = []
     take = pruning_run.take_statistics
 
-    def count(how, student, teacher, kept, images, card, device, batches, size):
-        taken.append(batches)
-        take(how, student, teacher, kept, images, card, device, batches, size)
+    def count(how, student, teacher, kept, batches, **options):
+        taken.append(len(batches))
+        take(how, student, teacher, kept, batches, **options)
 
     monkeypatch.setattr(pruning_run, "take_statistics", count)
     options = pruning(statistics_batches=3, sensitivity=Sensitivity((0.5,), images=9))
     options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
-    assert taken == [2, 2]  # nine images in batches of 8, of each of two groups
+    assert taken == [2, 2, 2]  # nine images in batches of 8, of the whole and of each of two groups
 
 
 @pytest.mark.parametrize("harmless", ["conv1", "conv2"])

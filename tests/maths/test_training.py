@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
-from dreamkit.training.batches import Draws, in_order
-from dreamkit.training.bn_recalibration import recalibrate, refresh
+from dreamkit.training.batches import Draws, NormalisedBatches, in_order
+from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
     LogitDistance,
@@ -494,6 +493,10 @@ def population(rows):
     return flat.mean(1), flat.var(1, correction=0)
 
 
+def batches(toys, images, batch_size, most=None):
+    return NormalisedBatches(images, toys.card(), CPU, batch_size, most)
+
+
 def assert_statistics(bn, rows):
     mean, var = population(rows)
     torch.testing.assert_close(bn.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
@@ -503,7 +506,7 @@ def assert_statistics(bn, rows):
 def test_one_batch_gives_every_layer_the_population_statistics(toys):
     model, images = toys.two_bn(), toys.images(6)
     twin = toys.two_bn().double()
-    recalibrate(model, images, toys.card(), CPU, batches=1, batch_size=6)
+    recalibrate(model, batches(toys, images, 6))
     first = twin.conv1(toys.card().normalise(images.images).double())
     assert_statistics(model.bn1, first)
     mean, var = population(first)
@@ -515,13 +518,13 @@ def test_one_batch_gives_every_layer_the_population_statistics(toys):
 def test_uneven_batches_are_weighted_by_their_size(toys):
     # 8 images in batches of 3, 3 and 2: the first layer's statistics are those of all 8.
     model, images = toys.two_bn(), toys.images(8)
-    recalibrate(model, images, toys.card(), CPU, batches=9, batch_size=3)
+    recalibrate(model, batches(toys, images, 3))
     assert_statistics(model.bn1, toys.two_bn().conv1(toys.card().normalise(images.images)))
 
 
 def test_no_more_batches_than_asked_for(toys):
     model, images = toys.two_bn(), toys.images(9)
-    recalibrate(model, images, toys.card(), CPU, batches=2, batch_size=3)
+    recalibrate(model, batches(toys, images, 3, most=2))
     seen = toys.card().normalise(images.images[:6])
     assert_statistics(model.bn1, toys.two_bn().conv1(seen))
 
@@ -532,7 +535,7 @@ def test_only_buffers_change(toys):
     model.conv1.weight.requires_grad_(False)
     model.bn1.momentum = 0.37
     before = toys.state(model)
-    recalibrate(model, toys.images(6), toys.card(), CPU, 2, 3)
+    recalibrate(model, batches(toys, toys.images(6), 3))
     after = toys.state(model)
     assert after.keys() == before.keys()
     for part in ("gradients", "identities", "modes", "hooks"):
@@ -555,7 +558,7 @@ def test_only_buffers_change(toys):
 def test_without_batch_norm_nothing_happens(toys):
     model = toys.plain()
     before = toys.state(model)
-    recalibrate(model, toys.images(4), toys.card(), CPU, 2, 2)
+    recalibrate(model, batches(toys, toys.images(4), 2))
     toys.assert_same_state(model, before)
 
 
@@ -565,7 +568,7 @@ def test_a_failing_forward_pass_leaves_the_model_as_it_was(toys):
     before = toys.state(model)
     grey = toys.card(size=(1, 8, 8))
     with pytest.raises(RuntimeError, match="channels"):
-        recalibrate(model, toys.images(4, size=(1, 8, 8)), grey, CPU, 2, 2)
+        recalibrate(model, NormalisedBatches(toys.images(4, size=(1, 8, 8)), grey, CPU, 2))
     toys.assert_same_state(model, before)
     assert model.bn1.momentum == 0.37
 
@@ -573,7 +576,7 @@ def test_a_failing_forward_pass_leaves_the_model_as_it_was(toys):
 def test_dropout_is_off_while_statistics_are_taken(toys):
     model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3)).train()
     images = toys.images(6)
-    recalibrate(model, images, toys.card(), CPU, 1, 6)
+    recalibrate(model, batches(toys, images, 6))
     assert_statistics(model[1], toys.card().normalise(images.images))
 
 
@@ -589,7 +592,7 @@ def test_layers_of_single_rows_keep_their_statistics(toys, images, batch_size):
 
     model = toys.fill(Head())
     last, first = model.bn_last.running_var.clone(), model.body.bn1.running_var.clone()
-    recalibrate(model, toys.images(images), toys.card(), CPU, batches=9, batch_size=batch_size)
+    recalibrate(model, batches(toys, toys.images(images), batch_size))
     assert torch.equal(model.bn_last.running_var, last)
     assert not torch.equal(model.body.bn1.running_var, first), "of 8×8 values there is a variance"
 
@@ -600,7 +603,7 @@ def test_a_last_batch_of_one_image_with_single_features(toys):
     toys.fill(model)
     images = toys.images(5)
     model[2].momentum = 0.37
-    recalibrate(model, images, toys.card(), CPU, batches=9, batch_size=2)
+    recalibrate(model, batches(toys, images, 2))
     assert model[2].momentum == 0.37
     assert len(model[2]._forward_pre_hooks) == 0
     assert torch.isfinite(model[2].running_var).all()
@@ -615,51 +618,9 @@ def test_a_channel_that_hardly_varies_gets_no_negative_variance(toys):
         conv.bias.copy_(10 + torch.sin(torch.arange(64.0)))
     model = nn.Sequential(conv, nn.BatchNorm2d(64)).eval()
     images = toys.images(16)
-    recalibrate(model, images, toys.card(), CPU, batches=9, batch_size=4)
+    recalibrate(model, batches(toys, images, 4))
     assert (model[1].running_var >= 0).all()
     assert torch.isfinite(model(toys.card().normalise(images.images))).all()
-
-
-# --- stating anew what BatchNorm sees ---------------------------------------------------------
-
-
-def test_refreshed_statistics_are_those_of_the_network_as_it_computes(toys):
-    model, images = toys.two_bn(), toys.images(7)
-    x = toys.card().normalise(images.images)
-    with torch.no_grad():
-        before = model(x)
-        given = [model.conv1(x), model.conv2(model.bn1(model.conv1(x)).relu())]
-    refresh(model, images, toys.card(), CPU, batch_size=3)
-    assert_statistics(model.bn1, given[0][:6])  # a last batch of one is left out
-    assert_statistics(model.bn2, given[1][:6])
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model.bn1.weight, toys.two_bn().bn1.weight), "they differed before"
-
-
-def test_layers_without_scale_and_shift_state_what_they_did(toys):
-    model = nn.Sequential(
-        nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, track_running_stats=False)
-    )
-    before = toys.state(model)
-    refresh(model, toys.images(4), toys.card(), CPU, batch_size=4)
-    toys.assert_same_state(model, before)
-    assert model.training
-
-
-def test_a_frozen_norm_is_refreshed_and_a_dead_channel_is_not(toys):
-    model = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3)).eval()
-    with torch.no_grad():
-        model[0].weight[1] = 0  # nothing of channel 1 reaches the second layer
-    images = toys.images(4)
-    x = toys.card().normalise(images.images)
-    before = model(x)
-    refresh(model, images, toys.card(), CPU, batch_size=4)
-    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert_statistics(model[0], x)
-    assert model[1].running_var[1] == 1
-    assert model[1].weight[1] == 1
-    assert model[1].running_var[0] != 1
 
 
 def test_a_block_with_a_seed_leaves_the_generator_as_it_was():

@@ -172,8 +172,8 @@ def test_recalibration_sees_every_class_and_every_set(toys, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(
         "dreamkit.training.statistics.recalibrate",
-        lambda model, images, card, device, batches, size, advance: seen.append(
-            [labels for _, labels in in_order(images, size)]
+        lambda model, batches, advance: seen.append(
+            [labels for _, labels in in_order(batches.images, batches.batch_size)]
         ),
     )
     context, classes = toys.context(tmp_path), torch.arange(60) // 20  # sorted by class
