@@ -106,7 +106,7 @@ def quantize(
         folder = work.context.folder / RunContext.QUANTIZED
         (described_in,) = folder.glob("*.json")
         told = json.loads(described_in.read_text(encoding="utf-8"))
-        (file,) = (path for path in folder.iterdir() if path != described_in)
+        file = folder / told["file"]
         built = work.application("quantize", given, quantize)
         return Quantized(
             file=file.read_bytes(),

@@ -19,7 +19,6 @@ from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
 from dreamkit.registry import EntryOf
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.keeping_float import kept_for_effect
-from dreamkit.stages.measuring import measure_quality
 from dreamkit.stages.opening import check_dreamed, opened
 from dreamkit.stages.quantized_file import Finished, keep_file, measure_file, time_file
 from dreamkit.stages.quantizing import (
@@ -94,7 +93,6 @@ class Quantize(Application):
                 check_dreamed(self.compare, teacher.card)
                 further = opened(self.compare, teacher.card, note)
         whole = images_of(teacher, images, context)
-        measure_quality("teacher", teacher.model, teacher, None, context)
         parts = calibration_parts(whole, self.calibration_images, context.seed)
         calibration = self._describe(parts, context)
         if (text := self.quantizer.note()) is not None:

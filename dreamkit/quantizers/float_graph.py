@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,29 +136,3 @@ class FloatGraph:
             name: str = users[0].output[0]
             return name
         return layer.output
-
-
-def hold_in_float(model: Any, nodes: Collection[str]) -> None:
-    """See to it that operators of a ``ModelProto`` in integers compute in float.
-
-    Where float weights stand between a dequantized input and a quantized output, ONNX Runtime makes
-    them integers itself when it loads the file, with one scale for all. Not so behind an operator
-    that it does not know to do nothing: the least of a value and the largest float.
-
-    Args:
-        model: is changed.
-        nodes: names of operators with weights.
-    """
-    onnx = import_extra("onnx", "onnx")
-    graph = model.graph
-    read = {name for n in graph.node if n.op_type == "DequantizeLinear" for name in n.output}
-    held = [n for n in graph.node if n.name in nodes and n.input[0] in read]
-    if not held:
-        return
-    largest = np.array(np.finfo(np.float32).max, np.float32)
-    graph.initializer.append(onnx.numpy_helper.from_array(largest, "largest_float"))
-    for node in held:
-        name, given = f"{node.name}_in_float", node.input[0]
-        operator = onnx.helper.make_node("Min", [given, "largest_float"], [name], name=name)
-        node.input[0] = name
-        graph.node.insert(list(graph.node).index(node), operator)

@@ -60,12 +60,16 @@ class OnnxQuantizer(Quantizer):
         import_extra("onnxruntime", "onnx")
         first = next(iter(step.batches()))
         graph = FloatGraph(as_onnx(step.model, first, any_batch=True))
-        if not graph.layers:
-            raise DreamkitError("it has no layer with weights that could be integers")
         return self.calibrate_graph(graph, step)
 
     def calibrate_graph(self, graph: FloatGraph, step: QuantizationStep) -> OnnxQuantization:
-        """Take the ranges of a network that is exported already."""
+        """Take the ranges of a network that is exported already.
+
+        Raises:
+            DreamkitError: there is nothing that could be integers, or a range is not finite.
+        """
+        if not graph.layers:
+            raise DreamkitError("the network has no layer with weights that could be integers")
         return _Calibration(self, graph, step).done()
 
     def load(

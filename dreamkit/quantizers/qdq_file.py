@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession, strip_traces
-from dreamkit.quantizers.float_graph import FloatGraph, hold_in_float
+from dreamkit.quantizers.float_graph import FloatGraph
+from dreamkit.quantizers.float_layers import put_back
 from dreamkit.quantizers.ranges import Range
 from dreamkit.quantizers.signal_to_noise import computed_in_float, read_back, signal_to_noise
 from dreamkit.quantizers.targets import Numbers
@@ -69,11 +71,18 @@ class OnnxQuantization(Quantization):
 
     def proto(self, keep_float: Collection[str] = ()) -> Any:
         """Return the network in integers, a ``ModelProto``."""
+        made = import_extra("onnx", "onnx").ModelProto()
+        made.CopyFrom(self._in_integers)
+        put_back(made, self.graph, [ly for ly in self.graph.layers if ly.name in keep_float])
+        return made
+
+    @cached_property
+    def _in_integers(self) -> Any:
+        """The network with every layer in integers."""
         onnx = import_extra("onnx", "onnx")
         tools = import_extra("onnxruntime.quantization", "onnx")
         graph = FloatGraph(self.graph.serialised())
-        integers = [layer for layer in graph.layers if layer.name not in keep_float]
-        for layer in integers:
+        for layer in self.graph.layers:
             if layer.node in self.shifts:
                 graph.shift_bias(layer, self.shifts[layer.node])
         numbers = self.numbers
@@ -106,12 +115,10 @@ class OnnxQuantization(Quantization):
                 reduce_range=numbers.weight_bits == 7,
                 activation_type=kind,
                 weight_type=tools.QuantType.QInt8,
-                nodes_to_exclude=[ly.node for ly in graph.layers if ly.name in keep_float],
                 extra_options=extra,
             )
         made = onnx.load_model(file)
         file.unlink()
-        hold_in_float(made, {ly.node for ly in graph.layers if ly.name in keep_float})
         strip_traces(made)
         return made
 

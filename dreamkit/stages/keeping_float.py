@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreamkit.stages.quantizing import Workbench
+from dreamkit.training.batches import Subset
 from dreamkit.types import Images
+
+EFFECT_IMAGES = 32
+"""That the effect of a layer is measured on, at the most: it is measured layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Effect:
 def effects(bench: Workbench, images: Images) -> list[Effect]:
     """Return the effect of every layer on some images, the largest first."""
     layers = bench.quantization.layers
+    images = Subset(images, list(range(min(len(images), EFFECT_IMAGES))))
     right = bench.logits(bench.float_file, images)
     whole = _error(bench.logits(bench.write((), "all"), images), right)
     found = []

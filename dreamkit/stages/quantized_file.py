@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dreamkit import distributed
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import ArtifactError, DreamkitError
 from dreamkit.evaluation.accuracy import predict
 from dreamkit.stages.quantizing import FileNetwork, Workbench
 from dreamkit.stages.samples import Parts
@@ -105,16 +106,17 @@ def measure_file(
 
 
 def _measure_accuracy(bench: Workbench, path: Path) -> None:
-    """Add accuracy and agreement on the evaluation images, where there are some."""
+    """Add accuracies and agreement on the evaluation images, where there are some."""
     context, metrics = bench.context, bench.context.log.metrics
     if context.evaluation is None:
         return
     network = FileNetwork(bench.quantizer.load(path, None, exact=True))
     cpu, images = torch.device("cpu"), context.evaluation
-    with context.log.progress("int8 accuracy", len(images)) as advance:
+    with context.log.progress("accuracy", 2 * len(images)) as advance:
         found, labels = predict(network, images, bench.card, cpu, advance)
-    device = context.device
-    expected, _ = predict(bench.teacher.model, images, bench.card, device)
+        model, device, done = bench.teacher.model, context.device, len(images)
+        expected, _ = predict(model, images, bench.card, device, lambda k: advance(done + k))
+    metrics["teacher.accuracy"] = float((expected == labels).float().mean())
     metrics["int8.accuracy"] = float((found == labels).float().mean())
     metrics["int8.evaluation_agreement"] = float((found == expected).float().mean())
     if metrics.get("teacher.accuracy"):
@@ -178,6 +180,7 @@ def keep_file(bench: Workbench, finished: Finished, calibration: dict[str, Any])
     path = folder / f"model{bench.quantizer.suffix}"
     told = {
         "dreamkit": __version__,
+        "file": path.name,
         "file_sha256": hashlib.sha256(content).hexdigest(),
         "card": bench.card.to_json(),
         "calibration": calibration,
@@ -194,6 +197,22 @@ def keep_file(bench: Workbench, finished: Finished, calibration: dict[str, Any])
     write_json(path.with_suffix(".json"), told)
     distributed.barrier()
     return path
+
+
+def check_quantized(described: Path) -> None:
+    """Hold a file in integers against the JSON beside it.
+
+    Raises:
+        ArtifactError: either is not there, or the file is not what the JSON tells.
+    """
+    try:
+        told = json.loads(described.read_text(encoding="utf-8"))
+        content = (described.parent / told["file"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() == told["file_sha256"]:
+            return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{described} cannot be read: {error}") from error
+    raise ArtifactError(f"{described.parent / told['file']} is not what its JSON tells")
 
 
 def _some(images: Images) -> Tensor:

@@ -40,7 +40,9 @@ class _Weights:
 
     def __init__(self, model):
         self.model = model
-        self.values = torch.cat([value.flatten() for value in model.state_dict().values()])
+        self.values = torch.cat(
+            [torch.zeros(0), *(v.flatten() for v in model.state_dict().values())]
+        )
 
     def __hash__(self):
         return len(self.values)
