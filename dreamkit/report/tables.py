@@ -99,11 +99,10 @@ def quantization_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[s
     told, metrics = report["details"].get("quantization"), report["metrics"]
     if told is None:
         return [], []
-    unseen = "unseen images" if told["compared"]["unseen"] else "images it was calibrated on"
-    header = ["file", "accuracy", f"agreement with float, {unseen}", "size"]
+    unseen = "unseen images" if told["compared"]["unseen"] else "calibration images"
+    header = ["file", "accuracy", f"agreement, {unseen}", "size"]
     header += [
-        f"{row['batch_size']} image{'s' if row['batch_size'] > 1 else ''}, "
-        f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        f"ms for {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         for row in told.get("latency", ())
     ]
     rows = []
@@ -112,7 +111,7 @@ def quantization_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[s
         cells.append(_cell("agreement", metrics.get(f"{name}.agreement")))
         cells.append(f"{quantity(metrics[f'{name}.bytes'])}B")
         times = [row[f"{name}_ms"] for row in told.get("latency", ())]
-        rows.append([name, *cells, *(_cell("latency_ms", ms) for ms in times)])
+        rows.append([name, *cells, *(f"{ms:.3g}" for ms in times)])
     return header, rows
 
 
