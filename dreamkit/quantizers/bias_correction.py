@@ -60,7 +60,9 @@ def corrections(
     """
     found = {}
     for layer in corrected(graph.layers):
-        if layer.weight in rounded:
+        # Padding that depends on the input's size is not gone into.
+        padded = graph.attributes(layer).get("auto_pad", b"NOTSET")
+        if layer.weight in rounded and padded in {b"NOTSET", b"VALID"}:
             error = rounded[layer.weight] - graph.constant(layer.weight)
             found[layer.node] = -_mean_output(graph, layer, means[layer.input], error)
     return found
