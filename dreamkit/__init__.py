@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from dreamkit.api.judge import judge
     from dreamkit.api.load import load_teacher
     from dreamkit.api.prune import prune
+    from dreamkit.api.quantize import quantize
     from dreamkit.api.recover import recover
-    from dreamkit.api.results import Distilled, Extended, Judgement, Pruned, Recovered
+    from dreamkit.api.results import (
+        Distilled,
+        Extended,
+        Judgement,
+        Pruned,
+        Quantized,
+        Recovered,
+    )
     from dreamkit.card import Card
     from dreamkit.students import load_student
     from dreamkit.types import Teacher
@@ -31,6 +39,7 @@ __all__ = [
     "Extended",
     "Judgement",
     "Pruned",
+    "Quantized",
     "Recovered",
     "Teacher",
     "__version__",
@@ -43,6 +52,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "prune",
+    "quantize",
     "recover",
 ]
 
@@ -53,6 +63,7 @@ _HOMES = {
     "Extended": "dreamkit.api.results",
     "Judgement": "dreamkit.api.results",
     "Pruned": "dreamkit.api.results",
+    "Quantized": "dreamkit.api.results",
     "Recovered": "dreamkit.api.results",
     "Teacher": "dreamkit.types",
     "distill": "dreamkit.api.distill",
@@ -63,6 +74,7 @@ _HOMES = {
     "load_student": "dreamkit.students",
     "load_teacher": "dreamkit.api.load",
     "prune": "dreamkit.api.prune",
+    "quantize": "dreamkit.api.quantize",
     "recover": "dreamkit.api.recover",
 }
 

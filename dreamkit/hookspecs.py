@@ -87,6 +87,11 @@ def register_exporters(register: Register) -> None:
 
 
 @hookspec
+def register_quantizers(register: Register) -> None:
+    """Add quantizers: ways to write a network in integers for a runtime."""
+
+
+@hookspec
 def register_trackers(register: Register) -> None:
     """Add trackers: where the records of a run are sent besides ``log.jsonl``."""
 

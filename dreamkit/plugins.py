@@ -46,6 +46,7 @@ _BUILTIN_ROOMS = (
     "dreamkit.latency",
     "dreamkit.applications",
     "dreamkit.deploy",
+    "dreamkit.quantizers",
     "dreamkit.trackers",
 )
 

@@ -39,6 +39,7 @@ KINDS: tuple[str, ...] = (
     "latency_backends",
     "applications",
     "exporters",
+    "quantizers",
     "trackers",
 )
 RECORDED = frozenset({"loss", "cross_entropy", "contrast"})

@@ -24,6 +24,8 @@ from dreamkit.report.tables import (
     dreams_line,
     fidelity_line,
     judge_rows,
+    noise_line,
+    quantization_rows,
     summary_rows,
 )
 from dreamkit.store.atomic import write_atomically
@@ -95,8 +97,8 @@ def write_pages(
 
 def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
     """Print a report's tables and where its files are."""
-    tables = (summary_rows(report), continual_rows(report), judge_rows(report))
-    for header, rows in tables:
+    for rows_of in (summary_rows, quantization_rows, continual_rows, judge_rows):
+        header, rows = rows_of(report)
         if not rows:
             continue
         table = Table(*header)
@@ -105,7 +107,7 @@ def show(report: Mapping[str, Any], folder: Path, console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for line in (dreams_line(report), fidelity_line(report)):
+    for line in (dreams_line(report), noise_line(report), fidelity_line(report)):
         if line is not None:
             say(console, line)
     for failure in report.get("failures", []):

@@ -110,10 +110,16 @@ def calls(net, pixels):
             net, (images, labels % 2), replay=pixels, images_per_class=4, steps=2, **quiet
         ),
         "judge": lambda: dreamkit.judge(net, pixels, {"other": other}, splits=2, **quiet),
+        "quantize": lambda: dreamkit.quantize(
+            net, pixels, latency_batches=[], max_disagreement=1, **quiet
+        ),
     }
 
 
-@pytest.mark.parametrize("verb", ["invert", "prune", "distill", "recover", "extend", "judge"])
+VERBS = ["invert", "prune", "distill", "recover", "extend", "judge", "quantize"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
     call = calls(net, pixels)[verb]
     before = fingerprint(net)
@@ -129,7 +135,7 @@ def test_what_the_caller_has_stays_as_it_was(net, pixels, verb):
     assert recipe["application"]["name"]
 
 
-@pytest.mark.parametrize("verb", ["invert", "prune", "distill", "recover", "extend", "judge"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_recipe_of_a_call_is_valid_and_says_what_to_fill_in(
     net, pixels, verb, invoke, tmp_path
 ):

@@ -159,8 +159,11 @@ def test_every_metric_of_a_run_has_its_row() -> None:
     other = copy.deepcopy(digits.model)
     torch.nn.init.zeros_(next(other.parameters()))
     judged = dreamkit.judge(digits, dreams, {"other": other}, reference=held_out, splits=2, **quick)
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    whole = dreamkit.quantize(digits, dreams, evaluation=held_out, compare=held_out, **quick)
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
-    metrics = {*dreams.metrics, *small.metrics, *judged.metrics}
+    metrics = {*dreams.metrics, *small.metrics, *judged.metrics, *whole.metrics}
     assert {"synthesis.images", "pruned.params", "student.agreement"} <= metrics
     assert {
         name for name in metrics if not _rows(name) & set(re.findall(r"`(.+?)`", page))

@@ -30,6 +30,7 @@ LAYERS = (
         "flat_state",
         "devices",
         "joined_images",
+        "onnx_model",
     },
     {
         *(
@@ -42,7 +43,7 @@ LAYERS = (
             "pruning",
             "training",
         ),
-        *("store", "evaluation", "report", "trackers"),
+        *("store", "evaluation", "report", "trackers", "quantizers"),
     },
     {"synthesizers"},
     {"stages"},

@@ -243,6 +243,13 @@ def test_exporters_keep_the_contract(name, tmp_path):
     testing.check_exporter(resolved("exporters", name), tmp_path)
 
 
+@pytest.mark.parametrize("name", entries("quantizers"))
+def test_quantizers_keep_the_contract(name, tmp_path):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    testing.check_quantizer(resolved("quantizers", name), tmp_path)
+
+
 def test_applications_keep_the_contract(tmp_path):
     dreamer = DeepInversion((), images=2, batch_size=2, stages=(Stage(1),))
     synthesis = types.Synthesis(dreamer, {"name": "deepinversion"})

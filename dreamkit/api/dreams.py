@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,8 +21,8 @@ from dreamkit.report.figures import grid
 from dreamkit.report.notebook import as_html
 from dreamkit.report.tables import distance_said
 from dreamkit.stages.statistics_distance import overall
+from dreamkit.store.calibration_sets import Kind, write_calibration_set
 from dreamkit.store.dreams import DreamStore, holds_dreams
-from dreamkit.store.picture_files import write_pictures
 from dreamkit.store.run_directory import REPORT
 from dreamkit.store.source import find_store
 from dreamkit.types import StoredImages
@@ -160,17 +160,24 @@ class Dreams(Result):
             store.write(number, part, 0.0, 0.0, self.quality.by_layer)
         return folder
 
-    def to_folder(self, folder: str | Path) -> Path:
-        """Write them as PNG files, one folder a class, as torchvision's ``ImageFolder`` reads.
+    def to_folder(self, folder: str | Path, kind: Kind = "imagefolder") -> Path:
+        """Write them as other tools read them, with ``normalisation.json`` beside them.
 
         Args:
             folder: new or empty.
+            kind: ``imagefolder``: PNG files, one folder a class, as torchvision's ``ImageFolder``
+                reads; ``npy``: ``images.npy``, normalised, and ``labels.npy``; ``tensors``:
+                ``dreams.safetensors``.
 
         Returns:
             The folder.
+
+        Raises:
+            DreamkitError: there is no such kind, or the folder is not empty or cannot be written.
         """
-        classes = self.teacher_logits.shape[1]
-        write_pictures(self.stored, Path(folder), classes, self.card.class_names)
+        if kind not in get_args(Kind):
+            raise DreamkitError(f"kind: should be one of {', '.join(get_args(Kind))} (got {kind})")
+        write_calibration_set(self.stored, Path(folder), self.card, kind)
         return Path(folder)
 
 
@@ -188,7 +195,7 @@ def load_dreams(folder: str | Path) -> Dreams:
     store = DreamStore(place)
     content = store.open()
     images, labels = content.batch(range(len(content)))
-    card = _card_of(store, place)
+    card = card_of(store, place)
     logits = content.teacher_logits.float()
     right = _accuracy(logits, labels)
     metrics = {"synthesis.images": float(len(images)), "synthesis.teacher_accuracy": right}
@@ -224,8 +231,12 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).float().mean()) if len(labels) else 0.0
 
 
-def _card_of(store: DreamStore, place: Path) -> Card:
-    """Return the card that saved dreams have, or that of the run or call whose they are."""
+def card_of(store: DreamStore, place: Path) -> Card:
+    """Return the card that saved dreams have, or that of the run or call whose they are.
+
+    Raises:
+        DreamkitError: nobody tells it.
+    """
     data: Any = store.settings.get("card")
     for file, key in ((REPORT, "teacher"), (CALL, NETWORK)):
         if data is None and (place.parent / file).is_file():

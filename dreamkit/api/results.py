@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from dreamkit.api.networks import recipe_entry
 from dreamkit.api.session import Session, plain
@@ -20,8 +21,9 @@ from dreamkit.errors import ArtifactError, import_extra
 from dreamkit.model_state import to_eval
 from dreamkit.report.notebook import as_html, as_text
 from dreamkit.store.artifact import SPECIFICATION, write_artifact
+from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.teachers.provenance import tell
-from dreamkit.types import RunFinished, Teacher
+from dreamkit.types import Quantizer, RunFinished, Teacher
 from dreamkit.version import __version__
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
@@ -163,6 +165,60 @@ class Recovered(StudentResult):
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Extended(StudentResult):
     """A network that learnt more classes."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Quantized(Result):
+    """A network in integers, as a file.
+
+    Args:
+        file: what is in it.
+        file_name: what it is called, as ``model.int8.onnx``.
+        card: of the network: size, mean, std and class names; it normalises images.
+        about: what the JSON beside the file says.
+        quantizer: that runs it.
+    """
+
+    file: bytes = field(repr=False)
+    file_name: str
+    card: Card
+    about: Mapping[str, Any]
+    quantizer: Quantizer = field(repr=False)
+
+    @property
+    def noise(self) -> dict[str, float]:
+        """The signal-to-noise ratio of every layer's output in dB, the worst first."""
+        return dict(self.about["noise_db"])
+
+    def load(self, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+        """Return what runs the file: normalised images (N, C, H, W) on the CPU to logits (N, K).
+
+        Args:
+            threads: that it runs on; None leaves the choice to the runtime.
+        """
+        with tempfile.TemporaryDirectory(prefix="dreamkit-") as folder:
+            path = Path(folder) / self.file_name
+            path.write_bytes(self.file)
+            return self.quantizer.load(path, threads)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the file, and the JSON that says what it is, into a folder; return the file.
+
+        Args:
+            folder: is made where it is not there; files of these names are written over.
+
+        Raises:
+            DreamkitError: it cannot be written.
+        """
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"{folder} cannot be made: {error.strerror}") from error
+        path = place / self.file_name
+        write_atomically(path, self.file)
+        write_json(path.with_suffix(".json"), self.about)
+        return path
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

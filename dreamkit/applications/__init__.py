@@ -11,4 +11,5 @@ def register_applications(register: Register) -> None:
     register("prune", "dreamkit.applications.prune:Prune")
     register("continual", "dreamkit.applications.continual:Continual")
     register("recover", "dreamkit.applications.recover:Recover")
+    register("quantize", "dreamkit.applications.quantize:Quantize")
     register("judge", "dreamkit.applications.judge:Judge")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dreamkit.errors import DreamkitError, RunDirectoryError
+from dreamkit.stages.quantized_file import check_quantized
 from dreamkit.store.artifact import SPECIFICATION, read_artifact
 from dreamkit.store.checkpoint import read_checkpoint
 from dreamkit.store.dreams import DreamStore
@@ -49,6 +50,9 @@ def verify_run(folder: Path) -> list[Finding]:
         student = specification.parent
         problem = _problem(partial(read_artifact, student))
         found.append(Finding(str(student.relative_to(folder)), "a student", problem))
+    for described in sorted(folder.glob(f"**/{RunContext.QUANTIZED}/*.json")):
+        problem = _problem(partial(check_quantized, described))
+        found.append(Finding(str(described.relative_to(folder)), "a file in integers", problem))
     for checkpoint in sorted(folder.glob(f"**/{RunContext.CHECKPOINTS}/*.safetensors")):
         problem = _problem(partial(read_checkpoint, checkpoint))
         found.append(Finding(str(checkpoint.relative_to(folder)), "a checkpoint", problem))

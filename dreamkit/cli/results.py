@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from dreamkit.errors import DreamkitError
 
 
 def export(
@@ -62,25 +64,42 @@ def export(
 def export_dreams(
     run_directory: Annotated[Path, typer.Argument(help="A run directory, or its dreams folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write to, empty or new.")],
+    kind: Annotated[
+        Literal["imagefolder", "npy", "tensors"],
+        typer.Option(
+            "--as",
+            help="imagefolder: PNG files, one folder a class. npy: normalised float32. tensors: "
+            "uint8, as safetensors.",
+        ),
+    ] = "imagefolder",
 ) -> None:
-    """Write a run's dreams as PNG files, one folder a class.
+    """Write a run's dreams for other tools, with how to normalise them beside.
 
-    torchvision's `ImageFolder` reads them, and so does the source `folder`.
+    torchvision's `ImageFolder` reads the PNG files, and so does the source `folder`. Calibration
+    tools of other runtimes take `images.npy`. `normalisation.json` has mean, std and size.
 
-    Example:
+    Examples:
 
         dreamkit export-dreams runs/quickstart digits_dreamed
+
+        dreamkit export-dreams runs/quickstart calibration --as npy
     """
+    from dreamkit.api.dreams import card_of
+    from dreamkit.store.calibration_sets import write_calibration_set
     from dreamkit.store.dreams import DreamStore
-    from dreamkit.store.picture_files import export_dreams as export
-    from dreamkit.store.run_directory import read_report
+    from dreamkit.store.picture_files import export_dreams as export_pictures
     from dreamkit.store.source import find_store
 
     folder = find_store(run_directory)
-    names = None
-    if folder != run_directory and (run_directory / "report.json").is_file():
-        names = read_report(run_directory)["teacher"]["class_names"]
-    print(f"{export(DreamStore(folder), out, names)} images written to {out}")
+    store = DreamStore(folder)
+    try:
+        card = card_of(store, folder)
+    except DreamkitError:
+        if kind != "imagefolder":
+            raise
+        print(f"{export_pictures(store, out, None)} images written to {out}")
+        return
+    print(f"{write_calibration_set(store.open(), out, card, kind)} images written to {out}")
 
 
 def verify(

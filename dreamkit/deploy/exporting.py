@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dreamkit.card import Card
 from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.evaluation.same_outputs import difference
 from dreamkit.latency.sampling import alternate
 from dreamkit.model_state import hide_extra_state, to_eval
 from dreamkit.plugins import build_registries
@@ -29,8 +30,6 @@ from dreamkit.wording import one_line, say
 
 COMPARED = 64
 """Images that the file and the model are compared on."""
-TOLERANCE = 1e-3
-"""By how much outputs may differ, as a share of the largest: runtimes add in other orders."""
 _COUNTS = (1, 3)
 _WARMUP, _REPEATS = 3, 21
 
@@ -204,16 +203,13 @@ def _compared(
             f"the exported {name} file does not run on {len(images)} images: {one_line(failure)}; "
             "nothing was written. Try a batch size of 1, or another format"
         ) from failure
-    error = float((found - expected).abs().max())
-    largest = float(expected.abs().max())
-    same = float((found.argmax(1) == expected.argmax(1)).float().mean())
-    if not error <= TOLERANCE * largest:
+    differ = difference(found, expected)
+    if not differ.is_rounding:
         raise DreamkitError(
-            f"the exported {name} file does not do what the model does: outputs of up to "
-            f"{largest:.3g} differ by up to {error:.3g}, and {same:.1%} of {len(images)} "
-            "images are put into the same class; nothing was written. Try another format"
+            f"the exported {name} file does not do what the model does: {differ}; nothing was "
+            "written. Try another format"
         )
-    return Exported(path, len(images), same, error, largest)
+    return Exported(path, differ.images, differ.agreement, differ.max_error, differ.largest)
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamkit.latency.onnx_runtime import OnnxSession, as_onnx
+from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.types import Exporter
 
 

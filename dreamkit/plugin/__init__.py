@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         Estimate,
         Event,
         Exporter,
+        FileLook,
         Images,
         ImageSource,
         IncrementalLoss,
@@ -79,6 +80,9 @@ if TYPE_CHECKING:
         Outcome,
         Parameterisation,
         PruningStep,
+        Quantization,
+        QuantizationStep,
+        Quantizer,
         Recorded,
         Regularizer,
         RoundPruned,
@@ -109,14 +113,14 @@ __all__ = [  # noqa: RUF022
     # Bases, one for each kind of entry.
     "Application", "ChannelRule", "Criterion", "DistillationLoss", "Exporter", "ImageSource",
     "IncrementalLoss",
-    "LatencyBackend", "Parameterisation", "Regularizer", "Selection", "Synthesizer",
+    "LatencyBackend", "Parameterisation", "Quantizer", "Regularizer", "Selection", "Synthesizer",
     "TeacherSource", "Tracker",
     # What entries see and return.
     "NO_LABEL", "BatchPlan", "Card", "ChannelCall", "ChannelGroup", "Chunk", "Dream", "Dreamer",
-    "Estimate", "Images", "IncrementalStep", "InversionStep", "Labelled", "LatencyTable",
-    "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep", "Outcome",
-    "PruningStep", "RunContext", "RunLog", "Saved", "SelectionStep", "StoredImages", "Synthesis",
-    "Teacher", "Timing", "Watchable",
+    "Estimate", "FileLook", "Images", "IncrementalStep", "InversionStep", "Labelled",
+    "LatencyTable", "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep",
+    "Outcome", "PruningStep", "Quantization", "QuantizationStep", "RunContext", "RunLog", "Saved",
+    "SelectionStep", "StoredImages", "Synthesis", "Teacher", "Timing", "Watchable",
     # What applications are made with.
     "images_of",
     # Events.

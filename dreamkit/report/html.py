@@ -15,7 +15,9 @@ from dreamkit.report.tables import (
     dreams_line,
     fidelity_line,
     judge_rows,
+    noise_line,
     pixel_rows,
+    quantization_rows,
     sensitivity_rows,
     summary_rows,
 )
@@ -40,6 +42,7 @@ def render(
     header, rows = summary_rows(report)
     judge_header, judged = judge_rows(report)
     learnt_header, learnt = continual_rows(report)
+    files_header, files = quantization_rows(report)
     pixel_header, pixels = pixel_rows(report)
     told = report["details"].get("continual")
     groups_header, groups = sensitivity_rows(report)
@@ -53,6 +56,9 @@ def render(
         rows=rows,
         judge_header=judge_header,
         judged=judged,
+        files_header=files_header,
+        files=files,
+        noise=noise_line(report),
         fidelity=fidelity_line(report),
         pixel_header=pixel_header,
         pixels=pixels,

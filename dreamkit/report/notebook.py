@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from dreamkit.report.figures import as_png
-from dreamkit.report.tables import continual_rows, judge_rows, summary_rows
+from dreamkit.report.tables import continual_rows, judge_rows, quantization_rows, summary_rows
 from dreamkit.types import DreamsPictured, Event
 from dreamkit.wording import say
 
@@ -22,7 +22,8 @@ _SHOWN = 8
 
 
 def _tables(report: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    found = (summary_rows(report), continual_rows(report), judge_rows(report))
+    each = (summary_rows, quantization_rows, continual_rows, judge_rows)
+    found = [table(report) for table in each]
     return [(header, rows) for header, rows in found if rows]
 
 

@@ -94,6 +94,36 @@ def pixel_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def quantization_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a file in float and one in integers; none if there are none."""
+    told, metrics = report["details"].get("quantization"), report["metrics"]
+    if told is None:
+        return [], []
+    unseen = "unseen images" if told["compared"]["unseen"] else "calibration images"
+    header = ["file", "accuracy", f"agreement, {unseen}", "size"]
+    header += [
+        f"ms for {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        for row in told.get("latency", ())
+    ]
+    rows = []
+    for name, accuracy in (("float", "teacher.accuracy"), ("int8", "int8.accuracy")):
+        cells = [_cell("accuracy", metrics.get(accuracy))]
+        cells.append(_cell("agreement", metrics.get(f"{name}.agreement")))
+        cells.append(f"{quantity(metrics[f'{name}.bytes'])}B")
+        times = [row[f"{name}_ms"] for row in told.get("latency", ())]
+        rows.append([name, *cells, *(f"{ms:.3g}" for ms in times)])
+    return header, rows
+
+
+def noise_line(report: Mapping[str, Any], shown: int = 5) -> str | None:
+    """Return a sentence with the layers that integers make most noise of, the worst first."""
+    noise = report["details"].get("quantization", {}).get("noise")
+    if not noise:
+        return None
+    worst = ", ".join(f"{name} ({level:.1f} dB)" for name, level in list(noise.items())[:shown])
+    return f"The layers that integers make most noise of, as signal to noise: {worst}"
+
+
 def continual_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of what was known of each set of classes after each step."""
     told = report["details"].get("continual")

@@ -42,9 +42,8 @@ def write_pictures(
     Raises:
         StoreError: the folder is not empty or cannot be written to.
     """
+    check_empty(folder)
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise StoreError(f"{folder} is not empty; choose another folder")
         digits = len(str(classes - 1))
         for number in range(len(content)):
             (image,), (label,) = (part.unbind() for part in content.batch([number]))
@@ -58,3 +57,16 @@ def write_pictures(
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error.strerror}") from error
     return len(content)
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        StoreError: it does.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise StoreError(f"{folder} is not empty; choose another folder")
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be read: {error.strerror}") from error

@@ -57,6 +57,7 @@ from dreamkit.types.pruning import (
     Selection,
     SelectionStep,
 )
+from dreamkit.types.quantization import FileLook, Quantization, QuantizationStep, Quantizer
 from dreamkit.types.runs import Application, Outcome, RunContext, RunLog
 from dreamkit.types.tracking import Tracker
 
@@ -77,6 +78,7 @@ __all__ = [
     "Estimate",
     "Event",
     "Exporter",
+    "FileLook",
     "ImageSource",
     "ImageStatistics",
     "Images",
@@ -97,6 +99,9 @@ __all__ = [
     "Outcome",
     "Parameterisation",
     "PruningStep",
+    "Quantization",
+    "QuantizationStep",
+    "Quantizer",
     "Recorded",
     "Regularizer",
     "RoundPruned",

@@ -16,6 +16,7 @@ from dreamkit.types.latency import LatencyBackend
 from dreamkit.types.models import TeacherSource
 from dreamkit.types.needs import check_needs
 from dreamkit.types.pruning import Criterion, Selection
+from dreamkit.types.quantization import Quantizer
 from dreamkit.types.runs import Application
 from dreamkit.types.tracking import Tracker
 
@@ -33,6 +34,7 @@ BASES: dict[str, type] = {
     "latency_backends": LatencyBackend,
     "applications": Application,
     "exporters": Exporter,
+    "quantizers": Quantizer,
     "trackers": Tracker,
 }
 """The base class of each kind of entry, whose defaults an entry has where it says nothing."""

@@ -78,6 +78,7 @@ class RunContext:
 
     DREAMS: ClassVar[str] = "dreams"
     STUDENT: ClassVar[str] = "student"
+    QUANTIZED: ClassVar[str] = "quantized"
     CHECKPOINTS: ClassVar[str] = "checkpoints"
     TABLE: ClassVar[str] = "latency_lut.json"
     LOG: ClassVar[str] = "log.jsonl"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.latency.onnx_runtime import OnnxRuntime, OnnxSession, as_onnx, layer_as_onnx
+from dreamkit.latency.onnx_runtime import OnnxRuntime, layer_as_onnx
 from dreamkit.latency.table import LookUpTable
+from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.types import LayerShape
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")

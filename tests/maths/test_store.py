@@ -18,6 +18,7 @@ from dreamkit.errors import OptionError, RunDirectoryError, StoreError
 from dreamkit.flat_state import hash_state
 from dreamkit.store import shard
 from dreamkit.store.atomic import write_atomically, write_json
+from dreamkit.store.calibration_sets import write_calibration_set
 from dreamkit.store.dreams import DreamStore, holds_dreams
 from dreamkit.store.picture_files import export_dreams
 from dreamkit.store.run_directory import RunDirectory, read_report, stored_preset
@@ -326,6 +327,31 @@ def test_export_is_read_by_image_folder_with_equal_pixels(tmp_path, channels):
     for (image, _), number in zip(found, order, strict=True):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         assert torch.equal(pixels, expected[number].expand(3, 4, 5))
+
+
+def test_a_calibration_set_is_what_the_network_takes_with_how_to_normalise(tmp_path):
+    images, card = content(0, 5), Card("it", (3, 4, 5), (0.5, 0.25, 0.0), (0.5, 1, 2), 3, "here")
+    assert write_calibration_set(images, tmp_path / "npy", card, "npy") == 5
+    array = np.load(tmp_path / "npy" / "images.npy")
+    assert (array.dtype, array.shape) == (np.float32, (5, 3, 4, 5))
+    pixel = images.images[4, 1, 2, 3].item()
+    assert array[4, 1, 2, 3] == pytest.approx((pixel / 255 - 0.25) / 1, abs=1e-6)
+    assert np.load(tmp_path / "npy" / "labels.npy").tolist() == [0, 1, 2, 0, 1]
+    told = json.loads((tmp_path / "npy" / "normalisation.json").read_text())
+    assert (told["mean"], told["std"], told["size"]) == ([0.5, 0.25, 0.0], [0.5, 1, 2], [3, 4, 5])
+    assert (told["images"], told["normalised"], told["layout"]) == (5, True, "NCHW")
+    write_calibration_set(images, tmp_path / "tensors", card, "tensors")
+    found = safetensors.torch.load_file(tmp_path / "tensors" / "dreams.safetensors")
+    assert torch.equal(found["images"], images.images)
+    assert torch.equal(found["labels"], images.labels)
+    write_calibration_set(images, tmp_path / "png", card, "imagefolder")
+    assert len(ImageFolder(str(tmp_path / "png"))) == 5
+    for kind in ("tensors", "png"):
+        told = json.loads((tmp_path / kind / "normalisation.json").read_text())
+        assert told["normalised"] is False
+    for kind in ("npy", "tensors", "imagefolder"):
+        with pytest.raises(StoreError, match="not empty"):
+            write_calibration_set(images, tmp_path / "npy", card, kind)
 
 
 def test_export_names_classes_so_that_their_order_is_the_teachers(tmp_path):

@@ -27,7 +27,12 @@ from dreamkit.plugin.testing.pruning import (
     check_latency_backend,
     check_selection,
 )
-from dreamkit.plugin.testing.runs import check_application, check_exporter, check_tracker
+from dreamkit.plugin.testing.runs import (
+    check_application,
+    check_exporter,
+    check_quantizer,
+    check_tracker,
+)
 from dreamkit.plugin.testing.tiny import ContractError, tiny_teacher
 
 __all__ = [
@@ -39,6 +44,7 @@ __all__ = [
     "check_incremental_loss",
     "check_latency_backend",
     "check_parameterisation",
+    "check_quantizer",
     "check_regularizer",
     "check_selection",
     "check_source",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from dreamkit.types import (
     Images,
     LatencyBackend,
     Outcome,
+    QuantizationStep,
+    Quantizer,
     RunContext,
     StoredImages,
     Synthesis,
@@ -98,6 +101,62 @@ def check_exporter(entry: Exporter | type, folder: Path) -> None:
             found.shape == right.shape and torch.allclose(found, right, atol=1e-3),
             f"{name}: its file returns other outputs than the network",
         )
+
+
+def check_quantizer(entry: Quantizer | type, folder: Path) -> None:
+    """Check a quantizer: a file in float that does what the network does, and one in integers
+    that runs, for any number of images.
+
+    Args:
+        entry: the quantizer.
+        folder: an empty folder, such as pytest's ``tmp_path``.
+
+    Raises:
+        ContractError: it is not.
+    """
+    quantizer, name = made("quantizers", entry)
+    suffix = quantizer.suffix
+    expect(suffix.startswith("."), f"{name}.suffix should begin with a dot (got {suffix!r})")
+    teacher, heard = tiny_teacher(), list[float]()
+    images = teacher.card.normalise(_pixels(6))
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    step = QuantizationStep(
+        model=teacher.model,
+        batches=lambda: iter(images.split(4)),
+        folder=scratch,
+        note=lambda text: None,
+        advance=heard.append,
+    )
+    with untouched(teacher.model, name), working(f"{name}.calibrate"), torch.no_grad():
+        right = teacher.model(images)
+        found = quantizer.calibrate(step)
+    expect(
+        all(0 <= share <= 1 for share in heard),
+        f"{name} told of shares of its work outside [0, 1]: {heard}",
+    )
+    files = [folder / f"{kind}{suffix}" for kind in ("float", "int8", "kept")]
+    with working(f"{name}: writing a file"):
+        found.write_float(files[0])
+        found.write(files[1])
+        found.write(files[2], found.layers[:1])
+    for path in files:
+        expect(path.is_file(), f"{name} wrote no file {path.name}")
+        for count in (6, 1):
+            with working(f"{name}: running a file on {count} images"):
+                outputs = quantizer.load(path, 1)(images[:count])
+            expect(
+                outputs.shape == right[:count].shape and bool(outputs.isfinite().all()),
+                f"{name}: its file returns {tuple(outputs.shape)} or what is not finite",
+            )
+    with working(f"{name}: looking into the file"):
+        outputs = quantizer.load(files[0])(images)
+        found.look(files[1], images)
+        json.dumps(dict(found.describe()))
+    expect(
+        torch.allclose(outputs, right, atol=1e-3),
+        f"{name}: its file in float returns other outputs than the network",
+    )
 
 
 def check_tracker(entry: Tracker | type, folder: Path) -> None:

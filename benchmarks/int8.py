@@ -1,0 +1,168 @@
+"""INT8 in ONNX Runtime, calibrated on noise, on real images and on dreams, option by option.
+
+    python benchmarks/int8.py --teacher benchmarks/networks/efficientnet_lite0.yaml \\
+        --images imagenet/val --class-names wnids.txt --dreams runs/dreams_of_lite0 --evaluate 300
+
+Images that a network is calibrated on are none of those that it is judged on. Agreement is with
+float on the real images; so is accuracy. ``seconds`` are the processor's, of all threads, with the
+comparison of the files. ``logits`` is the signal-to-noise ratio of the outputs on unseen images of
+the kind that was calibrated on. Needs the extra ``onnx``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from given import NETWORK, given_network
+from torch import Tensor
+
+import dreamkit
+from dreamkit.card import read_class_names
+from dreamkit.latency.processor import processor_name
+from dreamkit.quantizers.targets import this_processor
+from dreamkit.sources.folder import Folder
+from dreamkit.training.batches import drawn
+from dreamkit.types import Images, Teacher
+
+PLAIN: dict[str, Any] = {"bias_correction": False}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "noise": ("noise", PLAIN),
+    "noise + bias correction": ("noise", {}),
+    "real images": ("real", PLAIN),
+    "real images + bias correction": ("real", {}),
+    "dreams": ("dreams", PLAIN),
+    "dreams + bias correction (the default)": ("dreams", {}),
+    "dreams + ranges: mse": ("dreams", {**PLAIN, "ranges": "mse"}),
+    "dreams + ranges: logits": ("dreams", {**PLAIN, "ranges": "logits"}),
+    "dreams + keep_float: auto": ("dreams", {**PLAIN, "keep_float": "auto"}),
+    "dreams + all three, ranges: logits": ("dreams", {"ranges": "logits", "keep_float": "auto"}),
+    "dreams, target: vnni": ("dreams", {**PLAIN, "target": "vnni"}),
+    "dreams + bias correction, target: vnni": ("dreams", {"target": "vnni"}),
+}
+QUICK = ("noise", "dreams", "dreams + bias correction (the default)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", default="bundled:digits_resnet8", help=NETWORK)
+    parser.add_argument("--images", type=Path, help="real ones, a folder a class; else digits")
+    parser.add_argument("--resize", type=float, default=1.143, help="as of the source folder")
+    parser.add_argument("--class-names", type=Path, help="names of the folders, in output order")
+    parser.add_argument("--dreams", type=Path, help="images dreamed before: a folder of pictures")
+    parser.add_argument("--calibrate", type=int, default=64, help="images")
+    parser.add_argument("--evaluate", type=int, default=300, help="real images")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch's and of the rows' work")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="three rows")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    teacher = given_network(options.teacher)
+    if options.class_names is not None:
+        names = read_class_names(options.class_names)
+        teacher = dataclasses.replace(
+            teacher, card=dataclasses.replace(teacher.card, class_names=names)
+        )
+    sets, evaluation = _images(teacher, options)
+    figures = {}
+    for name in QUICK if options.quick else options.rows:
+        kind, settings = ROWS[name]
+        figures[name] = _row(teacher, sets, kind, settings, evaluation, options)
+        print(f"{name}: {figures[name]}", flush=True)
+    _publish(teacher, figures, options)
+
+
+def _images(
+    teacher: Teacher, options: argparse.Namespace
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """Return the images of each kind, and the real ones that are judged on, with labels."""
+    draws = torch.Generator().manual_seed(options.seed)
+    real: Images
+    if options.images is not None:
+        real = Folder(str(options.images), resize=options.resize).open(teacher.card)
+    else:
+        from dreamkit.sources.digits import Digits
+
+        real = Digits().open(teacher.card)
+    some = drawn(real, options.evaluate + 2 * options.calibrate, draws)
+    stored, labels = some.batch(range(len(some)))
+    dreams: Any = options.dreams
+    if dreams is None:
+        flip = teacher.card.input_size[0] == 3
+        dreams = dreamkit.invert(
+            teacher, 2 * options.calibrate, flip=flip, seed=options.seed, progress=False
+        )
+    noise = torch.randint(256, (2 * options.calibrate, *teacher.card.input_size), generator=draws)
+    sets = {"noise": noise.byte(), "real": stored[options.evaluate :], "dreams": dreams}
+    return sets, (stored[: options.evaluate], labels[: options.evaluate])
+
+
+def _row(
+    teacher: Teacher,
+    sets: dict[str, Any],
+    kind: str,
+    settings: dict[str, Any],
+    evaluation: tuple[Tensor, Tensor],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    start, wall = time.process_time(), time.perf_counter()
+    made = dreamkit.quantize(
+        teacher,
+        sets[kind],
+        calibration_images=options.calibrate,
+        evaluation=evaluation,
+        latency_batches=[1],
+        max_disagreement=1.0,
+        seed=options.seed,
+        progress=False,
+        device="cpu",
+        **settings,
+    )
+    return {
+        **made.metrics,
+        "kept_float": made.about["kept_float"],
+        "processor_seconds": time.process_time() - start,
+        "seconds": time.perf_counter() - wall,
+    }
+
+
+def _publish(
+    teacher: Teacher, figures: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Print the table below what it was measured on."""
+    first = next(iter(figures.values()))
+    print(
+        f"\n{teacher.card.name}, float {first['teacher.accuracy']:.3f} on {options.evaluate} "
+        f"images, {first['float.bytes'] / 1e6:.2f} MB; calibrated on {options.calibrate}; seed "
+        f"{options.seed}; {processor_name()}, "
+        f"{'with' if this_processor().has_vnni else 'without'} VNNI; onnxruntime "
+        f"{onnxruntime.__version__}, torch {torch.__version__}\n"
+    )
+    print(
+        "| calibrated on | accuracy | agreement | logits, dB | MB | ms, float / int8 | in float |"
+        " processor s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, found in figures.items():
+        print(
+            f"| {name} | {found['int8.accuracy']:.3f} | {found['int8.evaluation_agreement']:.3f} | "
+            f"{found['int8.logits_snr_db']:.1f} | {found['int8.bytes'] / 1e6:.2f} | "
+            f"{found['float.latency_ms']:.3g} / {found['int8.latency_ms']:.3g} | "
+            f"{len(found['kept_float'])} | {found['processor_seconds']:.0f} |"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""INT8 without real images: ranges are taken on dreams, and what comes of it is measured.
+
+Dreams stand in for the calibration images that quantisation asks for (DeepInversion: Yin et al.,
+CVPR 2020; bias correction: Nagel et al., ICCV 2019).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dreamkit.errors import DreamkitError, did_you_mean, placed
+from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
+from dreamkit.registry import EntryOf
+from dreamkit.stages.dreaming import images_of
+from dreamkit.stages.keeping_float import kept_for_effect
+from dreamkit.stages.opening import check_dreamed, opened
+from dreamkit.stages.quantized_file import Finished, keep_file, measure_file, time_file
+from dreamkit.stages.quantizing import (
+    NOISE,
+    Workbench,
+    calibrated,
+    calibration_parts,
+    hash_images,
+    neighbour_correlation,
+)
+from dreamkit.stages.samples import LEAST, Parts
+from dreamkit.store.source import is_own_dreams
+from dreamkit.types import (
+    Application,
+    Images,
+    ImageSource,
+    Outcome,
+    Quantizer,
+    RunContext,
+    Synthesis,
+    Teacher,
+)
+from dreamkit.wording import and_more
+
+
+@dataclass(frozen=True)
+class Quantize(Application):
+    """Write the network in 8-bit integers, calibrated on dreams, and hold it against float.
+
+    The file and what is known of it lie in ``quantized/``. It is run before it is kept. Agreement
+    with float is measured on images that the calibration did not see, and accuracy on evaluation
+    images.
+
+    Args:
+        quantizer: how it is written, and for what.
+        images: what it is calibrated on; this run's own dreams by default.
+        calibration_images: of them, at the most; a half at the most, so that there are others to
+            compare on.
+        compare: further images that agreement is measured on, such as dreams of another seed and
+            setting.
+        keep_float: layers that stay in float, by name, ``*`` for any part of one; or ``auto``:
+            those that change the outputs most, as measured, within ``float_budget``.
+        float_budget: how much longer a pass may take for ``keep_float: auto``, a share.
+        max_disagreement: share of unseen images that float and the file may put into other
+            classes; if it is more, the file is kept and the run fails.
+        latency_batches: images in a pass that is timed, each on one thread and on all; none times
+            nothing.
+    """
+
+    quantizer: Annotated[Quantizer, EntryOf("quantizers")] = field(default_factory=OnnxQuantizer)
+    images: Annotated[ImageSource | None, EntryOf("sources")] = None
+    calibration_images: Annotated[int, Field(ge=1)] = 64
+    compare: Annotated[ImageSource | None, EntryOf("sources")] = None
+    keep_float: Literal["auto"] | tuple[str, ...] = ()
+    float_budget: Annotated[float, Field(ge=0)] = 0.1
+    max_disagreement: Annotated[float, Field(ge=0, le=1)] = 0.1
+    latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
+
+    @property
+    def needs_synthesis(self) -> bool:
+        """Whether the run dreams its images itself."""
+        return is_own_dreams(self.images)
+
+    def run(
+        self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
+    ) -> Outcome:
+        """Dream, calibrate, write, measure."""
+        note = context.log.note
+        further = None
+        if self.compare is not None:
+            with placed("compare"):
+                check_dreamed(self.compare, teacher.card)
+                further = opened(self.compare, teacher.card, note)
+        whole = images_of(teacher, images, context)
+        parts = calibration_parts(whole, self.calibration_images, context.seed)
+        calibration = self._describe(parts, context)
+        if (text := self.quantizer.note()) is not None:
+            note(text)
+        with tempfile.TemporaryDirectory(prefix="dreamkit-") as scratch:
+            bench = calibrated(teacher, self.quantizer, parts.fitted, Path(scratch), context)
+            kept = self._kept(bench)
+            path = bench.write(kept)
+            finished = measure_file(bench, path, kept, parts, further)
+            time_file(bench, path, self.latency_batches)
+            keep_file(bench, finished, calibration)
+        self._judge(finished, parts, context)
+        return Outcome(images=whole)
+
+    def _describe(self, parts: Parts, context: RunContext) -> dict[str, Any]:
+        """Return what the JSON says of the calibration images, and note what is wrong with them."""
+        correlation = neighbour_correlation(parts.fitted)
+        if correlation < NOISE:
+            context.log.note(
+                f"the calibration images look like noise (neighbouring pixels correlate by "
+                f"{correlation:.2f}): ranges of noise are not those of pictures, and accuracy "
+                "suffers more than agreement on noise tells. Calibrate on dreams, or on images"
+            )
+        if parts.apart:
+            context.log.note(
+                f"calibrated on {len(parts.fitted)} images, and compared with float on "
+                f"{len(parts.compared)} others"
+            )
+        else:
+            context.log.note(
+                f"of {len(parts.fitted)} images none are left to compare on: agreement with float "
+                f"is measured on what was calibrated on. Of {2 * LEAST} and more a half is left"
+            )
+        return {
+            "images": len(parts.fitted),
+            "sha256": hash_images(parts.fitted),
+            "neighbour_correlation": correlation,
+        }
+
+    def _kept(self, bench: Workbench) -> tuple[str, ...]:
+        """Return the layers that stay in float.
+
+        Raises:
+            DreamkitError: a name matches none, or the quantizer has no layers to choose from.
+        """
+        known = bench.quantization.layers
+        with placed("keep_float"):
+            if self.keep_float and not known:
+                raise DreamkitError("this quantizer cannot leave layers in float: leave it out")
+            if self.keep_float == "auto":
+                return kept_for_effect(bench, bench.calibration, self.float_budget)
+            for pattern in self.keep_float:
+                if not fnmatch.filter(known, pattern):
+                    raise DreamkitError(
+                        f"no layer '{pattern}'{did_you_mean(pattern, known)} (layers: "
+                        f"{and_more(known)})"
+                    )
+        return tuple(
+            name for name in known if any(fnmatch.fnmatchcase(name, p) for p in self.keep_float)
+        )
+
+    def _judge(self, finished: Finished, parts: Parts, context: RunContext) -> None:
+        """Say so if the file disagrees with float too often."""
+        differ = 1 - finished.agreement
+        if differ > self.max_disagreement:
+            which = "images that calibration did not see" if parts.apart else "calibration images"
+            context.log.failures.append(
+                f"the file in integers and float put {differ:.1%} of {len(parts.compared)} {which} "
+                f"into different classes, more than max_disagreement {self.max_disagreement:.1%}. "
+                f"The layers of most noise: {finished.worst or 'not known'}; see keep_float"
+            )

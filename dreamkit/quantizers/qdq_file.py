@@ -1,0 +1,199 @@
+"""A network in ONNX with quantize and dequantize operators (QDQ), by ONNX Runtime's tools."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamkit.errors import DreamkitError, import_extra
+from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession, strip_traces
+from dreamkit.quantizers.float_graph import FloatGraph
+from dreamkit.quantizers.float_layers import put_back
+from dreamkit.quantizers.ranges import Range
+from dreamkit.quantizers.signal_to_noise import computed_in_float, read_back, signal_to_noise
+from dreamkit.quantizers.targets import Numbers
+from dreamkit.quantizers.watching import WATCHED, values_of
+from dreamkit.types import FileLook, Quantization
+from dreamkit.wording import one_line
+
+_TENSORRT = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
+"""It joins other operators with these itself."""
+
+
+@dataclass(frozen=True)
+class OnnxQuantization(Quantization):
+    """A network in ONNX with the ranges of its activations.
+
+    Args:
+        numbers: how weights and activations are written.
+        per_channel: a scale for each output channel of the weights.
+        graph: in float.
+        ranges: of its tensors.
+        shifts: to be added to the biases of layers in integers, by node.
+        folder: for files of the work.
+        told: what its description says besides.
+    """
+
+    numbers: Numbers
+    per_channel: bool
+    graph: FloatGraph
+    ranges: Mapping[str, Range]
+    shifts: Mapping[str, Tensor]
+    folder: Path
+    told: Mapping[str, Any]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers with weights, in forward order."""
+        return tuple(dict.fromkeys(layer.name for layer in self.graph.layers))
+
+    def write(self, path: Path, keep_float: Collection[str] = ()) -> None:
+        """Write the file in integers."""
+        path.write_bytes(self.proto(keep_float).SerializeToString())
+
+    def write_float(self, path: Path) -> None:
+        """Write the network in float."""
+        path.write_bytes(self.graph.serialised())
+
+    def session(self) -> OnnxSession:
+        """Return what runs it in integers, without saturation."""
+        return OnnxSession(self.proto().SerializeToString(), None, torch.zeros(()), exact=True)
+
+    def proto(self, keep_float: Collection[str] = ()) -> Any:
+        """Return the network in integers, a ``ModelProto``."""
+        made = import_extra("onnx", "onnx").ModelProto()
+        made.CopyFrom(self._in_integers)
+        put_back(made, self.graph, [ly for ly in self.graph.layers if ly.name in keep_float])
+        return made
+
+    @cached_property
+    def _in_integers(self) -> Any:
+        """The network with every layer in integers."""
+        onnx = import_extra("onnx", "onnx")
+        tools = import_extra("onnxruntime.quantization", "onnx")
+        graph = FloatGraph(self.graph.serialised())
+        for layer in self.graph.layers:
+            if layer.node in self.shifts:
+                graph.shift_bias(layer, self.shifts[layer.node])
+        numbers = self.numbers
+        kind = tools.QuantType.QInt8 if numbers.signed_activations else tools.QuantType.QUInt8
+        ranges = {
+            name: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+            for name, (low, high) in self.ranges.items()
+        }
+        extra: dict[str, Any] = {"TensorQuantOverrides": ranges}
+        operators = None
+        extra["ActivationSymmetric"] = numbers.symmetric
+        if numbers.pairs_on_weights:
+            operators = _TENSORRT
+            extra |= {
+                "AddQDQPairToWeight": True,
+                "DedicatedQDQPair": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": _TENSORRT,
+            }
+        file = self.folder / "quantized.onnx"
+        with _quietly():
+            tools.quantize_static(
+                graph.proto,
+                file,
+                # It insists on calibrating, but every range is given.
+                _OneImage(graph.tensors[0], graph.black_image()),
+                quant_format=tools.QuantFormat.QDQ,
+                op_types_to_quantize=operators,
+                per_channel=self.per_channel,
+                reduce_range=numbers.weight_bits == 7,
+                activation_type=kind,
+                weight_type=tools.QuantType.QInt8,
+                extra_options=extra,
+            )
+        made = onnx.load_model(file)
+        file.unlink()
+        strip_traces(made)
+        return made
+
+    def rounded_weights(self) -> dict[str, Tensor]:
+        """Return the weights that the file in integers has, times their scales, by tensor."""
+        made = self.proto()
+        pairs = read_back(made)
+        there = {name for node in made.graph.node for name in node.output}
+        names = {}
+        for layer in self.graph.layers:
+            name = pairs.get(layer.weight, f"{layer.weight}_DequantizeLinear_Output")
+            if name in there:
+                names[layer.weight] = name
+        (found,) = values_of(made, list(names.values()), [self.graph.black_image()])
+        return {weight: found[name] for weight, name in names.items()}
+
+    def look(self, path: Path, images: Tensor) -> FileLook:
+        """Return how much noise integers make of every layer, and what stayed in float."""
+        onnx = import_extra("onnx", "onnx")
+        made = onnx.load_model(path)
+        after = read_back(made)
+        # A layer is compared behind the operator that cuts its output, which is joined with it.
+        names = {layer.name: self.graph.cut_output(layer) for layer in self.graph.layers}
+        noise = signal_to_noise(
+            self.graph.proto,
+            made,
+            {n: after.get(n, n) for n in names.values()},
+            images.split(WATCHED),
+        )
+        return FileLook(
+            {layer: noise[name] for layer, name in names.items()}, computed_in_float(path)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the file's JSON says of it."""
+        each = "channel" if self.per_channel else "tensor"
+        return {
+            "backend": "onnxruntime",
+            "version": import_extra("onnxruntime", "onnx").__version__,
+            "format": "QDQ",
+            "opset": OPSET,
+            "input": INPUT,
+            "output": OUTPUT,
+            "weights": f"int8, {self.numbers.weight_bits} bits, symmetric, per {each}",
+            "activations": "int8" if self.numbers.signed_activations else "uint8",
+            **self.told,
+            "ranges": {name: list(self.ranges[name]) for name in self.graph.ranged},
+        }
+
+
+class _OneImage:
+    """A calibration set of one image.
+
+    Args:
+        name: of the model's input.
+        image: normalised (1, C, H, W).
+    """
+
+    def __init__(self, name: str, image: Tensor) -> None:
+        self._left = [{name: image.numpy()}]
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the image, and then None."""
+        return self._left.pop() if self._left else None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep ONNX Runtime's tools from writing to the standard output and the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    except Exception as error:
+        raise DreamkitError(f"ONNX Runtime cannot quantise it: {one_line(error)}") from error
+    finally:
+        logging.disable(before)

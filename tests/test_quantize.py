@@ -1,0 +1,144 @@
+"""INT8 from the recipe and from Python, to a file that runs by itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dreamkit
+from dreamkit.api.quantize import quantize
+from dreamkit.errors import DreamkitError
+from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
+from dreamkit.store.artifact import write_artifact
+
+for needed in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(needed, reason="needs the extra onnx")
+
+QUICK = {"progress": False, "device": "cpu", "latency_batches": ()}
+ALONE = """
+import sys
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+images = np.load(sys.argv[2])
+print(session.run(None, {"images": images})[0].argmax(1).tolist())
+assert not {"torch", "onnx", "dreamkit"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return dreamkit.load_teacher("bundled:digits_resnet8")
+
+
+@pytest.fixture(scope="module")
+def dreams(digits):
+    return dreamkit.invert(digits, 64, steps=20, progress=False, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(digits, dreams):
+    before = {name: value.clone() for name, value in digits.model.state_dict().items()}
+    draws = torch.get_rng_state()
+    found = quantize(digits, dreams, evaluation=(dreams.images, dreams.labels), **QUICK)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert not digits.model.training
+    for name, value in digits.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    return found
+
+
+def test_a_network_in_memory_becomes_a_file_that_agrees_with_it(made, digits, dreams):
+    images = digits.card.normalise(dreams.images)
+    right = digits.model(images).argmax(1)
+    assert float((made.load(1)(images).argmax(1) == right).float().mean()) >= 0.97
+    assert made.metrics["int8.agreement"] >= 0.9
+    assert made.metrics["float.bytes"] > 2 * made.metrics["int8.bytes"] == 2 * len(made.file)
+    assert made.metrics["teacher.accuracy"] == pytest.approx(
+        float((right == dreams.labels).float().mean())
+    )
+    assert set(made.noise) == set(made.about["noise_db"])
+    assert "agreement, unseen images" in repr(made)
+
+
+def test_it_runs_with_onnxruntime_and_numpy_alone(made, digits, dreams, tmp_path):
+    path = made.save(tmp_path / "made")
+    images = digits.card.normalise(dreams.images).numpy()
+    np.save(tmp_path / "images.npy", images)
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), str(tmp_path / "images.npy")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(found.stdout) == made.load()(torch.from_numpy(images)).argmax(1).tolist()
+    told = json.loads((tmp_path / "made" / "model.int8.json").read_text())
+    assert told["quantization"]["backend"] == "onnxruntime"
+    assert told["quantization"]["target"] == "portable"
+    assert told["quantization"]["input"] == "images"
+
+
+def test_its_recipe_says_what_was_done(made):
+    recipe = made.to_recipe()
+    assert "name: quantize" in recipe
+    assert "name: onnxruntime" in recipe
+
+
+def test_a_students_folder_does_as_the_model(digits, dreams, tmp_path):
+    write_artifact(tmp_path / "run" / "student", digits.model, digits.card, digits.builder, {})
+    found = quantize(tmp_path / "run", dreams, out=tmp_path / "out", allow_foreign=True, **QUICK)
+    assert (tmp_path / "out" / "quantized" / "model.int8.onnx").read_bytes() == found.file
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "avx"}, "target: .*'portable', 'vnni', 'arm'"),
+        ({"ranges": "entropy"}, "ranges"),
+        ({"quantizer": "openvino"}, "no name 'openvino' among the quantizers"),
+        ({"quantizer": OnnxQuantizer(), "target": "arm"}, "^target: leave it out"),
+        ({"keep_float": ["layer9*"]}, r"^keep_float: no layer 'layer9\*'"),
+        ({"calibration_images": 0}, "calibration_images"),
+        ({"max_disagreement": 2}, "max_disagreement"),
+    ],
+)
+def test_what_cannot_be_is_one_message(digits, dreams, options, message):
+    with pytest.raises(DreamkitError, match=message):
+        quantize(digits, dreams, **{**QUICK, **options})
+
+
+def test_images_of_another_size_are_refused(digits):
+    with pytest.raises(DreamkitError, match="images"):
+        quantize(digits, torch.zeros(40, 1, 9, 9, dtype=torch.uint8), **QUICK)
+
+
+def test_without_the_extra_it_is_named(digits, dreams, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DreamkitError, match=r'pip install "dreamkit\[onnx\]"'):
+        quantize(digits, dreams, out=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out" / "quantized").exists()
+
+
+def test_the_bundled_recipe(invoke, tmp_path):
+    pytest.importorskip("sklearn", reason="needs the extra demo")
+    run = tmp_path / "run"
+    code, out, _ = invoke("run", "digits/quantize", "--preset", "smoke", "--out", run)
+    assert code == 0
+    assert "The layers that integers make most noise of" in out
+    report = json.loads((run / "report.json").read_text())
+    assert report["metrics"]["int8.accuracy"] > 0.95 * report["metrics"]["teacher.accuracy"]
+    assert "In integers" in (run / "report.html").read_text()
+    assert invoke("verify", run).code == 0
+    file: Path = run / "quantized" / "model.int8.onnx"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, out, _ = invoke("verify", run)
+    assert code == 1
+    assert "not what its JSON tells" in out
