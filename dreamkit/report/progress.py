@@ -37,14 +37,17 @@ class Stage:
 
     Args:
         name: what it is called.
-        total: units of work; ``done`` of them are.
+        total: units of work.
         start: by the clock.
+        before: units that were done when it started, which tell nothing of its pace.
+        done: units that are.
         bar: that shows it.
     """
 
     name: str
     total: int
     start: float
+    before: int = 0
     done: int = 0
     bar: TaskID | None = None
 
@@ -86,9 +89,9 @@ class Stages:
         self._said = self.clock()
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, before: int = 0) -> Iterator[Callable[[int], None]]:
         """Show a stage for as long as the block lasts; what is yielded takes the units done."""
-        stage = Stage(name, total, self.clock())
+        stage = Stage(name, total, self.clock(), before, before)
         self._begin(stage)
         finished = False
         try:
@@ -110,7 +113,9 @@ class Stages:
                 self._start()
             self.open.append(stage)
             if self._bars is not None:
-                stage.bar = self._bars.add_task(stage.name, total=stage.total)
+                stage.bar = self._bars.add_task(
+                    stage.name, total=stage.total, completed=stage.before
+                )
 
     def _start(self) -> None:
         console = self.console
@@ -164,9 +169,10 @@ class Stages:
         *outer, stage = self.open
         around = "".join(f"{known.name} {known.share}: " for known in outer)
         passed = self.clock() - stage.start
-        if not 0 < stage.done < stage.total:
+        own = stage.done - stage.before
+        if own <= 0 or stage.done >= stage.total:
             return f"{around}{stage.name}: {duration(passed)} so far"
-        left = duration(passed / stage.done * (stage.total - stage.done))
+        left = duration(passed / own * (stage.total - stage.done))
         return f"{around}{stage.name}: {stage.share} ({stage.done}/{stage.total}), {left} left"
 
     def _say(self, text: str) -> None:

@@ -72,14 +72,14 @@ class ConsoleLog:
             raise KeyboardInterrupt
 
     @contextmanager
-    def progress(self, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, stage: str, total: int, before: int = 0) -> Iterator[Callable[[int], None]]:
         """Show a bar with the time left on a terminal, a line every few seconds elsewhere.
 
         Stages may lie one within the other.
         """
         start = self.stages.clock()
         try:
-            with self.stages.stage(stage, total) as advance:
+            with self.stages.stage(stage, total, before) as advance:
                 yield advance
         finally:
             seconds = self.stages.clock() - start

@@ -281,6 +281,8 @@ class StepLog:
         """Raise KeyboardInterrupt if the run is to stop."""
         self.log.check(together)
 
-    def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def progress(
+        self, stage: str, total: int, before: int = 0
+    ) -> AbstractContextManager[Callable[[int], None]]:
         """Show progress of a stage of this step."""
-        return self.log.progress(self.prefix + stage, total)
+        return self.log.progress(self.prefix + stage, total, before)

@@ -96,7 +96,10 @@ class TrainingRun:
             log.begin(self.stage)
             for draws, pool in zip(self.reader.draws, self.pools, strict=True):
                 draws.add(len(pool))
-        with log.progress(self.stage, self.total) as advance, self.reader.at_work():
+        with (
+            log.progress(self.stage, self.total, self.trainer.done) as advance,
+            self.reader.at_work(),
+        ):
             while (done := self.trainer.done) < self.total:
                 if self.adaptive is not None and self.adaptive.due(done):
                     self._refuse_divergence()

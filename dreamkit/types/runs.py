@@ -40,8 +40,16 @@ class RunLog(Protocol):
     def note(self, text: str) -> None:
         """Say something the user must know, once; it also stands in the report."""
 
-    def progress(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show progress of ``total`` units; the callable takes how many are done. Times it."""
+    def progress(
+        self, stage: str, total: int, before: int = 0
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Show progress of ``total`` units; the callable takes how many are done. Times it.
+
+        Args:
+            stage: what it is called.
+            total: units in all.
+            before: of these, done by an interrupted try.
+        """
 
     def emit(self, event: Event) -> None:
         """Tell those who listen, plugins and trackers, what happened."""

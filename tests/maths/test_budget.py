@@ -75,10 +75,10 @@ class Acting(MemoryLog):
         super().__init__()
         self.act, self.stage, self.step = act, stage, step
 
-    def progress(self, stage, total):
+    def progress(self, stage, total, before=0):
         if (stage, None) == (self.stage, self.step):
             self.act()
-        return super().progress(stage, total)
+        return super().progress(stage, total, before)
 
     def record(self, stage, step, numbers):
         if (stage, step) == (self.stage, self.step):
@@ -347,9 +347,9 @@ def test_a_round_is_looked_at_on_a_draw_of_the_evaluation_images(
     looked_at = []
 
     class Told(MemoryLog):
-        def progress(self, stage, total):
+        def progress(self, stage, total, before=0):
             looked_at.append((stage, total))
-            return super().progress(stage, total)
+            return super().progress(stage, total, before)
 
     run = toys.context(tmp_path, log=Told(), evaluation=toys.images(9))
     pruning(recovery=UNTRAINED).run(teacher, toys.images(24), run)

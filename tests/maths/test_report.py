@@ -475,6 +475,13 @@ def clock(log, monkeypatch):
     return log.stages.clock
 
 
+def test_what_an_interrupted_try_did_tells_nothing_of_the_pace(log, clock):
+    with log.progress("recovery", 100, 60) as advance:
+        clock.now = 10.0
+        advance(70)  # ten in 10 s, thirty to go
+    assert lines(log)[0] == "recovery: 70 % (70/100), 30 s left"
+
+
 def test_plain_progress_tells_the_time_left(log, clock):
     with log.progress("dreaming", 4) as advance:
         clock.now = 10.0

@@ -139,9 +139,9 @@ def test_every_batch_is_told(toys, tmp_path):
     told = []
 
     class Told(MemoryLog):
-        def progress(self, stage, total):
+        def progress(self, stage, total, before=0):
             told.append((stage, total))
-            return super().progress(stage, total)
+            return super().progress(stage, total, before)
 
     context = toys.context(tmp_path, evaluation=toys.images(6), log=Told())
     teacher = toys.teacher(toys.residual())
