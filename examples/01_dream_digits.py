@@ -53,7 +53,7 @@ small = dreamkit.prune(
     flops=0.5,
     evaluation=held_out,
     limits={"chunk": 4},
-    recovery={"steps": 300, "batch_size": 64, "lr": 0.05},
+    recovery={"steps": 300, "batch_size": 64},
 )
 small
 

@@ -90,7 +90,7 @@ small = dreamkit.prune(
     std=(std,),
     evaluation=(pixels[test], labels[test]),
     limits={"chunk": 4},
-    recovery={"steps": 300, "batch_size": 64, "lr": 0.05},
+    recovery={"steps": 300, "batch_size": 64},
 )
 small
 

@@ -18,7 +18,7 @@ small = dreamkit.prune(
     dreams,
     flops=0.6,
     limits={"chunk": 4},
-    recovery={"steps": 50, "batch_size": 32, "lr": 0.05},
+    recovery={"steps": 50, "batch_size": 32},
 )
 small
 

@@ -114,7 +114,7 @@ def check_window(
     try:
         with torch.no_grad(), eval_mode(model):
             model(torch.zeros(2, channels, size, size, device=device))
-    except RuntimeError as error:
+    except Exception as error:  # the model is anyone's code
         if is_out_of_memory(error):
             raise
         raise DreamkitError(

@@ -13,6 +13,9 @@ from torch.autograd.graph import Node
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.difference_statistics import Kept
 
+_Edge = tuple[Node, int]
+"""A tensor in a graph: what made it, and which of the tensors that this made (of a split) it is."""
+
 
 @dataclass(frozen=True)
 class FeaturePoint:
@@ -91,48 +94,53 @@ def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
     ]
-    given: dict[str, tuple[Node | None, torch.Size]] = {}
+    given: dict[str, tuple[_Edge | None, torch.Size]] = {}
     calls: Counter[str] = Counter()
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        given[name] = x.grad_fn, x.shape
+        given[name] = _edge(x), x.shape
         calls[name] += 1
 
     start = images.clone().requires_grad_(True)
     with torch.enable_grad(), eval_mode(model), hooked(layers, see):
-        outputs = model(start)
-    graph = _graph(outputs.grad_fn)
-    found: dict[Node, tuple[str, torch.Size]] = {}
-    for name, (node, shape) in given.items():
-        once = node is not None and node in graph and node not in found and calls[name] == 1
-        if once and node is not None and not _reaches(graph, outputs.grad_fn, start, node):
-            found[node] = name, shape
+        last = _edge(model(start))
+    if last is None:
+        return {}
+    graph = _graph(last)
+    found: dict[_Edge, tuple[str, torch.Size]] = {}
+    for name, (edge, shape) in given.items():
+        if edge is None or edge[0] not in graph or edge in found or calls[name] > 1:
+            continue
+        if not _reaches(graph, last, start, edge):
+            found[edge] = name, shape
     return dict(found.values())
 
 
-def _graph(last: Node | None) -> dict[Node, list[Node]]:
+def _edge(x: Tensor) -> _Edge | None:
+    return None if x.grad_fn is None else (x.grad_fn, x.output_nr)
+
+
+def _graph(last: _Edge) -> dict[Node, list[_Edge]]:
     """Return what each node of a graph is computed from, and keep the nodes what they are."""
-    found: dict[Node, list[Node]] = {}
-    open_nodes = [] if last is None else [last]
+    found: dict[Node, list[_Edge]] = {}
+    open_nodes = [last[0]]
     while open_nodes:
         node = open_nodes.pop()
         if node not in found:
-            found[node] = [before for before, _ in node.next_functions if before is not None]
-            open_nodes += found[node]
+            found[node] = [(before, nr) for before, nr in node.next_functions if before is not None]
+            open_nodes += [before for before, _ in found[node]]
     return found
 
 
-def _reaches(
-    graph: Mapping[Node, list[Node]], last: Node | None, start: Tensor, shut: Node
-) -> bool:
-    """Whether a path leads from the outputs back to the images that does not pass a node."""
-    open_nodes = [last] if last is not None and last is not shut else []
-    seen = {shut, *open_nodes}
+def _reaches(graph: Mapping[Node, list[_Edge]], last: _Edge, start: Tensor, shut: _Edge) -> bool:
+    """Whether a path leads from the outputs back to the images that does not pass a tensor."""
+    open_nodes = [last[0]] if last != shut else []
+    seen = set(open_nodes)
     while open_nodes:
         node = open_nodes.pop()
         if getattr(node, "variable", None) is start:
             return True
-        following = [before for before in graph[node] if before not in seen]
-        seen.update(following)
+        following = {edge[0] for edge in graph[node] if edge != shut} - seen
+        seen |= following
         open_nodes += following
     return False

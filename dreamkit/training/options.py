@@ -86,7 +86,9 @@ class Training:
                 "less than two; choose fewer"
             )
         if self.freeze_bn and self.statistics == "recalibrate":
-            raise OptionError("statistics", "recalibrate would undo what freeze_bn keeps")
+            raise OptionError(
+                "statistics", "recalibrate would undo what freeze_bn keeps: set that to false"
+            )
 
     def total_steps(self, images: int) -> int:
         """Return how many optimizer steps a run over this many images takes."""

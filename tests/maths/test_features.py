@@ -74,6 +74,28 @@ def test_a_layer_that_is_called_twice_is_no_point():
     assert feature_points(Twice(), Twice(), {}, noise()) == []
 
 
+def test_half_of_what_a_split_makes_is_no_point():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part, self.last = (nn.Conv2d(c, 4, 1) for c in (3, 2, 6))
+
+        def forward(self, x):
+            first, second = self.stem(x).chunk(2, 1)
+            return self.last(torch.cat([first, self.part(second)], 1)).mean((2, 3))
+
+    assert [point.name for point in feature_points(Split(), Split(), {}, noise())] == ["last"]
+
+
+def test_a_network_without_a_graph_has_no_points():
+    class Apart(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    apart = Apart(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 8), nn.Flatten())
+    assert feature_points(apart, apart, {}, noise()) == []
+
+
 def test_distance_is_over_what_is_kept_and_a_share_of_the_variance():
     teacher = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 2, 1), nn.Flatten())
     student = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten())
@@ -121,6 +143,27 @@ def taught(toys, teacher, weight):
 def test_features_teach_more_of_a_network_than_its_logits_do(toys):
     teacher = network().requires_grad_(False)
     assert taught(toys, teacher, 10.0) < 0.7 * taught(toys, teacher, 0.0)
+
+
+class Skipping(nn.Module):
+    """A network of which a block is left out in training, as some draw it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if not self.training:
+            x = x + self.block(x)
+        return self.last(x.mean((2, 3)))
+
+
+def test_a_block_that_is_left_out_in_training_is_compared_no_more(toys):
+    teacher = toys.fill(Skipping())
+    made = trainer(toys, teacher.requires_grad_(False), toys.fill(Skipping()), features=1.0)
+    assert [point.name for point in made.features.points] == ["block", "last"]
+    assert made.step(toys.images(8).batch(range(8))).isfinite()
 
 
 def test_a_training_leaves_no_hooks(toys):
@@ -182,3 +225,15 @@ def test_windows_that_do_not_fit_are_refused(toys, size, said):
     how = Distillation(steps=1, batch_size=8, augmentation=Augmentation(size=size))
     with pytest.raises(DreamkitError, match=said):
         Distiller(fixed, fixed, toys.card(size=(3, side, side), classes=5), how, CPU, 0, 1)
+
+
+def test_windows_that_a_network_asserts_against_are_refused(toys):
+    class Fixed(nn.Conv2d):
+        def forward(self, x):
+            torch._assert(x.shape[-1] == 12, "wrong image height")  # as vision transformers do
+            return super().forward(x).mean((2, 3))
+
+    fixed = Fixed(3, 5, 1)
+    how = Distillation(steps=1, batch_size=8, augmentation=Augmentation(size=8))
+    with pytest.raises(DreamkitError, match=r"does not take windows.*wrong image height"):
+        Distiller(fixed, fixed, toys.card(size=(3, 12, 12), classes=5), how, CPU, 0, 1)

@@ -58,9 +58,12 @@ class FeatureDistance:
         """
         distances = []
         for point in self.points:
+            # A student may leave out whole blocks while it is trained (stochastic depth).
+            if point.name not in self._own or point.name not in self._theirs:
+                continue
             wanted = point.of_teacher(self._theirs[point.name].detach().float())
             error = (self._own[point.name].float() - wanted).square().mean()
             distances.append(error / wanted.var(correction=0).clamp(min=_LEAST))
         self._own.clear()
         self._theirs.clear()
-        return torch.stack(distances).mean()
+        return torch.stack(distances).mean() if distances else torch.zeros(())
