@@ -164,6 +164,6 @@ def test_pruned_and_in_integers_in_one_run(invoke, tmp_path):
     student = dreamkit.load_student(run)
     images = student.card.normalise(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
     file = run / "quantized" / "model.int8.onnx"
-    difference = OnnxQuantizer().load(file, 1)(images) - student.model(images)
+    difference = OnnxQuantizer().load(file, 1)(images) - student(images)
     assert float(difference.detach().abs().max()) < 1
     assert invoke("verify", run).code == 0
