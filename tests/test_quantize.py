@@ -142,3 +142,28 @@ def test_the_bundled_recipe(invoke, tmp_path):
     code, out, _ = invoke("verify", run)
     assert code == 1
     assert "not what its JSON tells" in out
+
+
+def test_pruned_and_in_integers_in_one_run(invoke, tmp_path):
+    pytest.importorskip("sklearn", reason="needs the extra demo")
+    run = tmp_path / "run"
+    small = ("synthesis.images=64", "synthesis.batch_size=64", "synthesis.stages=[{steps: 20}]")
+    small += ("application.after.recovery={steps: 40, batch_size: 32}",)
+    small += ("application.latency_batches=[1]", "application.max_disagreement=1")
+    changes = [word for change in small for word in ("--set", change)]
+    code, out, err = invoke("run", "digits/quantize", "--preset", "pruned", *changes, "--out", run)
+    assert code == 0, err
+    report = json.loads((run / "report.json").read_text())
+    metrics = report["metrics"]
+    assert {f"{name}.accuracy" for name in ("teacher", "pruned", "student", "int8")} <= set(metrics)
+    assert metrics["student.flops"] <= 0.5 * metrics["teacher.flops"]
+    assert metrics["int8.accuracy_ratio"] == metrics["int8.accuracy"] / metrics["teacher.accuracy"]
+    assert "student, int8" in out
+    told = json.loads((run / "quantized" / "model.int8.json").read_text())
+    assert told["card"]["origin"] == "pruned from bundled/digits_resnet8"
+    student = dreamkit.load_student(run)
+    images = student.card.normalise(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    file = run / "quantized" / "model.int8.onnx"
+    difference = OnnxQuantizer().load(file, 1)(images) - student(images)
+    assert float(difference.detach().abs().max()) < 1
+    assert invoke("verify", run).code == 0

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dreamkit.errors import DreamkitError, did_you_mean, placed
+from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
 from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
 from dreamkit.registry import EntryOf
 from dreamkit.stages.dreaming import images_of
@@ -54,6 +54,9 @@ class Quantize(Application):
 
     Args:
         quantizer: how it is written, and for what.
+        after: an application that makes a student of the teacher first, such as ``prune``; then
+            the student is written, calibrated on the images that it was made on. None writes the
+            teacher.
         images: what it is calibrated on; this run's own dreams by default.
         calibration_images: of them, at the most; a half at the most, so that there are others to
             compare on.
@@ -69,6 +72,7 @@ class Quantize(Application):
     """
 
     quantizer: Annotated[Quantizer, EntryOf("quantizers")] = field(default_factory=OnnxQuantizer)
+    after: Annotated[Application | None, EntryOf("applications")] = None
     images: Annotated[ImageSource | None, EntryOf("sources")] = None
     calibration_images: Annotated[int, Field(ge=1)] = 64
     compare: Annotated[ImageSource | None, EntryOf("sources")] = None
@@ -77,35 +81,69 @@ class Quantize(Application):
     max_disagreement: Annotated[float, Field(ge=0, le=1)] = 0.1
     latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
 
+    def __post_init__(self) -> None:
+        if self.after is not None and self.images is not None:
+            raise OptionError(
+                "images",
+                "leave it out: after another application the images are those that its student "
+                "was made on",
+            )
+
     @property
     def needs_synthesis(self) -> bool:
         """Whether the run dreams its images itself."""
-        return is_own_dreams(self.images)
+        return is_own_dreams(self.images) if self.after is None else self.after.needs_synthesis
+
+    @property
+    def trains_student(self) -> bool:
+        """Whether the application before dreams against its student."""
+        return self.after is not None and self.after.trains_student
+
+    def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
+        """Return the student that the application before starts from."""
+        if self.after is None:
+            return super().make_student(teacher, context)
+        return self.after.make_student(teacher, context)
+
+    def planned(
+        self, teacher: Teacher, synthesis: Synthesis, context: RunContext
+    ) -> tuple[Synthesis, RunContext]:
+        """Return what dreaming will come to, as the application before has it."""
+        if self.after is None:
+            return super().planned(teacher, synthesis, context)
+        return self.after.planned(teacher, synthesis, context)
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
-        """Dream, calibrate, write, measure."""
+        """Dream, make the student if there is to be one, calibrate, write, measure."""
         note = context.log.note
         further = None
         if self.compare is not None:
             with placed("compare"):
                 check_dreamed(self.compare, teacher.card)
                 further = opened(self.compare, teacher.card, note)
-        whole = images_of(teacher, images, context)
-        parts = calibration_parts(whole, self.calibration_images, context.seed)
-        calibration = self._describe(parts, context)
         if (text := self.quantizer.note()) is not None:
             note(text)
+        if self.after is None:
+            outcome = Outcome(images=images_of(teacher, images, context))
+        else:
+            with placed("after", always=False):
+                outcome = _made_by(self.after, teacher, images, context)
+        whole, network = outcome.images, outcome.student or teacher
+        assert whole is not None  # both ways saw to it
+        parts = calibration_parts(whole, self.calibration_images, context.seed)
+        calibration = self._describe(parts, context)
         with tempfile.TemporaryDirectory(prefix="dreamkit-") as scratch:
-            bench = calibrated(teacher, self.quantizer, parts.fitted, Path(scratch), context)
+            bench = calibrated(network, self.quantizer, parts.fitted, Path(scratch), context)
             kept = self._kept(bench)
             path = bench.write(kept)
-            finished = measure_file(bench, path, kept, parts, further)
+            name = "teacher" if outcome.student is None else "student"
+            finished = measure_file(bench, name, path, kept, parts, further)
             time_file(bench, path, self.latency_batches)
             keep_file(bench, finished, calibration)
         self._judge(finished, parts, context)
-        return Outcome(images=whole)
+        return outcome
 
     def _describe(self, parts: Parts, context: RunContext) -> dict[str, Any]:
         """Return what the JSON says of the calibration images, and note what is wrong with them."""
@@ -164,3 +202,30 @@ class Quantize(Application):
                 f"into different classes, more than max_disagreement {self.max_disagreement:.1%}. "
                 f"The layers of most noise: {finished.worst or 'not known'}; see keep_float"
             )
+
+
+def _made_by(
+    application: Application,
+    teacher: Teacher,
+    images: Images | Synthesis | None,
+    context: RunContext,
+) -> Outcome:
+    """Run an application, and return its student and the images that it was made on.
+
+    Raises:
+        DreamkitError: it makes no student, or tells of no images.
+    """
+    if images is None and not application.needs_synthesis:
+        option = application.images_option
+        source = getattr(application, option, None)
+        if source is not None:
+            with placed(option):
+                check_dreamed(source, teacher.card)
+                images = opened(source, teacher.card, context.log.note)
+    outcome = application.run(teacher, images, context)
+    if outcome.student is None or outcome.images is None:
+        raise DreamkitError(
+            "this application makes no student, or keeps no images: name one that does, such as "
+            "prune, recover or distill"
+        )
+    return outcome

@@ -14,6 +14,8 @@ from dreamkit.out_of_memory import InParts
 from dreamkit.types import Images
 
 _BATCH = 256
+_PIXELS = 32 * 224 * 224
+"""Of a pass on a CPU: wide layers keep a kilobyte of activations and more for each."""
 NO_CLASS = -2
 """Predicted of nothing; no label equals it, nor ``NO_LABEL``."""
 
@@ -23,6 +25,16 @@ Advance = Callable[[int], None]
 
 def unheard(images: int) -> None:
     """Tell nobody."""
+
+
+def images_at_once(size: tuple[int, ...], device: torch.device) -> int:
+    """Return how many images of a size (C, H, W) go through a network at once.
+
+    On a CPU few large ones: more at once are no faster, and fill the memory.
+    """
+    if device.type != "cpu":
+        return _BATCH
+    return max(1, min(_BATCH, _PIXELS // (size[1] * size[2])))
 
 
 @torch.no_grad()
@@ -39,12 +51,13 @@ def predict(
     each does a part, and has all of it in the end. Batches that memory is short of are done in
     parts.
     """
-    starts = range(0, len(images), _BATCH)
+    at_once = images_at_once(card.input_size, device)
+    starts = range(0, len(images), at_once)
     mine = {}
     classes = InParts(lambda stored: _classes(model(card.normalise(stored.to(device)))))
     with eval_mode(model):
         for first in starts[distributed.rank() :: distributed.size()]:
-            stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
+            stored, given = images.batch(range(first, min(first + at_once, len(images))))
             mine[first] = classes(stored), given
             advance(first + len(stored))
     found = {first: pair for part in distributed.gather(mine) for first, pair in part.items()}

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
+from dreamkit.evaluation.accuracy import images_at_once
 from dreamkit.evaluation.features import find_layer, pooled
 from dreamkit.evaluation.frechet_distance import Gaussian
 from dreamkit.model_state import eval_mode, inputs_of
 from dreamkit.out_of_memory import InParts
 from dreamkit.types import NO_LABEL, Images, Teacher
-
-_BATCH = 256
 
 
 def as_seen_by(card: Card, stored: Tensor) -> Tensor:
@@ -110,8 +109,9 @@ def observe(
             return torch.cat(columns, 1).cpu()
 
         in_parts = InParts(seen)
-        for first in range(0, len(images), _BATCH):
-            stored, given = images.batch(range(first, min(first + _BATCH, len(images))))
+        at_once = images_at_once(card.input_size, device)
+        for first in range(0, len(images), at_once):
+            stored, given = images.batch(range(first, min(first + at_once, len(images))))
             found = in_parts(stored)
             logits.append(found[:, : card.num_classes])
             labels.append(given)

@@ -106,12 +106,13 @@ def quantization_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[s
         for row in told.get("latency", ())
     ]
     rows = []
-    for name, accuracy in (("float", "teacher.accuracy"), ("int8", "int8.accuracy")):
-        cells = [_cell("accuracy", metrics.get(accuracy))]
+    for name, measured in (("float", told["network"]), ("int8", "int8")):
+        cells = [_cell("accuracy", metrics.get(f"{measured}.accuracy"))]
         cells.append(_cell("agreement", metrics.get(f"{name}.agreement")))
         cells.append(f"{quantity(metrics[f'{name}.bytes'])}B")
         times = [row[f"{name}_ms"] for row in told.get("latency", ())]
-        rows.append([name, *cells, *(f"{ms:.3g}" for ms in times)])
+        title = f"{told['network']}, {name}"
+        rows.append([title, *cells, *(f"{ms:.3g}" for ms in times)])
     return header, rows
 
 

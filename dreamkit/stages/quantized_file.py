@@ -54,12 +54,18 @@ class Finished:
 
 
 def measure_file(
-    bench: Workbench, path: Path, kept_float: Sequence[str], parts: Parts, further: Images | None
+    bench: Workbench,
+    network: str,
+    path: Path,
+    kept_float: Sequence[str],
+    parts: Parts,
+    further: Images | None,
 ) -> Finished:
     """Hold a file against float: agreement, accuracy, noise, size, and saturation here.
 
     Args:
         bench: with the network in float.
+        network: what it is called, ``teacher`` or ``student``.
         path: of the file.
         kept_float: layers that stay in float.
         parts: the images that it was calibrated on, and others.
@@ -90,10 +96,11 @@ def measure_file(
     if further is not None:
         exact, right = (bench.logits(file, further) for file in (path, bench.float_file))
         metrics["int8.further_agreement"] = _agreement(exact, right)
-    _measure_accuracy(bench, path)
+    _measure_accuracy(bench, network, path)
     look = bench.quantization.look(path, bench.card.normalise(_some(parts.compared)))
     noise = dict(sorted(look.noise.items(), key=lambda layer: layer[1]))
     context.log.details["quantization"] = {
+        "network": network,
         "compared": {"images": len(parts.compared), "unseen": parts.apart},
         "kept_float": list(kept_float),
         "computed_in_float": dict(look.in_float),
@@ -105,7 +112,7 @@ def measure_file(
     return Finished(path, tuple(kept_float), noise, agreement)
 
 
-def _measure_accuracy(bench: Workbench, path: Path) -> None:
+def _measure_accuracy(bench: Workbench, name: str, path: Path) -> None:
     """Add accuracies and agreement on the evaluation images, where there are some."""
     context, metrics = bench.context, bench.context.log.metrics
     if context.evaluation is None:
@@ -116,7 +123,7 @@ def _measure_accuracy(bench: Workbench, path: Path) -> None:
         found, labels = predict(network, images, bench.card, cpu, advance)
         model, device, done = bench.teacher.model, context.device, len(images)
         expected, _ = predict(model, images, bench.card, device, lambda k: advance(done + k))
-    metrics["teacher.accuracy"] = float((expected == labels).float().mean())
+    metrics[f"{name}.accuracy"] = float((expected == labels).float().mean())
     metrics["int8.accuracy"] = float((found == labels).float().mean())
     metrics["int8.evaluation_agreement"] = float((found == expected).float().mean())
     if metrics.get("teacher.accuracy"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.evaluation.accuracy import accuracy, agreement, predict
+from dreamkit.evaluation.accuracy import accuracy, agreement, images_at_once, predict
 from dreamkit.evaluation.cost import count
 from dreamkit.types import StoredImages
 
@@ -52,6 +52,31 @@ def test_accuracy_over_batches_counts_images_not_batches(card):
     images = labelled(predicted, [1] * 270 + [2] * 30)
     assert accuracy(model, images, card, CPU) == pytest.approx(0.9)
     assert [size for size, _, _ in model.batches] == [256, 44]
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "count"),
+    [
+        ((1, 8, 8), "cpu", 256),
+        ((3, 64, 64), "cpu", 256),
+        ((3, 224, 224), "cpu", 32),
+        ((3, 448, 224), "cpu", 16),
+        ((3, 4096, 4096), "cpu", 1),
+        ((3, 224, 224), "cuda", 256),
+    ],
+)
+def test_few_large_images_go_through_a_network_at_once_on_a_cpu(size, device, count):
+    assert images_at_once(size, torch.device(device)) == count
+
+
+def test_predict_takes_them_in_such_parts(toys):
+    model = FirstPixel()
+    images = StoredImages(torch.ones(70, 1, 224, 224, dtype=torch.uint8), torch.ones(70))
+    predicted, _ = predict(
+        model, images, toys.card(size=(1, 224, 224), mean=(0.0,), std=(1.0,)), CPU
+    )
+    assert predicted.tolist() == [1] * 70
+    assert [size for size, _, _ in model.batches] == [32, 32, 6]
 
 
 def test_predict_keeps_the_order(card):
