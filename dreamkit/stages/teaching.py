@@ -78,17 +78,18 @@ def train_student(
         The images that it was taught on.
     """
     count = images.images if isinstance(images, AdaptivePool) else len(images)
-    trainer = Distiller(
-        student,
-        teacher.model,
-        teacher.card,
-        options,
-        context.device,
-        context.seed,
-        options.total_steps(count),
-        context.log.note,
-        kept,
-    )
+    with context.log.progress("preparing", 1):  # it looks for features to compare
+        trainer = Distiller(
+            student,
+            teacher.model,
+            teacher.card,
+            options,
+            context.device,
+            context.seed,
+            options.total_steps(count),
+            context.log.note,
+            kept,
+        )
     return teach(trainer, [images], context, stage, resumable)[0]
 
 

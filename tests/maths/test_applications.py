@@ -160,8 +160,9 @@ def given(toys, name, kind):
 
 
 def test_every_built_in_application_is_called_here(toys):
-    found = build_registries()["applications"]
-    assert set(NAMES) == set(applications(toys)) == set(found)
+    found = set(build_registries()["applications"])
+    # Writing INT8 files takes a runtime, and tests of its own (test_quantizing).
+    assert set(NAMES) == set(applications(toys)) == found - {"quantize"}
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -323,7 +323,7 @@ def test_no_dream_that_models_are_compared_on_is_seen_by_anything_else(
 
     log = MemoryLog()
     run = toys.context(tmp_path, log=log)
-    tuned = Recovery(steps=6, batch_size=16, precision="float32", lr=0.01)
+    tuned = Recovery(steps=6, batch_size=16, precision="float32", freeze_bn=False)
     options = pruning(
         recovery=dataclasses.replace(tuned, statistics="recalibrate", statistics_batches=2),
         reconstruction=FIT,

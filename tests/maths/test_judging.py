@@ -409,7 +409,8 @@ def test_judging(toys, teacher, context):
     assert {(row["layer"], row["features"]) for row in details["verifiers"]} == {("fc", 5)}
     notes = "\n".join(context.log.notes)
     assert notes.count("random") == 1
-    assert notes.count("biased upwards") == 2  # four real images, five features
+    # Four real images, five features; both verifiers have one name, and what is said is said once.
+    assert notes.count("biased upwards") == 1
     assert "9 images and 4 real ones are few" in notes
 
 
