@@ -226,6 +226,7 @@ def test_the_flagships_mechanics_at_a_small_size(tmp_path, invoke):
     overrides += ["synthesis.stages=[{size: 32, steps: 2}, {size: 64, steps: 1}]"]
     overrides += ["synthesis.batch_size=4", "application.batch_size=4", "application.step=0.3"]
     overrides += ["latency={name: torch-cpu, warmup: 0, repeats: 3}"]
+    overrides += ["application.recovery.augmentation.size=32"]
     options = [word for override in overrides for word in ("--set", override)]
     out_folder = tmp_path / "run"
     code, out, _ = invoke(

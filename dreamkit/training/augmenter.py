@@ -110,7 +110,10 @@ def check_window(
     if size is None:
         return
     if size > min(height, width):
-        raise DreamkitError(f"windows of {size} pixels of images of {height} by {width}", place)
+        raise DreamkitError(
+            f"windows of {size} pixels do not fit images of {height} by {width}: set it to null",
+            place,
+        )
     try:
         with torch.no_grad(), eval_mode(model):
             model(torch.zeros(2, channels, size, size, device=device))

@@ -217,7 +217,8 @@ def test_training_on_windows_shows_no_more_than_their_size(toys):
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [(9, "windows of 9 pixels of images of 8 by 8"), (8, "does not take windows")]
+    ("size", "said"),
+    [(9, "windows of 9 pixels do not fit images of 8 by 8"), (8, "does not take windows")],
 )
 def test_windows_that_do_not_fit_are_refused(toys, size, said):
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 5))
