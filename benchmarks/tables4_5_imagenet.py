@@ -199,6 +199,10 @@ class Bench:
         path: Path = self.options.out / f"{cell.name}.json"
         images = self.images(cell.row)
         told = {**self.told, "row": cell.row, "share": cell.share, "images": len(images)}
+        if cell.row.startswith(RIVAL):
+            told["importance"] = self.options.importance
+        elif cell.row.endswith("_ha"):
+            told["latency"] = self.options.latency
         told = json.loads(json.dumps(told))
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

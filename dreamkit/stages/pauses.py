@@ -42,6 +42,13 @@ class Pauses:
         self.looked: dict[str, float] = {}
         """What was seen after the last round, as its record holds it."""
         self._theirs: Tensor | None = None
+        how = options.finetune
+        if how is not None and how.freeze_bn and options.statistics == "difference":
+            context.log.note(
+                "finetune: BatchNorm is frozen in these trainings, and the next round's statistics "
+                "by difference take back some of what they teach: set freeze_bn to false there, "
+                "and its statistics to difference"
+            )
 
     def after_round(self, number: int, student: nn.Module, kept: Kept) -> None:
         """Train a student if it is time.

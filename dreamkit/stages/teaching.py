@@ -20,6 +20,7 @@ from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.run_store import report_synthesis
 from dreamkit.stages.samples import Parts, parted, what_is_held_back
 from dreamkit.stages.training_run import TrainingRun
+from dreamkit.training.augmenter import check_window
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import LogitDistance
@@ -151,8 +152,12 @@ class StudentTraining:
             student: what the first dreams are made against.
 
         Raises:
-            DreamkitError: there are none, or the training is too short for all dreams.
+            DreamkitError: there are none, the training is too short for all dreams, or the teacher
+                takes no such windows of them as it is to train on.
         """
+        network, card = self.teacher.model, self.teacher.card
+        with placed(self.place, always=False):  # before anything is dreamed
+            check_window(self.options.augmentation, network, "teacher", card, self.context.device)
         if self.adaptive is None:
             images = images_of(self.teacher, self.images, self.context)
             return parted(images, self.context.seed, self.context.log.note)

@@ -9,10 +9,12 @@ from torch import nn
 from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.model_state import seeded
+from dreamkit.stages.teaching import StudentTraining
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.feature_points import feature_points
 from dreamkit.training.losses.feature_distance import FeatureDistance
+from dreamkit.types import StoredImages
 
 CPU = torch.device("cpu")
 
@@ -238,3 +240,14 @@ def test_windows_that_a_network_asserts_against_are_refused(toys):
     how = Distillation(steps=1, batch_size=8, augmentation=Augmentation(size=8))
     with pytest.raises(DreamkitError, match=r"does not take windows.*wrong image height"):
         Distiller(fixed, fixed, toys.card(size=(3, 12, 12), classes=5), how, CPU, 0, 1)
+
+
+def test_windows_that_do_not_fit_are_refused_before_anything_is_dreamed(toys, tmp_path):
+    images = StoredImages(*toys.images(4).batch(range(4)))
+    options = Distillation(steps=1, batch_size=2, augmentation=Augmentation(size=9))
+    context = toys.context(tmp_path)
+    teacher = toys.teacher(network(), toys.card(classes=5))
+    training = StudentTraining(teacher, images, context, options, None, "recovery", "recovery")
+    with pytest.raises(DreamkitError, match="windows of 9 pixels do not fit") as refused:
+        training.first_images(network())
+    assert refused.value.path == ("recovery", "augmentation", "size")
