@@ -12,6 +12,7 @@ from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.seeds import derived_seed
 from dreamkit.stages.statistics_distance import statistics_distance
 from dreamkit.synthesizers.bn_statistics import tapped
+from dreamkit.synthesizers.labels import with_class
 from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
 
 
@@ -28,10 +29,15 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     """Return a sentence if there are more classes to show than images; None if not.
 
     Args:
-        synthesizer: its option ``labels``, if it has one, says which classes.
+        synthesizer: its options ``labels`` and ``unconditional``, if it has them, say which
+            classes, and how many images show none.
         num_classes: of the teacher.
     """
     labels, images = getattr(synthesizer, "labels", "random"), synthesizer.images
+    unconditional = getattr(synthesizer, "unconditional", 0.0)
+    images = with_class(images, unconditional)
+    if images == 0:  # no class is asked for, so none is missed
+        return None
     classes = num_classes if isinstance(labels, str) else len(set(labels))
     if images >= classes:
         return None
@@ -39,7 +45,8 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     shown = f"{most}{images} {'is' if images == 1 else 'are'} shown"
     lacking = classes - images
     gets = "gets" if lacking == 1 else "get"
-    return f"images: {images} for {classes} classes: {shown}, {least}{lacking} {gets} no image"
+    asked = f"{images} with a class" if unconditional else f"{images}"
+    return f"images: {asked} for {classes} classes: {shown}, {least}{lacking} {gets} no image"
 
 
 def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.errors import placed
-from dreamkit.memory import largest_batch
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.regularizers.bn_feature import BNFeature
@@ -28,7 +27,7 @@ from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
-from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels
+from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels, named
 from dreamkit.synthesizers.planning import Phase, default_batch
 from dreamkit.synthesizers.stage import DEFAULT_STEPS, Plateau, Stage, check_stages, default_stages
 from dreamkit.synthesizers.views import draw_views
@@ -83,6 +82,8 @@ class DeepInversion(Synthesizer):
             thousandth; looked at every 25 steps. Null never does.
         labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
             draws them; a list of classes is dealt as all are.
+        unconditional: share of the images, in [0, 1], that are drawn to no class: statistics alone
+            shape them, without cross-entropy. Their labels are the teacher's choices in the end.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """
@@ -105,6 +106,7 @@ class DeepInversion(Synthesizer):
     )
     patience: Annotated[int, Field(ge=1)] | None = None
     labels: Labels = "balanced"
+    unconditional: Annotated[float, Field(ge=0, le=1)] = 0.0
     student: Annotated[TeacherSource | None, EntryOf("teachers")] = None
     engine: Engine = field(default_factory=Engine)
 
@@ -172,7 +174,13 @@ class Inversion(LossDreamer):
         super().__init__(options.engine, session)
         self.options = options
         self.stages = options.stages or default_stages(self.teacher)
-        self.deal = partial(deal_labels, options.labels, session.teacher.card, session.seed)
+        self.deal = partial(
+            deal_labels,
+            options.labels,
+            session.teacher.card,
+            session.seed,
+            unconditional=options.unconditional,
+        )
         known = options.known_batch_size(self.teacher)
         self._batch_size = session.choices.get("batch_size", known) or self._largest_batch()
 
@@ -209,7 +217,7 @@ class Inversion(LossDreamer):
             images = options.parameterisation.render(best.found, size)
             loss, done = float(best.loss), done + stage.steps
         assert images is not None  # there is a stage
-        return Dream(images, labels, loss)
+        return Dream(images, named(images, labels, self.teacher.model), loss)
 
     def _stage(
         self,
@@ -287,13 +295,4 @@ class Inversion(LossDreamer):
     def _largest_batch(self) -> int:
         card = self.teacher.card
         largest = max((stage.resolution(card) for stage in self.stages), key=math.prod)
-
-        def trial(size: int) -> None:
-            images = torch.zeros(size, card.input_size[0], *largest, device=self.device)
-            labels = torch.zeros(size, dtype=torch.int64, device=self.device)
-            self.evaluator(images, labels, torch.zeros(3, dtype=torch.int64, device=self.device))
-
-        with self.rival_frozen():
-            found = largest_batch(trial, min(self.options.images, LARGEST_BATCH), self.device)
-        self.note(f"batch_size: auto is {found} on this machine")
-        return found
+        return self.largest_batch(min(self.options.images, LARGEST_BATCH), largest)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dreamkit.arithmetic import resolve_precision
 from dreamkit.errors import DreamkitError, NonFiniteLoss
+from dreamkit.memory import largest_batch
 from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
 from dreamkit.synthesizers.inversion_loss import InversionLoss
@@ -165,6 +166,20 @@ class LossDreamer(ABC):
         """Compile for full batches of every phase; return why that did not work, if so."""
         with self.rival_frozen():
             return compile_phases(self.evaluator, self.phases())
+
+    def largest_batch(self, most: int, size: tuple[int, int]) -> int:
+        """Return how many images of a size fit together into memory, ``most`` at the most."""
+        shape, device = (self.teacher.card.input_size[0], *size), self.device
+
+        def trial(count: int) -> None:
+            images = torch.zeros(count, *shape, device=device)
+            labels = torch.zeros(count, dtype=torch.int64, device=device)
+            self.evaluator(images, labels, torch.zeros(3, dtype=torch.int64, device=device))
+
+        with self.rival_frozen():
+            found = largest_batch(trial, most, device)
+        self.note(f"batch_size: auto is {found} on this machine")
+        return found
 
     @contextmanager
     def rival_frozen(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from dreamkit.synthesizers.bn_statistics import (
 from dreamkit.synthesizers.engine import borrowed
 from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.teachers.trying import blank_noise
-from dreamkit.types import InversionStep, LayerStatistics, Regularizer, Teacher
+from dreamkit.types import NO_LABEL, InversionStep, LayerStatistics, Regularizer, Teacher
 
 Terms = Sequence[Term[Regularizer]]
 
@@ -70,7 +70,7 @@ class InversionLoss:
 
         Args:
             images: (N, C, H, W), normalised.
-            labels: (N,).
+            labels: (N,); ``NO_LABEL`` where the teacher may see any class.
             arithmetic: sets the networks' precision.
         """
         student_logits: Tensor | None = None
@@ -91,7 +91,10 @@ class InversionLoss:
                 student_logits = self.student(images).float()
         logits = logits.float()
         step = InversionStep(images, labels, logits, student_logits, statistics, features)
-        classified = F.cross_entropy(step.teacher_logits, labels)
+        # Over all images: one's share of the loss does not grow where others show no class.
+        classified = F.cross_entropy(
+            step.teacher_logits, labels, reduction="sum", ignore_index=NO_LABEL
+        ) / len(labels)
         terms = {"cross_entropy": self.cross_entropy * classified}
         for term in self.regularizers:
             if student_logits is None and "student_logits" in term.entry.needs:

@@ -20,10 +20,11 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers import deepinversion
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.inversion_loss import bound_loss
 from dreamkit.synthesizers.labels import deal_labels
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.synthesizers.views import View, draw_views, gathered
-from dreamkit.types import BatchPlan, Regularizer
+from dreamkit.types import NO_LABEL, BatchPlan, Regularizer
 
 CPU = torch.device("cpu")
 A_TV, A_L2, A_F = 2.5e-2, 3e-3, 0.7
@@ -547,12 +548,13 @@ def test_every_image_of_the_batch_is_shifted_alike():
 # --- labels -----------------------------------------------------------------------------------
 
 
-def dealt(labels, sizes, classes, seed=0):
+def dealt(labels, sizes, classes, seed=0, unconditional=0.0):
     """Return the labels of batches of these sizes, one after the other."""
     card, first, found = Card("c", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, classes, "test"), 0, []
     for index, size in enumerate(sizes):
         at = plan(seed=index, size=size, index=index, first=first)
-        found.append(deal_labels(labels, card, seed, at, torch.Generator().manual_seed(index)))
+        draws = torch.Generator().manual_seed(index)
+        found.append(deal_labels(labels, card, seed, at, draws, unconditional))
         first += size
     return found
 
@@ -603,6 +605,47 @@ def test_random_labels_cover_the_classes_and_come_from_the_generator():
     assert counts.min() > 60, "100 of each expected, standard deviation 9"
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random", (7, 2, 5)])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 1.0])
+def test_a_share_of_the_images_shows_no_class(labels, share):
+    sizes = [8, 8, 1, 3, 20]
+    batches = dealt(labels, sizes, 10, unconditional=share)
+    assert [len(batch) for batch in batches] == sizes
+    for end in range(1, 6):
+        shown = torch.cat(batches[:end])
+        expected = (1 - share) * len(shown)
+        assert abs(int((shown != NO_LABEL).sum()) - expected) <= 0.5 + 1e-9
+
+
+def test_images_of_no_class_do_not_break_the_balance_of_the_others():
+    whole = torch.cat(dealt("balanced", [8, 8, 5, 7], 7, unconditional=0.5))
+    shown = whole[whole != NO_LABEL]
+    assert [sorted(part.tolist()) for part in shown.split(7)] == [[*range(7)]] * 2
+
+
+def test_images_of_no_class_have_no_cross_entropy_and_the_others_what_they_had(toys):
+    teacher = toys.teacher(toys.two_bn())
+    images = torch.randn(4, *teacher.card.input_size)
+    labels = torch.tensor([2, 0, NO_LABEL, NO_LABEL])
+    with bound_loss(teacher, (), None) as loss:
+        (found,) = loss(images.requires_grad_(), labels).values()
+        alone = loss(images[:2], labels[:2])["cross_entropy"]
+        (gradient,) = torch.autograd.grad(found, images)
+        nobody = loss(images, torch.full((4,), NO_LABEL))["cross_entropy"]
+    torch.testing.assert_close(found, alone / 2)
+    assert gradient[:2].abs().amax((1, 2, 3)).min() > 0
+    assert gradient[2:].abs().max() == 0
+    assert nobody == 0
+
+
+def test_unconditional_dreams_carry_the_teachers_choice(toys):
+    teacher = toys.teacher(toys.two_bn())
+    made = dream(teacher, options(unconditional=1.0))
+    with torch.no_grad():
+        chosen = teacher.model.eval()(made.images).argmax(1)
+    assert made.labels.tolist() == chosen.tolist()
 
 
 def test_labels_reach_the_loss(toys):

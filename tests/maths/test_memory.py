@@ -271,4 +271,7 @@ def test_more_classes_than_images_are_told(toys, tmp_path):
     assert notes(1, labels="random") == [
         "images: 1 for 3 classes: at most 1 is shown, at least 2 get no image"
     ]
-    assert notes(3) == notes(2, labels=(0, 2)) == []
+    assert notes(4, unconditional=0.5) == [
+        "images: 2 with a class for 3 classes: 2 are shown, 1 gets no image"
+    ]
+    assert notes(3) == notes(2, labels=(0, 2)) == notes(2, unconditional=1.0) == []
