@@ -120,6 +120,24 @@ def test_distance_is_over_what_is_kept_and_a_share_of_the_variance():
     assert distance.taken().item() == pytest.approx(0.5 / 1.25)
 
 
+def test_a_feature_that_is_the_same_everywhere_says_nothing():
+    teacher = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten())
+    with torch.no_grad():
+        teacher[0].weight.zero_()
+        teacher[0].bias.fill_(0.5)
+    student, images = copied(teacher), noise()
+    with torch.no_grad():
+        student[0].bias.add_(1e-3)
+    student.requires_grad_(True)
+    distance = FeatureDistance(student, teacher, feature_points(teacher, student, {}, images))
+    with distance.watched():
+        teacher(images), student(images)
+    found = distance.taken()
+    found.backward()
+    assert found.item() == 0
+    assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)
+
+
 def trainer(toys, teacher, student, **options):
     how = Distillation(
         **({"steps": 60, "batch_size": 8, "lr": 0.01, "optimizer": "adamw"} | options)

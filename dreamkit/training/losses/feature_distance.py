@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dreamkit.model_state import hooked
 from dreamkit.training.feature_points import FeaturePoint
 
-_LEAST = 1e-12
-"""Of a variance that is divided by: a feature may be the same everywhere."""
+_LEAST = 1e-8
+"""Variance of a feature that says something, as a share of its mean square; rounding's is less."""
 
 
 class FeatureDistance:
@@ -63,7 +63,10 @@ class FeatureDistance:
                 continue
             wanted = point.of_teacher(self._theirs[point.name].detach().float())
             error = (self._own[point.name].float() - wanted).square().mean()
-            distances.append(error / wanted.var(correction=0).clamp(min=_LEAST))
+            spread = wanted.var(correction=0)
+            # A feature that is the same everywhere, such as one of a dead layer, says nothing.
+            told = spread > _LEAST * wanted.square().mean()
+            distances.append(torch.where(told, error / torch.where(told, spread, 1.0), 0.0))
         self._own.clear()
         self._theirs.clear()
         return torch.stack(distances).mean() if distances else torch.zeros(())
