@@ -1,7 +1,7 @@
 """Tables 4 and 5 of DeepInversion on a network for ImageNet, row by row, beside Torch-Pruning.
 
     python benchmarks/tables4_5_imagenet.py --teacher NETWORK --photos PHOTOS \\
-        --images deepinversion=runs/dreams adi=runs/prune_efficientnet_lite0
+        --images deepinversion=runs/dreams adi=runs/prune_efficientnet_lite0 unconditional=runs/free
     python benchmarks/tables4_5_imagenet.py ... --rows none noise --shares 0.8
     python benchmarks/tables4_5_imagenet.py ... --rows torch_pruning_real --rival FOLDER
     python benchmarks/tables4_5_imagenet.py --smoke    # random weights: the mechanics, a minute
@@ -10,8 +10,9 @@ A cell is a row at a share of the FLOPs. Each leaves a JSON file under --out; fi
 read, interrupted ones go on, and the table has those that there are. Half of the photographs,
 drawn, are images without labels to train on; accuracy and agreement are measured on the other half.
 A row is pruned and recovers as recipes/imagenet/prune_efficientnet_lite0.yaml does, on images that
-are there; rows but those with HA rank by Taylor importance alone. "none" looks at no image at all:
-the norm of the filters, and BatchNorm's statistics as they were. Images are a run's folder, that of
+are there; rows but those with HA rank by Taylor importance alone. "unconditional" are dreams of no
+class (not the paper's). "none" looks at no image at all: the norm of the filters, and BatchNorm's
+statistics as they were. Images are a run's folder, that of
 its dreams, class folders, or a .pt file of (uint8 images, labels). --rival names a folder with
 Torch-Pruning (see torch_pruning_rival.py): what it leaves takes the same statistics, and recovers
 in the same loop.
@@ -52,6 +53,7 @@ from dreamkit.plugins import build_registries
 from dreamkit.recipe import build_entry, read_recipe
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.stages.measuring import time_models
+from dreamkit.stages.samples import parted
 from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import train_student
 from dreamkit.store.atomic import write_json
@@ -60,7 +62,7 @@ from dreamkit.types import NO_LABEL, RunContext, StoredImages, Teacher
 
 RECIPE = RECIPES / "imagenet" / "prune_efficientnet_lite0.yaml"
 SHARES = (0.8, 0.63)
-DREAMED = ("deepinversion", "adi")
+DREAMED = ("deepinversion", "unconditional", "adi")
 PAPER_4 = {
     # Yin et al., CVPR 2020, Table 4: ResNet-50, top-1 of 76.1 at 63 % of the FLOPs.
     "none": 16.6,
@@ -188,7 +190,7 @@ class Bench:
         if row in {"none", "noise"}:
             return noise(self.teacher.card, len(self.real), self.options.seed)
         if row == "deepinversion_adi_ha":
-            return joined(*(self.images(name) for name in DREAMED))
+            return joined(self.images("deepinversion"), self.images("adi"))
         given = self.options.given.get(row)
         if given is None:
             raise SystemExit(f"{row}: give --images {row}=PATH")
@@ -252,6 +254,8 @@ class Bench:
     ) -> tuple[nn.Module, dict[str, float]]:
         """Let Torch-Pruning prune, and recover as the other rows do."""
         folder.mkdir(parents=True, exist_ok=True)
+        fitted = parted(images, self.options.seed, say).fitted  # nor do other rows fit to the rest
+        images = StoredImages(*fitted.batch(range(len(fitted))))
         student, numbers = self._left_by_rival(cell, images, folder)
         settings: Prune = build_entry(
             build_registries(),
