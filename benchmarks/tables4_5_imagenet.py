@@ -170,7 +170,7 @@ class Bench:
         self.held = StoredImages(photos.images[held], photos.labels[held])
         unlabelled = torch.full((len(free),), NO_LABEL)
         self.real = StoredImages(photos.images[free], unlabelled)
-        changes = [*options.changes, f"seed={options.seed}"]
+        changes = ["evaluation=null", *options.changes, f"seed={options.seed}"]
         recipe = read_recipe(RECIPE, build_registries, options.preset, changes)
         self.application: dict[str, Any] = recipe.root.plain()["application"]
         for name in ("name", "target", "images", "adaptive"):
