@@ -98,6 +98,25 @@ def test_a_students_folder_does_as_the_model(digits, dreams, tmp_path):
     assert (tmp_path / "out" / "quantized" / "model.int8.onnx").read_bytes() == found.file
 
 
+def test_a_student_that_is_made_first_is_handed_back(digits, dreams, tmp_path):
+    after = {
+        "name": "prune",
+        "criteria": [{"name": "magnitude", "weight": 1}],
+        "target": {"flops": 0.7},
+        "recovery": {"epochs": 0},
+    }
+    found = quantize(digits, dreams, after=after, **QUICK)
+    student = found.student
+    assert sum(p.numel() for p in student.model.parameters()) < sum(
+        p.numel() for p in digits.model.parameters()
+    )
+    images = student.card.normalise(dreams.images[:8])
+    assert float((found.load(1)(images) - student.model(images)).detach().abs().max()) < 1
+    again = dreamkit.load_student(student.save(tmp_path / "student"))
+    assert torch.equal(again(images), student.model(images))
+    assert quantize(digits, dreams, **QUICK).student is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ from torch import nn
 
 from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import View
-from dreamkit.api.results import Quantized, described
+from dreamkit.api.results import Quantized, StudentResult, described, student_fields
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import run_application
 from dreamkit.errors import DreamkitError
@@ -72,7 +72,8 @@ def quantize(
         evaluation: labelled images to report accuracy on.
         allow_foreign: take dreams of another network as ``images``.
         **options: of the application, as in a recipe (``dreamkit show applications quantize``),
-            e.g. ``calibration_images=128, max_disagreement=0.05``.
+            e.g. ``calibration_images=128, max_disagreement=0.05``. With ``after={"name": "prune",
+            ...}`` the network is pruned first, and the result has the ``student``.
 
     Raises:
         DreamkitError: the network, the images or an option cannot be used; the message names it.
@@ -94,7 +95,7 @@ def quantize(
     view = View(size, mean, std, class_names)
     conditions = Conditions(view, seed, device, progress, out, evaluation)
     with session(model, conditions) as work:
-        _, settings = run_application(
+        outcome, settings = run_application(
             work,
             "quantize",
             given,
@@ -108,11 +109,13 @@ def quantize(
         told = json.loads(described_in.read_text(encoding="utf-8"))
         file = folder / told["file"]
         built = work.application("quantize", given, quantize)
+        known, made = described(work, settings), outcome.student
         return Quantized(
             file=file.read_bytes(),
             file_name=file.name,
             card=work.teacher.card,
             about=told,
             quantizer=built.quantizer,  # type: ignore[attr-defined]
-            **described(work, settings),
+            student=None if made is None else StudentResult(**known, **student_fields(made)),
+            **known,
         )

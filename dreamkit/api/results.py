@@ -177,6 +177,7 @@ class Quantized(Result):
         card: of the network: size, mean, std and class names; it normalises images.
         about: what the JSON beside the file says.
         quantizer: that runs it.
+        student: in float, where ``after`` made one first.
     """
 
     file: bytes = field(repr=False)
@@ -184,6 +185,7 @@ class Quantized(Result):
     card: Card
     about: Mapping[str, Any]
     quantizer: Quantizer = field(repr=False)
+    student: StudentResult | None = field(default=None, repr=False)
 
     @property
     def noise(self) -> dict[str, float]:
