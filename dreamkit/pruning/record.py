@@ -61,6 +61,18 @@ class PruningRecord:
             attributes.setdefault(name, {}).update(stated)
         return PruningRecord(kept, attributes, {**earlier.grown, **self.grown})
 
+    def kept_since(self, earlier: PruningRecord) -> dict[str, Axes]:
+        """Return the positions kept of those that the same pruning had kept at an earlier time.
+
+        Args:
+            earlier: this record as it was then.
+        """
+        kept = {}
+        for name, axes in self.kept.items():
+            before = earlier.kept.get(name, [None] * len(axes))
+            kept[name] = [_among(now, then) for now, then in zip(axes, before, strict=True)]
+        return kept
+
     # --- cutting ------------------------------------------------------------------------------
 
     def cut(self, model: nn.Module, use: Use, kept: Sequence[int]) -> None:
@@ -200,6 +212,13 @@ def _compose(earlier: Axes | None, later: Axes) -> Axes:
         else:
             composed.append([first[i] for i in second])
     return composed
+
+
+def _among(now: list[int] | None, then: list[int] | None) -> list[int] | None:
+    if now is None or then is None:
+        return now
+    places = {position: place for place, position in enumerate(then)}
+    return [places[position] for position in now]
 
 
 def _sizes_of(module: nn.Module) -> dict[str, Any]:

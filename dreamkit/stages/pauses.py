@@ -42,16 +42,9 @@ class Pauses:
         self.looked: dict[str, float] = {}
         """What was seen after the last round, as its record holds it."""
         self._theirs: Tensor | None = None
-        how = options.finetune
-        if how is not None and how.freeze_bn and options.statistics == "difference":
-            context.log.note(
-                "finetune: BatchNorm is frozen in these trainings, and the next round's statistics "
-                "by difference take back some of what they teach: set freeze_bn to false there, "
-                "and its statistics to difference"
-            )
 
-    def after_round(self, number: int, student: nn.Module, kept: Kept) -> None:
-        """Train a student if it is time.
+    def after_round(self, number: int, student: nn.Module, kept: Kept) -> bool:
+        """Train a student if it is time; return whether it was.
 
         Args:
             number: of the round, from 1.
@@ -60,12 +53,12 @@ class Pauses:
         """
         how, drop, teacher = self.options.finetune, self.options.finetune_drop, self.teacher
         if how is None:
-            return
+            return False
         if drop is not None:
             agreement = self._agreement(student)
             self.looked = {"agreement": agreement, "trained": 0.0}
             if self.agreed - agreement <= drop:
-                return
+                return False
         with placed("finetune", always=False):
             stage = f"finetune {number}"
             # Each pause draws other images, other crops and other pairs to mix.
@@ -74,6 +67,7 @@ class Pauses:
         if drop is not None:
             self.agreed = self._agreement(student)
             self.looked = {"agreement": self.agreed, "trained": 1.0}
+        return True
 
     def _agreement(self, student: nn.Module) -> float:
         context, card = self.context, self.teacher.card

@@ -28,6 +28,7 @@ from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.pruning_checkpoint import PruningCheckpoint
 from dreamkit.stages.ranking import without
 from dreamkit.stages.reconstructing import reconstruct_student
+from dreamkit.stages.reference import Reference
 from dreamkit.stages.samples import Parts, fitting_sample
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.statistics import give_statistics
@@ -63,6 +64,7 @@ class PruningRun:
         self.card = teacher.card
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
+        self.reference = Reference(teacher)
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -211,13 +213,17 @@ class PruningRun:
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""
         options, context, teacher = self.options, self.context, self.teacher
-        student, images, kept = self.student, self.images, self.cut.kept
-        if options.reconstruct_each and (fit := options.reconstruction) is not None:
+        student, images = self.student, self.images
+        fit = options.reconstruction if options.reconstruct_each else None
+        if fit is not None:
             reconstruct_student(teacher, student, self.cut, images, fit, context)
         else:
             how, sample, size = options.statistics, self.statistics_of, options.batch_size
-            give_statistics(how, teacher, student, kept, sample, size, context)
-        self.pauses.after_round(self.rounds + 1, student, kept)
+            whole, kept = self.reference.network, self.reference.kept(self.cut)
+            give_statistics(how, whole, student, kept, sample, size, context)
+        trained = self.pauses.after_round(self.rounds + 1, student, self.cut.kept)
+        if trained and fit is None and options.statistics == "difference":
+            self.reference.become(student, self.cut, len(self.removed))
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:
         try:
@@ -243,9 +249,11 @@ class PruningRun:
             write_atomically(path, table_text(self.table).encode())
         tensors = prefixed("student", tensors_of(self.student))
         tensors |= prefixed("importances", self.importances.state())
+        tensors |= self.reference.state()
         metrics = self.context.log.metrics
         facts = {
             "removed": self.removed,
+            "reference": self.reference.removals,
             "seconds": self.seconds,
             "shares": self.shares,
             "agreed": self.pauses.agreed,
@@ -259,8 +267,11 @@ class PruningRun:
     def _restore(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on after the last round that an interrupted try finished."""
         self.removed = facts["removed"]
-        for chosen in self.removed:
+        for removals, chosen in enumerate(self.removed, 1):
             self.graph.remove(chosen)
+            if removals == facts["reference"]:
+                load_state(self.student, below("reference", state))
+                self.reference.become(self.student, self.cut, removals)
         load_state(self.student, below("student", state))
         self.importances.restore(below("importances", state))
         self.rounds, self.seconds = facts["rounds"], facts["seconds"]
