@@ -25,9 +25,9 @@ def give_statistics(
 
     Args:
         how: which.
-        teacher: what was pruned.
+        teacher: what was pruned; in rounds of pruning the student as it was last trained.
         student: changed in its running statistics alone.
-        kept: which of the teacher's channels it has.
+        kept: which of that network's channels it has.
         images: stored.
         batch_size: images at once.
         context: the run's.
