@@ -50,9 +50,10 @@ class ChannelPruning:
         ranking_batches: batches of images a ranking is averaged over.
         batch_size: images in each of them, and of those that statistics are taken over.
         statistics: BatchNorm's after every step: ``difference``, the teacher's, moved by what
-            student and teacher see differently of the images, and after a ``finetune`` those that
-            it left, moved likewise by what was removed since; ``recalibrate``, those of the
-            images, which for dreams are not those of real images; ``keep``, those that it has.
+            student and teacher see differently of the images, and after a ``finetune`` with
+            BatchNorm frozen those that it had, moved likewise by what was removed since;
+            ``recalibrate``, those of the images, which for dreams are not those of real images;
+            ``keep``, those that it has.
         statistics_batches: batches of images that these are taken over.
         normalise: what each criterion's values are divided by, so that weights compare criteria
             of different units: the ``mean`` or the ``max`` of their absolute values over all

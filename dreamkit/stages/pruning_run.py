@@ -222,7 +222,9 @@ class PruningRun:
             whole, kept = self.reference.network, self.reference.kept(self.cut)
             give_statistics(how, whole, student, kept, sample, size, context)
         trained = self.pauses.after_round(self.rounds + 1, student, self.cut.kept)
-        if trained and fit is None and options.statistics == "difference":
+        # Weights are fitted to the stored statistics only where a training left these alone.
+        frozen = options.finetune is not None and options.finetune.freeze_bn
+        if trained and frozen and fit is None and options.statistics == "difference":
             self.reference.become(student, self.cut, len(self.removed))
 
     def _check_runs(self, chosen: dict[str, list[int]]) -> None:

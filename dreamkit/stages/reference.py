@@ -17,12 +17,13 @@ from dreamkit.types import Teacher
 class Reference:
     """The network whose BatchNorm statistics hold: the teacher, or the student as last trained.
 
-    A training fits weights to the statistics that there are, or leaves others that fit them. What
-    it taught stays only if the next removal moves these, and not the teacher's, as far as it
-    changes what layers see.
+    A training with BatchNorm frozen fits weights to the statistics that there are. What it taught
+    stays only if the next removal moves these, and not the teacher's, as far as it changes what
+    layers see. Where a training normalised by its batches' own statistics there are none that the
+    weights were fitted to, and the teacher's, moved, hold for the images that it knows.
 
     Args:
-        teacher: the reference until the student is trained.
+        teacher: the reference until the student is trained so.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -32,7 +33,7 @@ class Reference:
         self._cut = PruningRecord()
 
     def become(self, student: nn.Module, cut: PruningRecord, removals: int) -> None:
-        """Take a student that was trained as the reference, as it is now.
+        """Take a student that was trained with BatchNorm frozen as the reference, as it is.
 
         Args:
             student: copied.

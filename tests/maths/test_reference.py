@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -142,10 +143,11 @@ def test_a_round_takes_statistics_from_what_the_last_training_left(
     [
         {},
         {"finetune": TRAINED, "finetune_drop": 0.99},
+        {"finetune": dataclasses.replace(TRAINED, freeze_bn=False)},
         {"finetune": TRAINED, "statistics": "recalibrate"},
         {"finetune": TRAINED, "statistics": "keep"},
     ],
-    ids=["untrained", "never trained", "recalibrate", "keep"],
+    ids=["untrained", "never trained", "not frozen", "recalibrate", "keep"],
 )
 def test_else_it_is_the_teacher(toys, teacher, context, monkeypatch, options):
     watch = Watch(monkeypatch)
