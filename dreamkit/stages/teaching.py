@@ -41,7 +41,7 @@ class Recovery(Distillation):
     )
     temperature: Annotated[float, Field(gt=0)] = 5.0
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     features: Annotated[float, Field(ge=0)] = 100.0
     freeze_bn: bool = True
