@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,15 +22,11 @@ for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed, reason="needs the extra onnx")
 
 QUICK = {"progress": False, "device": "cpu", "latency_batches": ()}
-ALONE = """
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "quantize.md"
+BLOCKED = """
 import sys
-import numpy as np
-import onnxruntime
-
-session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-images = np.load(sys.argv[2])
-print(session.run(None, {"images": images})[0].argmax(1).tolist())
-assert not {"torch", "onnx", "dreamkit"} & set(sys.modules)
+for name in ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "dreamkit"):
+    sys.modules[name] = None  # importing it fails
 """
 
 
@@ -69,18 +66,19 @@ def test_a_network_in_memory_becomes_a_file_that_agrees_with_it(made, digits, dr
 
 
 def test_it_runs_with_onnxruntime_and_numpy_alone(made, digits, dreams, tmp_path):
-    path = made.save(tmp_path / "made")
-    images = digits.card.normalise(dreams.images).numpy()
-    np.save(tmp_path / "images.npy", images)
+    """By the lines of the how-to page, which compare with the labels themselves."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (lines,) = [block for block in blocks if "onnxruntime.InferenceSession" in block]
+    made.save(tmp_path / "quantized")
+    labels = made.load()(digits.card.normalise(dreams.images)).argmax(1)
+    np.save(tmp_path / "pixels.npy", dreams.images.numpy())
+    np.save(tmp_path / "labels.npy", labels.numpy())
+    code = BLOCKED + lines + "print(logits.argmax(1).tolist())"
     found = subprocess.run(
-        [sys.executable, "-c", ALONE, str(path), str(tmp_path / "images.npy")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert json.loads(found.stdout) == made.load()(torch.from_numpy(images)).argmax(1).tolist()
-    told = json.loads((tmp_path / "made" / "model.int8.json").read_text())
+    assert json.loads(found.stdout) == labels.tolist()
+    told = json.loads((tmp_path / "quantized" / "model.int8.json").read_text())
     assert told["quantization"]["backend"] == "onnxruntime"
     assert told["quantization"]["target"] == "portable"
     assert told["quantization"]["input"] == "images"
