@@ -6,7 +6,11 @@
 Images that a network is calibrated on are none of those that it is judged on. Agreement is with
 float on the real images; so is accuracy. ``seconds`` are the processor's, of all threads, with the
 comparison of the files. ``logits`` is the signal-to-noise ratio of the outputs on unseen images of
-the kind that was calibrated on. Needs the extra ``onnx``.
+the kind that was calibrated on. Needs the extra ``onnx``. Other tools are rows too, each in an
+environment of its own (see int8_rival.py): calibrated on the same dreams, and their files judged as
+dreamkit's are.
+
+    python benchmarks/int8.py ... --rivals nncf=envs/nncf/bin/python mct=envs/mct/bin/python
 """
 
 from __future__ import annotations
@@ -14,22 +18,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from given import NETWORK, given_network
-from torch import Tensor
+from torch import Tensor, nn
 
 import dreamkit
 from dreamkit.card import read_class_names
 from dreamkit.latency.processor import processor_name
+from dreamkit.onnx_model import as_onnx
+from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
 from dreamkit.quantizers.targets import this_processor
 from dreamkit.sources.folder import Folder
 from dreamkit.training.batches import drawn
-from dreamkit.types import Images, Teacher
+from dreamkit.types import Images, Quantization, QuantizationStep, Quantizer, Teacher
 
 PLAIN: dict[str, Any] = {"bias_correction": False}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +57,64 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dreams + bias correction, target: vnni": ("dreams", {"target": "vnni"}),
 }
 QUICK = ("noise", "dreams", "dreams + bias correction (the default)")
+RIVALS = {"nncf": "NNCF", "mct": "MCT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival(Quantizer):
+    """Another tool, run by the interpreter of its own environment.
+
+    Args:
+        tool: as int8_rival.py calls it.
+        python: the interpreter.
+        network: that is quantised. What ``calibrate`` is given has hooks, and cannot be pickled.
+    """
+
+    tool: str
+    python: str
+    network: nn.Module
+
+    suffix = ".int8.onnx"
+
+    def calibrate(self, step: QuantizationStep) -> Quantization:
+        """Let the tool write its file."""
+        images = torch.cat(list(step.batches()))
+        (step.folder / "network.onnx").write_bytes(as_onnx(step.model, images[:2], any_batch=True))
+        torch.save(self.network, step.folder / "network.pt")
+        np.save(step.folder / "images.npy", images.numpy())
+        script = Path(__file__).with_name("int8_rival.py")
+        subprocess.run([self.python, script, self.tool, step.folder], check=True)
+        return RivalFile(step.folder)
+
+    def load(
+        self, path: Path, threads: int | None = None, exact: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what runs a file: ONNX Runtime, as it does dreamkit's."""
+        return OnnxQuantizer().load(path, threads, exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class RivalFile(Quantization):
+    """What a rival left.
+
+    Args:
+        folder: where.
+    """
+
+    folder: Path
+
+    def write(self, path: Path, keep_float: Collection[str] = ()) -> None:
+        """Copy the rival's file."""
+        path.write_bytes((self.folder / "rival.onnx").read_bytes())
+
+    def write_float(self, path: Path) -> None:
+        """Copy the file that the rival was given."""
+        path.write_bytes((self.folder / "network.onnx").read_bytes())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the rival's version."""
+        told: dict[str, Any] = json.loads((self.folder / "rival.json").read_text(encoding="utf-8"))
+        return told
 
 
 def main() -> None:
@@ -60,12 +128,18 @@ def main() -> None:
     parser.add_argument("--dreams", type=Path, help="images dreamed before: a folder of pictures")
     parser.add_argument("--calibrate", type=int, default=64, help="images")
     parser.add_argument("--evaluate", type=int, default=300, help="real images")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument(
+        "--rivals", nargs="+", default=[], metavar="TOOL=PYTHON", help=f"of {', '.join(RIVALS)}"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch's and of the rows' work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="three rows")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
+    rivals = dict(text.partition("=")[::2] for text in options.rivals)
+    if not all(rivals.values()) or not rivals.keys() <= RIVALS.keys():
+        parser.error(f"--rivals: TOOL=PYTHON with a tool of {', '.join(RIVALS)}")
     torch.set_num_threads(options.threads)
     teacher = given_network(options.teacher)
     if options.class_names is not None:
@@ -74,9 +148,12 @@ def main() -> None:
             teacher, card=dataclasses.replace(teacher.card, class_names=names)
         )
     sets, evaluation = _images(teacher, options)
+    rows = {name: ROWS[name] for name in (QUICK if options.quick else options.rows)}
+    for tool, python in rivals.items():
+        settings = {"quantizer": Rival(tool, python, teacher.model)}
+        rows[f"{RIVALS[tool]}, dreams"] = ("dreams", settings)
     figures = {}
-    for name in QUICK if options.quick else options.rows:
-        kind, settings = ROWS[name]
+    for name, (kind, settings) in rows.items():
         figures[name] = _row(teacher, sets, kind, settings, evaluation, options)
         print(f"{name}: {figures[name]}", flush=True)
     _publish(teacher, figures, options)
@@ -115,7 +192,7 @@ def _row(
     evaluation: tuple[Tensor, Tensor],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    start, wall = time.process_time(), time.perf_counter()
+    start, wall = _processor_seconds(), time.perf_counter()
     made = dreamkit.quantize(
         teacher,
         sets[kind],
@@ -131,9 +208,17 @@ def _row(
     return {
         **made.metrics,
         "kept_float": made.about["kept_float"],
-        "processor_seconds": time.process_time() - start,
+        "quantization": {
+            name: told for name, told in made.about["quantization"].items() if name != "ranges"
+        },
+        "processor_seconds": _processor_seconds() - start,
         "seconds": time.perf_counter() - wall,
     }
+
+
+def _processor_seconds() -> float:
+    """Return those of this process and of those that it waited for."""
+    return sum(os.times()[:4])
 
 
 def _publish(
