@@ -13,6 +13,7 @@ size and the speed of its file tell nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -44,6 +45,8 @@ def by_mct(folder: Path, images: Any) -> None:
         for part in torch.from_numpy(images).split(32):
             yield [part]
 
+    # It exports as torch did by default before 2.9, by tracing.
+    torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
     made, _ = mct.ptq.pytorch_post_training_quantization(network, batches)
     mct.exporter.pytorch_export_model(
         made,
