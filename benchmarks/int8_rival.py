@@ -40,6 +40,7 @@ def by_mct(folder: Path, images: Any) -> None:
     torch: Any = importlib.import_module("torch")
     # It is what the calling benchmark has written a moment ago.
     network = torch.load(folder / "network.pt", weights_only=False).eval()
+    with_plain_convolutions(network, torch.nn)
 
     def batches() -> Iterator[list[Any]]:
         for part in torch.from_numpy(images).split(32):
@@ -54,6 +55,23 @@ def by_mct(folder: Path, images: Any) -> None:
         batches,
         quantization_format=mct.exporter.QuantizationFormat.FAKELY_QUANT,
     )
+
+
+def with_plain_convolutions(network: Any, nn: Any) -> None:
+    """Put padding and a convolution in the place of those of EfficientNet-Lite's package.
+
+    They pad in their forward, and MCT looks for options of nn.Conv2d where such a class has others.
+    """
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if not hasattr(layer, "static_padding"):
+                continue
+            options = {"groups": layer.groups, "bias": layer.bias is not None}
+            sides = (layer.kernel_size, tuple(layer.stride), layer.padding, layer.dilation)
+            plain = nn.Conv2d(layer.in_channels, layer.out_channels, *sides, **options)
+            plain.load_state_dict(layer.state_dict())
+            pads = isinstance(layer.static_padding, nn.ZeroPad2d)
+            setattr(parent, name, nn.Sequential(layer.static_padding, plain) if pads else plain)
 
 
 TOOLS = {"nncf": ("nncf", by_nncf), "mct": ("model-compression-toolkit", by_mct)}
