@@ -26,6 +26,7 @@ def quantize(
     target: str | None = None,
     ranges: str | None = None,
     bias_correction: bool | None = None,
+    equalise: bool | None = None,
     keep_float: str | Sequence[str] = (),
     quantizer: str | Mapping[str, Any] | Quantizer = "onnxruntime",
     compare: ImagesLike | None = None,
@@ -55,6 +56,7 @@ def quantize(
             ``arm``, ``tensorrt``, or ``auto`` for this machine's.
         ranges: of activations: ``minmax``, ``mse`` or ``logits``.
         bias_correction: take back what rounding weights does to the mean of outputs; the default.
+        equalise: make the ranges of channels between two layers alike first.
         keep_float: names of layers that stay in float, with ``*``; or ``"auto"``.
         quantizer: of another runtime, by name or with its options; the keywords above are options
             of ``onnxruntime``.
@@ -72,15 +74,21 @@ def quantize(
         evaluation: labelled images to report accuracy on.
         allow_foreign: take dreams of another network as ``images``.
         **options: of the application, as in a recipe (``dreamkit show applications quantize``),
-            e.g. ``calibration_images=128, max_disagreement=0.05``. With ``after={"name": "prune",
-            ...}`` the network is pruned first, and the result has the ``student``.
+            e.g. ``calibration_images=128, max_disagreement=0.05``. ``training={"steps": 200}``
+            trains in integers on the images. With ``after={"name": "prune", ...}`` the network is
+            pruned first, and the result has the ``student``.
 
     Raises:
         DreamkitError: the network, the images or an option cannot be used; the message names it.
     """
     if isinstance(model, str | Path):
         model = load_student(model)
-    said = {"target": target, "ranges": ranges, "bias_correction": bias_correction}
+    said = {
+        "target": target,
+        "ranges": ranges,
+        "bias_correction": bias_correction,
+        "equalise": equalise,
+    }
     said = {name: value for name, value in said.items() if value is not None}
     chosen = {"name": quantizer} if isinstance(quantizer, str) else quantizer
     if said and not isinstance(chosen, Mapping):

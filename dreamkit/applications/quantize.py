@@ -21,6 +21,7 @@ from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.keeping_float import kept_for_effect
 from dreamkit.stages.opening import check_dreamed, opened
 from dreamkit.stages.quantized_file import Finished, keep_file, measure_file, time_file
+from dreamkit.stages.quantization_aware import QuantizationAwareTraining, trained_in_integers
 from dreamkit.stages.quantizing import (
     NOISE,
     Workbench,
@@ -28,9 +29,11 @@ from dreamkit.stages.quantizing import (
     calibration_parts,
     hash_images,
     neighbour_correlation,
+    training_parts,
 )
 from dreamkit.stages.samples import LEAST, Parts
 from dreamkit.store.source import is_own_dreams
+from dreamkit.training.batches import Subset
 from dreamkit.types import (
     Application,
     Images,
@@ -65,6 +68,9 @@ class Quantize(Application):
         keep_float: layers that stay in float, by name, ``*`` for any part of one; or ``auto``:
             those that change the outputs most, as measured, within ``float_budget``.
         float_budget: how much longer a pass may take for ``keep_float: auto``, a share.
+        training: train in integers on the images, taught by float, with the integers simulated
+            (LSQ: Esser et al., ICLR 2020); null does not. A quarter of the images is kept for
+            comparing.
         max_disagreement: share of unseen images that float and the file may put into other
             classes; if it is more, the file is kept and the run fails.
         latency_batches: images in a pass that is timed, each on one thread and on all; none times
@@ -78,6 +84,7 @@ class Quantize(Application):
     compare: Annotated[ImageSource | None, EntryOf("sources")] = None
     keep_float: Literal["auto"] | tuple[str, ...] = ()
     float_budget: Annotated[float, Field(ge=0)] = 0.1
+    training: QuantizationAwareTraining | None = None
     max_disagreement: Annotated[float, Field(ge=0, le=1)] = 0.1
     latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 32)
 
@@ -116,7 +123,7 @@ class Quantize(Application):
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
-        """Dream, make the student if there is to be one, calibrate, write, measure."""
+        """Dream, make the student if there is to be one, calibrate, train, write, measure."""
         note = context.log.note
         further = None
         if self.compare is not None:
@@ -132,12 +139,20 @@ class Quantize(Application):
                 outcome = _made_by(self.after, teacher, images, context)
         whole, network = outcome.images, outcome.student or teacher
         assert whole is not None  # both ways saw to it
-        parts = calibration_parts(whole, self.calibration_images, context.seed)
-        calibration = self._describe(parts, context)
+        if self.training is None:
+            parts = calibration_parts(whole, self.calibration_images, context.seed)
+        else:
+            parts = training_parts(whole, context.seed)
+        some = Subset(parts.fitted, list(range(min(len(parts.fitted), self.calibration_images))))
+        calibration = self._describe(some, parts, context)
         with tempfile.TemporaryDirectory(prefix="dreamkit-") as scratch:
-            bench = calibrated(network, self.quantizer, parts.fitted, Path(scratch), context)
+            bench = calibrated(network, self.quantizer, some, Path(scratch), context)
             kept = self._kept(bench)
-            path = bench.write(kept)
+            if self.training is None:
+                path = bench.write(kept)
+            else:
+                bench = trained_in_integers(bench, kept, parts.fitted, self.training)
+                path = bench.write(())
             name = "teacher" if outcome.student is None else "student"
             finished = measure_file(bench, name, path, kept, parts, further)
             time_file(bench, path, self.latency_batches)
@@ -145,9 +160,9 @@ class Quantize(Application):
         self._judge(finished, parts, context)
         return outcome
 
-    def _describe(self, parts: Parts, context: RunContext) -> dict[str, Any]:
+    def _describe(self, some: Images, parts: Parts, context: RunContext) -> dict[str, Any]:
         """Return what the JSON says of the calibration images, and note what is wrong with them."""
-        correlation = neighbour_correlation(parts.fitted)
+        correlation = neighbour_correlation(some)
         if correlation < NOISE:
             context.log.note(
                 f"the calibration images look like noise (neighbouring pixels correlate by "
@@ -155,18 +170,23 @@ class Quantize(Application):
                 "suffers more than agreement on noise tells. Calibrate on dreams, or on images"
             )
         if parts.apart:
+            trained = f", trained on {len(parts.fitted)}" if self.training is not None else ""
             context.log.note(
-                f"calibrated on {len(parts.fitted)} images, and compared with float on "
+                f"calibrated on {len(some)} images{trained}, and compared with float on "
                 f"{len(parts.compared)} others"
             )
         else:
+            done, share = (
+                ("calibrated", "a half") if self.training is None else ("trained", "a quarter")
+            )
+            least = 2 * LEAST if self.training is None else 4 * LEAST
             context.log.note(
                 f"of {len(parts.fitted)} images none are left to compare on: agreement with float "
-                f"is measured on what was calibrated on. Of {2 * LEAST} and more a half is left"
+                f"is measured on what was {done} on. Of {least} and more {share} is left"
             )
         return {
-            "images": len(parts.fitted),
-            "sha256": hash_images(parts.fitted),
+            "images": len(some),
+            "sha256": hash_images(some),
             "neighbour_correlation": correlation,
         }
 

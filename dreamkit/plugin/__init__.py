@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         Saved,
         Selection,
         SelectionStep,
+        Simulation,
         StoredImages,
         Synthesis,
         Synthesizer,
@@ -120,7 +121,7 @@ __all__ = [  # noqa: RUF022
     "Estimate", "FileLook", "Images", "IncrementalStep", "InversionStep", "Labelled",
     "LatencyTable", "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep",
     "Outcome", "PruningStep", "Quantization", "QuantizationStep", "RunContext", "RunLog", "Saved",
-    "SelectionStep", "StoredImages", "Synthesis", "Teacher", "Timing", "Watchable",
+    "SelectionStep", "Simulation", "StoredImages", "Synthesis", "Teacher", "Timing", "Watchable",
     # What applications are made with.
     "images_of",
     # Events.

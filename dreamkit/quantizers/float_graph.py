@@ -108,6 +108,11 @@ class FloatGraph:
         (found,) = (t for t in self.proto.graph.initializer if t.name == name)
         return torch.from_numpy(np.array(self._numpy.to_array(found)))
 
+    def replace_constant(self, name: str, value: Tensor) -> None:
+        """Give a tensor that does not depend on the images other values."""
+        (found,) = (t for t in self.proto.graph.initializer if t.name == name)
+        found.CopyFrom(self._numpy.from_array(value.contiguous().numpy(), name))
+
     def attributes(self, layer: Layer) -> dict[str, Any]:
         """Return the attributes of a layer's operator."""
         (node,) = (node for node in self.proto.graph.node if node.name == layer.node)

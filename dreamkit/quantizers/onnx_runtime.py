@@ -13,6 +13,12 @@ from torch import Tensor
 from dreamkit.errors import DreamkitError, import_extra
 from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.quantizers.bias_correction import MeanInputs, corrected, corrections
+from dreamkit.quantizers.equalisation import (
+    ChannelRanges,
+    equalise_activations,
+    equalise_weights,
+    pairs_of,
+)
 from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.qdq_file import OnnxQuantization
 from dreamkit.quantizers.ranges import Histograms, MinMax, least_error
@@ -41,12 +47,15 @@ class OnnxQuantizer(Quantizer):
             for the whole network, what changes the outputs least.
         bias_correction: take back what rounding weights does to the mean of a layer's outputs
             (Nagel et al., ICCV 2019).
+        equalise: make the ranges of channels between two layers alike, in float, before anything is
+            rounded (the same paper, section 4.1); where only a ``Relu`` or the like is between.
     """
 
     target: Target = "portable"
     per_channel: bool = True
     ranges: Literal["minmax", "mse", "logits"] = "minmax"
     bias_correction: bool = True
+    equalise: bool = False
 
     suffix = ".int8.onnx"
 
@@ -70,6 +79,8 @@ class OnnxQuantizer(Quantizer):
         """
         if not graph.layers:
             raise DreamkitError("the network has no layer with weights that could be integers")
+        if self.equalise:
+            graph = _equalised(graph, step, self.per_channel)
         return _Calibration(self, graph, step).done()
 
     def load(
@@ -89,6 +100,25 @@ class OnnxQuantizer(Quantizer):
                 "here, and what is measured without saturation is what it does on one that has it"
             )
         return None
+
+
+def _equalised(graph: FloatGraph, step: QuantizationStep, per_channel: bool) -> FloatGraph:
+    """Return a graph of the same outputs whose channels have ranges alike."""
+    graph = FloatGraph(graph.serialised())
+    pairs = pairs_of(graph)
+    if not pairs:
+        step.note(
+            "equalise has no effect: no two layers have nothing but a Relu or the like between"
+        )
+    elif per_channel:
+        channels = ChannelRanges(pairs)
+        parts = (part for batch in step.batches() for part in batch.split(WATCHED))
+        for values in values_of(graph.proto, channels.tensors, parts):
+            channels.see(values)
+        equalise_activations(graph, pairs, channels.ranges)
+    else:
+        equalise_weights(graph, pairs)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -120,6 +150,7 @@ class _Calibration:
                 "processor": this_processor().describe(),
                 "range_choice": "minmax",
                 "bias_correction": options.bias_correction,
+                "equalise": options.equalise,
             },
         )
         if options.ranges != "minmax":

@@ -21,6 +21,7 @@ from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.float_layers import put_back
 from dreamkit.quantizers.ranges import Range
 from dreamkit.quantizers.signal_to_noise import computed_in_float, read_back, signal_to_noise
+from dreamkit.quantizers.simulation import SimulatedNetwork
 from dreamkit.quantizers.targets import Numbers
 from dreamkit.quantizers.watching import WATCHED, values_of
 from dreamkit.types import FileLook, Quantization
@@ -121,6 +122,16 @@ class OnnxQuantization(Quantization):
         file.unlink()
         strip_traces(made)
         return made
+
+    def simulated(self, keep_float: Collection[str] = ()) -> SimulatedNetwork:
+        """Return what the file computes as a network that can be trained."""
+        weights = {f"{ly.weight}_quantized": ly.weight for ly in self.graph.layers}
+        return SimulatedNetwork(
+            self.proto(keep_float),
+            {integers: self.graph.constant(name) for integers, name in weights.items()},
+            64 if self.numbers.weight_bits == 7 else 127,
+            self,
+        )
 
     def rounded_weights(self) -> dict[str, Tensor]:
         """Return the weights that the file in integers has, times their scales, by tensor."""

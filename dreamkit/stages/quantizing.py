@@ -77,6 +77,22 @@ def calibration_parts(images: Images, count: int, seed: int) -> Parts:
     return Parts(Subset(images, fitted), Subset(images, sorted(compared[:COMPARED])), apart)
 
 
+def training_parts(images: Images, seed: int) -> Parts:
+    """Return images to train in integers on, and a quarter that files are compared with float on.
+
+    Of fewer than ``4 * LEAST`` none are kept for comparing.
+
+    Args:
+        images: all that there are.
+        seed: the run's.
+    """
+    order = torch.randperm(len(images), generator=stream(seed, "calibration")).tolist()
+    held = min(COMPARED, len(images) // 4)
+    apart = held >= LEAST
+    fitted, compared = (order[held:], order[:held]) if apart else (order, order[:COMPARED])
+    return Parts(Subset(images, fitted), Subset(images, sorted(compared)), apart)
+
+
 def hash_images(images: Images) -> str:
     """Return the SHA-256 of stored images, in order."""
     digest = hashlib.sha256()

@@ -57,7 +57,13 @@ from dreamkit.types.pruning import (
     Selection,
     SelectionStep,
 )
-from dreamkit.types.quantization import FileLook, Quantization, QuantizationStep, Quantizer
+from dreamkit.types.quantization import (
+    FileLook,
+    Quantization,
+    QuantizationStep,
+    Quantizer,
+    Simulation,
+)
 from dreamkit.types.runs import Application, Outcome, RunContext, RunLog
 from dreamkit.types.tracking import Tracker
 
@@ -113,6 +119,7 @@ __all__ = [
     "Saved",
     "Selection",
     "SelectionStep",
+    "Simulation",
     "StoredImages",
     "Synthesis",
     "Synthesizer",

@@ -46,6 +46,14 @@ class FileLook:
     in_float: Mapping[str, int] = field(default_factory=dict)
 
 
+class Simulation(nn.Module, ABC):
+    """What a file in integers computes, with gradients: normalised images to outputs (N, K)."""
+
+    @abstractmethod
+    def trained(self) -> Quantization:
+        """Return the network in integers as it has become."""
+
+
 class Quantization(ABC):
     """A network whose ranges are known: it can be written with more layers in integers or fewer."""
 
@@ -66,6 +74,14 @@ class Quantization(ABC):
     @abstractmethod
     def write_float(self, path: Path) -> None:
         """Write the network in float for the same runtime, to be compared with."""
+
+    def simulated(self, keep_float: Collection[str] = ()) -> Simulation | None:
+        """Return what the file computes as a network that can be trained; None if there is none.
+
+        Args:
+            keep_float: those of ``layers`` that stay in float.
+        """
+        return None
 
     def look(self, path: Path, images: Tensor) -> FileLook:
         """Return how much noise integers make of every layer, and what stayed in float.
