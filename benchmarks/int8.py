@@ -42,6 +42,7 @@ from dreamkit.training.batches import drawn
 from dreamkit.types import Images, Quantization, QuantizationStep, Quantizer, Teacher
 
 PLAIN: dict[str, Any] = {"bias_correction": False}
+ONE_SCALE = {"name": "onnxruntime", "per_channel": False}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "noise": ("noise", PLAIN),
     "noise + bias correction": ("noise", {}),
@@ -52,6 +53,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dreams + ranges: mse": ("dreams", {**PLAIN, "ranges": "mse"}),
     "dreams + ranges: logits": ("dreams", {**PLAIN, "ranges": "logits"}),
     "dreams + keep_float: auto": ("dreams", {**PLAIN, "keep_float": "auto"}),
+    "dreams + equalise": ("dreams", {**PLAIN, "equalise": True}),
+    "dreams + bias correction, equalise": ("dreams", {"equalise": True}),
+    "dreams + bias correction, training": ("dreams", {"training": {"steps": 200}}),
+    "dreams, one scale for all weights": ("dreams", {**PLAIN, "quantizer": ONE_SCALE}),
+    "dreams, one scale, equalise": ("dreams", {**PLAIN, "quantizer": ONE_SCALE, "equalise": True}),
+    "dreams, one scale, bias correction": ("dreams", {"quantizer": ONE_SCALE}),
+    "dreams, one scale, bias correction, equalise": (
+        "dreams",
+        {"quantizer": ONE_SCALE, "equalise": True},
+    ),
+    "dreams, one scale, bias correction, training": (
+        "dreams",
+        {"quantizer": ONE_SCALE, "training": {"steps": 200}},
+    ),
     "dreams + all three, ranges: logits": ("dreams", {"ranges": "logits", "keep_float": "auto"}),
     "dreams, target: vnni": ("dreams", {**PLAIN, "target": "vnni"}),
     "dreams + bias correction, target: vnni": ("dreams", {"target": "vnni"}),

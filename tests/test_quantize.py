@@ -90,6 +90,19 @@ def test_its_recipe_says_what_was_done(made):
     assert "name: onnxruntime" in recipe
 
 
+def test_what_is_trained_in_integers_agrees_with_float(digits, dreams):
+    options = {**QUICK, "target": "portable", "equalise": True, "calibration_images": 16}
+    before = {name: value.clone() for name, value in digits.model.state_dict().items()}
+    found = quantize(digits, dreams, training={"steps": 20, "lr": 1e-3}, **options)
+    for name, value in digits.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert found.metrics["int8.agreement"] >= 0.97
+    assert found.metrics["training.steps"] == 20
+    told = found.about["quantization"]
+    assert (told["trained"], told["equalise"]) == ("LSQ", True)
+    assert "steps: 20" in found.to_recipe()
+
+
 def test_a_students_folder_does_as_the_model(digits, dreams, tmp_path):
     write_artifact(tmp_path / "run" / "student", digits.model, digits.card, digits.builder, {})
     found = quantize(tmp_path / "run", dreams, out=tmp_path / "out", allow_foreign=True, **QUICK)
@@ -124,6 +137,10 @@ def test_a_student_that_is_made_first_is_handed_back(digits, dreams, tmp_path):
         ({"quantizer": OnnxQuantizer(), "target": "arm"}, "^target: leave it out"),
         ({"keep_float": ["layer9*"]}, r"^keep_float: no layer 'layer9\*'"),
         ({"calibration_images": 0}, "calibration_images"),
+        ({"equalise": "yes"}, "equalise"),
+        ({"training": {"steps": 0}}, "training.steps"),
+        ({"training": {"precision": "bfloat16"}}, "training.precision"),
+        ({"training": {"features": 1}}, "training.features: set it to 0"),
         ({"max_disagreement": 2}, "max_disagreement"),
     ],
 )

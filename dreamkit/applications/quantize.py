@@ -20,8 +20,8 @@ from dreamkit.registry import EntryOf
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.keeping_float import kept_for_effect
 from dreamkit.stages.opening import check_dreamed, opened
-from dreamkit.stages.quantized_file import Finished, keep_file, measure_file, time_file
 from dreamkit.stages.quantization_aware import QuantizationAwareTraining, trained_in_integers
+from dreamkit.stages.quantized_file import Finished, keep_file, measure_file, time_file
 from dreamkit.stages.quantizing import (
     NOISE,
     Workbench,

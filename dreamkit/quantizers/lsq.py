@@ -51,8 +51,8 @@ class LearnedStep(nn.Module):
 
     def _over(self, values: Tensor, numbers: Tensor) -> Tensor:
         """Return numbers of channels in a shape that spreads over the values."""
-        if numbers.dim() == 0:
-            return numbers
+        if numbers.numel() == 1:
+            return numbers.reshape(())
         shape = [1] * values.dim()
         shape[self.axis] = -1
         return numbers.view(shape)

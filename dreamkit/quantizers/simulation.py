@@ -90,7 +90,7 @@ class SimulatedNetwork(Simulation):
                 step = self._step(op.inputs[1])
                 new[op.inputs[1]] = step.step
                 if source not in self._held:
-                    zero, size = float(step.zero), float(step.step)
+                    zero, size = float(step.zero), float(step.step.detach())
                     ranges[source] = (step.low - zero) * size, (step.high - zero) * size
             elif op.kind == _DEQUANTIZE and source in self._step_of:
                 step = self._step(source)
@@ -103,7 +103,14 @@ class SimulatedNetwork(Simulation):
         for tensor in file.graph.initializer:
             if tensor.name in new:
                 before = onnx.numpy_helper.to_array(tensor)
-                value = new[tensor.name].detach().cpu().numpy().astype(before.dtype)
+                value = (
+                    new[tensor.name]
+                    .detach()
+                    .cpu()
+                    .numpy()
+                    .astype(before.dtype)
+                    .reshape(before.shape)
+                )
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
         return _Trained(self._untrained, file, ranges)
 
@@ -122,7 +129,8 @@ class SimulatedNetwork(Simulation):
         of_data = self._step(data[1]).step.detach()
         least = value.abs() / of_data / _ROOM
         with torch.no_grad():  # a channel of hardly any weight has the scale that its bias needs
-            step.step.copy_(torch.maximum(step.step, least if step.step.dim() else least.amax()))
+            least = least if step.step.numel() > 1 else least.amax()
+            step.step.copy_(torch.maximum(step.step, least))
         scale = of_data * step.step.detach()
         return {
             weight[1]: step.step,
@@ -238,10 +246,8 @@ def _operator(node: Any, helper: Any) -> Operator:
 def _dequantized(op: Operator, found: Mapping[str, Tensor]) -> Tensor:
     """Return integers of a file times their scale."""
     integers, scale = found[op.inputs[0]].float(), found[op.inputs[1]]
-    shape = [1] * integers.dim()
-    if scale.dim() == 1 and integers.dim() > 0:
-        shape[op.attributes.get("axis", 1)] = -1
     zero = found[op.inputs[2]].float() if len(op.inputs) > 2 else torch.zeros_like(scale)
-    return (integers - zero.view(shape) if zero.dim() else integers - zero) * (
-        scale.view(shape) if scale.dim() else scale
-    )
+    shape = [1] * integers.dim()
+    if scale.numel() > 1:
+        shape[op.attributes.get("axis", 1)] = -1
+    return (integers - zero.reshape(shape)) * scale.reshape(shape)

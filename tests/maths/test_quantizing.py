@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -15,12 +16,14 @@ from dreamkit.errors import ArtifactError, DreamkitError, OptionError
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.report.tables import noise_line, quantization_rows
 from dreamkit.stages.keeping_float import effects
+from dreamkit.stages.quantization_aware import QuantizationAwareTraining
 from dreamkit.stages.quantized_file import check_quantized
 from dreamkit.stages.quantizing import (
     calibrated,
     calibration_parts,
     hash_images,
     neighbour_correlation,
+    training_parts,
 )
 from dreamkit.store.source import Dreams
 from dreamkit.types import (
@@ -29,6 +32,7 @@ from dreamkit.types import (
     Outcome,
     Quantization,
     Quantizer,
+    Simulation,
     StoredImages,
     Timing,
 )
@@ -128,6 +132,16 @@ def test_what_is_compared_on_was_not_calibrated_on(toys, images, asked, fitted, 
     assert (len(parts.fitted), len(parts.compared), parts.apart) == (fitted, compared, apart)
     assert apart == (not set(parts.fitted.chosen) & set(parts.compared.chosen))
     assert len(set(parts.fitted.chosen)) == fitted
+
+
+@pytest.mark.parametrize(
+    ("images", "fitted", "compared", "apart"),
+    [(400, 300, 100, True), (128, 96, 32, True), (127, 127, 127, False), (4000, 3488, 512, True)],
+)
+def test_what_is_compared_on_was_not_trained_on(toys, images, fitted, compared, apart):
+    parts = training_parts(toys.images(images), seed=1)
+    assert (len(parts.fitted), len(parts.compared), parts.apart) == (fitted, compared, apart)
+    assert apart == (not set(parts.fitted.chosen) & set(parts.compared.chosen))
 
 
 def test_noise_is_told_from_pictures():
@@ -259,6 +273,85 @@ def test_those_of_most_effect_stay_in_float_as_time_allows(toys, tmp_path, times
     log = run(toys, tmp_path, quantizer, keep_float="auto", float_budget=0.5)
     assert log.details["quantization"]["kept_float"] == kept
     assert list(log.details["quantization_effects"])[:2] == ["fc", "conv2"]
+
+
+# Training.
+
+
+class Scaled(Simulation):
+    """The network times what is learned, wrong by a half to begin with."""
+
+    def __init__(self, owner, model):
+        super().__init__()
+        self.model, self.owner = model.requires_grad_(False), owner
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, images):
+        return self.scale * self.model(images)
+
+    def trained(self):
+        self.owner.scale = float(self.scale)
+        return Shifting(self.owner, self.model)
+
+
+class Trains(Shifts):
+    """A quantizer that can train."""
+
+    def calibrate(self, step):
+        made = super().calibrate(step)
+        made.simulated = lambda keep_float=(): self.note_kept(keep_float, step)
+        return made
+
+    def note_kept(self, keep_float, step):
+        self.kept = keep_float
+        return Scaled(self, copy.deepcopy(step.model))
+
+
+def test_training_is_taught_by_float_on_what_is_not_compared_on(toys, tmp_path):
+    quantizer = Trains()
+    log = run(
+        toys,
+        tmp_path,
+        quantizer,
+        count=200,
+        training=QuantizationAwareTraining(steps=80, lr=0.05, temperature=1.0),
+        keep_float=("conv1",),
+        calibration_images=40,
+    )
+    assert 0.9 < quantizer.scale < 1.1
+    assert sum(quantizer.seen) == 40
+    assert quantizer.kept == ("conv1",)
+    assert quantizer.calls == [()]  # which layers stay is settled before the training
+    assert log.metrics["training.steps"] == 80
+    assert log.details["quantization"]["kept_float"] == ["conv1"]
+    note = "calibrated on 40 images, trained on 150, and compared with float on 50 others"
+    assert any(note in found for found in log.notes)
+
+
+def test_few_images_are_trained_on_and_compared_on(toys, tmp_path):
+    training = QuantizationAwareTraining(steps=1)
+    log = run(toys, tmp_path, Trains(), count=40, training=training)
+    assert any("measured on what was trained on. Of 128 and more" in note for note in log.notes)
+
+
+def test_a_quantizer_that_cannot_train_is_told(toys, tmp_path):
+    with pytest.raises(DreamkitError, match="cannot train in integers") as error:
+        run(toys, tmp_path, training=QuantizationAwareTraining(steps=1))
+    assert error.value.path == ("training",)
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_a_training_that_diverges_leaves_nothing(toys, tmp_path):
+    training = QuantizationAwareTraining(steps=20, lr=1e30)
+    with pytest.raises(DreamkitError, match="diverged") as error:
+        run(toys, tmp_path, Trains(), training=training)
+    assert error.value.path == ("training", "lr")
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_features_cannot_be_taught():
+    with pytest.raises(OptionError, match="tells of logits alone"):
+        QuantizationAwareTraining(features=1.0)
 
 
 # After another application.
