@@ -33,20 +33,28 @@ class LearnedStep(nn.Module):
         self.zero: Tensor
         self.register_buffer("zero", zero.to(step.dtype))
         self.low, self.high, self.axis, self.of_weights = low, high, axis, of_weights
+        self.reach = max(high - float(zero.max()), 1.0)
+        """Qp: how many steps there are above 0."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the nearest integers within the limits times the step."""
         number = values.numel() / (self.step.numel() if self.of_weights else len(values))
-        share = (number * max(self.high - float(self.zero.max()), 1.0)) ** -0.5
-        step = self._over(values, self.step.clamp(min=_SMALLEST))
+        share = (number * self.reach) ** -0.5
+        step = self._over(values, self.size)
         step = (step - share * step).detach() + share * step
         zero = self._over(values, self.zero)
-        cut = torch.minimum(torch.maximum(values / step, self.low - zero), self.high - zero)
-        return (cut + (cut.round() - cut).detach()) * step
+        cut = torch.clamp(values / step, self.low - zero, self.high - zero)
+        rounded: Tensor = (cut + (cut.round() - cut).detach()) * step
+        return rounded
+
+    @property
+    def size(self) -> Tensor:
+        """The step, above zero whatever it was moved to."""
+        return self.step.clamp(min=_SMALLEST)
 
     def integers(self, values: Tensor) -> Tensor:
         """Return the nearest integers within the limits, as a file has them."""
-        step, zero = self._over(values, self.step.detach()), self._over(values, self.zero)
+        step, zero = self._over(values, self.size.detach()), self._over(values, self.zero)
         return ((values / step).round() + zero).clamp(self.low, self.high)
 
     def _over(self, values: Tensor, numbers: Tensor) -> Tensor:

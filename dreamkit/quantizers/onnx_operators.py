@@ -81,7 +81,7 @@ def _conv(op: Operator, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 def _gemm(op: Operator, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     a = a.T if op.attributes.get("transA") else a
     b = b.T if op.attributes.get("transB") else b
-    product = op.attributes.get("alpha", 1.0) * (a @ b)
+    product: Tensor = op.attributes.get("alpha", 1.0) * (a @ b)
     return product if c is None else product + op.attributes.get("beta", 1.0) * c
 
 
@@ -167,7 +167,8 @@ def _slice(
 
 def _hard_sigmoid(op: Operator, x: Tensor) -> Tensor:
     slope, shift = op.attributes.get("alpha", 0.2), op.attributes.get("beta", 0.5)
-    return (slope * x + shift).clamp(0, 1)
+    found: Tensor = (slope * x + shift).clamp(0, 1)
+    return found
 
 
 _OPERATORS: Mapping[str, Callable[..., Tensor]] = {

@@ -88,13 +88,13 @@ class SimulatedNetwork(Simulation):
             source = op.inputs[0] if op.inputs else ""
             if op.kind == _QUANTIZE:
                 step = self._step(op.inputs[1])
-                new[op.inputs[1]] = step.step
+                new[op.inputs[1]] = step.size
                 if source not in self._held:
-                    zero, size = float(step.zero), float(step.step.detach())
+                    zero, size = float(step.zero), float(step.size.detach())
                     ranges[source] = (step.low - zero) * size, (step.high - zero) * size
             elif op.kind == _DEQUANTIZE and source in self._step_of:
                 step = self._step(source)
-                new[op.inputs[1]] = step.step
+                new[op.inputs[1]] = step.size
                 new[source] = step.integers(self._value(source, {}))
             if op.kind in _WEIGHTED:
                 new |= self._bias_of(op)
@@ -126,14 +126,14 @@ class SimulatedNetwork(Simulation):
         if weight[0] not in self._step_of or bias[0] not in self._learned:
             return {}
         step, value = self._step(weight[0]), self._value(bias[0], {}).detach()
-        of_data = self._step(data[1]).step.detach()
+        of_data = self._step(data[1]).size.detach()
         least = value.abs() / of_data / _ROOM
         with torch.no_grad():  # a channel of hardly any weight has the scale that its bias needs
             least = least if step.step.numel() > 1 else least.amax()
             step.step.copy_(torch.maximum(step.step, least))
-        scale = of_data * step.step.detach()
+        scale = of_data * step.size.detach()
         return {
-            weight[1]: step.step,
+            weight[1]: step.size,
             weight[0]: step.integers(self._value(weight[0], {})),
             bias[1]: scale,
             bias[0]: (value.double() / scale.double()).round(),

@@ -180,10 +180,10 @@ def test_the_file_computes_what_was_trained(toys, residual, tmp_path, options, k
     before = outputs(made, images, tmp_path, kept)
     assert noise(network(images).detach(), before) > 40
     assert noise(outputs(network.trained(), images, tmp_path), before) > 60
-    wanted = before.flip(1)  # something else altogether
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    wanted = before + torch.tensor([0.3, 0.0, -0.3]) * before.std()  # other classes for some
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     losses = []
-    for _ in range(25):
+    for _ in range(20):
         optimizer.zero_grad()
         loss = F.mse_loss(network(images), wanted)
         loss.backward()
