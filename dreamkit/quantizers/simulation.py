@@ -24,6 +24,8 @@ from dreamkit.types import FileLook, Quantization, Simulation
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+_GIVEN = "_QuantizeLinear_Input"
+"""Ending that ONNX Runtime's tools give the name of what becomes an output of the file."""
 _ROOM = 0.9 * 2**31
 """The largest integer of a bias, with some room."""
 
@@ -91,7 +93,8 @@ class SimulatedNetwork(Simulation):
                 new[op.inputs[1]] = step.size
                 if source not in self._held:
                     zero, size = float(step.zero), float(step.size.detach())
-                    ranges[source] = (step.low - zero) * size, (step.high - zero) * size
+                    name = source.removesuffix(_GIVEN)
+                    ranges[name] = (step.low - zero) * size, (step.high - zero) * size
             elif op.kind == _DEQUANTIZE and source in self._step_of:
                 step = self._step(source)
                 new[op.inputs[1]] = step.size

@@ -290,12 +290,21 @@ class Scaled(Simulation):
         return self.scale * self.model(images)
 
     def trained(self):
-        self.owner.scale = float(self.scale)
+        self.owner.scale = float(self.scale.detach())
         return Shifting(self.owner, self.model)
+
+
+class Breaks(Scaled):
+    """What it returns is no number once anything was learned."""
+
+    def forward(self, images):
+        return super().forward(images) * torch.where(self.scale == 0.5, 1.0, torch.nan)
 
 
 class Trains(Shifts):
     """A quantizer that can train."""
+
+    simulation = Scaled
 
     def calibrate(self, step):
         made = super().calibrate(step)
@@ -304,7 +313,7 @@ class Trains(Shifts):
 
     def note_kept(self, keep_float, step):
         self.kept = keep_float
-        return Scaled(self, copy.deepcopy(step.model))
+        return self.simulation(self, copy.deepcopy(step.model))
 
 
 def test_training_is_taught_by_float_on_what_is_not_compared_on(toys, tmp_path):
@@ -342,9 +351,10 @@ def test_a_quantizer_that_cannot_train_is_told(toys, tmp_path):
 
 
 def test_a_training_that_diverges_leaves_nothing(toys, tmp_path):
-    training = QuantizationAwareTraining(steps=20, lr=1e30)
+    quantizer = Trains()
+    quantizer.simulation = Breaks
     with pytest.raises(DreamkitError, match="diverged") as error:
-        run(toys, tmp_path, Trains(), training=training)
+        run(toys, tmp_path, quantizer, training=QuantizationAwareTraining(steps=5))
     assert error.value.path == ("training", "lr")
     assert not (tmp_path / "quantized").exists()
 
