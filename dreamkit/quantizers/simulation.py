@@ -78,6 +78,8 @@ class SimulatedNetwork(Simulation):
                 there[op.output] = value if number is None else self._steps[number](value)
             else:
                 values = [self._value(name, there) if name else None for name in op.inputs]
+                if (parts := self._integer_parts(op)) is not None:
+                    values[2] = self._rounded_bias(*parts)
                 there[op.output] = op.run(*values)
         return there[self._output]
 
@@ -122,12 +124,9 @@ class SimulatedNetwork(Simulation):
 
         Their scale is the product of the other two's. A runtime takes it for that.
         """
-        parts = [self._makers.get(name) for name in op.inputs]
-        if len(parts) < 3 or any(part is None or part.kind != _DEQUANTIZE for part in parts):
+        if (found := self._integer_parts(op)) is None:
             return {}
-        data, weight, bias = (part.inputs for part in parts if part is not None)
-        if weight[0] not in self._step_of or bias[0] not in self._learned:
-            return {}
+        data, weight, bias = found
         step, value = self._step(weight[0]), self._value(bias[0], {}).detach()
         of_data = self._step(data[1]).size.detach()
         least = value.abs() / of_data / _ROOM
@@ -141,6 +140,23 @@ class SimulatedNetwork(Simulation):
             bias[1]: scale,
             bias[0]: (value.double() / scale.double()).round(),
         }
+
+    def _integer_parts(self, op: Operator) -> tuple[tuple[str, ...], ...] | None:
+        """Return what a layer's input, weights and biases are dequantized of; None if not all."""
+        parts = [self._makers.get(name) for name in op.inputs] if op.kind in _WEIGHTED else []
+        if len(parts) < 3 or any(part is None or part.kind != _DEQUANTIZE for part in parts):
+            return None
+        data, weight, bias = (part.inputs for part in parts if part is not None)
+        known = weight[0] in self._step_of and bias[0] in self._learned
+        return (data, weight, bias) if known else None
+
+    def _rounded_bias(
+        self, data: tuple[str, ...], weight: tuple[str, ...], bias: tuple[str, ...]
+    ) -> Tensor:
+        """Return a layer's biases as the file has them, with the gradient that they have here."""
+        value = self._value(bias[0], {})
+        scale = (self._step(data[1]).size * self._step(weight[0]).size).detach()
+        return value + ((value / scale).round() * scale - value).detach()
 
     def _layer_constants(self, found: Mapping[str, Tensor]) -> Iterator[str]:
         """Yield the constants that are layers' weights and biases, as the file has them."""

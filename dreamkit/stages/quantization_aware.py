@@ -25,7 +25,7 @@ class QuantizationAwareTraining(Distillation):
     """
 
     steps: Annotated[int, Field(ge=1)] | None = 200
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=2)] = 32
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     precision: Literal["float32"] = "float32"
