@@ -31,6 +31,7 @@ LAYERS = (
         "devices",
         "joined_images",
         "onnx_model",
+        "onnx_int8",
     },
     {
         *(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamkit.errors import DreamkitError, import_extra
+from dreamkit.onnx_int8 import NUMBERS
 from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.quantizers.bias_correction import MeanInputs, corrected, corrections
 from dreamkit.quantizers.equalisation import (
@@ -22,7 +23,7 @@ from dreamkit.quantizers.equalisation import (
 from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.qdq_file import OnnxQuantization
 from dreamkit.quantizers.ranges import Histograms, MinMax, least_error
-from dreamkit.quantizers.targets import NUMBERS, Target, this_processor
+from dreamkit.quantizers.targets import Target, this_processor
 from dreamkit.quantizers.watching import WATCHED, values_of
 from dreamkit.types import Quantization, QuantizationStep, Quantizer
 

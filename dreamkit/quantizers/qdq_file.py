@@ -1,34 +1,26 @@
-"""A network in ONNX with quantize and dequantize operators (QDQ), by ONNX Runtime's tools."""
+"""A network in ONNX and the ranges of its activations, to be written in integers."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError, import_extra
-from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession, strip_traces
+from dreamkit.errors import import_extra
+from dreamkit.onnx_int8 import Numbers, computed_in_float, in_integers
+from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession
 from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.float_layers import put_back
 from dreamkit.quantizers.ranges import Range
-from dreamkit.quantizers.signal_to_noise import computed_in_float, read_back, signal_to_noise
+from dreamkit.quantizers.signal_to_noise import read_back, signal_to_noise
 from dreamkit.quantizers.simulation import SimulatedNetwork
-from dreamkit.quantizers.targets import Numbers
 from dreamkit.quantizers.watching import WATCHED, values_of
 from dreamkit.types import FileLook, Quantization
-from dreamkit.wording import one_line
-
-_TENSORRT = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
-"""It joins other operators with these itself."""
 
 
 @dataclass(frozen=True)
@@ -80,48 +72,14 @@ class OnnxQuantization(Quantization):
     @cached_property
     def _in_integers(self) -> Any:
         """The network with every layer in integers."""
-        onnx = import_extra("onnx", "onnx")
-        tools = import_extra("onnxruntime.quantization", "onnx")
         graph = FloatGraph(self.graph.serialised())
         for layer in self.graph.layers:
             if layer.node in self.shifts:
                 graph.shift_bias(layer, self.shifts[layer.node])
-        numbers = self.numbers
-        kind = tools.QuantType.QInt8 if numbers.signed_activations else tools.QuantType.QUInt8
-        ranges = {
-            name: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
-            for name, (low, high) in self.ranges.items()
-        }
-        extra: dict[str, Any] = {"TensorQuantOverrides": ranges}
-        operators = None
-        extra["ActivationSymmetric"] = numbers.symmetric
-        if numbers.pairs_on_weights:
-            operators = _TENSORRT
-            extra |= {
-                "AddQDQPairToWeight": True,
-                "DedicatedQDQPair": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": _TENSORRT,
-            }
-        file = self.folder / "quantized.onnx"
-        with _quietly():
-            tools.quantize_static(
-                graph.proto,
-                file,
-                # It insists on calibrating, but every range is given.
-                _OneImage(graph.tensors[0], graph.black_image()),
-                quant_format=tools.QuantFormat.QDQ,
-                op_types_to_quantize=operators,
-                per_channel=self.per_channel,
-                reduce_range=numbers.weight_bits == 7,
-                activation_type=kind,
-                weight_type=tools.QuantType.QInt8,
-                extra_options=extra,
-            )
-        made = onnx.load_model(file)
-        file.unlink()
-        strip_traces(made)
-        return made
+        image = graph.black_image()
+        return in_integers(
+            graph.proto, self.numbers, self.per_channel, image, self.ranges, self.folder
+        )
 
     def simulated(self, keep_float: Collection[str] = ()) -> SimulatedNetwork:
         """Return what the file computes as a network that can be trained."""
@@ -178,33 +136,3 @@ class OnnxQuantization(Quantization):
             **self.told,
             "ranges": {name: list(self.ranges[name]) for name in self.graph.ranged},
         }
-
-
-class _OneImage:
-    """A calibration set of one image.
-
-    Args:
-        name: of the model's input.
-        image: normalised (1, C, H, W).
-    """
-
-    def __init__(self, name: str, image: Tensor) -> None:
-        self._left = [{name: image.numpy()}]
-
-    def get_next(self) -> dict[str, Any] | None:
-        """Return the image, and then None."""
-        return self._left.pop() if self._left else None
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep ONNX Runtime's tools from writing to the standard output and the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(StringIO()):
-            yield
-    except Exception as error:
-        raise DreamkitError(f"ONNX Runtime cannot quantise it: {one_line(error)}") from error
-    finally:
-        logging.disable(before)

@@ -1,17 +1,13 @@
-"""What integers do to the outputs of layers, and which operators there are none for."""
+"""What integers do to the outputs of layers."""
 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dreamkit.errors import import_extra
 from dreamkit.quantizers.watching import values_of
 
 
@@ -52,29 +48,3 @@ def signal_to_noise(
 def decibels(signal: float, noise: float) -> float:
     """Return a ratio of powers in dB; 999 where there is no noise."""
     return 10 * math.log10(max(signal, 1e-30) / noise) if noise > 0 else 999.0
-
-
-def computed_in_float(path: Path) -> dict[str, int]:
-    """Return how many operators of each type ONNX Runtime computes in float, once it has joined
-    what it can: those that see what was dequantized.
-
-    Args:
-        path: of a file in integers.
-    """
-    runtime, onnx = import_extra("onnxruntime", "onnx"), import_extra("onnx", "onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        options.optimized_model_filepath = str(optimised)
-        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load_model(optimised).graph
-    floats, counts = {value.name for value in graph.input}, Counter[str]()
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            floats |= set(node.output)
-        elif node.op_type != "QuantizeLinear" and floats & set(node.input):
-            floats |= set(node.output)
-            counts[node.op_type] += 1
-    return dict(counts)

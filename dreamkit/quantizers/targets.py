@@ -1,42 +1,14 @@
-"""The processors that an INT8 file may meet, and how each wants its numbers."""
+"""The processors that an INT8 file may meet."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 Target = Literal["portable", "vnni", "arm", "tensorrt", "auto"]
 _VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """How weights and activations are written.
-
-    Args:
-        weight_bits: 8, or 7 where pairs of products of bytes are added in 16 bits, as x86 without
-            VNNI does: 2·255·64 fits, 2·255·127 does not.
-        signed_activations: bytes from -128 to 127, or else from 0 to 255.
-        symmetric: activations have no zero point: their range is as far below zero as above it.
-        pairs_on_weights: weights stay in float, with a quantize and a dequantize operator.
-    """
-
-    weight_bits: int = 8
-    signed_activations: bool = False
-    symmetric: bool = False
-    pairs_on_weights: bool = False
-
-
-NUMBERS: Mapping[str, Numbers] = {
-    "portable": Numbers(weight_bits=7),
-    "vnni": Numbers(),
-    # Its kernels ask for weights without a zero point; of activations any will do.
-    "arm": Numbers(signed_activations=True),
-    "tensorrt": Numbers(signed_activations=True, symmetric=True, pairs_on_weights=True),
-}
 
 
 @dataclass(frozen=True)
