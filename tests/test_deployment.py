@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import dreamkit
-from dreamkit.bench.latency_tables import build_for, check_for
+from dreamkit.bench.latency_tables import _measured_by, build_for, check_for
 from dreamkit.card import Card
 from dreamkit.deploy import exporting
 from dreamkit.deploy.formats import TorchScript
 from dreamkit.errors import DreamkitError
 from dreamkit.latency.sampling import mean_times, repeated_times
+from dreamkit.latency.onnx_runtime import OnnxRuntime
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.stages.measuring import time_models
@@ -122,7 +123,7 @@ def test_a_table_is_held_against_networks_on_whatever_measured_it(tmp_path, caps
     registries, path = build_registries(), tmp_path / "t.json"
     registries["latency_backends"].register("a-board", Counted, "someone")
     digits = load_named(registries, "--teacher", DIGITS, "null")
-    build_for(registries, digits, path, "a-board", 2, None, 0.75, Console())
+    build_for(registries, digits, path, "a-board", {"batch_size": 2}, 0.75, Console())
     check_for(registries, digits, path, 3, 0, 1.0, Console())
     assert re.search(r"R² 0\.99|R² 1\.0", capsys.readouterr().out)
     with pytest.raises(DreamkitError, match=r"on another target .*board mine there, None here"):
@@ -243,6 +244,33 @@ def test_a_file_that_is_no_table(tmp_path, invoke, text):
     code, _, err = invoke("lut", "show", path)
     assert code == 2
     assert "cannot be read as a latency table" in err
+
+
+def test_a_table_in_integers_is_none_in_float(tmp_path, invoke):
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    path = tmp_path / "t.json"
+    build = ("lut", "build", DIGITS, "--out", path, "--least", "1", "--backend", "onnxruntime")
+    code, _, err = invoke(*build, "--threads", "1", "--dtype", "int8")
+    assert code == 0, err
+    assert json.loads(path.read_text())["target"]["dtype"] == "int8"
+    code, _, err = invoke(*build, "--threads", "1")
+    assert code == 2
+    assert "dtype int8 there, float32 here" in err
+    code, out, _ = invoke("lut", "show", path)
+    assert code == 0
+    assert "dtype: int8" in out
+    backend, _ = _measured_by(build_registries(), json.loads(path.read_text())["target"])
+    assert backend == OnnxRuntime(threads=1, dtype="int8"), "networks are timed in it too"
+
+
+def test_a_dtype_that_a_backend_does_not_have(tmp_path, invoke):
+    build = ("lut", "build", DIGITS, "--out", tmp_path / "t")
+    code, _, err = invoke(*build, "--backend", "onnxruntime", "--dtype", "int4")
+    assert code == 2
+    assert "dtype: should be float32 or int8 (got 'int4')" in err
+    code, _, err = invoke(*build, "--dtype", "int8")
+    assert code == 2
+    assert "the latency backend torch-cpu has no option 'dtype'" in err
 
 
 def test_an_unknown_backend(tmp_path, invoke):

@@ -26,6 +26,7 @@ from dreamkit.latency.table_file import read_file, read_table, table_text
 from dreamkit.plugins import added_rules
 from dreamkit.pruning.cost_model import CostModel
 from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.recipe.options import build_entry
 from dreamkit.registry import Registries, UnknownEntry
 from dreamkit.report.run_log import ConsoleLog
 from dreamkit.store.atomic import write_atomically
@@ -131,17 +132,26 @@ def build_for(
     found: Teacher,
     path: Path,
     backend: str,
-    batch_size: int | None,
-    threads: int | None,
+    options: Mapping[str, Any],
     least: float,
     console: Console,
 ) -> None:
     """Build the table of a network.
 
+    Args:
+        registries: with the backends.
+        found: the network.
+        path: of the table.
+        backend: its name.
+        options: of the backend.
+        least: share of a layer's channels that prunings leave at the least.
+        console: where progress is shown.
+
     Raises:
-        DreamkitError: there is no such backend, or the file is of another target.
+        DreamkitError: there is no such backend, it has no such option, or the file is of another
+            target.
     """
-    target = _backend(registries, backend, {"batch_size": batch_size, "threads": threads})
+    target = _backend(registries, backend, options)
     table = LookUpTable(target)
     if path.is_file():
         table = read_table(path, target, strict=True)
@@ -163,11 +173,11 @@ def _backend(registries: Registries, name: str, options: Mapping[str, Any]) -> L
     except UnknownEntry as error:
         raise DreamkitError(str(error)) from error
     known = inspect.signature(cls).parameters
-    given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
+    for key in options:
         if key not in known:
             raise DreamkitError(f"the latency backend {name} has no option '{key}'")
-    backend: LatencyBackend = cls(**given)
+    entry = {"name": name, **options}
+    backend: LatencyBackend = build_entry(registries, "latency_backends", entry)
     return backend
 
 
@@ -264,11 +274,12 @@ def _measured_by(
 
     And those that cannot be asked, with the reason.
     """
-    options = {
+    options: dict[str, Any] = {
         name: int(target[name])
         for name in ("batch_size", "threads")
         if target.get(name, "").isdecimal()
     }
+    options |= {"dtype": target["dtype"]} if "dtype" in target else {}
     found: list[tuple[int, LatencyBackend]] = []
     refused = []
     backends = registries["latency_backends"]
@@ -276,7 +287,8 @@ def _measured_by(
         try:
             cls = backends.resolve(name)
             known = inspect.signature(cls).parameters
-            backend = cls(**{key: value for key, value in options.items() if key in known})
+            entry = {"name": name, **{k: value for k, value in options.items() if k in known}}
+            backend: LatencyBackend = build_entry(registries, "latency_backends", entry)
             here = backend.describe()
         except Exception as error:  # it is anyone's code; its device or package may not be there
             refused.append(f"{name}: {error}")

@@ -90,6 +90,10 @@ def lut_build(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Use so many threads [default: all].")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Time in float32 or int8, with onnxruntime [default: float32]."),
+    ] = None,
     least: Annotated[
         float,
         typer.Option(
@@ -110,12 +114,16 @@ def lut_build(
         dreamkit lut build torchvision:resnet50 --out resnet50.json
 
         dreamkit lut build cifar:resnet20 --backend onnxruntime --threads 1 --out edge.json
+
+        dreamkit lut build cifar:resnet20 --backend onnxruntime --dtype int8 --out int8.json
     """
     from dreamkit.bench.latency_tables import build_for
 
     found, registries = load_network("NETWORK", teacher, plugin, None, preset, set_)
     try:
-        build_for(registries, found, out, backend, batch_size, threads, least, Console())
+        given = {"batch_size": batch_size, "threads": threads, "dtype": dtype}
+        options = {name: value for name, value in given.items() if value is not None}
+        build_for(registries, found, out, backend, options, least, Console())
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

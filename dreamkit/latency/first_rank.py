@@ -34,6 +34,16 @@ class FirstRank(LatencyBackend):
         """The backend's."""
         return self.backend.channel_block
 
+    @property
+    def channel_multiple(self) -> int:
+        """The backend's."""
+        return self.backend.channel_multiple
+
+    def remark(self, model: nn.Module, example: Tensor) -> str | None:
+        """Return the backend's."""
+        found = self.backend.remark(model, example) if distributed.is_first() else None
+        return distributed.broadcast(found)
+
     def describe(self) -> dict[str, str]:
         """Return what the backend's figures hold for."""
         return self.backend.describe()

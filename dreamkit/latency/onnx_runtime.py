@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from dreamkit.errors import import_extra
+from dreamkit.latency.onnx_layers import layer_as_onnx, layer_in_integers
 from dreamkit.latency.processor import processor_name
 from dreamkit.latency.sampling import alternate
-from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession, as_onnx
+from dreamkit.onnx_int8 import NUMBERS, computed_in_float, in_integers
+from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.types import LatencyBackend, Timing
 
 
 @dataclass(frozen=True)
 class OnnxRuntime(LatencyBackend):
-    """ONNX Runtime on this machine's processor, float32. Needs the extra ``onnx``.
+    """ONNX Runtime on this machine's processor. Needs the extra ``onnx``.
+
+    In ``int8`` a network is timed as the quantizer ``onnxruntime`` writes it for its target
+    ``portable``: QDQ, with a scale for each output channel of the weights. Ranges of activations
+    are those of a noise image, which changes no time. Operators that there are no integers for
+    stay in float. A layer of a look-up table is timed between activations in bytes.
 
     Args:
         batch_size: images in a forward pass.
         threads: within an operator; null leaves the choice to the runtime.
+        dtype: of weights and activations.
         warmup: untimed samples before the first.
         repeats: timed samples, of which the median counts.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 1
     threads: Annotated[int, Field(ge=1)] | None = None
+    dtype: Literal["float32", "int8"] = "float32"
     warmup: Annotated[int, Field(ge=0)] = 3
     repeats: Annotated[int, Field(ge=3)] = 15
 
     folds_norms = True
-    # What its convolutions on channels in blocks ask for; others are slower.
-    channel_block = 4
+
+    @property
+    def channel_block(self) -> int:
+        """What its convolutions on channels in blocks ask for; others are slower."""
+        return 16 if self.dtype == "int8" else 4
+
+    @property
+    def channel_multiple(self) -> int:
+        """Of bytes its kernels take 16 together, most of all those of depthwise layers."""
+        return 16 if self.dtype == "int8" else 1
 
     def describe(self) -> dict[str, str]:
         """Return processor, runtime, dtype, threads and batch size."""
@@ -43,56 +62,52 @@ class OnnxRuntime(LatencyBackend):
         return {
             "device": processor_name(),
             "runtime": f"onnxruntime {runtime.__version__}",
-            "dtype": "float32",
+            "dtype": self.dtype,
             "threads": str(self.threads or "default"),
             "batch_size": str(self.batch_size),
         }
 
     def time(self, modules: Sequence[tuple[nn.Module, Tensor]]) -> list[Timing]:
         """Time modules, each on its CPU input; samples of different modules alternate."""
-        calls = []
-        for module, x in modules:
-            layer = isinstance(module, nn.Conv2d | nn.Linear) and x.dim() in (2, 4)
-            model = layer_as_onnx(module, x) if layer else as_onnx(module, x)
-            calls.append(OnnxSession(model, self.threads, x).run)
+        calls = [OnnxSession(*self._model(*pair)).run for pair in modules]
         return alternate(calls, self.warmup, self.repeats)
 
+    def remark(self, model: nn.Module, example: Tensor) -> str | None:
+        """Return which operators of a network are timed in float, where that is not asked for."""
+        if self.dtype == "float32":
+            return None
+        counts = sorted(computed_in_float(network_in_integers(model, example)).items())
+        if not counts:
+            return None
+        listed = ", ".join(f"{name} ({number})" for name, number in counts)
+        return (
+            f"operators that are timed in float, as ONNX Runtime has no integers for them: {listed}"
+        )
 
-def layer_as_onnx(layer: nn.Module, example: Tensor) -> bytes:
-    """Return one convolution or linear layer in ONNX's format.
+    def _model(self, module: nn.Module, x: Tensor) -> tuple[bytes, int | None, Tensor]:
+        """Return a module as it is timed, the threads, and its input."""
+        layer = isinstance(module, nn.Conv2d | nn.Linear) and x.dim() in (2, 4)
+        if self.dtype == "float32":
+            model = layer_as_onnx(module, x) if layer else as_onnx(module, x)
+        elif layer:
+            model, x = layer_in_integers(module, x)
+        else:
+            model = network_in_integers(module, x)
+        return model, self.threads, x
 
-    PyTorch's exporter takes a second for what a look-up table needs hundreds of.
+
+def network_in_integers(model: nn.Module, example: Tensor) -> bytes:
+    """Return a network with all in integers that there are some for, and ranges of noise.
+
+    Args:
+        model: on the CPU.
+        example: an input, of which the shape counts.
     """
     onnx = import_extra("onnx", "onnx")
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    with torch.no_grad():
-        output = layer(example)
-    weights = {"w": layer.weight, "b": layer.bias}
-    tensors = {k: w.detach().numpy() for k, w in weights.items() if isinstance(w, Tensor)}
-    inputs = [INPUT, *tensors]
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        node = helper.make_node(
-            "Conv",
-            inputs,
-            [OUTPUT],
-            kernel_shape=list(layer.kernel_size),
-            strides=list(layer.stride),
-            pads=[*layer.padding, *layer.padding],
-            dilations=list(layer.dilation),
-            group=layer.groups,
-        )
-    else:
-        node = helper.make_node("Gemm", inputs, [OUTPUT], transB=1)
-    number = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        [node],
-        "layer",
-        [helper.make_tensor_value_info(INPUT, number, list(example.shape))],
-        [helper.make_tensor_value_info(OUTPUT, number, list(output.shape))],
-        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-    model.ir_version = 9  # what onnxruntime 1.18 reads
-    serialised: bytes = model.SerializeToString()
+    image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    exported = onnx.load_model_from_string(as_onnx(model, example))
+    proto = onnx.shape_inference.infer_shapes(exported)
+    with tempfile.TemporaryDirectory() as folder:
+        made = in_integers(proto, NUMBERS["portable"], True, image, {}, Path(folder))
+    serialised: bytes = made.SerializeToString()
     return serialised

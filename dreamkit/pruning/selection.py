@@ -17,6 +17,9 @@ from dreamkit.errors import TeacherMismatch, did_you_mean
 from dreamkit.types import ChannelGroup, Chunk, Saved, Selection, SelectionStep
 from dreamkit.wording import and_more
 
+_LEAST_CHUNKS = 4
+"""That a group has where nothing else is asked for: of fewer there is little to choose from."""
+
 
 @dataclass(frozen=True)
 class LayerLimits:
@@ -49,14 +52,16 @@ class Limits:
 
     Args:
         chunk: channels of a group that go together; what is left of a group that is pruned is a
-            multiple of it (8, 16 or 32 suit most hardware).
+            multiple of it (8, 16 or 32 suit most hardware). ``auto``: 1, or the multiple that the
+            kernels of the latency backend like, as INT8's do, halved in groups that have fewer than
+            four times as many.
         max_ratio: share of a group's original channels that may go.
         min_channels: never fewer than these are left.
         exceptions: other limits for some layers; the first that means a group counts, and what it
             leaves out is as for all other groups.
     """
 
-    chunk: Annotated[int, Field(ge=1)] = 1
+    chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     min_channels: Annotated[int, Field(ge=1)] = 2
     exceptions: tuple[LayerLimits, ...] = ()
@@ -96,11 +101,30 @@ class Limits:
                 ("exceptions", number, "layers"),
             )
 
-    def chunks(self, group: ChannelGroup, original: int) -> list[int]:
-        """Return the sizes of the chunks of a group that may go, one after the other."""
+    def chunk_of(self, original: int, multiple: int = 1) -> int:
+        """Return how many channels go together.
+
+        Args:
+            original: channels of the group before any pruning.
+            multiple: that the target's kernels like.
+        """
+        if self.chunk != "auto":
+            return self.chunk
+        while multiple > 1 and _LEAST_CHUNKS * multiple > original:
+            multiple //= 2
+        return multiple
+
+    def chunks(self, group: ChannelGroup, original: int, multiple: int = 1) -> list[int]:
+        """Return the sizes of the chunks of a group that may go, one after the other.
+
+        Args:
+            group: as it is.
+            original: its channels before any pruning.
+            multiple: that the target's kernels like.
+        """
         now, floor = group.channels, self.floor(group, original)
-        sizes = []
-        while (left := (now - 1) // self.chunk * self.chunk) >= max(floor, 1):
+        chunk, sizes = self.chunk_of(original, multiple), []
+        while (left := (now - 1) // chunk * chunk) >= max(floor, 1):
             sizes.append(now - left)
             now = left
         return sizes
@@ -111,6 +135,7 @@ def removable(
     scores: Sequence[Tensor],
     originals: Mapping[str, int],
     limits: Limits,
+    multiple: int = 1,
 ) -> list[list[Chunk]]:
     """Return each group's chunks that may go, the least important first.
 
@@ -119,12 +144,13 @@ def removable(
         scores: for each group (channels,).
         originals: channels of each group before any pruning, by name.
         limits: floors and chunk.
+        multiple: that the target's kernels like.
     """
     found = []
     for group, score in zip(groups, scores, strict=True):
         order = torch.argsort(score, stable=True)
         chunks, first = [], 0
-        for size in limits.chunks(group, originals[group.name]):
+        for size in limits.chunks(group, originals[group.name], multiple):
             taken = order[first : first + size]
             chunks.append(Chunk(group, taken.tolist(), float(score[taken].double().sum())))
             first += size

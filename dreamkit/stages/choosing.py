@@ -63,9 +63,10 @@ class Choosing:
         """
         options, budget = self.options, self.budget
         originals, limits = self.importances.originals, self.importances.limits
+        multiple = self.importances.multiple
         ranked = [group for group in groups if group.name in scores]
         ordered = [scores[group.name] for group in ranked]
-        chunks = removable(ranked, ordered, originals, limits)
+        chunks = removable(ranked, ordered, originals, limits, multiple)
         asked: list[bool] = []
         """Whether all that is lacking was asked for, once a selection asks what is."""
 
@@ -102,10 +103,10 @@ class Choosing:
         Raises:
             NothingToPrune: it is; the message names what is reachable.
         """
-        limits, budget = self.importances.limits, self.budget
+        budget = self.budget
         goals = {name: goal for name, goal in budget.goals.items() if name != "latency"}
         groups, _ = graph.groups()
-        gone = {g.name: sum(limits.chunks(g, g.channels)) for g in groups}
+        gone = {g.name: sum(self.importances.chunks(g)) for g in groups}
         forecast = budget.forecast(graph.model, groups, dict.fromkeys(goals, 1.0), goals)
         for group in groups:
             forecast.take(group, gone[group.name])

@@ -32,6 +32,7 @@ class Importances:
 
     Attributes:
         limits: floors and chunk, which the ``sensitivity`` pass may narrow.
+        multiple: of channels, that the target's kernels like.
         measured: what that pass found; None before it.
         originals: channels of each group before any pruning, by name.
         open: names of the groups that the limits do not leave alone from the start; these are
@@ -57,12 +58,21 @@ class Importances:
         self.measured: Measured | None = None
         self.originals = {group.name: group.channels for group in groups}
         self.limits: Limits = options.limits
+        self.multiple = context.latency.channel_multiple
         self.open = self._left_open()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = stream(context.seed, "criteria")
 
     def _left_open(self) -> set[str]:
-        return {g.name for g in self.groups if self.limits.chunks(g, g.channels)}
+        return {group.name for group in self.groups if self.chunks(group)}
+
+    def chunks(self, group: ChannelGroup) -> list[int]:
+        """Return the sizes of the chunks of a group that may go, one after the other."""
+        return self.limits.chunks(group, self.originals[group.name], self.multiple)
+
+    def chunk_of(self, group: ChannelGroup) -> int:
+        """Return how many channels of a group go together."""
+        return self.limits.chunk_of(self.originals[group.name], self.multiple)
 
     def check(self, model: nn.Module) -> None:
         """Let criteria refuse what they cannot score."""
@@ -106,7 +116,7 @@ class Importances:
                 teacher=self.teacher.model,
                 groups=groups,
                 card=self.teacher.card,
-                chunks=[self.limits.chunks(g, self.originals[g.name]) for g in groups],
+                chunks=[self.chunks(group) for group in groups],
                 device=self.context.device,
                 batches=partial(self._batches, advance, itertools.count(1)),
                 latency=self.table,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -136,6 +137,12 @@ def measure_latency(
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
     context.log.details["latency_target"] = context.latency.describe()
+    first = next(iter(models.values()))  # the others have no other operators
+    example = torch.zeros(context.latency.batch_size, *input_size)
+    with _on_cpu([first]):
+        remark = context.latency.remark(first, example)
+    if remark is not None:
+        context.log.note(remark)
 
 
 def time_models(
@@ -152,17 +159,26 @@ def time_models(
         backend: that measures.
         note: told where the times of a model do not agree.
     """
-    homes = {name: device_of(model) for name, model in models.items()}
     example = torch.zeros(backend.batch_size, *input_size)
-    try:
-        timed = [(model.cpu(), example) for model in models.values()]
+    with _on_cpu(list(models.values())):
+        timed = [(model, example) for model in models.values()]
         timings, disagreement = repeated_times(backend, timed)
-    finally:
-        for name, model in models.items():
-            model.to(homes[name])
     if disagreement > NOISY:
         note(
             f"timing {' and '.join(models)} three times, even the nearest two differ by "
             f"{disagreement:.0%}: other work keeps the machine busy, and latencies are as unsure"
         )
     return dict(zip(models, timings, strict=True))
+
+
+@contextmanager
+def _on_cpu(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Move models to the CPU, and back to where they were."""
+    homes = [device_of(model) for model in models]
+    try:
+        for model in models:
+            model.cpu()
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)

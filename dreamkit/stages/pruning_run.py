@@ -78,6 +78,7 @@ class PruningRun:
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.importances = Importances(options, teacher, groups, self.table, context)
+        self._tell_multiple()
         self._check_any(groups, skipped)
         self.importances.check(self.student)
         self.checkpoint = PruningCheckpoint(teacher, context)
@@ -102,13 +103,21 @@ class PruningRun:
             table.points = known.points | table.points
         return table
 
+    def _tell_multiple(self) -> None:
+        multiple = self.importances.multiple
+        if multiple > 1 and self.options.limits.chunk == "auto":
+            self.context.log.note(
+                f"channels are kept in multiples of {multiple}, fewer in narrow layers, which the "
+                "kernels of the latency backend like; limits.chunk sets another"
+            )
+
     def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
         if not self.importances.open:
-            chunk = self.options.limits.chunk
-            blocked = skipped + [
-                Skipped(g.name, f"{g.channels} channels leave no spare chunk of {chunk}")
-                for g in groups
-            ]
+            blocked = list(skipped)
+            for group in groups:
+                chunk = self.importances.chunk_of(group)
+                why = f"{group.channels} channels leave no spare chunk of {chunk}"
+                blocked.append(Skipped(group.name, why))
             listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
             raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
@@ -204,7 +213,7 @@ class PruningRun:
             raise NothingToPrune(
                 f"no group may lose a channel: removing {options.shares[0]:.0%} of any costs more "
                 f"than max_drop ({options.max_drop}) of the agreement, or is less than "
-                f"a chunk ({self.options.limits.chunk} channels). Raise max_drop, or other shares",
+                "a chunk (limits.chunk). Raise max_drop, or other shares",
                 ("sensitivity", "max_drop"),
             )
         self.choosing.check_reach(self.graph)

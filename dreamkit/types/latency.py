@@ -118,6 +118,18 @@ class LatencyBackend(ABC):
         """Channels that are computed together (>= 1); a layer that does not fill them is slower."""
         return 1
 
+    @property
+    def channel_multiple(self) -> int:
+        """The multiple of channels (>= 1, a power of 2) that pruning keeps to by default.
+
+        More than 1 says that kernels are so much slower on other counts that few are worth it.
+        """
+        return 1
+
+    def remark(self, model: nn.Module, example: Tensor) -> str | None:
+        """Return what the user must know of how a network is timed, if there is anything."""
+        return None
+
     @abstractmethod
     def describe(self) -> dict[str, str]:
         """Return what the figures hold for: processor, runtime, dtype, threads, batch."""

@@ -572,6 +572,22 @@ def test_chunks(limits, original, now, expected):
     assert limits.chunks(group("a", now), original) == expected
 
 
+@pytest.mark.parametrize(
+    ("limits", "original", "expected"),
+    [
+        (Limits(), 64, [16, 16, 16]),
+        (Limits(), 72, [8, 16, 16, 16]),
+        (Limits(), 63, [7] + [8] * 6),  # fewer than four times 16
+        (Limits(), 24, [4] * 5),
+        (Limits(), 6, [1] * 4),
+        (Limits(chunk=2), 8, [2, 2, 2]),  # what is asked for counts
+    ],
+)
+def test_chunks_on_a_target_that_likes_multiples_of_16(limits, original, expected):
+    assert limits.chunks(group("a", original), original, 16) == expected
+    assert limits.chunks(group("a", original), original)[0] == (2 if limits.chunk == 2 else 1)
+
+
 def test_limits_of_some_layers():
     def of(layer):
         every = torch.arange(8)

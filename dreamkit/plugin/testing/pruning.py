@@ -113,6 +113,10 @@ def check_latency_backend(entry: LatencyBackend | type) -> None:
         type(backend.channel_block) is int and backend.channel_block > 0,
         f"{name}.channel_block should be an integer above 0 (got {backend.channel_block!r})",
     )
+    expect(
+        type(backend.channel_multiple) is int and backend.channel_multiple > 0,
+        f"{name}.channel_multiple should be an integer above 0 (got {backend.channel_multiple!r})",
+    )
     teacher = tiny_teacher()
     layer = nn.Conv2d(3, 4, 3)
     images = torch.zeros(backend.batch_size, *SIZE)
