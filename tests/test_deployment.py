@@ -18,8 +18,8 @@ from dreamkit.card import Card
 from dreamkit.deploy import exporting
 from dreamkit.deploy.formats import TorchScript
 from dreamkit.errors import DreamkitError
-from dreamkit.latency.sampling import mean_times, repeated_times
 from dreamkit.latency.onnx_runtime import OnnxRuntime
+from dreamkit.latency.sampling import mean_times, repeated_times
 from dreamkit.plugins import build_registries
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.stages.measuring import time_models
@@ -267,7 +267,7 @@ def test_a_dtype_that_a_backend_does_not_have(tmp_path, invoke):
     build = ("lut", "build", DIGITS, "--out", tmp_path / "t")
     code, _, err = invoke(*build, "--backend", "onnxruntime", "--dtype", "int4")
     assert code == 2
-    assert "dtype: should be float32 or int8 (got 'int4')" in err
+    assert "dtype: should be 'float32' or 'int8' (got 'int4')" in err
     code, _, err = invoke(*build, "--dtype", "int8")
     assert code == 2
     assert "the latency backend torch-cpu has no option 'dtype'" in err

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from dreamkit.applications.continual import Continual
 from dreamkit.applications.distill import Distill
@@ -287,6 +288,34 @@ def test_costs_are_measured_by_the_caller(toys, teacher, tmp_path):
     assert backend.timed == 4, "it knows already"
     measure_costs(Outcome(), teacher, context, latency=True)
     assert backend.timed == 4, "there is no student"
+
+
+class Eights(Counting):
+    """Its kernels like multiples of eight channels."""
+
+    channel_multiple = 8
+
+    def remark(self, model, example):
+        return f"{type(model).__name__} on {tuple(example.shape)}"
+
+
+def test_pruning_keeps_the_multiple_that_the_target_likes(toys, tmp_path):
+    wide = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 12, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)),
+    )
+    context, teacher = toys.context(tmp_path, latency=Eights()), toys.teacher(wide)
+    outcome = pruning(target=Target(channels=0.75)).run(teacher, toys.images(12), context)
+    student = outcome.student.model
+    left = (student[0].out_channels, student[3].out_channels)
+    assert left[0] % 8 == left[1] % 2 == 0
+    assert sum(left) <= 33
+    assert sum("multiples of 8" in note for note in context.log.notes) == 1
+    measure_costs(outcome, teacher, context, latency=True)
+    assert context.log.notes[-1] == "Sequential on (1, 3, 8, 8)"
+    of_ones = toys.context(tmp_path / "ones", latency=Eights())
+    pruning(limits=Limits(chunk=1)).run(teacher, toys.images(12), of_ones)
+    assert not any("multiples" in note for note in of_ones.log.notes)
 
 
 @pytest.mark.parametrize("fit", [None, Reconstruction(images=8, batch_size=4)], ids=repr)
