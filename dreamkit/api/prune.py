@@ -64,7 +64,8 @@ def prune(
         criteria: the weighted terms of the importance, e.g. ``{"taylor": 1, "latency_lut": 0.1}``;
             Taylor importance alone by default.
         synthesis: how images are dreamed where none are given, options of ``invert``.
-        latency_backend: times networks, e.g. ``"torch-cpu"``; given, latencies are reported too.
+        latency_backend: times networks, e.g. ``"torch-cpu"`` or, for INT8, ``{"name":
+            "onnxruntime", "dtype": "int8"}``; given, latencies are reported too.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
         mean: per channel.
