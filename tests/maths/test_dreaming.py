@@ -30,7 +30,7 @@ from dreamkit.stages.dreaming import (
 )
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.source import Dreams, is_own_dreams
-from dreamkit.synthesizers import deepinversion
+from dreamkit.synthesizers import dreamer
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
@@ -498,7 +498,7 @@ def test_durations_as_people_say_them(seconds, text):
 
 def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatch):
     run.synthesizer = Counting(dataclasses.replace(run.synthesizer.inner, batch_size="auto"))
-    monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 3)
+    monkeypatch.setattr(dreamer, "largest_batch", lambda trial, limit, device: 3)
     run.synthesizer.stop_before = 2
     with pytest.raises(KeyboardInterrupt):
         run.dream()
@@ -507,7 +507,7 @@ def test_what_the_machine_settled_is_kept_and_holds_for_the_rest(run, monkeypatc
     assert resolved["compile"] is False
     assert resolved["precision"] in {"float32", "bfloat16"}
     # The rest of the run has more memory and a processor that knows less, and does not care.
-    monkeypatch.setattr(deepinversion, "largest_batch", lambda trial, limit, device: 5)
+    monkeypatch.setattr(dreamer, "largest_batch", lambda trial, limit, device: 5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     run.synthesizer.stop_before = None
     assert len(run.dream()) == 7

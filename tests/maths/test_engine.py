@@ -21,7 +21,7 @@ from dreamkit.registry import Registry, Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored
-from dreamkit.synthesizers import deepinversion, dreamer, planning
+from dreamkit.synthesizers import dreamer, planning
 from dreamkit.synthesizers.bn_statistics import channel_statistics
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed, compile_seconds
@@ -544,7 +544,7 @@ def test_batch_size_auto_is_settled_once(toys, monkeypatch):
         asked.append(limit)
         return 3
 
-    monkeypatch.setattr(deepinversion, "largest_batch", largest)
+    monkeypatch.setattr(dreamer, "largest_batch", largest)
     notes = []
     given = options(images=7, batch_size="auto")
     with given.session(toys.teacher(toys.two_bn()), CPU, note=notes.append) as session:
