@@ -87,6 +87,7 @@ class OnnxRuntime(LatencyBackend):
     def _model(self, module: nn.Module, x: Tensor) -> tuple[bytes, int | None, Tensor]:
         """Return a module as it is timed, the threads, and its input."""
         layer = isinstance(module, nn.Conv2d | nn.Linear) and x.dim() in (2, 4)
+        layer = layer and not isinstance(getattr(module, "padding", 0), str)
         if self.dtype == "float32":
             model = layer_as_onnx(module, x) if layer else as_onnx(module, x)
         elif layer:

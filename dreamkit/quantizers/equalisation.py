@@ -23,7 +23,10 @@ _PASSES = 20
 _SETTLED = 1.001
 """Factor below which a pass changed nothing."""
 _SMALLEST = 1 / 16
-"""Share of the largest range that a smaller one is taken for: it may be larger on other images."""
+"""Share of the largest range that a smaller one is taken for: it may be larger on other images.
+
+And the share of its bias that a filter's range is at the least.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ def equalise_weights(graph: FloatGraph, pairs: tuple[Pair, ...]) -> None:
         for pair in pairs:
             first = _weights(graph, pair.first).abs().amax((2, 3)).flatten()
             second = _weights(graph, pair.second).abs().amax((1, 3)).flatten()
+            if (bias := pair.first.bias) is not None:
+                # A dead filter's bias would else be enlarged without end, and with it the one
+                # range that all channels between the layers share.
+                first = torch.maximum(first, graph.constant(bias).abs() * _SMALLEST)
             scale = _usable((first / second).sqrt())
             _divide(graph, pair, scale)
             largest = max(largest, float(scale.max()), float(1 / scale.min()))

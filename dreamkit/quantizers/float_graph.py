@@ -40,6 +40,11 @@ class Layer:
     output: str
 
 
+def _onnx() -> Any:
+    # Not an attribute: a graph can be copied, and a module cannot.
+    return import_extra("onnx", "onnx")
+
+
 class FloatGraph:
     """A network in ONNX's format, in float.
 
@@ -48,9 +53,8 @@ class FloatGraph:
     """
 
     def __init__(self, model: bytes) -> None:
-        onnx = import_extra("onnx", "onnx")
+        onnx = _onnx()
         self.proto = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(model))
-        self._numpy, self._helper = onnx.numpy_helper, onnx.helper
         self._float = onnx.TensorProto.FLOAT
 
     def serialised(self) -> bytes:
@@ -106,17 +110,17 @@ class FloatGraph:
     def constant(self, name: str) -> Tensor:
         """Return a tensor that does not depend on the images, as weights do not."""
         (found,) = (t for t in self.proto.graph.initializer if t.name == name)
-        return torch.from_numpy(np.array(self._numpy.to_array(found)))
+        return torch.from_numpy(np.array(_onnx().numpy_helper.to_array(found)))
 
     def replace_constant(self, name: str, value: Tensor) -> None:
         """Give a tensor that does not depend on the images other values."""
         (found,) = (t for t in self.proto.graph.initializer if t.name == name)
-        found.CopyFrom(self._numpy.from_array(value.contiguous().numpy(), name))
+        found.CopyFrom(_onnx().numpy_helper.from_array(value.contiguous().numpy(), name))
 
     def attributes(self, layer: Layer) -> dict[str, Any]:
         """Return the attributes of a layer's operator."""
         (node,) = (node for node in self.proto.graph.node if node.name == layer.node)
-        return {a.name: self._helper.get_attribute_value(a) for a in node.attribute}
+        return {a.name: _onnx().helper.get_attribute_value(a) for a in node.attribute}
 
     def shift_bias(self, layer: Layer, shift: Tensor) -> None:
         """Add to a layer's biases (C,); one without any gets them.
@@ -125,7 +129,7 @@ class FloatGraph:
         """
         graph, name = self.proto.graph, f"{layer.node}.bias"
         bias = shift if layer.bias is None else self.constant(layer.bias) + shift
-        graph.initializer.append(self._numpy.from_array(bias.numpy(), name))
+        graph.initializer.append(_onnx().numpy_helper.from_array(bias.numpy(), name))
         (node,) = (node for node in graph.node if node.name == layer.node)
         del node.input[2:]
         node.input.append(name)

@@ -92,10 +92,14 @@ def _clip(op: Operator, x: Tensor, low: Tensor | None = None, high: Tensor | Non
 def _max_pool(op: Operator, x: Tensor) -> Tensor:
     dims = x.dim() - 2
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+    before, after = op.pads(dims)
+    if before != after:
+        x, before = pad(x, before, after, value=-torch.inf), [0] * dims
     found: Tensor = pool(
-        pad(x, *op.pads(dims), value=-torch.inf),
+        x,
         op.attributes["kernel_shape"],
         op.attributes.get("strides", [1] * dims),
+        padding=before,
         dilation=op.attributes.get("dilations", [1] * dims),
         ceil_mode=bool(op.attributes.get("ceil_mode", 0)),
     )

@@ -137,12 +137,15 @@ def measure_latency(
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
     context.log.details["latency_target"] = context.latency.describe()
-    first = next(iter(models.values()))  # the others have no other operators
     example = torch.zeros(context.latency.batch_size, *input_size)
-    with _on_cpu([first]):
-        remark = context.latency.remark(first, example)
-    if remark is not None:
-        context.log.note(remark)
+    remarks: dict[str, list[str]] = {}
+    with _on_cpu(list(models.values())):
+        for name, model in models.items():
+            if (remark := context.latency.remark(model, example)) is not None:
+                remarks.setdefault(remark, []).append(name)
+    for remark, names in remarks.items():
+        whose = "" if len(names) == len(models) else f"{', '.join(names)}: "
+        context.log.note(whose + remark)
 
 
 def time_models(

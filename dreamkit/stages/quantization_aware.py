@@ -24,7 +24,6 @@ class QuantizationAwareTraining(Distillation):
     folded into the weights before, so that options of it are none.
     """
 
-    steps: Annotated[int, Field(ge=1)] | None = 200
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=2)] = 32
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -83,7 +83,8 @@ class DeepInversion(Synthesizer):
         labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
             draws them; a list of classes is dealt as all are.
         unconditional: share of the images, in [0, 1], that are drawn to no class: statistics alone
-            shape them, without cross-entropy. Their labels are the teacher's choices in the end.
+            shape them, without cross-entropy. Their labels are the teacher's choices in the end, so
+            that ``synthesis.teacher_accuracy`` counts them as right.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """

@@ -191,3 +191,20 @@ def test_without_pairs_it_says_so(toys, tmp_path):
     graph = FloatGraph(as_onnx(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), images))
     OnnxQuantizer(equalise=True).calibrate_graph(graph, step)
     assert any("equalise has no effect" in note for note in notes)
+
+
+def test_the_bias_of_a_dead_filter_does_not_take_all_the_range(tmp_path):
+    """Its channel would be 10⁵ times as wide as the others, which share one scale with it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-12
+        model[0].bias[1] = 0.1
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = FloatGraph(as_onnx(model, images))
+    after = FloatGraph(before.serialised())
+    equalise_weights(after, pairs_of(after))
+    name = pairs_of(after)[0].second.input
+    ((values,), (plain,)) = (
+        [v[name] for v in values_of(g.proto, (name,), [images])] for g in (after, before)
+    )
+    assert values.max() < 10 * plain.max()
