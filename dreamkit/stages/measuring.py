@@ -139,10 +139,14 @@ def measure_latency(
     context.log.details["latency_target"] = context.latency.describe()
     example = torch.zeros(context.latency.batch_size, *input_size)
     remarks: dict[str, list[str]] = {}
-    with _on_cpu(list(models.values())):
-        for name, model in models.items():
+    with (
+        context.log.progress("looking at what is timed", len(models)) as advance,
+        _on_cpu(list(models.values())),
+    ):
+        for number, (name, model) in enumerate(models.items(), 1):
             if (remark := context.latency.remark(model, example)) is not None:
                 remarks.setdefault(remark, []).append(name)
+            advance(number)
     for remark, names in remarks.items():
         whose = "" if len(names) == len(models) else f"{', '.join(names)}: "
         context.log.note(whose + remark)
