@@ -220,7 +220,7 @@ def test_times_that_do_not_agree_are_told(monkeypatch):
     notes, left = [], [47.0, 90.0, 200.0, 10.0, 10.5]
     monkeypatch.setattr(Counted, "time", lambda self, modules: [Timing(left.pop(0), 1.0)])
     for _ in range(2):
-        found = time_models({"student": nn.Linear(2, 2)}, (1, 8, 8), Counted(), notes.append)
+        found = time_models({"student": (nn.Linear(2, 2), (1, 8, 8))}, Counted(), notes.append)
     assert found["student"].median_ms == 10.25
     (note,) = notes
     assert note.startswith("timing student three times, even the nearest two differ by 91%")

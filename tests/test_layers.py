@@ -30,6 +30,7 @@ LAYERS = (
         "flat_state",
         "devices",
         "joined_images",
+        "resizing",
         "onnx_model",
         "onnx_int8",
     },

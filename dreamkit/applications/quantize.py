@@ -6,6 +6,7 @@ CVPR 2020; bias correction: Nagel et al., ICCV 2019).
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import tempfile
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pydantic import Field
 from dreamkit.errors import DreamkitError, OptionError, did_you_mean, placed
 from dreamkit.quantizers.onnx_runtime import OnnxQuantizer
 from dreamkit.registry import EntryOf
+from dreamkit.resizing import for_card
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.keeping_float import kept_for_effect
 from dreamkit.stages.opening import check_dreamed, opened
@@ -138,6 +140,11 @@ class Quantize(Application):
             with placed("after", always=False):
                 outcome = _made_by(self.after, teacher, images, context)
         whole, network = outcome.images, outcome.student or teacher
+        if context.evaluation is not None:
+            seen = for_card(context.evaluation, teacher.card, network.card)
+            context = dataclasses.replace(context, evaluation=seen)
+        if further is not None:
+            further = for_card(further, teacher.card, network.card)
         assert whole is not None  # both ways saw to it
         if self.training is None:
             parts = calibration_parts(whole, self.calibration_images, context.seed)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from dreamkit.bench.results import Settings
 from dreamkit.card import Card
@@ -21,6 +20,7 @@ from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.plugins import build_registries
 from dreamkit.registry import Registries
+from dreamkit.resizing import resized
 from dreamkit.stages.batches import as_stored, batch_seed
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
@@ -183,9 +183,7 @@ def _verified(
     verifier, _ = load_network(verifier_name(settings.verifier), lambda plugins: registries)
     verifier = admit(verifier, judge=True)
     verifier.model.to(device)
-    images = dreams.images.to(device).float()
-    if images.shape[2:] != card.input_size[1:]:
-        images = F.interpolate(images, card.input_size[1:], mode="bilinear", antialias=True)
+    images = resized(dreams.images.to(device).float(), card.input_size[1:])
     with eval_mode(verifier.model):
         seen = verifier.model(card.normalise(images)).argmax(1).cpu()
     return {"cross_model_accuracy": float((seen == dreams.labels).float().mean())}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
@@ -20,6 +19,7 @@ from dreamkit.evaluation.features import find_layer, pooled
 from dreamkit.evaluation.frechet_distance import Gaussian
 from dreamkit.model_state import eval_mode, inputs_of
 from dreamkit.out_of_memory import InParts
+from dreamkit.resizing import resized
 from dreamkit.types import NO_LABEL, Images, Teacher
 
 
@@ -44,9 +44,7 @@ def as_seen_by(card: Card, stored: Tensor) -> Tensor:
         raise DreamkitError(
             f"the images have {stored.shape[1]} channels, {card.name} takes {channels}"
         )
-    if list(stored.shape[2:]) != size:
-        stored = F.interpolate(stored.float(), size=size, mode="bilinear", antialias=True)
-    return card.normalise(stored)
+    return card.normalise(resized(stored, size))
 
 
 @dataclass(frozen=True)

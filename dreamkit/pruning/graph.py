@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,9 @@ from dreamkit.wording import one_line
 
 _FIXED = "the model's code fixes how many there are"
 _CUT = "the code cuts them at a fixed number"
+
+BeforeRemoval = Callable[[nn.Module, Mapping[str, Sequence[int]]], None]
+"""Done to a network some of whose channels, by group, are about to go."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,20 @@ class ChannelGraph:
                 self.pruning_record.cut(self.model, use, kept)
                 use.labels = [use.labels[i] for i in kept]
 
-    def without(self, removed: Mapping[str, Sequence[int]]) -> tuple[nn.Module, PruningRecord]:
-        """Return a copy of the model without some channels, and what it lacks; all else stays."""
+    def without(
+        self,
+        removed: Mapping[str, Sequence[int]],
+        before: BeforeRemoval = lambda model, removed: None,
+    ) -> tuple[nn.Module, PruningRecord]:
+        """Return a copy of the model without some channels, and what it lacks; all else stays.
+
+        Args:
+            removed: as ``remove`` takes it.
+            before: done to the copy while it has all its channels.
+        """
         twin = copy.copy(self)
         twin.model, twin.pruning_record = copied(self.model), PruningRecord()
+        before(twin.model, removed)
         twin._uses = [replace(use) for use in self._uses]  # a cut gives a use new labels
         twin.remove(removed)
         return twin.model, twin.pruning_record

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MODELS = ("teacher", "pruned", "student")
+MODELS = ("teacher", "resized", "pruned", "student")
+_NAMES = {"resized": "teacher, on smaller images", "pruned": "pruned, before recovery"}
 _COLUMNS = (
     ("accuracy", "accuracy"),
     ("agreement", "agreement with the teacher"),
@@ -30,8 +31,7 @@ def summary_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     for model in MODELS:
         cells = [_cell(key, metrics.get(f"{model}.{key}")) for key, _ in shown]
         if any(cell != "-" for cell in cells):
-            name = "pruned, before recovery" if model == "pruned" else model
-            rows.append([name, *cells])
+            rows.append([_NAMES.get(model, model), *cells])
     titles = {**dict(shown), "agreement": _agreement_title(report)}
     return ["model", *(titles[key] for key, _ in shown)], rows
 

@@ -18,7 +18,7 @@ from dreamkit.evaluation.cost import count
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.cost_model import CostModel
 from dreamkit.stages.forecast import Forecast
-from dreamkit.stages.measuring import time_models
+from dreamkit.stages.measuring import Sized, sized, time_models
 from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -64,6 +64,7 @@ class Budget:
     Args:
         target: the goals.
         teacher: what shares are of.
+        size: (C, H, W) of an image that what is pruned takes.
         table: predicts latencies.
         channels: how many of the teacher's can be pruned.
         latency: times models on the target.
@@ -83,6 +84,7 @@ class Budget:
         latency: LatencyBackend,
         teacher_ms: float | None = None,
         note: Callable[[str], None] = lambda text: None,
+        size: tuple[int, int, int] | None = None,
     ) -> None:
         self.teacher = teacher
         self.table = table
@@ -90,17 +92,18 @@ class Budget:
         self.correction = 1.0
         self.teacher_ms = teacher_ms
         self.target = target
-        self.size = teacher.card.input_size
+        whole = teacher.card.input_size
+        self.size = whole if size is None else size
         stated = {name: getattr(target, name) for name in ("flops", "params", "channels")}
         self.goals: dict[str, float] = {k: v for k, v in stated.items() if v is not None}
         self.note = note
         if target.timed:
             if teacher_ms is None:
-                self.teacher_ms = self._measured(teacher.model)["model"]
+                self.teacher_ms = self._measured({"teacher": sized(teacher)})["teacher"]
             self.goals["latency"] = self._latency_goal(target)
-        self.before = self._counts(teacher.model, channels)
+        self.before = self._counts(teacher.model, channels, whole)
         if target.timed:
-            self.before["latency"] = self._predicted(teacher.model)
+            self.before["latency"] = self._predicted(teacher.model, whole)
 
     def _latency_goal(self, target: Target) -> float:
         assert self.teacher_ms is not None
@@ -117,10 +120,8 @@ class Budget:
                 self.note(f"{met}: it is kept while the other goals are sought")
         return min(shares)
 
-    def _measured(self, *models: nn.Module) -> dict[str, float]:
-        names = ("model", "teacher")
-        timed = dict(zip(names, models, strict=False))
-        timings = time_models(timed, self.size, self.latency, self.note)
+    def _measured(self, networks: Mapping[str, Sized]) -> dict[str, float]:
+        timings = time_models(networks, self.latency, self.note)
         return {name: timing.median_ms for name, timing in timings.items()}
 
     def latency_ms(self, teacher_ms: float) -> float:
@@ -158,12 +159,14 @@ class Budget:
         }
         return {name: cost for name, cost in known.items() if name in self.goals}
 
-    def _counts(self, model: nn.Module, channels: int) -> dict[str, float]:
-        cost = count(model, self.size)
+    def _counts(
+        self, model: nn.Module, channels: int, size: tuple[int, int, int]
+    ) -> dict[str, float]:
+        cost = count(model, size)
         return {"channels": channels, "flops": cost.flops, "params": cost.params}
 
-    def _predicted(self, model: nn.Module) -> float:
-        shapes = self.table.shapes(model, self.size)
+    def _predicted(self, model: nn.Module, size: tuple[int, int, int]) -> float:
+        shapes = self.table.shapes(model, size)
         self.table.prepare(shapes.values())
         return CostModel(shapes).total(self.table.predict)
 
@@ -174,7 +177,7 @@ class Budget:
             model: pruned.
             channels: how many of it can be pruned further.
         """
-        counts = self._counts(model, channels)
+        counts = self._counts(model, channels, self.size)
         return {name: amount / self.before[name] for name, amount in counts.items()}
 
     def shares(self, model: nn.Module, channels: int) -> dict[str, float]:
@@ -186,7 +189,7 @@ class Budget:
         """
         shares = self.counted(model, channels)
         if "latency" in self.goals:
-            predicted = self._predicted(model) / self.before["latency"]
+            predicted = self._predicted(model, self.size) / self.before["latency"]
             shares["latency"] = self.correction * predicted
         return shares
 
@@ -212,7 +215,7 @@ class Budget:
         """
         if "latency" not in self.goals:
             return dict(shares)
-        found = self._measured(model, self.teacher.model)
+        found = self._measured({"model": (model, self.size), "teacher": sized(self.teacher)})
         share = self.goals["latency"] * found["model"] / self.latency_ms(found["teacher"])
         self.correction *= share / shares["latency"]
         return {**shares, "latency": share}

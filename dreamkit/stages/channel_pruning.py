@@ -12,6 +12,7 @@ from dreamkit.errors import MissingPath, OptionError
 from dreamkit.pruning.selection import Greedy, Limits
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.budget import Target
+from dreamkit.stages.compensating import Compensation
 from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.sensitivity import Sensitivity
@@ -27,6 +28,8 @@ class ChannelPruning:
     Args:
         criteria: the weighted terms of the importance I; the lowest goes first.
         target: what is to be left.
+        compensation: weights of the channels that stay make up for those that go, in every round;
+            null leaves them as they are.
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
             the recovery; null leaves the weights as they are until then.
         reconstruct_each: do that in every round, before ``finetune``, so that channels are ranked
@@ -65,6 +68,7 @@ class ChannelPruning:
 
     criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
     target: Target
+    compensation: Compensation | None = field(default_factory=Compensation)
     reconstruction: Reconstruction | None = None
     reconstruct_each: bool = False
     finetune: Recovery | None = None

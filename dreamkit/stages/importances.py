@@ -9,7 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from dreamkit import distributed
+from dreamkit.errors import NothingToPrune
 from dreamkit.flat_state import below, prefixed
+from dreamkit.pruning.graph import Skipped
 from dreamkit.pruning.selection import Limits
 from dreamkit.seeds import stream
 from dreamkit.stages.channel_pruning import ChannelPruning
@@ -62,6 +64,14 @@ class Importances:
         self.open = self._left_open()
         self.ranking = Ranking(options.criteria, options.normalise)
         self.generator = stream(context.seed, "criteria")
+        self._tell_multiple()
+
+    def _tell_multiple(self) -> None:
+        if self.multiple > 1 and self.options.limits.chunk == "auto":
+            self.context.log.note(
+                f"channels are kept in multiples of {self.multiple}, fewer in narrow layers, which "
+                "the kernels of the latency backend like; limits.chunk sets another"
+            )
 
     def _left_open(self) -> set[str]:
         return {group.name for group in self.groups if self.chunks(group)}
@@ -73,6 +83,26 @@ class Importances:
     def chunk_of(self, group: ChannelGroup) -> int:
         """Return how many channels of a group go together."""
         return self.limits.chunk_of(self.originals[group.name], self.multiple)
+
+    def check_any(self, skipped: Sequence[Skipped]) -> None:
+        """Refuse a network of which nothing may go.
+
+        Args:
+            skipped: its groups that cannot be pruned.
+
+        Raises:
+            NothingToPrune: it is one; the message says why, group by group.
+        """
+        if self.open:
+            return
+        blocked = list(skipped)
+        for group in self.groups:
+            chunk = self.chunk_of(group)
+            why = f"{group.channels} channels leave no spare chunk of {chunk}"
+            blocked.append(Skipped(group.name, why))
+        listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
+        name = self.teacher.card.name
+        raise NothingToPrune(f"nothing of {name} can be pruned:{listed}", ("limits",))
 
     def check(self, model: nn.Module) -> None:
         """Let criteria refuse what they cannot score."""

@@ -17,6 +17,8 @@ from dreamkit.stages.samples import Parts
 from dreamkit.training.batches import drawn
 from dreamkit.types import LatencyBackend, Outcome, RunContext, Teacher, Timing
 
+Sized = tuple[nn.Module, tuple[int, int, int]]
+"""A network and the size (C, H, W) of an image that it takes."""
 GLANCED = 512
 """Images that a model is looked at on after a round of pruning: sure to 2 points, as curves are."""
 
@@ -80,9 +82,8 @@ def glance(
             found["agreement"] = agreement(model, teacher.model, some, card, device, advance)
     if timed:
         with log.progress("timing", 1):
-            (timing,) = time_models(
-                {"student": model}, card.input_size, context.latency, log.note
-            ).values()
+            networks = {"student": (model, card.input_size)}
+            (timing,) = time_models(networks, context.latency, log.note).values()
         found["latency_ms"] = timing.median_ms
     return found
 
@@ -96,13 +97,13 @@ def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, laten
         context: the run's.
         latency: whether they are timed, unless the application has done it.
     """
-    student, metrics, size = outcome.student, context.log.metrics, teacher.card.input_size
+    student, metrics = outcome.student, context.log.metrics
     if student is None:
         return
-    models = {"teacher": teacher.model, "student": student.model}
-    measure_size(models, size, context)
+    networks = {"teacher": sized(teacher), "student": sized(student)}
+    measure_size(networks, context)
     if latency and "student.latency_ms" not in metrics:
-        measure_latency(models, size, context)
+        measure_latency(networks, context)
     for name in outcome.same_layers:
         for cost in {"params", "flops", "latency_ms"} & {
             key.removeprefix("student.") for key in metrics
@@ -110,14 +111,17 @@ def measure_costs(outcome: Outcome, teacher: Teacher, context: RunContext, laten
             metrics[f"{name}.{cost}"] = metrics[f"student.{cost}"]
 
 
-def measure_size(
-    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
-) -> None:
+def sized(network: Teacher) -> Sized:
+    """Return a network and what it takes."""
+    return network.model, network.card.input_size
+
+
+def measure_size(networks: Mapping[str, Sized], context: RunContext) -> None:
     """Add ``<name>.params`` and ``<name>.flops`` (of one image, a multiply-add counted once)."""
-    with context.log.progress("counting FLOPs", len(models)) as advance:
+    with context.log.progress("counting FLOPs", len(networks)) as advance:
         costs = {}
-        for number, (name, model) in enumerate(models.items(), 1):
-            costs[name] = count(model, input_size)
+        for number, (name, (model, size)) in enumerate(networks.items(), 1):
+            costs[name] = count(model, size)
             advance(number)
     for name, cost in costs.items():
         context.log.metrics[f"{name}.params"] = cost.params
@@ -126,56 +130,53 @@ def measure_size(
             context.log.details.setdefault("flops_uncounted", {})[name] = cost.uncounted
 
 
-def measure_latency(
-    models: Mapping[str, nn.Module], input_size: tuple[int, int, int], context: RunContext
-) -> None:
+def measure_latency(networks: Mapping[str, Sized], context: RunContext) -> None:
     """Add ``<name>.latency_ms`` and its spread; the models are timed in turn."""
     metrics = context.log.metrics
     with context.log.progress("timing latencies", 1):
-        timings = time_models(models, input_size, context.latency, context.log.note)
+        timings = time_models(networks, context.latency, context.log.note)
     for name, timing in timings.items():
         metrics[f"{name}.latency_ms"] = timing.median_ms
         metrics[f"{name}.latency_spread_ms"] = timing.spread_ms
     context.log.details["latency_target"] = context.latency.describe()
-    example = torch.zeros(context.latency.batch_size, *input_size)
     remarks: dict[str, list[str]] = {}
     with (
-        context.log.progress("looking at what is timed", len(models)) as advance,
-        _on_cpu(list(models.values())),
+        context.log.progress("looking at what is timed", len(networks)) as advance,
+        _on_cpu([model for model, _ in networks.values()]),
     ):
-        for number, (name, model) in enumerate(models.items(), 1):
+        for number, (name, (model, size)) in enumerate(networks.items(), 1):
+            example = torch.zeros(context.latency.batch_size, *size)
             if (remark := context.latency.remark(model, example)) is not None:
                 remarks.setdefault(remark, []).append(name)
             advance(number)
     for remark, names in remarks.items():
-        whose = "" if len(names) == len(models) else f"{', '.join(names)}: "
+        whose = "" if len(names) == len(networks) else f"{', '.join(names)}: "
         context.log.note(whose + remark)
 
 
 def time_models(
-    models: Mapping[str, nn.Module],
-    input_size: tuple[int, int, int],
+    networks: Mapping[str, Sized],
     backend: LatencyBackend,
     note: Callable[[str], None],
 ) -> dict[str, Timing]:
     """Time models in turn on the latency target, and again; they end up where they were.
 
     Args:
-        models: by name.
-        input_size: of an image.
+        networks: by name.
         backend: that measures.
         note: told where the times of a model do not agree.
     """
-    example = torch.zeros(backend.batch_size, *input_size)
-    with _on_cpu(list(models.values())):
-        timed = [(model, example) for model in models.values()]
+    with _on_cpu([model for model, _ in networks.values()]):
+        timed = [
+            (model, torch.zeros(backend.batch_size, *size)) for model, size in networks.values()
+        ]
         timings, disagreement = repeated_times(backend, timed)
     if disagreement > NOISY:
         note(
-            f"timing {' and '.join(models)} three times, even the nearest two differ by "
+            f"timing {' and '.join(networks)} three times, even the nearest two differ by "
             f"{disagreement:.0%}: other work keeps the machine busy, and latencies are as unsure"
         )
-    return dict(zip(models, timings, strict=True))
+    return dict(zip(networks, timings, strict=True))
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from dreamkit.latency.table import LookUpTable
 from dreamkit.latency.table_file import read_table, table_text
 from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.out_of_memory import enough_memory
-from dreamkit.pruning.graph import ChannelGraph, Skipped
+from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.seeds import stream
 from dreamkit.stages.budget import Budget
 from dreamkit.stages.channel_pruning import ChannelPruning
 from dreamkit.stages.choosing import Choosing
+from dreamkit.stages.compensating import Compensating
 from dreamkit.stages.importances import Importances
 from dreamkit.stages.measuring import glance
 from dreamkit.stages.pauses import Pauses
@@ -38,7 +39,6 @@ from dreamkit.teachers.checking import check_outputs
 from dreamkit.training.batches import NormalisedBatches, drawn
 from dreamkit.training.statistics import take_statistics
 from dreamkit.types import (
-    ChannelGroup,
     RoundPruned,
     RunContext,
     Teacher,
@@ -52,12 +52,19 @@ class PruningRun:
         options: how.
         teacher: what is pruned; the student is a copy of it.
         context: the run's.
+        whole: what the target's shares are of, where that is the teacher on larger images.
 
     Raises:
         NothingToPrune: no channel of the teacher can go, or not as many as the target asks for.
     """
 
-    def __init__(self, options: ChannelPruning, teacher: Teacher, context: RunContext) -> None:
+    def __init__(
+        self,
+        options: ChannelPruning,
+        teacher: Teacher,
+        context: RunContext,
+        whole: Teacher | None = None,
+    ) -> None:
         self.options = options
         self.teacher = teacher
         self.context = context
@@ -65,6 +72,7 @@ class PruningRun:
         self.student = trainable_copy(teacher.model)
         self.cut = PruningRecord()
         self.reference = Reference(teacher)
+        self.compensating = Compensating(options.compensation, options.statistics, context)
         self.removed: list[dict[str, list[int]]] = []
         self.rounds = 0
         self.seconds = 0.0
@@ -78,8 +86,7 @@ class PruningRun:
             options.limits.check([*self.graph.makers, *(s.group for s in skipped)])
         context.log.details["pruning_skipped"] = [dataclasses.asdict(s) for s in skipped]
         self.importances = Importances(options, teacher, groups, self.table, context)
-        self._tell_multiple()
-        self._check_any(groups, skipped)
+        self.importances.check_any(skipped)
         self.importances.check(self.student)
         self.checkpoint = PruningCheckpoint(teacher, context)
         found = self.checkpoint.found
@@ -87,10 +94,13 @@ class PruningRun:
         goal, latency = options.target, context.latency  # what is timed on is drawn:
         with context.log.progress("measuring the teacher", 1), seeded(context.seed):
             note = context.log.note
-            self.budget = Budget(goal, teacher, self.table, total, latency, ms, note)
+            before, size = whole or teacher, self.card.input_size
+            self.budget = Budget(goal, before, self.table, total, latency, ms, note, size)
             self.choosing = Choosing(options, self.budget, self.importances, note)
             self.choosing.check_reach(self.graph)
-        self.shares = dict.fromkeys(self.budget.before, 1.0)
+            self.shares = self.budget.shares(self.student, total)
+            if self.budget.met(self.shares):  # smaller images may do
+                self.shares = self.budget.verified(self.student, self.shares)
 
     def _read_tables(self) -> LookUpTable:
         """Return what is known of layers' latencies: by the run itself, and by the given table."""
@@ -102,24 +112,6 @@ class PruningRun:
                 known = read_table(Path(given), latency, strict=True)
             table.points = known.points | table.points
         return table
-
-    def _tell_multiple(self) -> None:
-        multiple = self.importances.multiple
-        if multiple > 1 and self.options.limits.chunk == "auto":
-            self.context.log.note(
-                f"channels are kept in multiples of {multiple}, fewer in narrow layers, which the "
-                "kernels of the latency backend like; limits.chunk sets another"
-            )
-
-    def _check_any(self, groups: list[ChannelGroup], skipped: list[Skipped]) -> None:
-        if not self.importances.open:
-            blocked = list(skipped)
-            for group in groups:
-                chunk = self.importances.chunk_of(group)
-                why = f"{group.channels} channels leave no spare chunk of {chunk}"
-                blocked.append(Skipped(group.name, why))
-            listed = "".join(f"\n  {s.group}: {s.reason}" for s in blocked[:20])
-            raise NothingToPrune(f"nothing of {self.card.name} can be pruned:{listed}", ("limits",))
 
     def begin(self, parts: Parts) -> None:
         """Take the images that channels are ranked on; go on from a checkpoint if there is one."""
@@ -169,6 +161,8 @@ class PruningRun:
         """Rank, remove, adjust to the loss, measure; return how many channels went."""
         groups, _ = self.graph.groups()
         scores = self.importances(self.student, groups)
+        batches = self._statistics_batches()
+        self.compensating.look(self.student, groups, batches)
         removed, ending = 0, True
         # Where counting finds more than shapes told, the rest goes by the same ranking.
         while ending and not self.budget.met(self.shares):
@@ -184,6 +178,7 @@ class PruningRun:
         return removed
 
     def _remove(self, chosen: dict[str, list[int]]) -> None:
+        self.compensating.make_up(self.student, self.graph.groups()[0], chosen)
         for parameter in self.student.parameters():
             parameter.grad = None  # of the old shape
         self.graph.remove(chosen)
@@ -196,17 +191,17 @@ class PruningRun:
         scores = self.importances(self.student, self.graph.groups()[0])
         looked = stream(self.context.seed, "sensitivity")
         images = drawn(self.parts.looked_at, options.images, looked)
-        size, device = self.options.batch_size, self.context.device
-        most = min(-(-options.images // size), self.options.statistics_batches)
-        batches = NormalisedBatches(self.statistics_of, self.card, device, size, most)
+        batches = self._statistics_batches(options.images)
         how, network = self.options.statistics, self.teacher.model
 
         def take(smaller: nn.Module, record: PruningRecord) -> None:
             # Each rank has networks of its own to look at.
             take_statistics(how, smaller, network, record.kept, batches, together=False)
 
+        self.compensating.look(self.student, self.graph.groups()[0], batches)
+        make_up = self.compensating.try_on
         measured = measure_sensitivity(
-            self.graph, self.teacher, scores, options, images, take, self.context
+            self.graph, self.teacher, scores, options, images, make_up, take, self.context
         )
         self.importances.know(measured)
         if not self.importances.open:
@@ -218,6 +213,11 @@ class PruningRun:
             )
         self.choosing.check_reach(self.graph)
         self._save()  # it may have taken minutes
+
+    def _statistics_batches(self, images: int | None = None) -> NormalisedBatches:
+        size, device = self.options.batch_size, self.context.device
+        most = None if images is None else -(-images // size)
+        return NormalisedBatches(self.statistics_of, self.card, device, size, most)
 
     def _adjust(self) -> None:
         """Fit the student to what it lost, or take BatchNorm's statistics; then train it."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dreamkit.card import Card
+from dreamkit.resizing import for_card
 from dreamkit.seeds import stream
 from dreamkit.training.batches import Subset, drawn
 from dreamkit.types import Images
@@ -34,6 +36,11 @@ class Parts:
     fitted: Images
     compared: Images
     apart: bool
+
+    def for_card(self, now: Card, card: Card) -> Parts:
+        """Return them as a network takes them, as ``resizing.for_card`` does."""
+        fitted, compared = for_card(self.fitted, now, card), for_card(self.compared, now, card)
+        return Parts(fitted, compared, self.apart)
 
     @property
     def tell(self) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dreamkit import distributed
 from dreamkit.model_state import eval_mode
-from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.graph import BeforeRemoval, ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Limits
 from dreamkit.training.batches import NormalisedBatches
@@ -172,6 +172,7 @@ def measure_sensitivity(
     scores: Mapping[str, Tensor],
     options: Sensitivity,
     images: Images,
+    make_up: BeforeRemoval,
     take_statistics: TakeStatistics,
     context: RunContext,
 ) -> Measured:
@@ -183,7 +184,8 @@ def measure_sensitivity(
         scores: importances (channels,) of the groups that are looked at, by name.
         options: how.
         images: stored; all of them are looked at.
-        take_statistics: what is done to BatchNorm after a removal.
+        make_up: what is done to the weights before a removal.
+        take_statistics: what is done to BatchNorm after it.
         context: the run's.
 
     Returns:
@@ -201,7 +203,7 @@ def measure_sensitivity(
             if mine < len(trials):
                 name, share = trials[mine]
                 gone = {} if name is None else {name: _lowest(scores[name], share)}
-                smaller, record = graph.without(gone)
+                smaller, record = graph.without(gone, make_up)
                 take_statistics(smaller, record)
                 found[name, share] = _compared(_logits(smaller, batches), theirs)
             advance(min(first + distributed.size(), len(trials)))

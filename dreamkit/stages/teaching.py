@@ -145,6 +145,16 @@ class StudentTraining:
     stage: str
     place: str
 
+    def check(self) -> None:
+        """Refuse windows of images that the teacher does not take.
+
+        Raises:
+            DreamkitError: of ``first_images``.
+        """
+        network, card = self.teacher.model, self.teacher.card
+        with placed(self.place, always=False):
+            check_window(self.options.augmentation, network, "teacher", card, self.context.device)
+
     def first_images(self, student: nn.Module) -> Parts:
         """Return the images that there are before the training, with those that are held back.
 
@@ -155,9 +165,7 @@ class StudentTraining:
             DreamkitError: there are none, the training is too short for all dreams, or the teacher
                 takes no such windows of them as it is to train on.
         """
-        network, card = self.teacher.model, self.teacher.card
-        with placed(self.place, always=False):  # before anything is dreamed
-            check_window(self.options.augmentation, network, "teacher", card, self.context.device)
+        self.check()  # before anything is dreamed
         if self.adaptive is None:
             images = images_of(self.teacher, self.images, self.context)
             return parted(images, self.context.seed, self.context.log.note)
