@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreamkit.applications.prune import Prune
+from dreamkit.applications.quantize import Quantize
 from dreamkit.criteria.magnitude import Magnitude
 from dreamkit.errors import DreamkitError, OptionError, TeacherMismatch
 from dreamkit.evaluation.accuracy import accuracy, agreement
@@ -151,3 +152,14 @@ def test_windows_larger_than_the_smaller_images_are_refused_before_dreaming(teac
     recovery = Recovery(steps=2, batch_size=8, augmentation=Augmentation(size=14))
     with pytest.raises(DreamkitError, match="14"):
         options(recovery=recovery).run(teacher, None, context)
+
+
+def test_in_integers_it_is_judged_on_images_of_its_own_size(toys, teacher, context):
+    pytest.importorskip("onnxruntime")
+    application = Quantize(after=options(), latency_batches=(), max_disagreement=1.0)
+    images = toys.images(80, size=SIZE)
+    student = application.run(teacher, images, context).student
+    metrics = context.log.metrics
+    small = Resized(context.evaluation, (12, 12))
+    assert metrics["student.accuracy"] == accuracy(student.model, small, student.card, CPU)
+    assert 0 <= metrics["int8.accuracy"] <= 1
