@@ -73,6 +73,8 @@ class Prune(ChannelPruning, TrainsOnImages):
         )
         training = dataclasses.replace(dreaming, teacher=small, context=within)
         training.check()
+        if self.finetune is not None:
+            dataclasses.replace(training, options=self.finetune, place="finetune").check()
         # A copy of the teacher agrees with it: the first dreams against it are DeepInversion's.
         first = dreaming.first_images(self.make_student(teacher, context).model)
         measure_quality("teacher", teacher.model, teacher, None, context)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from dreamkit import distributed
 from dreamkit.out_of_memory import enough_memory
-from dreamkit.pruning.activations import weighted_layers
-from dreamkit.pruning.compensation import Readings, compensate, readings
+from dreamkit.pruning.compensation import compensate
+from dreamkit.pruning.readings import Readings, readings
 from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.statistics import Statistics
 from dreamkit.types import ChannelGroup, RunContext
@@ -71,7 +72,7 @@ class Compensating:
         if self.options is not None:
             ridge = self.options.ridge
             self.seen = compensate(model, groups, removed, self.seen, ridge, self.centred)
-            _agree(model, self.seen)
+            _agree(model, self.seen, self.context.device)
 
     def try_on(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
         """Do so to a copy of the network that was looked at, on this rank alone."""
@@ -79,17 +80,17 @@ class Compensating:
             compensate(model, self.groups, removed, self.seen, self.options.ridge, self.centred)
 
 
-def _agree(model: nn.Module, seen: Readings) -> None:
+def _agree(model: nn.Module, seen: Readings, device: torch.device) -> None:
     """Give every rank the first one's weights: sums may differ in the last bit."""
     if distributed.size() == 1:
         return
+    names = distributed.broadcast(list(seen))
     own = {
         f"{name}.{key}": parameter
-        for name, layer in weighted_layers(model)
-        if name in seen
-        for key, parameter in layer._parameters.items()
+        for name in names
+        for key, parameter in model.get_submodule(name)._parameters.items()
         if parameter is not None
     }
-    device = next(iter(own.values())).device
-    for name, tensor in distributed.broadcast_tensors(own, device).items():
-        own[name].data.copy_(tensor)
+    if own:
+        for name, tensor in distributed.broadcast_tensors(own, device).items():
+            own[name].data.copy_(tensor)

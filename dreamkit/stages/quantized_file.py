@@ -126,8 +126,10 @@ def _measure_accuracy(bench: Workbench, name: str, path: Path) -> None:
     metrics[f"{name}.accuracy"] = float((expected == labels).float().mean())
     metrics["int8.accuracy"] = float((found == labels).float().mean())
     metrics["int8.evaluation_agreement"] = float((found == expected).float().mean())
-    if metrics.get("teacher.accuracy"):
-        metrics["int8.accuracy_ratio"] = metrics["int8.accuracy"] / metrics["teacher.accuracy"]
+    if whole := metrics.get("teacher.accuracy"):
+        metrics["int8.accuracy_ratio"] = metrics["int8.accuracy"] / whole
+        if name != "teacher":
+            metrics[f"{name}.accuracy_ratio"] = metrics[f"{name}.accuracy"] / whole
 
 
 def time_file(bench: Workbench, path: Path, batches: Sequence[int]) -> None:

@@ -150,8 +150,12 @@ def test_a_network_that_takes_no_other_size_is_refused_by_name(toys, context):
 
 def test_windows_larger_than_the_smaller_images_are_refused_before_dreaming(teacher, context):
     recovery = Recovery(steps=2, batch_size=8, augmentation=Augmentation(size=14))
-    with pytest.raises(DreamkitError, match="14"):
+    with pytest.raises(DreamkitError, match="14") as caught:
         options(recovery=recovery).run(teacher, None, context)
+    assert caught.value.path[0] == "recovery"
+    with pytest.raises(DreamkitError, match="14") as caught:
+        options(finetune=recovery).run(teacher, None, context)
+    assert caught.value.path[0] == "finetune"
 
 
 def test_in_integers_it_is_judged_on_images_of_its_own_size(toys, teacher, context):
