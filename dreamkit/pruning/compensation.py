@@ -31,7 +31,8 @@ def compensate(
 
     With x_L what a layer reads of the channels that go and x_K what it reads of the rest,
     P = argmin E‖x_L - Pᵀ x_K‖² + λ‖P‖², and W_K becomes W_K + W_L Pᵀ: one P for all places of a
-    kernel. A layer with a bias makes up for the means too.
+    kernel. A layer with a bias makes up for the means too. λ is more where values are few: by
+    (channels left / values)², as of as many values as channels each is told by chance.
 
     Args:
         model: changed in place, with all its channels.
