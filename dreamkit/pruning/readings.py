@@ -103,7 +103,6 @@ def readings(
     found: dict[str, Reading] = {}
     odd: set[str] = set()
     samples: dict[str, Tensor] = {}
-
     made: list[tuple[str, Tensor]] = []
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
@@ -128,7 +127,6 @@ def readings(
     with eval_mode(model):
         with hooked(layers, see), hooked(norms, see_normalised), _outputs(layers, made):
             for number, x in enumerate(batches, 1):
-                made.clear()
                 model(x)
                 advance(number)
         made.clear()
@@ -143,10 +141,10 @@ def readings(
 def _outputs(
     layers: Sequence[tuple[str, nn.Module]], made: list[tuple[str, Tensor]]
 ) -> Iterator[None]:
-    """Note what layers put out, by their names."""
+    """Note what the last of some layers put out, with its name."""
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        made.append((name, output))
+        made[:] = [(name, output)]  # of all layers they would fill memory
 
     with ExitStack() as stack:
         for name, layer in layers:
