@@ -322,8 +322,8 @@ class Bench:
             "onnxruntime": OnnxRuntime(threads=1, repeats=repeats),
         }
         for backend, timed in backends.items():
-            networks = {name: (model, card.input_size) for name, model in plain.items()}
-            timings = time_models(networks, timed, say)
+            sized = {name: (model, card.input_size) for name, model in plain.items()}
+            timings = time_models(sized, timed, say)
             found |= {f"{name}.{backend}_ms": t.median_ms for name, t in timings.items()}
         return found
 
