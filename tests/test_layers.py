@@ -28,6 +28,7 @@ LAYERS = (
         "memory",
         "out_of_memory",
         "flat_state",
+        "graph_edges",
         "devices",
         "joined_images",
         "resizing",

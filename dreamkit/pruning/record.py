@@ -1,4 +1,4 @@
-"""Changing how many channels a model has, and the record by which that is done again."""
+"""Changing how many channels and blocks a model has, and the record to do that again by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.errors import ArtifactError
+from dreamkit.pruning.blocks import bypass
 from dreamkit.pruning.channels import Use
 
 Axes = list[list[int] | None]
@@ -24,15 +25,22 @@ class PruningRecord:
         kept: by parameter or buffer name, the positions kept on every axis.
         attributes: by module name, sizes that the module states of itself (``out_channels``).
         grown: by parameter name, how many outputs it has that had fewer.
+        bypassed: names of the residual blocks that are gone.
     """
 
     kept: dict[str, Axes] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     grown: dict[str, int] = field(default_factory=dict)
+    bypassed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-safe data."""
-        return {"kept": self.kept, "attributes": self.attributes, "grown": self.grown}
+        return {
+            "kept": self.kept,
+            "attributes": self.attributes,
+            "grown": self.grown,
+            "bypassed": self.bypassed,
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PruningRecord:
@@ -46,6 +54,7 @@ class PruningRecord:
                 {name: _checked_axes(axes) for name, axes in data.get("kept", {}).items()},
                 {name: dict(sizes) for name, sizes in data.get("attributes", {}).items()},
                 {name: int(outputs) for name, outputs in data.get("grown", {}).items()},
+                _checked_names(data.get("bypassed", [])),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"what was pruned is not a record of it: {error}") from error
@@ -59,7 +68,8 @@ class PruningRecord:
         attributes = {name: dict(stated) for name, stated in earlier.attributes.items()}
         for name, stated in self.attributes.items():
             attributes.setdefault(name, {}).update(stated)
-        return PruningRecord(kept, attributes, {**earlier.grown, **self.grown})
+        bypassed = [*dict.fromkeys([*earlier.bypassed, *self.bypassed])]
+        return PruningRecord(kept, attributes, {**earlier.grown, **self.grown}, bypassed)
 
     def kept_since(self, earlier: PruningRecord) -> dict[str, Axes]:
         """Return the positions kept of those that the same pruning had kept at an earlier time.
@@ -74,6 +84,11 @@ class PruningRecord:
         return kept
 
     # --- cutting ------------------------------------------------------------------------------
+
+    def bypass(self, model: nn.Module, block: str) -> None:
+        """Let the input of a residual block through in its place, and record it."""
+        bypass(model, [block])
+        self.bypassed.append(block)
 
     def cut(self, model: nn.Module, use: Use, kept: Sequence[int]) -> None:
         """Keep some channels of a layer, in place, and record it.
@@ -152,6 +167,7 @@ class PruningRecord:
                     raise ArtifactError(f"the builder's '{name}' has no size '{attribute}'")
                 size = tuple(value) if isinstance(value, list) else value
                 setattr(module, attribute, size)
+        bypass(model, self.bypassed)
 
     def _grow_again(
         self, model: nn.Module, tensors: Mapping[str, Tensor], name: str, outputs: int
@@ -192,6 +208,12 @@ def _checked_axes(axes: Any) -> Axes:
                 before = place
         found.append(None if kept is None else list(kept))
     return found
+
+
+def _checked_names(names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("blocks that are gone should be a list of names")
+    return names
 
 
 def select(tensor: Tensor, axes: Axes) -> Tensor:

@@ -12,6 +12,7 @@ from dreamkit.report.figures import curves, heat_map, sensitivity
 from dreamkit.report.notebook import data_uri
 from dreamkit.report.tables import (
     continual_rows,
+    depth_rows,
     dreams_line,
     fidelity_line,
     judge_rows,
@@ -45,6 +46,7 @@ def render(
     files_header, files = quantization_rows(report)
     pixel_header, pixels = pixel_rows(report)
     told = report["details"].get("continual")
+    blocks_header, blocks = depth_rows(report)
     groups_header, groups = sensitivity_rows(report)
     measured = report["details"].get("sensitivity")
     environment = Environment(
@@ -69,6 +71,8 @@ def render(
         stages={n: curves(n, r) for n, r in records.items() if r and n not in _NO_CURVE},
         layers=report["details"].get("statistics_distance", {}),
         dreams=dreams_line(report),
+        blocks_header=blocks_header,
+        blocks=blocks,
         groups_header=groups_header,
         groups=groups,
         sensitivity=sensitivity(measured["shares"], measured["agreement"]) if measured else None,

@@ -139,6 +139,24 @@ def continual_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return ["accuracy", *told["sets"], "combined", "of all images", "forgetting"], rows
 
 
+def depth_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the whole blocks that were tried beside channels."""
+    tried = report["details"].get("depth")
+    if not tried:
+        return [], []
+    goals = list(tried[0]["shares"])
+    header = ["block", "divergence without it", "without channels that save as much", "agreement"]
+    rows = []
+    for told in tried:
+        other = told["divergence_by_channels"]
+        cells = [told["block"], f"{told['divergence']:.4f}"]
+        cells.append("no such channels" if other is None else f"{other:.4f}")
+        cells.append(_cell("agreement", told["agreement"]))
+        cells += [f"{100 * told['shares'][goal]:.1f} %" for goal in goals]
+        rows.append([*cells, "went" if told["gone"] else "stayed"])
+    return [*header, *(f"{goal} left" for goal in goals), ""], rows
+
+
 def sensitivity_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of what removing parts of each channel group did by itself."""
     told = report["details"].get("sensitivity")

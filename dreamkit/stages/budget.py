@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -18,6 +19,7 @@ from dreamkit.evaluation.cost import count
 from dreamkit.latency.table import LookUpTable
 from dreamkit.pruning.cost_model import CostModel
 from dreamkit.stages.forecast import Forecast
+from dreamkit.stages.last_round import NEAR
 from dreamkit.stages.measuring import Sized, sized, time_models
 from dreamkit.types import ChannelGroup, Chunk, LatencyBackend, LayerShape, Teacher
 
@@ -200,6 +202,16 @@ class Budget:
     def within(self, most: float, shares: Mapping[str, float]) -> bool:
         """Whether every goal is as near as ``most``, a share of what the teacher costs."""
         return all(shares[name] - goal <= most for name, goal in self.goals.items())
+
+    def overshot(self, shares: Mapping[str, float]) -> bool:
+        """Whether every goal is reached, and none was nearly missed: more went than had to."""
+        return all(goal - shares[name] > NEAR for name, goal in self.goals.items())
+
+    def towards(self, goals: Mapping[str, float]) -> Budget:
+        """Return a budget of the same costs with other goals: shares, by name."""
+        nearer = copy.copy(self)
+        nearer.goals = dict(goals)
+        return nearer
 
     def progress(self, shares: Mapping[str, float]) -> float:
         """Return the share of the way to the goal that is furthest, 1 where all are reached."""

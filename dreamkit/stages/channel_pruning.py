@@ -13,6 +13,7 @@ from dreamkit.pruning.selection import Greedy, Limits
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.stages.budget import Target
 from dreamkit.stages.compensating import Compensation
+from dreamkit.stages.depth import Depth
 from dreamkit.stages.ranking import Normalise
 from dreamkit.stages.reconstructing import Reconstruction
 from dreamkit.stages.sensitivity import Sensitivity
@@ -28,6 +29,8 @@ class ChannelPruning:
     Args:
         criteria: the weighted terms of the importance I; the lowest goes first.
         target: what is to be left.
+        depth: whole residual blocks go first, as long as channels that save as much do more harm;
+            null leaves all blocks.
         compensation: weights of the channels that stay make up for those that go, in every round;
             null leaves them as they are.
         reconstruction: least squares, layer by layer, between what is left and the teacher, before
@@ -68,6 +71,7 @@ class ChannelPruning:
 
     criteria: Annotated[tuple[Term[Criterion], ...], TermsOf("criteria")]
     target: Target
+    depth: Depth | None = field(default_factory=Depth)
     compensation: Compensation | None = field(default_factory=Compensation)
     reconstruction: Reconstruction | None = None
     reconstruct_each: bool = False

@@ -107,7 +107,8 @@ class Choosing:
         goals = {name: goal for name, goal in budget.goals.items() if name != "latency"}
         groups, _ = graph.groups()
         gone = {g.name: sum(self.importances.chunks(g)) for g in groups}
-        forecast = budget.forecast(graph.model, groups, dict.fromkeys(goals, 1.0), goals)
+        now = budget.counted(graph.model, sum(group.channels for group in groups))
+        forecast = budget.forecast(graph.model, groups, now, goals)
         for group in groups:
             forecast.take(group, gone[group.name])
         if forecast.met():

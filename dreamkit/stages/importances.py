@@ -73,6 +73,13 @@ class Importances:
                 "the kernels of the latency backend like; limits.chunk sets another"
             )
 
+    def follow(self, groups: Sequence[ChannelGroup]) -> None:
+        """Take the groups of a network whose whole blocks have gone."""
+        self.groups = groups
+        known = self.originals
+        self.originals = {g.name: known.get(g.name, g.channels) for g in groups}
+        self.open = self._left_open()
+
     def _left_open(self) -> set[str]:
         return {group.name for group in self.groups if self.chunks(group)}
 

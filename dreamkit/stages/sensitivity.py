@@ -10,13 +10,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dreamkit import distributed
-from dreamkit.model_state import eval_mode
 from dreamkit.pruning.graph import BeforeRemoval, ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Limits
+from dreamkit.stages.comparing import Comparing
 from dreamkit.training.batches import NormalisedBatches
 from dreamkit.types import ChannelGroup, Images, RunContext, Teacher
 
@@ -24,8 +23,6 @@ TakeStatistics = Callable[[nn.Module, PruningRecord], None]
 """Gives BatchNorm of a network that lacks what a record says the statistics it is to have."""
 
 _BATCH = 64
-_FAR = 1e3
-"""Divergence in place of one that is not finite."""
 _EXACT = 1e-6
 """By how much an agreement may be off: it is a float32."""
 
@@ -192,7 +189,7 @@ def measure_sensitivity(
         What was found; the same on every rank.
     """
     batches = NormalisedBatches(images, teacher.card, context.device, _BATCH)
-    theirs = _logits(teacher.model, batches)
+    compared = Comparing(teacher.model, batches)
     trials: list[tuple[str | None, float]] = [(None, 0.0)]  # the network as it is
     trials += itertools.product(scores, options.shares)
     found: dict[tuple[str | None, float], tuple[float, float]] = {}
@@ -205,7 +202,7 @@ def measure_sensitivity(
                 gone = {} if name is None else {name: _lowest(scores[name], share)}
                 smaller, record = graph.without(gone, make_up)
                 take_statistics(smaller, record)
-                found[name, share] = _compared(_logits(smaller, batches), theirs)
+                found[name, share] = compared(smaller)
             advance(min(first + distributed.size(), len(trials)))
             context.log.check(together=True)
     for of_rank in distributed.gather(found):
@@ -221,20 +218,6 @@ def _lowest(score: Tensor, share: float) -> list[int]:
     """Return a share of a group's channels, the least important first."""
     lowest: list[int] = torch.argsort(score, stable=True)[: _part(len(score), share)].tolist()
     return lowest
-
-
-def _compared(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Return agreement and divergence of logits (N, K)."""
-    agreement = float((ours.argmax(1) == theirs.argmax(1)).float().mean())
-    log_p, log_q = F.log_softmax(theirs, 1), F.log_softmax(ours, 1)
-    apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return agreement, float(apart.nan_to_num(nan=_FAR, posinf=_FAR))
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, batches: NormalisedBatches) -> Tensor:
-    with eval_mode(model):
-        return torch.cat([model(x).float().cpu() for x in batches])
 
 
 def _lower_hull(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:

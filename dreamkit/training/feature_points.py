@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from dreamkit.graph_edges import Edge, edge
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.difference_statistics import Kept
-
-_Edge = tuple[Node, int]
-"""A tensor in a graph: what made it, and which of the tensors that this made (of a split) it is."""
 
 
 @dataclass(frozen=True)
@@ -94,35 +92,31 @@ def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
     ]
-    given: dict[str, tuple[_Edge | None, torch.Size]] = {}
+    given: dict[str, tuple[Edge | None, torch.Size]] = {}
     calls: Counter[str] = Counter()
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        given[name] = _edge(x), x.shape
+        given[name] = edge(x), x.shape
         calls[name] += 1
 
     start = images.clone().requires_grad_(True)
     with torch.enable_grad(), eval_mode(model), hooked(layers, see):
-        last = _edge(model(start))
+        last = edge(model(start))
     if last is None:
         return {}
     graph = _graph(last)
-    found: dict[_Edge, tuple[str, torch.Size]] = {}
-    for name, (edge, shape) in given.items():
-        if edge is None or edge[0] not in graph or edge in found or calls[name] > 1:
+    found: dict[Edge, tuple[str, torch.Size]] = {}
+    for name, (place, shape) in given.items():
+        if place is None or place[0] not in graph or place in found or calls[name] > 1:
             continue
-        if not _reaches(graph, last, start, edge):
-            found[edge] = name, shape
+        if not _reaches(graph, last, start, place):
+            found[place] = name, shape
     return dict(found.values())
 
 
-def _edge(x: Tensor) -> _Edge | None:
-    return None if x.grad_fn is None else (x.grad_fn, x.output_nr)
-
-
-def _graph(last: _Edge) -> dict[Node, list[_Edge]]:
+def _graph(last: Edge) -> dict[Node, list[Edge]]:
     """Return what each node of a graph is computed from, and keep the nodes what they are."""
-    found: dict[Node, list[_Edge]] = {}
+    found: dict[Node, list[Edge]] = {}
     open_nodes = [last[0]]
     while open_nodes:
         node = open_nodes.pop()
@@ -132,7 +126,7 @@ def _graph(last: _Edge) -> dict[Node, list[_Edge]]:
     return found
 
 
-def _reaches(graph: Mapping[Node, list[_Edge]], last: _Edge, start: Tensor, shut: _Edge) -> bool:
+def _reaches(graph: Mapping[Node, list[Edge]], last: Edge, start: Tensor, shut: Edge) -> bool:
     """Whether a path leads from the outputs back to the images that does not pass a tensor."""
     open_nodes = [last[0]] if last != shut else []
     seen = set(open_nodes)
@@ -140,7 +134,7 @@ def _reaches(graph: Mapping[Node, list[_Edge]], last: _Edge, start: Tensor, shut
         node = open_nodes.pop()
         if getattr(node, "variable", None) is start:
             return True
-        following = {edge[0] for edge in graph[node] if edge != shut} - seen
+        following = {before[0] for before in graph[node] if before != shut} - seen
         seen |= following
         open_nodes += following
     return False

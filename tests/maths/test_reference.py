@@ -15,7 +15,7 @@ from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.selection import Limits
 from dreamkit.registry import Term
 from dreamkit.report.run_log import MemoryLog
-from dreamkit.stages import pauses, pruning_run
+from dreamkit.stages import pauses, pruning_state
 from dreamkit.stages.budget import Target
 from dreamkit.stages.pauses import Pauses
 from dreamkit.stages.reconstructing import Reconstruction
@@ -113,7 +113,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.taken_from, self.trained = [], []
-        monkeypatch.setattr(pruning_run, "give_statistics", self.give)
+        monkeypatch.setattr(pruning_state, "give_statistics", self.give)
         monkeypatch.setattr(pauses, "train_student", self.train)
 
     def give(self, how, network, student, kept, *rest):

@@ -19,7 +19,7 @@ from dreamkit.registry import Term
 from dreamkit.report.html import render
 from dreamkit.report.run_log import MemoryLog
 from dreamkit.report.tables import sensitivity_rows
-from dreamkit.stages import pruning_run
+from dreamkit.stages import pruning_run, pruning_state
 from dreamkit.stages.budget import Target
 from dreamkit.stages.sensitivity import Measured, Sensitivity, measure_sensitivity
 from dreamkit.stages.teaching import Recovery
@@ -284,13 +284,13 @@ def test_a_run_tells_what_it_measured(toys, context):
 
 def test_a_pass_takes_statistics_over_few_images(toys, context, monkeypatch):
     taken = []
-    take = pruning_run.take_statistics
+    take = pruning_state.take_statistics
 
     def count(how, student, teacher, kept, batches, **options):
         taken.append(len(batches))
         take(how, student, teacher, kept, batches, **options)
 
-    monkeypatch.setattr(pruning_run, "take_statistics", count)
+    monkeypatch.setattr(pruning_state, "take_statistics", count)
     options = pruning(statistics_batches=3, sensitivity=Sensitivity((0.5,), images=9))
     options.run(toys.teacher(toys.two_bn()), toys.images(24), context)
     assert taken == [2, 2, 2]  # nine images in batches of 8, of the whole and of each of two groups
