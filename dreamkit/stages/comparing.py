@@ -31,7 +31,7 @@ class Comparing:
         agreement = float((ours.argmax(1) == self.theirs.argmax(1)).float().mean())
         log_p, log_q = F.log_softmax(self.theirs, 1), F.log_softmax(ours, 1)
         apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return agreement, float(apart.nan_to_num(nan=_FAR, posinf=_FAR))
+        return agreement, float(apart.nan_to_num(nan=_FAR, posinf=_FAR).clamp_min(0))
 
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> Tensor:

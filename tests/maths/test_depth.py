@@ -254,8 +254,7 @@ def test_without_it_outputs_stay(toys, tmp_path):
     torch.testing.assert_close(run.student.eval()(x), teacher.model.eval()(x))
 
 
-@pytest.mark.parametrize("margin", [1.5, 1e9])
-def test_blocks_stay_where_channels_do_less_harm(toys, tmp_path, margin):
+def test_blocks_stay_where_channels_do_less_harm(toys, tmp_path):
     model = filled(Network(Block(8, inner=32), Block(8, inner=32)))
     with torch.no_grad():
         for block in model.stage:  # two thirds of what is inside is never heard
@@ -264,12 +263,28 @@ def test_blocks_stay_where_channels_do_less_harm(toys, tmp_path, margin):
             block.bn1.running_mean[:22] = 0
             block.conv2.weight[:, :22] = 0
     context = toys.context(tmp_path)
-    options = pruning(target=Target(flops=0.5), depth=Depth(margin=margin))
+    options = pruning(target=Target(flops=0.5))
     run = reached(options, toys.teacher(model, toys.card(SIZE)), toys, context)
+    assert run.cut.bypassed == []
     (told,) = context.log.details["depth"]
-    assert 0 < 1.5 * told["divergence_by_channels"] < told["divergence"]
-    assert told["gone"] == (margin > 1.5)
-    assert len(run.cut.bypassed) == (margin > 1.5)
+    assert not told["gone"]
+    assert 1.5 * told["divergence_by_channels"] < told["divergence"]
+
+
+def test_the_margin_is_a_number_of_times_the_harm_of_channels(toys, tmp_path):
+    model = filled(Network(Block(8), Block(8), Block(8)))
+
+    def first(margin):
+        context = toys.context(tmp_path / str(margin))
+        teacher = toys.teacher(copy.deepcopy(model), toys.card(SIZE))
+        reached(pruning(depth=Depth(margin=margin)), teacher, toys, context)
+        return context.log.details["depth"][0]
+
+    told = first(1e-9)
+    ratio = told["divergence"] / told["divergence_by_channels"]
+    assert not told["gone"]
+    assert first(1.01 * ratio)["gone"]
+    assert not first(0.99 * ratio)["gone"]
 
 
 @pytest.mark.parametrize(
