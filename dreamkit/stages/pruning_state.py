@@ -29,6 +29,7 @@ from dreamkit.stages.sensitivity import Measured
 from dreamkit.stages.statistics import give_statistics
 from dreamkit.stages.teaching import trainable_copy
 from dreamkit.training.batches import NormalisedBatches, drawn
+from dreamkit.training.difference_statistics import seen_by
 from dreamkit.training.statistics import take_statistics
 from dreamkit.types import Images, RunContext, Teacher
 
@@ -139,9 +140,10 @@ class PruningState:
         """Return what gives networks to be looked at, each rank its own, their statistics."""
         batches = self._statistics_batches(images)
         how, network = self.options.statistics, self.teacher.model
+        seen = seen_by(network, batches) if how == "difference" else None
 
         def take(smaller: nn.Module, record: PruningRecord) -> None:
-            take_statistics(how, smaller, network, record.kept, batches, together=False)
+            take_statistics(how, smaller, network, record.kept, batches, together=False, seen=seen)
 
         return take
 

@@ -19,7 +19,36 @@ Kept = Mapping[str, Sequence[Sequence[int] | None]]
 all; what is not named is as the teacher's. ``PruningRecord.kept`` is one."""
 BOUND = 16.0
 """How far a variance may go up or down, as a factor."""
+Seen = Sequence[Mapping[str, Sequence[Moments]]]
+"""What a network's BatchNorm layers see of some batches: for each, by name, every call's."""
 _STATISTICS = ("running_mean", "running_var")
+
+
+@torch.no_grad()
+def seen_by(network: nn.Module, batches: NormalisedBatches) -> Seen:
+    """Return what the BatchNorm layers of a network see, for differences from it to be taken of.
+
+    Args:
+        network: the teacher, in whatever mode; unchanged.
+        batches: of images, where it is.
+    """
+    layers = [(n, m) for n, m in stating(network) if not isinstance(m, ScriptModule)]
+    with eval_mode(network):
+        return [_seen(network, layers, x) for x in batches]
+
+
+def _seen(
+    network: nn.Module, layers: Sequence[tuple[str, nn.Module]], x: Tensor
+) -> dict[str, list[Moments]]:
+    calls: dict[str, list[Moments]] = {}
+
+    def watch(name: str, layer: nn.Module, x: Tensor) -> None:
+        stored = len(layer.get_buffer(_STATISTICS[0]))
+        calls.setdefault(name, []).append(Moments.of(x, stored))
+
+    with hooked(layers, watch):
+        network(x)
+    return calls
 
 
 @torch.no_grad()
@@ -30,6 +59,7 @@ def take_difference(
     batches: NormalisedBatches,
     advance: Callable[[int], None] = lambda done: None,
     together: bool = True,
+    seen: Seen | None = None,
 ) -> list[str]:
     """Give a network's BatchNorm layers its teacher's statistics, moved as far as it differs.
 
@@ -57,6 +87,7 @@ def take_difference(
         advance: told how many batches are done.
         together: whether every rank does the same, and is to have the first one's statistics, as
             ranks may differ in the last bit.
+        seen: what the teacher sees of the batches, as ``seen_by`` tells; None for showing it them.
 
     Returns:
         Names of the layers left alone, wholly or in some calls: the teacher has none with these
@@ -71,34 +102,29 @@ def take_difference(
     alone = dict.fromkeys(name for name in layers if name not in theirs)
     if not theirs:
         return list(alone)
-    seen: dict[str, tuple[Moments, Moments]] = {}
+    so_far: dict[str, tuple[Moments, Moments]] = {}
     calls: dict[str, list[Moments]] = {}
-
-    def watch(name: str, layer: nn.Module, x: Tensor) -> None:
-        stored = len(layer.get_buffer(_STATISTICS[0]))
-        channels, moments = _channels(kept, name, x.device), Moments.of(x, stored)
-        chosen = moments if channels is None else moments.chosen(channels)
-        calls.setdefault(name, []).append(chosen)
 
     def mend(name: str, layer: nn.Module, x: Tensor) -> None:
         if not calls.get(name):
             alone[name] = None
             return
-        ours, others = seen.get(name, (None, None))
+        channels, found = _channels(kept, name, x.device), calls[name].pop(0)
+        other = found if channels is None else found.chosen(channels)
+        ours, others = so_far.get(name, (None, None))
         own = Moments.of(x, len(theirs[name][0]))
-        seen[name] = own.merged(ours), calls[name].pop(0).merged(others)
-        _set(layer, *theirs[name], *seen[name])
+        so_far[name] = own.merged(ours), other.merged(others)
+        _set(layer, *theirs[name], *so_far[name])
 
     watched = [(name, teacher.get_submodule(name)) for name in theirs]
     mended = [(name, layers[name]) for name in theirs]
     with eval_mode(student), eval_mode(teacher):
-        for number, x in enumerate(batches, 1):
-            calls.clear()
-            with hooked(watched, watch):
-                teacher(x)
+        for number, x in enumerate(batches):
+            shown = _seen(teacher, watched, x) if seen is None else seen[number]
+            calls = {name: list(moments) for name, moments in shown.items()}
             with hooked(mended, mend):
                 student(x)
-            advance(number)
+            advance(number + 1)
     if together:
         _agree(mended, batches.device)
     return list(alone)

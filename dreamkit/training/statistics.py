@@ -9,7 +9,7 @@ from torch import nn
 
 from dreamkit.training.batches import NormalisedBatches
 from dreamkit.training.bn_recalibration import recalibrate
-from dreamkit.training.difference_statistics import Kept, take_difference
+from dreamkit.training.difference_statistics import Kept, Seen, take_difference
 from dreamkit.wording import and_more
 
 Statistics = Literal["difference", "recalibrate", "keep"]
@@ -26,6 +26,7 @@ def take_statistics(
     advance: Callable[[int], None] = lambda done: None,
     note: Callable[[str], None] = lambda text: None,
     together: bool = True,
+    seen: Seen | None = None,
 ) -> None:
     """Give a student's BatchNorm layers their statistics.
 
@@ -38,11 +39,12 @@ def take_statistics(
         advance: told how many batches are done.
         note: told of layers that have no counterpart in the teacher.
         together: as of ``take_difference``.
+        seen: as of ``take_difference``.
     """
     if how == "recalibrate":
         recalibrate(student, batches, advance)
     elif how == "difference":
-        alone = take_difference(student, teacher, kept, batches, advance, together)
+        alone = take_difference(student, teacher, kept, batches, advance, together, seen)
         if alone:
             note(
                 f"{and_more(alone)}: BatchNorm statistics left as they were, as the teacher has no "

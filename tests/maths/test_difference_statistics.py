@@ -18,7 +18,7 @@ from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.training import difference_statistics
 from dreamkit.training.batches import NormalisedBatches
-from dreamkit.training.difference_statistics import BOUND, take_difference
+from dreamkit.training.difference_statistics import BOUND, seen_by, take_difference
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.incremental import IncrementalTraining
 from dreamkit.training.statistics import take_statistics
@@ -409,3 +409,19 @@ def test_frozen_statistics_are_not_recalibrated(kind):
     with pytest.raises(OptionError, match="would undo what freeze_bn keeps") as caught:
         kind(freeze_bn=True, statistics="recalibrate")
     assert caught.value.option == "statistics"
+
+
+def test_what_the_teacher_sees_is_known_after_one_showing(toys):
+    """Statistics of several students come of one look at the teacher, to the last bit."""
+    teacher, images = toys.two_bn(), toys.images(20)
+    shown = NormalisedBatches(images, toys.card(), CPU, 8, 9)
+    known = seen_by(teacher, shown)
+    shows = []
+    for removed in ({"conv1": [0]}, {"conv2": [1, 2]}):
+        (student, kept), other = cut(teacher, **removed), cut(teacher, **removed)[0]
+        take_difference(student, teacher, kept, shown)
+        handle = teacher.register_forward_hook(lambda *args: shows.append(1))
+        take_difference(other, teacher, kept, shown, seen=known)
+        handle.remove()
+        toys.assert_same_tensors(other, student)
+    assert not shows
