@@ -13,6 +13,7 @@ from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Distilled
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
+    ToDream,
     keep_student,
     result_fields,
     run_application,
@@ -27,7 +28,7 @@ def distill(
     student: nn.Module | Teacher,
     images: ImagesLike | None = None,
     *,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     latency_backend: str | Mapping[str, Any] | LatencyBackend | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -50,7 +51,7 @@ def distill(
         model: the teacher, trained.
         student: with the teacher's inputs and outputs; it starts from the weights it has.
         images: as of ``prune``; 1,024 are dreamed where there are none.
-        synthesis: how they are dreamed, options of ``invert``.
+        synthesis: how they are dreamed, options of ``invert``, or a list of them for several.
         latency_backend: times networks; given, latencies are reported too.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from dreamkit.api.networks import View
 from dreamkit.api.results import Extended
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
+    ToDream,
     keep_student,
     result_fields,
     run_application,
@@ -33,7 +34,7 @@ def extend(
     test: ImagesLike | None = None,
     new_names: Sequence[str] | None = None,
     replay: ImagesLike | Literal[False] | None = None,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -61,7 +62,8 @@ def extend(
             the old ones, by default.
         replay: real images that stand for the old classes, as of ``prune``; dreamed by default,
             250 of each (``images_per_class``). False for none, with ``losses`` that look at none.
-        synthesis: how they are dreamed, options of ``invert``; their number is not one of them.
+        synthesis: how they are dreamed, options of ``invert``, or a list of them for several; their
+            number is not one of them.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
         mean: per channel.

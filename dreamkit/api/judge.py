@@ -13,7 +13,7 @@ from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import GivenNetwork, View, take_in
 from dreamkit.api.results import Judgement, described
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import run_application
+from dreamkit.api.students import ToDream, run_application
 from dreamkit.errors import DreamkitError
 from dreamkit.types import Teacher
 
@@ -24,7 +24,7 @@ def judge(
     verifiers: Mapping[str, nn.Module | Teacher] | None = None,
     *,
     reference: ImagesLike | None = None,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -48,7 +48,7 @@ def judge(
         verifiers: networks by name, with the same classes in the same order; never ``model``.
             Those that do not tell it are taken to see images as ``model`` does.
         reference: real images, for the Fréchet distance.
-        synthesis: how images are dreamed, options of ``invert``.
+        synthesis: how images are dreamed, options of ``invert``, or a list of them for several.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
         mean: per channel.

@@ -13,7 +13,7 @@ from dreamkit.api.given_images import ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Pruned
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import keep_student, result_fields, run_application
+from dreamkit.api.students import ToDream, keep_student, result_fields, run_application
 from dreamkit.applications.prune import Prune
 from dreamkit.errors import DreamkitError
 from dreamkit.stages.teaching import Recovery
@@ -32,7 +32,7 @@ def prune(
     latency: float | None = None,
     latency_ms: float | None = None,
     criteria: Mapping[str, Any] | Sequence[Any] | None = None,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     latency_backend: str | Mapping[str, Any] | LatencyBackend | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -63,7 +63,8 @@ def prune(
         latency_ms: milliseconds that it may take here.
         criteria: the weighted terms of the importance, e.g. ``{"taylor": 1, "latency_lut": 0.1}``;
             Taylor importance alone by default.
-        synthesis: how images are dreamed where none are given, options of ``invert``.
+        synthesis: how images are dreamed where none are given, options of ``invert``, or a list of
+            them for several.
         latency_backend: times networks, e.g. ``"torch-cpu"`` or, for INT8, ``{"name":
             "onnxruntime", "dtype": "int8"}``; given, latencies are reported too.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``

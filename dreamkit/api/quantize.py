@@ -13,7 +13,7 @@ from dreamkit.api.given_images import GivenImages, ImagesLike
 from dreamkit.api.networks import View
 from dreamkit.api.results import Quantized, StudentResult, described, student_fields
 from dreamkit.api.session import Conditions, session
-from dreamkit.api.students import run_application
+from dreamkit.api.students import ToDream, run_application
 from dreamkit.errors import DreamkitError
 from dreamkit.students import load_student
 from dreamkit.types import Quantizer, RunContext, Teacher
@@ -30,7 +30,7 @@ def quantize(
     keep_float: str | Sequence[str] = (),
     quantizer: str | Mapping[str, Any] | Quantizer = "onnxruntime",
     compare: ImagesLike | None = None,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -61,7 +61,8 @@ def quantize(
         quantizer: of another runtime, by name or with its options; the keywords above are options
             of ``onnxruntime``.
         compare: further images to measure agreement on.
-        synthesis: how images are dreamed where none are given, options of ``invert``.
+        synthesis: how images are dreamed where none are given, options of ``invert``, or a list of
+            them for several.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
         mean: per channel.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dreamkit.api.networks import View
 from dreamkit.api.results import Recovered
 from dreamkit.api.session import Conditions, session
 from dreamkit.api.students import (
+    ToDream,
     keep_student,
     result_fields,
     run_application,
@@ -27,7 +28,7 @@ def recover(
     images: ImagesLike | None = None,
     *,
     sparsity: float,
-    synthesis: Mapping[str, Any] | None = None,
+    synthesis: ToDream | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -49,7 +50,7 @@ def recover(
         model: trained.
         images: as of ``prune``; 1,024 are dreamed where there are none.
         sparsity: share of the weights that goes, in (0, 1).
-        synthesis: how images are dreamed, options of ``invert``.
+        synthesis: how images are dreamed, options of ``invert``, or a list of them for several.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
         mean: per channel.

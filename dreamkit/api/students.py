@@ -14,11 +14,14 @@ from dreamkit.api.session import Session
 from dreamkit.errors import DreamkitError, did_you_mean
 from dreamkit.recipe.options import keywords_of
 from dreamkit.recipe.signature import nested_options, options_of
+from dreamkit.registry import MIX, without_shares
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.types import Application, Images, Outcome, RunContext, Synthesis
 
 DREAMED = 1024
 """Images that are dreamed where none are given."""
+ToDream = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Options of one synthesizer by name, or of several, each with the ``share`` it may have."""
 
 
 def run_application(
@@ -26,7 +29,7 @@ def run_application(
     name: str,
     options: Mapping[str, Any],
     images: Any,
-    synthesis: Mapping[str, Any] | None,
+    synthesis: ToDream | None,
     given: Sequence[str | None] = (),
     *,
     function: Callable[..., Any],
@@ -40,7 +43,8 @@ def run_application(
         name: of the application.
         options: its own.
         images: as the caller holds them; None to dream them.
-        synthesis: options of the synthesizer that dreams, laid over ``invert``'s.
+        synthesis: options of the synthesizer that dreams, laid over ``invert``'s; or a list of them
+            for several, each with its ``share``.
         given: hashes of networks and images that the options have.
         function: that the caller called, whose other keywords the options were.
         told: whether a recipe has to be told where the images come from; its options may do so.
@@ -67,17 +71,27 @@ def run_application(
     return application.run(work.teacher, source, work.context), settings
 
 
-def _to_dream(work: Session, options: Mapping[str, Any]) -> Synthesis:
+def _to_dream(work: Session, options: ToDream) -> Synthesis:
+    if isinstance(options, list | tuple):
+        told, shares = without_shares(options, 1.0)
+        entry: dict[str, Any] = {"name": MIX, "of": [_entry(work, one) for one in told]}
+        entry |= {} if shares is None else {"shares": shares}
+    else:
+        entry = _entry(work, options)
+    return work.synthesis(entry, invert, ("synthesis",))
+
+
+def _entry(work: Session, options: Any) -> dict[str, Any]:
+    """Return a synthesizer's entry, as a recipe has it, from options as ``invert`` has them."""
     if not isinstance(options, Mapping):
         raise DreamkitError(
-            f"synthesis: should be options of invert by name, such as {{'images': 256}}, not "
-            f"{type(options).__name__}; finished dreams are images"
+            f"synthesis: should be options of invert by name, such as {{'images': 256}}, or a list "
+            f"of them, not {type(options).__name__}; finished dreams are images"
         )
     options = {"images": DREAMED, **options}
     method = options.pop("method", options.pop("name", "deepinversion"))
     preset, steps = options.pop("preset", "fast"), options.pop("steps", None)
-    entry = synthesizer_options(options, work.teacher, preset, method, steps)
-    return work.synthesis(entry, invert, ("synthesis",))
+    return synthesizer_options(options, work.teacher, preset, method, steps)
 
 
 def _origin(images: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from dreamkit.pruning.head import find_head
 from dreamkit.registry import EntryOf, Term, TermsOf
 from dreamkit.seeds import stream
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool, check_rhythm
-from dreamkit.stages.batches import batch_seed
+from dreamkit.stages.batches import batch_seed, known_batches
 from dreamkit.stages.course import Course, NewClasses, StepLog, check_size, with_classes
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.refreshing import refresh_statistics
@@ -200,11 +199,11 @@ class _Learning:
         """Refuse a set whose training ends before all of its dreams are there."""
         if not isinstance(self.images, Synthesis):
             raise DreamkitError("it dreams, so leave 'images' out", ("adaptive",))
-        batch_size = self.images.synthesizer.known_batch_size(self.teacher)
-        if batch_size is None:  # left to the machine: looked at when it is known
-            return
         for task, classes in zip(self.course.tasks, self.course.old_classes, strict=True):
-            batches = math.ceil(self.options.images_per_class * classes / batch_size)
+            dreams = self.images.of(self.options.images_per_class * classes)
+            batches = known_batches(dreams.synthesizer, self.teacher)
+            if batches is None:  # left to the machine: looked at when it is known
+                return
             check_rhythm(adaptive, batches, self.options.training.total_steps(len(task.train)))
 
     def learn(self, old: Teacher, number: int) -> Teacher:

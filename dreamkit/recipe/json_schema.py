@@ -10,7 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from dreamkit.recipe.construct import options_adapter
 from dreamkit.recipe.schema import Recipe
 from dreamkit.recipe.signature import option_rows
-from dreamkit.registry import KINDS, WEIGHT_SCHEMA, Registries, name_key
+from dreamkit.registry import KINDS, SHARE_SCHEMA, WEIGHT_SCHEMA, Registries, name_key
 
 
 class _Quiet(GenerateJsonSchema):
@@ -41,7 +41,8 @@ def recipe_schema(registries: Registries) -> dict[str, Any]:
     definitions = dict(shared.get("$defs", {}))
     for kind in KINDS:
         names, key = list(registries[kind]), name_key(kind)
-        for prefix, more in (("", {}), ("weighted_", {"weight": WEIGHT_SCHEMA})):
+        weight, share = {"weight": WEIGHT_SCHEMA}, {"share": SHARE_SCHEMA}
+        for prefix, more in (("", {}), ("weighted_", weight), ("shared_", share)):
             entries: list[Any] = [{"enum": names}]
             if kind == "teachers":
                 entries.append({"type": "string", "pattern": "^[^:]+:.+$"})

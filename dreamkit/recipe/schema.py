@@ -26,7 +26,16 @@ from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, located
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import Node, dump_yaml
-from dreamkit.registry import EntriesOf, EntryOf, Registries, mapping_of
+from dreamkit.registry import (
+    MIX,
+    EntriesOf,
+    EntryOf,
+    MixOf,
+    Registries,
+    mapping_of,
+    name_key,
+    without_shares,
+)
 
 
 def _check_name(name: str) -> str:
@@ -55,7 +64,7 @@ class Recipe:
         teacher: where the trained network comes from.
         application: what is done with it.
         synthesis: how images are dreamed; may be left out where the application reads
-            its images elsewhere.
+            its images elsewhere. A list dreams with several: see ``mixed``.
         evaluation: real images to report accuracy on; without it only agreement with
             the teacher is reported.
         latency: the backend that times models; the device's own by default.
@@ -69,7 +78,7 @@ class Recipe:
     name: Annotated[str, AfterValidator(_check_name)]
     teacher: Annotated[Any, EntryOf("teachers")]
     application: Annotated[Any, EntryOf("applications")]
-    synthesis: Annotated[Any | None, EntryOf("synthesizers")] = None
+    synthesis: Annotated[Any | None, MixOf("synthesizers")] = None
     evaluation: Annotated[Any | None, EntryOf("sources")] = None
     latency: Annotated[Any | None, EntryOf("latency_backends")] = None
     trackers: Annotated[tuple[Any, ...], EntriesOf("trackers")] = ()
@@ -200,7 +209,7 @@ def _check(
     for name, overlay in presets.items():
         if name == preset:
             continue
-        other = merge(base, overlay, root=True)
+        other = _spelled_out(merge(base, overlay, root=True))
         if not {*plugin_names(other)} <= {*plugin_names(chosen)}:
             place = located(presets[name].where, ("presets", name))
             unchecked.append(
@@ -236,15 +245,34 @@ def chosen_nodes(
 
 
 def _spelled_out(root: Node) -> Node:
-    """Return the recipe with mappings for the bare names at its top: others read them there."""
+    """Return the recipe with mappings for what stands for them at its top: others read them there.
+
+    That is a bare name, and a list of several of which one is asked for.
+    """
     values = dict(root.value)
     for name, option in options_of(Recipe).items():
-        node = values.get(name)
-        if node is not None and type(option.marker) is EntryOf and isinstance(node.value, str):
-            given = mapping_of(option.marker.kind, node.value)
+        node, marker = values.get(name), option.marker
+        if node is None or marker is None or isinstance(marker, EntriesOf):
+            continue
+        if isinstance(node.value, str):
+            given = mapping_of(marker.kind, node.value)
             written = {key: Node(text, node.where) for key, text in given.items()}
             values[name] = Node(written, node.where, dict.fromkeys(given, node.where))
+        elif isinstance(node.value, list) and isinstance(marker, MixOf):
+            values[name] = _mixed(node, marker.kind)
     return Node(values, root.where, root.keys)
+
+
+def _mixed(node: Node, kind: str) -> Node:
+    """Return the entry that a list of several stands for, everything in its own place."""
+    told, shares = without_shares([child.value for child in node.value], Node(1.0, node.where))
+    children = [
+        Node(value, child.where, child.keys) for value, child in zip(told, node.value, strict=True)
+    ]
+    written = {name_key(kind): Node(MIX, node.where), "of": Node(children, node.where)}
+    if shares is not None:
+        written["shares"] = Node(shares, node.where)
+    return Node(written, node.where, dict.fromkeys(written, node.where))
 
 
 def registries_of(

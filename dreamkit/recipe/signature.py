@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, Registered, Registries, TermsOf
+from dreamkit.registry import EntriesOf, EntryOf, MixOf, Registered, Registries, TermsOf
 
 _ABSENT = inspect.Parameter.empty
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
@@ -192,6 +192,8 @@ def describe(annotation: Any) -> str:
             return f"list of weighted {marker.kind}"
         if isinstance(marker, EntriesOf):
             return f"list of {marker.kind}"
+        if isinstance(marker, MixOf):
+            return f"one of the {marker.kind} | list of them, each with a share"
         return f"one of the {marker.kind}" if marker else describe(arguments[0])
     if origin is typing.Literal:
         return " | ".join(json.dumps(choice) for choice in arguments)

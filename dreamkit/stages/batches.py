@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +15,64 @@ from dreamkit.seeds import derived_seed
 from dreamkit.stages.statistics_distance import statistics_distance
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.labels import with_class
-from dreamkit.types import BatchPlan, Dream, InversionStep, StoredImages, Synthesizer, Teacher
+from dreamkit.types import (
+    BatchPlan,
+    Dream,
+    Dreamer,
+    InversionStep,
+    StoredImages,
+    Synthesizer,
+    TakingTurns,
+    Teacher,
+)
 
 
 def batch_plans(images: int, batch_size: int, seed: int) -> list[BatchPlan]:
     """Divide images into batches, each with a seed from the recipe's and its index alone."""
-    plans = []
-    for index, first in enumerate(range(0, images, batch_size)):
-        size = min(batch_size, images - first)
-        plans.append(BatchPlan(index, first, size, batch_seed(seed, index)))
-    return plans
+    return _plans([min(batch_size, images - first) for first in range(0, images, batch_size)], seed)
+
+
+def plans_of(dreamer: Dreamer, images: int, seed: int) -> list[BatchPlan]:
+    """Divide images into a dreamer's batches, as ``batch_plans`` does."""
+    if isinstance(dreamer, TakingTurns):
+        return _plans(dreamer.batch_sizes, seed)
+    return batch_plans(images, dreamer.batch_size, seed)
+
+
+def _plans(sizes: Sequence[int], seed: int) -> list[BatchPlan]:
+    firsts = itertools.accumulate(sizes, initial=0)
+    return [
+        BatchPlan(index, first, size, batch_seed(seed, index))
+        for index, (first, size) in enumerate(zip(firsts, sizes, strict=False))
+    ]
+
+
+def known_batches(synthesizer: Synthesizer, teacher: Teacher) -> int | None:
+    """Return how many batches of dreams there are to be; None if a session settles it."""
+    batches = 0
+    for member in synthesizer.members:
+        size = member.known_batch_size(teacher)
+        if size is None:
+            return None
+        batches += math.ceil(member.images / size)
+    return batches
+
+
+def doubts_of(synthesizer: Synthesizer, dreamer: Dreamer, num_classes: int) -> list[str]:
+    """Return what is doubtful of the numbers of images asked for, a sentence each.
+
+    Args:
+        synthesizer: what is asked for.
+        dreamer: the same at work.
+        num_classes: of the teacher.
+    """
+    members = synthesizer.members
+    lacking = [classes_left_out(member, num_classes) for member in members]
+    found = lacking[:1] if all(lacking) else []  # what one leaves out another may show
+    dreamers = dreamer.dreamers if isinstance(dreamer, TakingTurns) else [dreamer]
+    for member, own in zip(members, dreamers, strict=True):
+        found.append(small_batches(member, own.batch_size))
+    return [doubt for doubt in found if doubt is not None]
 
 
 def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:

@@ -118,11 +118,14 @@ class Course:
         Raises:
             DreamkitError: naming the first class that would not be dreamed.
         """
-        listed = getattr(synthesizer, "labels", "balanced")
-        if isinstance(listed, str):
-            return
+        listed: set[int] = set()
+        for member in synthesizer.members:
+            labels = getattr(member, "labels", "balanced")
+            if isinstance(labels, str):
+                return
+            listed |= set(labels)
         for task, classes in zip(self.tasks, self.old_classes, strict=True):
-            lacking = sorted({*range(classes)} - {*listed})
+            lacking = sorted({*range(classes)} - listed)
             if lacking:
                 raise DreamkitError(
                     f"the synthesizer's 'labels' leave out class {lacking[0]}, which is old when "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreamkit import distributed
 from dreamkit.errors import DreamkitError, NonFiniteLoss
 from dreamkit.out_of_memory import enough_memory
-from dreamkit.stages.batches import as_stored, batch_plans, classes_left_out, small_batches
+from dreamkit.stages.batches import as_stored, doubts_of, plans_of
 from dreamkit.stages.progress_picture import ProgressPicture
 from dreamkit.stages.rank_records import RankRecords
 from dreamkit.stages.run_store import find_batches, open_store, report_synthesis, run_store
@@ -148,7 +148,7 @@ class Dreaming:
         self.dreamer = dreamer
         self.records = RankRecords(context.log)
         self.picture = ProgressPicture(store, teacher.card, context.log)
-        self.plans = batch_plans(self.synthesizer.images, dreamer.batch_size, context.seed)
+        self.plans = plans_of(dreamer, self.synthesizer.images, context.seed)
 
     def missing(self) -> list[BatchPlan]:
         """Return the batches that the store lacks."""
@@ -164,9 +164,7 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
-        classes, batch_size = self.teacher.card.num_classes, self.dreamer.batch_size
-        lacking = classes_left_out(self.synthesizer, classes)
-        for doubt in filter(None, (lacking, small_batches(self.synthesizer, batch_size))):
+        for doubt in doubts_of(self.synthesizer, self.dreamer, self.teacher.card.num_classes):
             context.log.note(doubt)
         start = time.perf_counter()
         with context.log.progress("preparing", 1), self._enough_memory():

@@ -10,3 +10,4 @@ def register_synthesizers(register: Register) -> None:
     register("dafl", "dreamkit.synthesizers.dafl:DAFL")
     register("fast_meta", "dreamkit.synthesizers.fast_meta:FastMeta")
     register("cmi", "dreamkit.synthesizers.cmi:CMI")
+    register("mixed", "dreamkit.synthesizers.mixed:Mixed")

@@ -121,6 +121,10 @@ class DeepInversion(Synthesizer):
         """Optimizer steps over all stages."""
         return DEFAULT_STEPS if self.stages is None else sum(s.steps for s in self.stages)
 
+    def image_size(self, teacher: Teacher) -> tuple[int, int]:
+        """Return the last stage's height and width."""
+        return (self.stages or default_stages(teacher))[-1].resolution(teacher.card)
+
     def known_batch_size(self, teacher: Teacher) -> int | None:
         """Return the batch size; None where it is left to the machine."""
         return None if self.batch_size == "auto" else self.batch_size or default_batch(teacher)
@@ -138,8 +142,7 @@ class DeepInversion(Synthesizer):
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         check_terms(self.regularizers, teacher)
         with ExitStack() as stack:
-            named = self._load_student(teacher, seed)
-            if named is not None:
+            if (named := self._load_student(teacher, seed)) is not None:
                 student = named.to(device)
                 stack.enter_context(borrowed(student, teacher.card.input_size))
             loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
@@ -274,8 +277,7 @@ class Inversion(LossDreamer):
 
     def phases(self) -> list[Phase]:
         """Return the stages of a full batch as what can be timed and compiled."""
-        card, found = self.teacher.card, []
-        size = min(self.batch_size, self.options.images)
+        card, size, found = self.teacher.card, min(self.batch_size, self.options.images), []
         for stage in self.stages:
             generator = torch.Generator().manual_seed(0)
             resolution = stage.resolution(card)
@@ -283,8 +285,8 @@ class Inversion(LossDreamer):
             start = self.options.parameterisation.start(shape, generator).to(self.device)
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.options.parameterisation.render(start, resolution)
-            run = partial(self._sample, start, labels, stage)
-            found.append(Phase(stage.steps, run, images, labels))
+            sample = partial(self._sample, start, labels, stage)
+            found.append(Phase(stage.steps, sample, images, labels))
         return found
 
     def _sample(
@@ -294,6 +296,5 @@ class Inversion(LossDreamer):
         self._stage(start, labels, replace(stage, steps=steps), generator, self.evaluator, on_step)
 
     def _largest_batch(self) -> int:
-        card = self.teacher.card
-        largest = max((stage.resolution(card) for stage in self.stages), key=math.prod)
-        return self.largest_batch(min(self.options.images, LARGEST_BATCH), largest)
+        size = max((stage.resolution(self.teacher.card) for stage in self.stages), key=math.prod)
+        return self.largest_batch(min(self.options.images, LARGEST_BATCH), size)

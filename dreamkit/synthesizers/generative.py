@@ -47,8 +47,8 @@ class Generative(Synthesizer):
         engine: how the teacher is computed.
     """
 
-    images: Annotated[int, Field(ge=1)]
     regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")]
+    images: Annotated[int, Field(ge=1)] = 1024
     batch_size: Annotated[int, Field(ge=2)] = 256
     steps: Annotated[int, Field(ge=1)] = 5
     latent: Annotated[int, Field(ge=1)] = 256

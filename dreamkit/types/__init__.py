@@ -43,7 +43,9 @@ from dreamkit.types.inversion import (
     Regularizer,
     Synthesis,
     Synthesizer,
+    TakingTurns,
     Watchable,
+    with_images,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
 from dreamkit.types.models import Teacher, TeacherSource
@@ -123,6 +125,7 @@ __all__ = [
     "StoredImages",
     "Synthesis",
     "Synthesizer",
+    "TakingTurns",
     "Teacher",
     "TeacherSource",
     "Timing",
@@ -130,4 +133,5 @@ __all__ = [
     "Watchable",
     "WithNotes",
     "notes_of",
+    "with_images",
 ]

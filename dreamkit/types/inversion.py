@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
@@ -183,6 +183,19 @@ class Watchable(Protocol):
         """
 
 
+@runtime_checkable
+class TakingTurns(Protocol):
+    """What a dreamer has besides whose batches others make in turn, each of sizes of its own."""
+
+    @property
+    def dreamers(self) -> Sequence[Dreamer]:
+        """Those who make them, one for each of the synthesizer's ``members``."""
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Images of every batch of the run, in order."""
+
+
 class Synthesizer(ABC):
     """An entry of ``synthesizers``: a way to dream images from a teacher.
 
@@ -203,6 +216,15 @@ class Synthesizer(ABC):
         Only an application that trains a student can use a synthesizer with one.
         """
         return None
+
+    @property
+    def members(self) -> Sequence[Synthesizer]:
+        """Those that dream, each with its number of images: itself, unless it stands for others."""
+        return (self,)
+
+    def image_size(self, teacher: Teacher) -> tuple[int, int]:
+        """Return height and width of its images: the teacher's input size."""
+        return teacher.card.input_size[1:]
 
     def known_batch_size(self, teacher: Teacher) -> int | None:
         """Return how many images are dreamed together; None if a session settles it."""
@@ -252,6 +274,11 @@ class Synthesis:
 
     def of(self, images: int) -> Synthesis:
         """Return the same dreaming of another number of images."""
-        other = copy.copy(self.synthesizer)
-        object.__setattr__(other, "images", images)  # entries are frozen, and some no dataclasses
-        return replace(self, synthesizer=other)
+        return replace(self, synthesizer=with_images(self.synthesizer, images))
+
+
+def with_images(synthesizer: Synthesizer, images: int) -> Synthesizer:
+    """Return a synthesizer of another number of images."""
+    other = copy.copy(synthesizer)
+    object.__setattr__(other, "images", images)  # entries are frozen, and some no dataclasses
+    return other
