@@ -177,6 +177,44 @@ def test_dreams_that_are_made_first_take_the_keywords_of_invert(digits):
     assert made.settings["synthesis"]["parameterisation"] == {"name": "pixels"}, "the paper's"
 
 
+def test_several_synthesizers_dream_in_turn(digits):
+    generator = {
+        **{"method": "dafl", "images": 4, "batch_size": 4, "steps": 1, "width": 4},
+        "regularizers": {"one_hot": 1},
+    }
+    made = dreamkit.recover(
+        digits,
+        sparsity=0.5,
+        synthesis=[{"images": 4, "batch_size": 4, "steps": 2, "share": 3}, generator],
+        progress=False,
+        device="cpu",
+        training={"steps": 1, "batch_size": 4},
+    )
+    assert made.metrics["synthesis.images"] == 8
+    whole = made.settings["synthesis"]
+    assert (whole["name"], whole["shares"], whole["images"]) == ("mixed", [3.0, 1.0], None)
+    assert [entry["name"] for entry in whole["of"]] == ["deepinversion", "dafl"]
+    assert yaml.safe_load(made.to_recipe())["synthesis"] == whole
+    generator["name"] = generator.pop("method")
+    dreams = dreamkit.invert(
+        digits, 8, method="mixed", of=[generator, generator], progress=False, device="cpu"
+    )
+    assert len(dreams.images) == 8
+
+
+def test_what_is_wrong_with_one_of_several_is_placed(digits):
+    def refusal(synthesis):
+        with pytest.raises(dreamkit.DreamkitError) as caught:
+            dreamkit.recover(digits, sparsity=0.5, synthesis=synthesis, progress=False)
+        return str(caught.value)
+
+    few = {"images": 4}
+    assert refusal([few, 3]).startswith("synthesis: should be options of invert by name")
+    assert refusal([]) == "synthesis.of: give at least one synthesizer"
+    assert refusal([few, {**few, "share": 0}]).startswith("synthesis.shares[1]: should be greater")
+    assert refusal([few, {"stepz": 3}]).startswith("synthesis.of[1].stepz: unknown option")
+
+
 # --- dreams -----------------------------------------------------------------------------------
 
 

@@ -327,6 +327,9 @@ def test_a_set_too_short_for_its_dreams(tmp_path, recipe, recipe_file, invoke, b
     recipe["application"]["adaptive"] = {"every": 50}
     err = refused(invoke, recipe_file(recipe), tmp_path)
     assert f"application.training: the last of {batches} batches of dreams would come before" in err
+    recipe["synthesis"] = [recipe["synthesis"], recipe["synthesis"]]
+    err = refused(invoke, recipe_file(recipe), tmp_path)
+    assert f"application.training: the last of {batches} batches of dreams would come before" in err
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -340,6 +343,10 @@ def test_dreams_of_some_of_the_old_classes_alone(tmp_path, recipe, recipe_file, 
     code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run", *flags)
     assert code == 2
     assert "leave out class 2, which is old when 'seven'" in err
+    recipe["synthesis"] = [recipe["synthesis"], {**recipe["synthesis"], "labels": [2, 3, 4, 5]}]
+    code, _, err = invoke("run", recipe_file(recipe), "--out", tmp_path / "run", *flags)
+    assert code == 2
+    assert "leave out class 6, which is old when 'seven'" in err
     assert not (tmp_path / "run" / "dreams").exists()
 
 

@@ -114,6 +114,22 @@ def test_ranks_dream_against_one_student(tmp_path):
     assert report(folder)["metrics"]["training.steps"] == 60
 
 
+SLOW = "{name: deepinversion, images: 40, batch_size: 8, stages: [{steps: 10}]}"
+CONTRASTED = "{name: cmi, images: 24, batch_size: 12, steps: 2, width: 8, regularizers: [tv]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [[SLOW, SLOW], [SLOW, CONTRASTED]])
+def test_several_synthesizers_dream_on_ranks_what_they_do_on_one(tmp_path, listed):
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"{ranks}"
+        finished(run(ranks, folder, *SMALL, "--set", f"synthesis=[{', '.join(listed)}]"))
+        found.append(dreams(folder))
+    assert found[0] == found[1]
+    assert len(found[0]) == (10 if listed[1] == SLOW else 7)
+
+
 @pytest.mark.slow
 def test_dreams_against_a_student_do_not_depend_on_who_makes_them(tmp_path):
     adaptive = ["--preset", "adaptive", *SMALL, "--set", "application.adaptive={batches: 3}"]

@@ -230,6 +230,9 @@ def test_synthesizers_keep_the_contract(name):
     options = {"regularizers": (Term("tv", 1.0, TotalVariation()),), "images": 4, "batch_size": 2}
     if name == "deepinversion":
         options["stages"] = (Stage(2),)
+    elif name == "mixed":
+        member = resolved("synthesizers", "deepinversion")(**options, stages=(Stage(2),))
+        options = {"of": (member, member)}
     else:
         options |= {"steps": 2, "latent": 4, "width": 4}
     testing.check_synthesizer(cls(**options))

@@ -317,6 +317,84 @@ def test_a_wrong_list_of_entries(
         assert line.partition(" ")[2].startswith(start)
 
 
+LISTED = """\
+name: listed
+teacher: {source: bundled, model: digits_resnet8}
+synthesis:
+  - {name: deepinversion, images: 12, regularizers: [], share: 3}
+  - name: dafl
+    images: 4
+    regularizers: [one_hot]
+application: {name: synthesize}
+presets:
+  even: {synthesis: [deepinversion, {name: deepinversion, images: 6, lr: 0.3}]}
+  fewer: {synthesis: {name: mixed, images: 5, of: [deepinversion]}}
+"""
+
+
+def test_a_list_of_synthesizers_is_one_that_has_them_take_turns(recipe_file: Write) -> None:
+    path = recipe_file(LISTED)
+
+    def images(*overrides: str, preset: str | None = None) -> list[int]:
+        loaded = read_recipe(path, build_registries, preset, overrides)
+        again = recipe_file(loaded.resolved_yaml(), "again.yaml")
+        synthesis = loaded.recipe.synthesis
+        assert type(synthesis).__name__ == "Mixed"
+        resolved = read_recipe(again, build_registries)
+        assert resolved.resolved() == loaded.resolved(), "what a run keeps reads as the recipe"
+        assert [m.images for m in resolved.recipe.synthesis.members] == [
+            member.images for member in synthesis.members
+        ]
+        return [member.images for member in synthesis.members]
+
+    assert images() == [12, 4]
+    assert images("synthesis[1].share=5") == [6, 10]
+    assert images("synthesis[1].images=12") == [18, 6]
+    assert images("synthesis[1]=deepinversion", "synthesis[0].share=1") == [518, 518]
+    assert images(preset="even") == [1024, 6]
+    assert images(preset="fewer") == [5]
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "message"),
+    [
+        (("share: 3", "share: 0"), ":4:64 synthesis.shares[0]", "should be greater than 0 (got 0)"),
+        (("share: 3", "share: -1"), ":4:64 synthesis.shares[0]", "greater than 0 (got -1)"),
+        (("share: 3", "share: many"), ":4:64 synthesis.shares[0]", "should be a valid number"),
+        (("share: 3", "share: .nan"), ":4:64 synthesis.shares[0]", "should be a finite number"),
+        (("share: 3", "shar: 3"), ":4:57 synthesis.of[0].shar", "unknown option"),
+        (("images: 4", "images: 0"), ":6:13 synthesis.of[1].images", "greater than or equal to 1"),
+        (("name: dafl", "name: dalf"), ":5:11 synthesis.of[1].name", "did you mean 'dafl'?"),
+        (("lr: 0.3", "lr: -1"), ":10:74 synthesis.of[1].lr", "should be greater than 0"),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_synthesizers_is_told_where_it_stands(
+    recipe_file: Write, change: tuple[str, str], place: str, message: str
+) -> None:
+    assert LISTED.count(change[0]) == 1
+    path = recipe_file(LISTED.replace(*change))
+    (line,) = problems(path)
+    assert line.startswith(f"{path}{place}: ")
+    assert message in line
+
+
+def test_a_list_of_no_synthesizers_or_of_what_is_none(recipe_file: Write) -> None:
+    path = recipe_file(LISTED)
+    for value, message in (
+        ("[]", "give at least one synthesizer"),
+        ("[3]", "should be a mapping, not a number"),
+        ("[{share: 2}]", "'name' should name one of the synthesizers"),
+    ):
+        (line,) = problems(path, overrides=[f"synthesis={value}"])
+        assert message in line
+
+
+def test_one_of_a_list_that_needs_a_student_is_named(recipe_file: Write) -> None:
+    path = recipe_file(LISTED.replace("one_hot", "adversarial"))
+    (line,) = problems(path)
+    assert f"{path}:4:3 synthesis: adversarial (of[1]) needs a student: an application" in line
+
+
 def test_a_preset_is_laid_over_the_recipe(tiny: dict[str, Any], recipe_file: Write) -> None:
     tiny["presets"] = {"big": {"synthesis": {"images": 99}, "seed": 5}, "other": {"seed": 6}}
     path = recipe_file(tiny)

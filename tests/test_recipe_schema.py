@@ -69,6 +69,11 @@ def test_ranges_weights_and_descriptions(schema: dict[str, Any]) -> None:
     assert "weight" in entry(schema, "weighted_regularizers", "tv")["properties"]
     student = dreams["student"]["anyOf"]
     assert student == [{"$ref": "#/$defs/teachers"}, {"type": "null"}]
+    one, several = schema["properties"]["synthesis"]["anyOf"][0]["anyOf"]
+    assert one == {"$ref": "#/$defs/synthesizers"}
+    assert several == {"type": "array", "items": {"$ref": "#/$defs/shared_synthesizers"}}
+    shared = entry(schema, "shared_synthesizers", "deepinversion")["properties"]["share"]
+    assert shared == {"type": "number", "exclusiveMinimum": 0}
     assert schema["required"] == ["name", "teacher", "application"]
     assert schema["$defs"]["Stage"]["additionalProperties"] is False
     assert {"steps", "size", "lr"} == set(schema["$defs"]["Stage"]["properties"])
