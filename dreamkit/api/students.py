@@ -13,8 +13,8 @@ from dreamkit.api.results import StudentResult, described, student_fields
 from dreamkit.api.session import Session
 from dreamkit.errors import DreamkitError, did_you_mean
 from dreamkit.recipe.options import keywords_of
+from dreamkit.recipe.shares import MIX, without_shares
 from dreamkit.recipe.signature import nested_options, options_of
-from dreamkit.registry import MIX, without_shares
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.types import Application, Images, Outcome, RunContext, Synthesis
 

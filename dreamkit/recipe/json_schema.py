@@ -9,8 +9,9 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from dreamkit.recipe.construct import options_adapter
 from dreamkit.recipe.schema import Recipe
+from dreamkit.recipe.shares import SHARE_SCHEMA
 from dreamkit.recipe.signature import option_rows
-from dreamkit.registry import KINDS, SHARE_SCHEMA, WEIGHT_SCHEMA, Registries, name_key
+from dreamkit.registry import KINDS, WEIGHT_SCHEMA, Registries, name_key
 
 
 class _Quiet(GenerateJsonSchema):

@@ -24,18 +24,10 @@ from dreamkit.recipe.defaults import with_defaults
 from dreamkit.recipe.nodes_of_file import plugin_names, read_nodes, split_presets
 from dreamkit.recipe.overlay import apply_override, merge
 from dreamkit.recipe.problems import Problem, located
+from dreamkit.recipe.shares import MIX, MixOf, without_shares
 from dreamkit.recipe.signature import options_of
 from dreamkit.recipe.yaml_nodes import Node, dump_yaml
-from dreamkit.registry import (
-    MIX,
-    EntriesOf,
-    EntryOf,
-    MixOf,
-    Registries,
-    mapping_of,
-    name_key,
-    without_shares,
-)
+from dreamkit.registry import EntriesOf, EntryOf, Registries, mapping_of, name_key
 
 
 def _check_name(name: str) -> str:

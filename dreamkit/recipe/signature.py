@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dreamkit.registry import EntriesOf, EntryOf, MixOf, Registered, Registries, TermsOf
+from dreamkit.recipe.shares import MixOf
+from dreamkit.registry import EntriesOf, EntryOf, Registered, Registries, TermsOf
 
 _ABSENT = inspect.Parameter.empty
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}

@@ -420,6 +420,10 @@ class Recorder:
     def __init__(self, carried=MappingProxyType({})):
         self.carried, self.asked, self.plans = carried, [], []
 
+    @property
+    def members(self):
+        return (self,)
+
     @contextmanager
     def session(self, teacher, device, choices, note, student, seed):
         yield self

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dreamkit.errors import DreamkitError, NonFiniteLoss, OptionError, TeacherMismatch
-from dreamkit.registry import Term, without_shares
+from dreamkit.recipe.shares import without_shares
+from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
 from dreamkit.regularizers.one_hot import OneHot
