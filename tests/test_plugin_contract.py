@@ -123,6 +123,8 @@ def test_defaults_of_synthesizers_backends_and_trackers(tmp_path):
 
     assert Dreams().needs_student is None
     assert Dreams().known_batch_size(None) is None
+    alone = Dreams()
+    assert alone.members == (alone,)
     assert (Board().channel_block, Board().folds_norms) == (1, False)
     testing.check_tracker(Silent, tmp_path)
 
