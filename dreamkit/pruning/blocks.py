@@ -113,7 +113,8 @@ def residual_blocks(model: nn.Module, images: Tensor) -> list[str]:
             after = module.register_forward_hook(lambda m, x, y, name=name: leave(name, y))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        model(images.clone().requires_grad_(True))
+        start = images.clone().requires_grad_(True)
+        model(start.clone())  # what is no leaf may be changed in place
     once = [name for name in found if calls[name] == 1]
     return [name for name in once if not any(other.startswith(f"{name}.") for other in once)]
 

@@ -43,7 +43,8 @@ class PruningRun(PruningState):
         cure = f"lower batch_size ({self.options.batch_size} now)"
         short = enough_memory("pruning", cure, ("batch_size",))
         with log.progress("pruning", 1000) as advance, seeded(self.context.seed), short:
-            if self.options.depth is not None and not self.rounds:
+            tried = self.rounds > 0 or "depth" in log.details
+            if self.options.depth is not None and not tried:
                 self._remove_blocks(self.options.depth)
             if self.options.sensitivity is not None and self.importances.measured is None:
                 self._measure_groups(self.options.sensitivity)

@@ -153,6 +153,17 @@ def test_what_a_bypass_would_not_do_justice_is_no_block():
     assert named(filled(Network(strided))) == ["stage.0.0"]
 
 
+class Normalising(Network):
+    """A network that normalises its images in place."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+def test_a_network_that_changes_its_images_has_blocks_too():
+    assert named(filled(Normalising(Block(8)))) == ["stage.0"]
+
+
 def test_a_block_is_back_after_a_trial_that_fails():
     model = filled(Network(Block(8)))
     block = model.stage[0]
