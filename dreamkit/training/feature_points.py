@@ -101,7 +101,7 @@ def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
 
     start = images.clone().requires_grad_(True)
     with torch.enable_grad(), eval_mode(model), hooked(layers, see):
-        last = edge(model(start.clone()))  # what is no leaf may be changed in place
+        last = edge(model(start))
     if last is None:
         return {}
     graph = _graph(last)
