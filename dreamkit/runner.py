@@ -23,7 +23,7 @@ from dreamkit.run_report import build_report, show, write_pages
 from dreamkit.stages.dreaming import estimate_synthesis
 from dreamkit.stages.measuring import measure_costs
 from dreamkit.stages.opening import check_dreamed, open_evaluation, opened
-from dreamkit.store.artifact import write_artifact
+from dreamkit.stages.saving import save_student
 from dreamkit.store.run_directory import RunDirectory, read_report
 from dreamkit.teachers.intake import admit
 from dreamkit.trackers.isolated import IsolatedTrackers
@@ -218,7 +218,7 @@ def _keep(outcome: Outcome, teacher: Teacher, context: RunContext) -> None:
     measure_costs(outcome, teacher, context, latency=True)
     folder = context.folder / RunContext.STUDENT
     with context.log.progress("saving the student", 1):
-        write_artifact(folder, student.model, student.card, student.builder, student.pruning_record)
+        save_student(folder, student)
 
 
 def _open_evaluation(loaded: LoadedRecipe, teacher: Teacher, log: RunLog) -> Images | None:

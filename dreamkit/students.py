@@ -16,6 +16,7 @@ from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, MissingPath, TeacherMismatch
 from dreamkit.model_state import seeded, to_eval
 from dreamkit.plugins import build_registries
+from dreamkit.pruning.pattern import checked_patterns
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.recipe import build_entry
 from dreamkit.store.artifact import SPECIFICATION, Artifact, read_artifact
@@ -85,8 +86,8 @@ def load_student(
     Returns:
         The model in eval mode, on the CPU. It takes normalised images (N, C, H, W); its ``card``
         (a ``dreamkit.card.Card``) has size, mean, std and class names, and normalises them. Its
-        ``provenance`` has the builder and the record of what was pruned: pruned further, it is
-        saved with the whole of it.
+        ``provenance`` has the builder and the record of what was pruned (of patterns, those that
+        the weights have): pruned further, it is saved with the whole of it.
 
     Raises:
         ArtifactError: the files are missing or damaged, or need ``builder`` or ``allow_builder``.
@@ -112,7 +113,7 @@ def load_student(
     except TeacherMismatch as error:
         raise ArtifactError(error.message) from error
     # For whoever prunes it further: whatever built it here, these make it from nothing.
-    tell(model, artifact.card, artifact.builder, artifact.pruning_record)
+    tell(model, card, artifact.builder, checked_patterns(artifact.pruning_record, artifact.state))
     to_eval(model)
     return cast(Student, model)
 
@@ -179,19 +180,19 @@ class SavedStudent(TeacherSource):
 
     def load(self, seed: int) -> Teacher:
         """Return the student in eval mode with its card."""
-        folder = Path(self.path)
-        artifact = _read(folder)
+        artifact = _read(Path(self.path))
         with seeded(seed):
             model = self._built(artifact)
         if self.weights is not None:
-            load_into(model, artifact.state, str(folder))
+            load_into(model, artifact.state, self.path)
         card = dataclasses.replace(
             artifact.card,
             trained=artifact.card.trained and self.weights is not None,
             weights_sha256=hash_weights(model),
         )
         to_eval(model)
-        return Teacher(model, card, artifact.builder, artifact.pruning_record)
+        record = checked_patterns(artifact.pruning_record, model.state_dict())
+        return Teacher(model, card, artifact.builder, record)
 
 
 def _architecture(

@@ -27,7 +27,8 @@ def recover(
     model: nn.Module | Teacher,
     images: ImagesLike | None = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    pattern: str | None = None,
     synthesis: ToDream | None = None,
     size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -43,13 +44,15 @@ def recover(
 ) -> Recovered:
     """Set a share of a network's weights to zero, and let it recover with the zeros kept.
 
-    arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go. The
-    network stays as it is.
+    arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go, or,
+    by a pattern, the smallest of each few. The network stays as it is.
 
     Args:
         model: trained.
         images: as of ``prune``; 1,024 are dreamed where there are none.
-        sparsity: share of the weights that goes, in (0, 1).
+        sparsity: share of the weights that goes, in (0, 1); this or ``pattern``.
+        pattern: ``"N:M"``, such as ``"2:4"``: of every M weights along the input channels the N
+            largest stay.
         synthesis: how images are dreamed, options of ``invert``, or a list of them for several.
         size: as of ``invert``, and so are ``mean``, ``std``, ``class_names``, ``seed``, ``device``
             and ``progress``.
@@ -69,7 +72,9 @@ def recover(
     Raises:
         DreamkitError: the network, the images or an option cannot be used; the message names it.
     """
-    given = {"sparsity": sparsity, **training_options(Recover, options, recover)}
+    said = {"sparsity": sparsity, "pattern": pattern}
+    given = {name: value for name, value in said.items() if value is not None}
+    given |= training_options(Recover, options, recover)
     conditions = Conditions(
         View(size, mean, std, class_names), seed, device, progress, out, evaluation
     )

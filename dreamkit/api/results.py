@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from dreamkit.api.networks import recipe_entry
 from dreamkit.api.session import Session, plain
 from dreamkit.card import Card
 from dreamkit.errors import ArtifactError, import_extra
-from dreamkit.model_state import to_eval
+from dreamkit.model_state import tensors_of, to_eval
+from dreamkit.pruning.pattern import checked_patterns
 from dreamkit.report.notebook import as_html, as_text
-from dreamkit.store.artifact import SPECIFICATION, write_artifact
+from dreamkit.stages.saving import save_student
+from dreamkit.store.artifact import SPECIFICATION
 from dreamkit.store.atomic import write_atomically, write_json
 from dreamkit.teachers.provenance import tell
 from dreamkit.types import Quantizer, RunFinished, Teacher
@@ -113,12 +115,12 @@ class StudentResult(Result):
         Raises:
             ArtifactError: the folder holds a student already, or something else.
         """
-        made, held = self.teacher, (Path(folder) / SPECIFICATION).exists()
+        held = (Path(folder) / SPECIFICATION).exists()
         if held and not overwrite:
             raise ArtifactError(f"{folder} holds a student already: give overwrite=True")
         if not held and Path(folder).is_dir() and any(Path(folder).iterdir()):
             raise ArtifactError(f"{folder} is not empty, and holds no student: choose a new folder")
-        write_artifact(Path(folder), self.model, self.card, made.builder, made.pruning_record)
+        save_student(Path(folder), replace(self.teacher, model=self.model, card=self.card))
         return Path(folder)
 
     def export(self, path: str | Path, format: str = "onnx", batch_size: int | None = None) -> Path:
@@ -266,5 +268,7 @@ def student_fields(student: Teacher) -> dict[str, Any]:
     to_eval(model)
     for parameter in model.parameters():
         parameter.grad = None
-    tell(model, student.card, student.builder, student.pruning_record)
+    record = checked_patterns(student.pruning_record, tensors_of(model))
+    student = replace(student, pruning_record=record)
+    tell(model, student.card, student.builder, record)
     return {"model": model, "card": student.card, "teacher": student}

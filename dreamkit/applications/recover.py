@@ -7,7 +7,9 @@ convolutions and linear layers, then distillation on dreams with what is gone ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,12 +21,19 @@ from dreamkit.copying import copied
 from dreamkit.errors import OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state, tensors_of
+from dreamkit.pruning.pattern import (
+    Pattern,
+    by_reason,
+    checked_patterns,
+    choose_in_groups,
+    left_whole,
+)
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.pruning.unstructured import (
     choose_weights,
+    count_layers,
     kept_at_zero,
     left_alone,
-    prune_weights,
     remove_weights,
     sparsity_of,
 )
@@ -52,14 +61,19 @@ from dreamkit.types import (
 class Recover(TrainsOnImages):
     """Set a share of all weights to zero, then recover by distillation with the zeros kept.
 
-    arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go. Files
-    get smaller by it; eager PyTorch gets no faster.
+    arXiv 2511.20702. The smallest weights of all convolutions and linear layers together go, or,
+    by a ``pattern``, the smallest of each few. Files get smaller by it; eager PyTorch gets no
+    faster.
 
     Args:
-        sparsity: share of the weights that goes.
-        rounds: in how many steps that share is reached, large ones first (Zhu & Gupta 2017, "To
-            prune, or not to prune", eq. 1). After each, ``reconstruction`` gives what is left the
-            work of what went, so that the next one finds other weights the smallest.
+        sparsity: share of the weights that goes; this or ``pattern``.
+        pattern: ``N:M``, such as ``2:4``, which NVIDIA's sparse tensor cores take: of every M
+            weights along the input channels, the N largest stay. Layers whose inputs M does not
+            divide, and transposed convolutions, are left alone.
+        rounds: in how many steps that is reached. A share: large steps first (Zhu & Gupta 2017, "To
+            prune, or not to prune", eq. 1). A pattern: M - N at the most, 3:4 before 2:4. After
+            each, ``reconstruction`` gives what is left the work of what went, so that the next one
+            finds other weights the smallest.
         training: distillation from the teacher.
         statistics: BatchNorm's once the weights are gone, without ``reconstruction`` alone:
             ``difference``, the teacher's, moved by what student and teacher see differently of the
@@ -73,7 +87,8 @@ class Recover(TrainsOnImages):
             regularizer ``js_compete``); null dreams everything first.
     """
 
-    sparsity: Annotated[float, Field(gt=0, lt=1)]
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    pattern: str | None = None
     rounds: Annotated[int, Field(ge=1)] = 1
     training: Recovery = field(default_factory=Recovery)
     statistics: Statistics = "difference"
@@ -84,30 +99,64 @@ class Recover(TrainsOnImages):
 
     def __post_init__(self) -> None:
         self.check_adaptive()
+        if self.sparsity is None and self.pattern is None:
+            raise OptionError("sparsity", "say what goes: set 'sparsity' or 'pattern'")
+        if self.sparsity is not None and self.pattern is not None:
+            raise OptionError("pattern", "set it or 'sparsity': each says what goes")
         if self.rounds > 1 and self.reconstruction is None:
             raise OptionError(
                 "rounds",
                 "without 'reconstruction' the same weights go in one round: set that too, or 1",
             )
+        if self.groups is not None:
+            gone = self.groups.of - self.groups.kept
+            if self.rounds > gone:
+                raise OptionError(
+                    "rounds",
+                    f"{self.pattern} takes {gone} of every {self.groups.of} weights, one a round "
+                    f"at the least: set {gone} or less",
+                )
+
+    @property
+    def groups(self) -> Pattern | None:
+        """The pattern, read.
+
+        Raises:
+            OptionError: it is none.
+        """
+        try:
+            return None if self.pattern is None else Pattern.parse(self.pattern)
+        except ValueError as error:
+            raise OptionError("pattern", str(error)) from error
 
     @property
     def schedule(self) -> list[float]:
         """The share that is gone after each round: s·(1 - (1 - t)³) at t of the way."""
+        assert self.sparsity is not None
         left = [1 - (number + 1) / self.rounds for number in range(self.rounds)]
         return [self.sparsity * (1 - share**3) for share in left]
+
+    @property
+    def _choices(self) -> list[Callable[[nn.Module], dict[str, Tensor]]]:
+        """What chooses the weights that stay in each round."""
+        if self.groups is None:
+            return [partial(choose_weights, sparsity=share) for share in self.schedule]
+        on_the_way = self.groups.on_the_way(self.rounds)
+        return [partial(choose_in_groups, pattern=pattern) for pattern in on_the_way]
 
     def make_student(self, teacher: Teacher, context: RunContext) -> Teacher:
         """Return a copy of the teacher without the smallest weights, as they are in one round."""
         made = dataclasses.replace(teacher, model=copied(teacher.model))
-        prune_weights(made.model, self.sparsity)
+        remove_weights(made.model, self._choices[-1](made.model))
         return made
 
     def run(
         self, teacher: Teacher, images: Images | Synthesis | None, context: RunContext
     ) -> Outcome:
         """Dream, prune, recover."""
-        for name, reason in left_alone(teacher.model).items():
-            context.log.note(f"the weights of {name} stay: {reason}")
+        left = self._left(teacher.model)
+        for reason, names in by_reason(left).items():
+            context.log.note(f"the weights of {names} stay: {reason}")
         training = StudentTraining(
             teacher, images, context, self.training, self.adaptive, "recovery", "training"
         )
@@ -124,7 +173,36 @@ class Recover(TrainsOnImages):
         card = dataclasses.replace(
             teacher.card, origin=f"pruned from {teacher.card.name}", weights_sha256=None
         )
-        return Outcome(dataclasses.replace(teacher, model=student, card=card), taught_on.fitted)
+        record = self._record(teacher, student, masks, left, context)
+        made = dataclasses.replace(teacher, model=student, card=card, pruning_record=record)
+        return Outcome(made, taught_on.fitted)
+
+    def _left(self, model: nn.Module) -> dict[str, str]:
+        """Return the layers whose weights stay, by name, with the reason."""
+        return left_alone(model) if self.groups is None else left_whole(model, self.groups)
+
+    def _record(
+        self,
+        teacher: Teacher,
+        student: nn.Module,
+        masks: Mapping[str, Tensor],
+        left: Mapping[str, str],
+        context: RunContext,
+    ) -> dict[str, Any]:
+        """Return the student's record, and report which layers have the pattern, as looked up."""
+        if self.pattern is None:
+            return teacher.pruning_record
+        own = PruningRecord(patterns=dict.fromkeys(masks, self.pattern))
+        whole = own.after(PruningRecord.from_json(teacher.pruning_record)).to_json()
+        record = checked_patterns(whole, tensors_of(student))
+        has = [name for name in own.patterns if name in record["patterns"]]
+        context.log.metrics["student.pattern_share"] = len(has) / count_layers(student)
+        context.log.details["pattern"] = {
+            "pattern": self.pattern,
+            "weights": has,
+            "left_alone": dict(left),
+        }
+        return record
 
     def _prune(
         self, teacher: Teacher, student: nn.Module, first: Parts, context: RunContext
@@ -134,9 +212,8 @@ class Recover(TrainsOnImages):
         checkpoint = PruningCheckpoint(teacher, context)
         masks, done = self._go_on(student, checkpoint.go_on(images), context.device)
         with context.log.progress("pruning", self.rounds) as advance:
-            for number, sparsity in enumerate(self.schedule[done:], done + 1):
-                chosen = choose_weights(student, sparsity)
-                masks = distributed.broadcast_tensors(chosen, context.device)
+            for number, choose in enumerate(self._choices[done:], done + 1):
+                masks = distributed.broadcast_tensors(choose(student), context.device)
                 remove_weights(student, masks)
                 fit = self.reconstruction
                 if fit is None:

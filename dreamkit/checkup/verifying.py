@@ -10,14 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dreamkit.errors import DreamkitError, RunDirectoryError
+from dreamkit.errors import ArtifactError, DreamkitError, RunDirectoryError
+from dreamkit.pruning.pattern import checked_patterns
 from dreamkit.stages.quantized_file import check_quantized
 from dreamkit.store.artifact import SPECIFICATION, read_artifact
 from dreamkit.store.checkpoint import read_checkpoint
 from dreamkit.store.dreams import DreamStore
 from dreamkit.store.run_directory import RECIPE, REPORT, read_report
 from dreamkit.types import RunContext
-from dreamkit.wording import say
+from dreamkit.wording import and_more, say
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def verify_run(folder: Path) -> list[Finding]:
         found += _dreams(folder, dreams)
     for specification in sorted(folder.glob(f"**/{SPECIFICATION}")):
         student = specification.parent
-        problem = _problem(partial(read_artifact, student))
+        problem = _problem(partial(_check_student, student))
         found.append(Finding(str(student.relative_to(folder)), "a student", problem))
     for described in sorted(folder.glob(f"**/{RunContext.QUANTIZED}/*.json")):
         problem = _problem(partial(check_quantized, described))
@@ -59,6 +60,20 @@ def verify_run(folder: Path) -> list[Finding]:
     if (folder / REPORT).is_file():
         found.append(Finding(REPORT, "the report", _problem(partial(read_report, folder))))
     return found
+
+
+def _check_student(folder: Path) -> None:
+    """Read a student.
+
+    Raises:
+        ArtifactError: it is damaged, or its weights do not have the zeros that its record tells of.
+    """
+    artifact = read_artifact(folder)
+    said = artifact.pruning_record.get("patterns", {})
+    held = checked_patterns(artifact.pruning_record, artifact.state).get("patterns", {})
+    lost = [name for name in said if name not in held]
+    if lost:
+        raise ArtifactError(f"{folder}: weights without the pattern on record: {and_more(lost)}")
 
 
 def _dreams(folder: Path, store_folder: Path) -> Iterator[Finding]:

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamkit.deploy.sparse_weights import patterns_of, with_patterns
 from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.types import Exporter
 
 
 class Onnx(Exporter):
-    """ONNX, run by ONNX Runtime. Needs the extra ``onnx``."""
+    """ONNX, run by ONNX Runtime. Needs the extra ``onnx``.
+
+    Where a network was pruned to a pattern, the metadata say which of the file's weights have it.
+    """
 
     suffix = ".onnx"
 
     def write(self, model: nn.Module, example: Tensor, path: Path, any_batch: bool) -> None:
         """Write a model to a file."""
-        path.write_bytes(as_onnx(model, example, any_batch=any_batch))
+        written, patterns = as_onnx(model, example, any_batch=any_batch), patterns_of(model)
+        path.write_bytes(with_patterns(written, patterns) if patterns else written)
 
     def load(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Return what runs a file."""

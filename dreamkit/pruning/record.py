@@ -26,12 +26,14 @@ class PruningRecord:
         attributes: by module name, sizes that the module states of itself (``out_channels``).
         grown: by parameter name, how many outputs it has that had fewer.
         bypassed: names of the residual blocks that are gone.
+        patterns: by parameter name, the pattern of zeros that it was pruned to, as ``2:4``.
     """
 
     kept: dict[str, Axes] = field(default_factory=dict)
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     grown: dict[str, int] = field(default_factory=dict)
     bypassed: list[str] = field(default_factory=list)
+    patterns: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-safe data."""
@@ -40,6 +42,7 @@ class PruningRecord:
             "attributes": self.attributes,
             "grown": self.grown,
             "bypassed": self.bypassed,
+            "patterns": self.patterns,
         }
 
     @staticmethod
@@ -55,6 +58,7 @@ class PruningRecord:
                 {name: dict(sizes) for name, sizes in data.get("attributes", {}).items()},
                 {name: int(outputs) for name, outputs in data.get("grown", {}).items()},
                 _checked_names(data.get("bypassed", [])),
+                {name: str(text) for name, text in data.get("patterns", {}).items()},
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ArtifactError(f"what was pruned is not a record of it: {error}") from error
@@ -69,7 +73,9 @@ class PruningRecord:
         for name, stated in self.attributes.items():
             attributes.setdefault(name, {}).update(stated)
         bypassed = [*dict.fromkeys([*earlier.bypassed, *self.bypassed])]
-        return PruningRecord(kept, attributes, {**earlier.grown, **self.grown}, bypassed)
+        grown = {**earlier.grown, **self.grown}
+        patterns = {**earlier.patterns, **self.patterns}
+        return PruningRecord(kept, attributes, grown, bypassed, patterns)
 
     def kept_since(self, earlier: PruningRecord) -> dict[str, Axes]:
         """Return the positions kept of those that the same pruning had kept at an earlier time.

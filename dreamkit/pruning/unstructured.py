@@ -32,7 +32,7 @@ def choose_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     Raises:
         NothingToPrune: no layer has a weight of its own.
     """
-    layers = [(name, m) for name, m in model.named_modules() if _has_own_weight(m)]
+    layers = weighted(model)
     if not layers:
         raise NothingToPrune(
             "no convolution or linear layer has a weight of its own: "
@@ -42,7 +42,7 @@ def choose_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         )
     # torch's pruning registers parameters anew, in another order, and wants them contiguous.
     held = []
-    for _, layer in layers:
+    for layer in layers.values():
         holder = nn.Module()
         holder.weight = nn.Parameter(layer.get_parameter("weight").detach().contiguous())
         held.append(holder)
@@ -51,8 +51,13 @@ def choose_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     )
     return {
         f"{name}.weight" if name else "weight": holder.get_buffer("weight_mask")
-        for (name, _), holder in zip(layers, held, strict=True)
+        for name, holder in zip(layers, held, strict=True)
     }
+
+
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers that have a weight of their own, by name."""
+    return {name: m for name, m in model.named_modules() if _has_own_weight(m)}
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:
@@ -77,13 +82,6 @@ def remove_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model.get_parameter(name).mul_(mask)
 
 
-def prune_weights(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Choose weights and set them to zero in place; return the masks of ``choose_weights``."""
-    masks = choose_weights(model, sparsity)
-    remove_weights(model, masks)
-    return masks
-
-
 @contextmanager
 def kept_at_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Let no gradient reach the weights that are gone: an optimizer leaves a zero at zero then.
@@ -99,6 +97,11 @@ def kept_at_zero(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def count_layers(model: nn.Module) -> int:
+    """Return how many convolutions and linear layers there are."""
+    return sum(isinstance(m, _LAYERS) for m in model.modules())
 
 
 def sparsity_of(model: nn.Module) -> float:

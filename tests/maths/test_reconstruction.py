@@ -14,7 +14,7 @@ from dreamkit.pruning import activations
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.reconstruction import reconstruct
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.unstructured import prune_weights
+from dreamkit.pruning.unstructured import choose_weights, remove_weights
 
 SIZE = (3, 8, 8)
 
@@ -121,7 +121,8 @@ def test_batch_norm_becomes_the_teachers(toys):
 
 def test_weights_that_are_gone_stay_gone(toys):
     teacher, student = toys.two_bn(), toys.two_bn()
-    masks = prune_weights(student, 0.6)
+    masks = choose_weights(student, 0.6)
+    remove_weights(student, masks)
     x = images()
     pruned_error = error(student, teacher, x)
     reconstruct(student, teacher, PruningRecord(), [x], masks)
@@ -271,7 +272,8 @@ def test_weights_with_channels_last_are_fitted_alike():
     found = []
     for memory in (torch.contiguous_format, torch.channels_last):
         student, own = copy.deepcopy(teacher), copy.deepcopy(teacher)
-        masks = prune_weights(student, 0.5)
+        masks = choose_weights(student, 0.5)
+        remove_weights(student, masks)
         student, own = student.to(memory_format=memory), own.to(memory_format=memory)
         masks = {name: mask.contiguous(memory_format=memory) for name, mask in masks.items()}
         assert len(reconstruct(student, own, PruningRecord(), [images()], masks)) == 2
@@ -290,7 +292,8 @@ def test_what_the_teacher_puts_out_is_kept_as_far_as_memory_allows(monkeypatch):
         monkeypatch.setattr(activations, "HELD", held)
         student = copy.deepcopy(teacher)
         student[0]._forward_hooks.clear()
-        masks = prune_weights(student, 0.5)
+        masks = choose_weights(student, 0.5)
+        remove_weights(student, masks)
         passes.clear()
         batches = list(images(64).split(32))
         assert len(reconstruct(student, teacher, PruningRecord(), batches, masks)) == 5

@@ -13,7 +13,6 @@ from dreamkit.errors import OptionError
 from dreamkit.pruning.unstructured import (
     choose_weights,
     kept_at_zero,
-    prune_weights,
     remove_weights,
     sparsity_of,
 )
@@ -32,7 +31,8 @@ def weights(model):
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_the_smallest_weights_of_all_layers_go(toys, sparsity):
     model, whole = toys.two_bn(), toys.two_bn()
-    masks = prune_weights(model, sparsity)
+    masks = choose_weights(model, sparsity)
+    remove_weights(model, masks)
     before = torch.cat([w.detach().flatten().abs() for w in weights(whole)])
     after = torch.cat([w.detach().flatten() for w in weights(model)])
     left = after != 0
@@ -51,7 +51,8 @@ def test_the_smallest_weights_of_all_layers_go(toys, sparsity):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_what_is_gone_stays_gone(toys, optimizer):
     model = toys.two_bn()
-    masks = prune_weights(model, 0.6)
+    masks = choose_weights(model, 0.6)
+    remove_weights(model, masks)
     kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     more = {"momentum": 0.9, "nesterov": True} if optimizer == "sgd" else {}
     steps = kinds[optimizer](model.parameters(), lr=0.1, weight_decay=0.1, **more)
@@ -80,7 +81,7 @@ def test_what_is_gone_stays_gone(toys, optimizer):
 
 def test_a_sparse_student_is_a_plain_state_dict(toys, tmp_path):
     model = nn.Linear(100, 10)
-    prune_weights(model, 0.75)
+    remove_weights(model, choose_weights(model, 0.75))
     write_artifact(tmp_path, model, toys.card(), {}, {})
     other = nn.Linear(100, 10)
     other.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
@@ -124,7 +125,7 @@ def test_recover(toys, tmp_path, ema, precision):
     again.load_state_dict(read_artifact(folder).state)
     assert sparsity_of(again) == metrics["student.sparsity"]
     pruned = toys.two_bn()
-    prune_weights(pruned, 0.75)
+    remove_weights(pruned, choose_weights(pruned, 0.75))
     assert not torch.equal(again.fc.weight, pruned.fc.weight), "it was trained"
 
 
