@@ -177,6 +177,36 @@ def test_no_images(refused: Callable[..., str], recipe_file: Write, tiny: dict[s
     assert refused(path) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "option", "said"),
+    [
+        ("{pattern: 2-4}", "pattern", "should be N:M, of every M weights N stay, such as 2:4"),
+        ("{pattern: 4:2}", "pattern", "'4:2' would keep 4 of every 2 weights"),
+        ("{pattern: 2:0}", "pattern", "'2:0' would keep 2 of every 0 weights"),
+        ("{pattern: 2:4, sparsity: 0.5}", "pattern", "set it or 'sparsity'"),
+        ("{rounds: 1}", "sparsity", "set 'sparsity' or 'pattern'"),
+        ("{pattern: 2:4, rounds: 3, reconstruction: {}}", "rounds", "set 2 or less"),
+        (
+            "{pattern: 2:7}",
+            "pattern",
+            "no layer can have 2:7: conv1: inputs (1) are no multiple of 7",
+        ),
+    ],
+)
+def test_what_is_no_pattern_of_zeros_or_fits_no_layer(
+    refused: Callable[..., str],
+    recipe_file: Write,
+    tiny: dict[str, Any],
+    options: str,
+    option: str,
+    said: str,
+) -> None:
+    recipe = recipe_file(tiny).read_text().replace("name: synthesize", "name: recover")
+    found = refused(recipe_file(recipe), "--set", f"application={options}")
+    assert f" application.{option}: " in f" {found}"
+    assert said in found
+
+
 def test_an_unknown_preset(
     refused: Callable[..., str], recipe_file: Write, tiny: dict[str, Any]
 ) -> None:

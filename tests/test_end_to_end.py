@@ -456,6 +456,24 @@ def test_a_network_is_made_smaller_on_its_own_dreams(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_pattern_of_zeros_goes_from_the_recipe_into_the_exported_file(
+    tmp_path, invoke, tiny, recipe_file
+):
+    onnx, run = pytest.importorskip("onnx"), tmp_path / "run"
+    tiny["application"] = {"name": "recover", "pattern": "2:4", "training": {"steps": 2}}
+    code, _, err = invoke("run", recipe_file(tiny), "--out", run)
+    assert (code, err) == (0, "")
+    metrics = metrics_of(run)
+    assert metrics["student.pattern_share"] == 0.9, "all but the first, which sees one channel"
+    details = json.loads((run / "report.json").read_text())["details"]["pattern"]
+    assert details["left_alone"] == {"conv1": "inputs (1) are no multiple of 4"}
+    code, _, err = invoke("export", run)
+    assert (code, err) == (0, "")
+    (told,) = onnx.load(run / "student" / "model.onnx").metadata_props
+    assert json.loads(told.value) == dict.fromkeys(details["weights"], "2:4")
+    assert invoke("verify", run).code == 0
+
+
 def test_adaptive_dreams_that_training_would_not_see_are_refused_before_any(
     tmp_path, invoke, tiny, recipe_file
 ):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dreamkit.errors import ArtifactError, DreamkitError, RunDirectoryError
 from dreamkit.pruning.pattern import checked_patterns
+from dreamkit.pruning.record import PruningRecord
 from dreamkit.stages.quantized_file import check_quantized
 from dreamkit.store.artifact import SPECIFICATION, read_artifact
 from dreamkit.store.checkpoint import read_checkpoint
@@ -69,9 +70,9 @@ def _check_student(folder: Path) -> None:
         ArtifactError: it is damaged, or its weights do not have the zeros that its record tells of.
     """
     artifact = read_artifact(folder)
-    said = artifact.pruning_record.get("patterns", {})
-    held = checked_patterns(artifact.pruning_record, artifact.state).get("patterns", {})
-    lost = [name for name in said if name not in held]
+    said = PruningRecord.from_json(artifact.pruning_record).to_json()
+    held = checked_patterns(said, artifact.state)["patterns"]
+    lost = [name for name in said["patterns"] if name not in held]
     if lost:
         raise ArtifactError(f"{folder}: weights without the pattern on record: {and_more(lost)}")
 
