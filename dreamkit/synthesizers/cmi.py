@@ -26,12 +26,11 @@ from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.dreamer import Best, Session
 from dreamkit.synthesizers.engine import Evaluator
-from dreamkit.synthesizers.generative import Generative, GenerativeDreamer
+from dreamkit.synthesizers.generative import BETAS, Generative, GenerativeDreamer
 from dreamkit.types import BatchPlan, Dream, OnStep, Teacher
 
 EMBEDDING = 256
 """Size of what images are compared by."""
-BETAS = (0.5, 0.999)
 
 
 def info_nce(local: Tensor, others: Tensor, temperature: float) -> Tensor:

@@ -28,6 +28,9 @@ from dreamkit.synthesizers.planning import Phase
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.types import BatchPlan, Dream, OnStep, Regularizer, Synthesizer, Teacher
 
+BETAS = (0.5, 0.999)
+"""Adam's, for generators that are adapted to a batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generative(Synthesizer):
