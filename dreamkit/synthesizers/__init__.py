@@ -11,3 +11,4 @@ def register_synthesizers(register: Register) -> None:
     register("fast_meta", "dreamkit.synthesizers.fast_meta:FastMeta")
     register("cmi", "dreamkit.synthesizers.cmi:CMI")
     register("mixed", "dreamkit.synthesizers.mixed:Mixed")
+    register("nayer", "dreamkit.synthesizers.nayer:NAYER")

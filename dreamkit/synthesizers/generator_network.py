@@ -1,4 +1,4 @@
-"""The generator of DAFL, CMI and FastDFKD: noise to images by upsampling and convolutions."""
+"""The generator of DAFL and its successors: noise to images by upsampling and convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generator methods: DAFL, FastDFKD, CMI."""
+"""The generator methods: DAFL, FastDFKD, CMI, NAYER."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dreamkit.synthesizers.dafl import DAFL
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.fast_meta import FastMeta
 from dreamkit.synthesizers.generator_network import Generator
+from dreamkit.synthesizers.nayer import NAYER, NoisyLayers, label_embeddings
 from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.types import BatchPlan, LayerStatistics
 
@@ -47,6 +48,7 @@ METHODS = {
     "fast_meta": FastMeta(regularizers=(BN, RIVAL), steps=3, warmup=1, **COMMON),
     "reptile": FastMeta(regularizers=(BN,), steps=3, meta="reptile", **COMMON),
     "cmi": CMI(regularizers=(BN, RIVAL), steps=3, bank=6, **COMMON),
+    "nayer": NAYER(regularizers=(BN, RIVAL), steps=3, warmup=1, **COMMON),
 }
 methods = pytest.mark.parametrize("name", METHODS)
 
