@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -208,8 +209,9 @@ def test_reptile_goes_a_tenth_of_the_way_to_the_copy(toys, monkeypatch):
     torch.testing.assert_close(after, before + 0.1 * (copies[0] - before))
 
 
-def test_the_student_counts_from_the_batch_that_the_warm_up_names(toys):
-    terms, options = {}, dataclasses.replace(METHODS["fast_meta"], warmup=2)
+@pytest.mark.parametrize("name", ["fast_meta", "nayer"])
+def test_the_student_counts_from_the_batch_that_the_warm_up_names(toys, name):
+    terms, options = {}, dataclasses.replace(METHODS[name], warmup=2)
     with options.session(toys.teacher(toys.two_bn()), CPU, student=toys.two_bn()) as dreamer:
         assert dreamer.first_whole_batch == 1
         for index in (0, 1):
@@ -218,6 +220,147 @@ def test_the_student_counts_from_the_batch_that_the_warm_up_names(toys):
             )
     assert "adversarial" not in terms[0]
     assert "adversarial" in terms[1]
+
+
+# --- NAYER --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def adaptations(toys, **changes):
+    """Yield a dreamer of NAYER and what each of its batches began with."""
+    begun = []
+    options = dataclasses.replace(METHODS["nayer"], **changes)
+    with options.session(toys.teacher(toys.two_bn()), CPU, student=toys.two_bn()) as dreamer:
+        adapt = dreamer.adapt
+
+        def seen(plan, adaptation, *others):
+            noisy, generator = adaptation.network
+            weights = [noisy.weight, generator.project.weight]
+            start = [weight.detach().clone() for weight in weights]
+            begun.append((*start, adaptation.inputs, noisy(adaptation.inputs).detach()))
+            return adapt(plan, adaptation, *others)
+
+        dreamer.adapt = seen
+        yield dreamer, begun
+
+
+def test_noisy_layers_by_hand():
+    noisy = NoisyLayers(torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]), 2, 1)
+    with torch.no_grad():
+        noisy.weight.copy_(torch.tensor([[[1.0], [9.0]], [[-2.0], [9.0]]]))
+        noisy.bias.copy_(torch.tensor([[[0.0]], [[10.0]]]))
+    # Over the classes the first number has mean 3 and variance 8/3, the second says nothing.
+    z = math.sqrt(3 / 2)
+    found = noisy(torch.tensor([0, 1, 2, 3, 5]))  # classes 0, 1, 2, then 0 and 2 of layer 1
+    expected = torch.tensor([-z, 0.0, z, 10 + 2 * z, 10 - 2 * z])
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_noise_is_drawn_anew_for_each_batch_by_its_seed(toys):
+    with adaptations(toys) as (dreamer, begun):
+        dreamer.dream(plan(0), nothing)
+        dreamer.dream(plan(2), nothing)
+        dreamer.dream(plan(0), nothing)
+    layers = [start[0] for start in begun]
+    assert torch.equal(layers[0], layers[2])
+    size = min(map(len, layers))
+    assert not torch.isclose(layers[0][:size], layers[1][:size]).any()
+
+
+def test_images_of_a_class_go_through_layers_of_their_own(toys):
+    with adaptations(toys) as (dreamer, begun):
+        found = [dreamer.dream(plan(index, size=5), nothing) for index in range(3)]
+    for (layers, _, places, inputs), dream in zip(begun, found, strict=True):
+        assert torch.equal(places % 3, dream.labels)
+        assert places.unique().numel() == 5
+        assert places.max() // 3 == len(layers) - 1, "a layer is used by none"
+        assert torch.pdist(inputs).min() > 1e-3
+    labels = torch.cat([dream.labels for dream in found])
+    assert labels.bincount().tolist() == [5, 5, 5]
+
+
+def test_embeddings_are_the_rows_of_the_classifier(toys):
+    model = toys.two_bn()
+    embeddings = label_embeddings(toys.teacher(model))
+    assert torch.equal(embeddings, model.fc.weight)
+    with METHODS["nayer"].session(toys.teacher(model), CPU, student=toys.two_bn()) as dreamer:
+        dreamer.dream(plan(), nothing)
+        assert torch.equal(dreamer.embeddings, embeddings)
+
+
+def test_the_noisy_layers_learn_with_the_generator(toys, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "dreamkit.synthesizers.nayer.NoisyLayers",
+        lambda *given: made.append(NoisyLayers(*given)) or made[-1],
+    )
+    with adaptations(toys, steps=1) as (dreamer, begun):
+        dreamer.dream(plan(), nothing)
+    ((before, *_),) = begun
+    # Adam's first step is the learning rate.
+    moved = (made[0].weight.detach() - before).abs()
+    assert moved.max().item() == pytest.approx(4e-3, rel=1e-3)
+
+
+def test_the_generator_is_drawn_anew_when_it_is_due(toys):
+    def generators(*indices, **changes):
+        with adaptations(toys, **changes) as (dreamer, begun):
+            for index in indices:
+                dreamer.dream(plan(index), nothing)
+        return [start[1] for start in begun]
+
+    whole = generators(0, 1, 2, 3, reset_every=2)
+    assert torch.equal(whole[2], generators(2, reset_every=2)[0]), "it remembers those before"
+    assert not torch.equal(whole[1], whole[0])
+    assert not torch.equal(whole[2], whole[0]), "each is another"
+    assert not torch.equal(whole[3], whole[2])
+    never = generators(0, 1, 2, 3, reset_every=None)
+    assert torch.equal(never[1], whole[1])
+    assert not torch.equal(never[2], whole[2])
+
+
+def test_a_generator_that_is_due_comes_after_a_batch_that_overflows_too(toys):
+    with adaptations(toys, reset_every=2) as (dreamer, begun):
+        dreamer.dream(plan(0), nothing)
+        weight = dreamer.embeddings.clone()
+        dreamer.embeddings.fill_(math.nan)
+        with pytest.raises(NonFiniteLoss, match="batch 2"):
+            dreamer.dream(plan(2), nothing)
+        dreamer.embeddings.copy_(weight)
+        assert dreamer.state()["life"] == 0
+        dreamer.dream(plan(3), nothing)
+    with adaptations(toys, reset_every=2) as (dreamer, fresh):
+        dreamer.dream(plan(3), nothing)
+    assert torch.equal(begun[-1][1], fresh[0][1])
+
+
+def test_a_generators_life_goes_on_from_a_state(toys):
+    def session():
+        options = dataclasses.replace(METHODS["nayer"], reset_every=2)
+        return options.session(toys.teacher(toys.two_bn()), CPU, student=toys.two_bn())
+
+    with session() as dreamer:
+        whole = [dreamer.dream(plan(index), nothing).images for index in range(5)]
+    for done in range(1, 5):
+        with session() as dreamer:
+            for index in range(done):
+                dreamer.dream(plan(index), nothing)
+            state = {key: value.clone() for key, value in dreamer.state().items()}
+        with session() as dreamer:
+            dreamer.restore(state)
+            assert torch.equal(dreamer.dream(plan(done), nothing).images, whole[done])
+
+
+def test_a_teacher_without_embeddings_is_refused(toys):
+    check = dataclasses.replace(METHODS["nayer"], regularizers=()).check
+    with pytest.raises(
+        TeacherMismatch, match=r"toy calls none; fast_meta, cmi and dafl do without"
+    ):
+        check(toys.teacher(toys.conv_head()))
+    with pytest.raises(TeacherMismatch, match="'fc' of toy has 3 for 2 classes"):
+        check(toys.teacher(toys.two_bn(), toys.card(classes=2)))
+    with pytest.raises(TeacherMismatch, match="toy has one class"):
+        check(toys.teacher(toys.two_bn(classes=1), toys.card(classes=1)))
 
 
 def test_smoothed_statistics_by_hand():
