@@ -25,7 +25,7 @@ from rich.console import Console
 
 from dreamkit.errors import DreamkitError
 
-METHODS = ("noise", "deepdream", "deepinversion", "adaptive", "dafl", "fast_meta", "cmi")
+METHODS = ("noise", "deepdream", "deepinversion", "adaptive", "dafl", "fast_meta", "cmi", "nayer")
 PAPER = {
     # Yin et al., CVPR 2020, Table 1: teacher, then noise, DeepDream, DeepInversion, Adaptive.
     ("vgg11_bn", "vgg11_bn"): (92.34, 13.55, 36.59, 84.16, 90.78),
@@ -33,8 +33,8 @@ PAPER = {
     ("resnet34", "resnet18"): (95.42, 13.61, 29.98, 91.43, 93.26),
 }
 LARGE = ("resnet34", "resnet18")
-PEERS = {"dafl": 92.22, "fast_meta": 93.63, "cmi": 94.84}
-"""ResNet-34 to ResNet-18 by the methods' authors, as Fast-Datafree's README gives them (Fast-5)."""
+PEERS = {"dafl": 92.22, "fast_meta": 93.63, "cmi": 94.84, "nayer": 95.21}
+"""ResNet-34 to ResNet-18 by the methods' authors, as Fast-Datafree's README gives them (Fast-5), and NAYER's paper."""
 KEYS = {
     "accuracy": "student.accuracy",
     "ratio": "student.accuracy_ratio",

@@ -176,6 +176,13 @@ PAPERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("cifar10/dafl", {"latent": 1000}, {}, CIFAR),
     ("cifar10/cmi", {"steps": 500, "lr": 1e-3}, {}, FAST),
     ("cifar10/fast_meta", {"steps": 5, "lr": 3e-3, "lr_noise": 1e-2}, {}, FAST),
+    (
+        "cifar10/nayer",
+        {"batch_size": 400, "steps": 40, "lr": 4e-3, "cross_entropy": 0.5, "latent": 1000}
+        | {"width": 64, "reset_every": 20, "smoothing": 0.9},
+        {"adaptive.every": 400, "adaptive.batches": 2},
+        {**FAST, "batch_size": 512},
+    ),
     ("cifar10/prune_ha", PIXELS, RANKED, RECOVERED),
     (
         "prune_resnet50_ha",

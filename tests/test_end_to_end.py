@@ -319,6 +319,7 @@ FEW = {
     "dafl": ("synthesis.steps=2", "synthesis.batch_size=16"),
     "fast_meta": ("synthesis.steps=2", "synthesis.batch_size=16", "synthesis.warmup=1"),
     "cmi": ("synthesis.steps=2", "synthesis.batch_size=16"),
+    "nayer": ("synthesis.steps=2", "synthesis.batch_size=16", "synthesis.warmup=1"),
 }
 
 
