@@ -34,7 +34,7 @@ PAPER = {
 }
 LARGE = ("resnet34", "resnet18")
 PEERS = {"dafl": 92.22, "fast_meta": 93.63, "cmi": 94.84, "nayer": 95.21}
-"""ResNet-34 to ResNet-18 by the methods' authors, as Fast-Datafree's README gives them (Fast-5), and NAYER's paper."""
+"""ResNet-34 to ResNet-18: as Fast-Datafree's README gives them (Fast-5), and NAYER's paper."""
 KEYS = {
     "accuracy": "student.accuracy",
     "ratio": "student.accuracy_ratio",
