@@ -17,6 +17,7 @@ from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.batches import Shifted, drawn_by_class, labels_of
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
+from dreamkit.training.losses.local_cross_entropy import LocalCrossEntropy
 from dreamkit.training.losses.lwf_mc import LwFMC
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_cross_entropy import ReplayCrossEntropy
@@ -46,6 +47,18 @@ def step(**changes):
 
 def test_cross_entropy_by_hand():
     assert CrossEntropy()(step()).item() == pytest.approx(LN2)
+
+
+def test_local_cross_entropy_is_among_new_classes_alone():
+    assert LocalCrossEntropy()(step()).item() == 0  # there is one new class
+    # One old class and two new ones, of which the network says (⅓, ⅔) whatever the old one has.
+    for old in (-5.0, 5.0):
+        two = step(
+            logits=torch.tensor([[old, 0, LN2]]),
+            old_logits=torch.tensor([[0.0]]),
+            labels=torch.tensor([1]),
+        )
+        assert LocalCrossEntropy()(two).item() == pytest.approx(LN3)
 
 
 def test_replay_distillation_by_hand():

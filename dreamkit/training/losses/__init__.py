@@ -10,6 +10,7 @@ def register_losses(register: Register) -> None:
     register("replay_distillation", f"{room}.replay_distillation:ReplayDistillation")
     register("replay_cross_entropy", f"{room}.replay_cross_entropy:ReplayCrossEntropy")
     register("cross_entropy", f"{room}.cross_entropy:CrossEntropy")
+    register("local_cross_entropy", f"{room}.local_cross_entropy:LocalCrossEntropy")
     register("old_distillation", f"{room}.old_distillation:OldDistillation")
     register("lwf_mc", f"{room}.lwf_mc:LwFMC")
 
