@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,9 +188,11 @@ class PruningRecord:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers that have an axis, by name."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in named.items() if tensor.dim() > 0}
+    """Return parameters and buffers that have an axis, by name; what has several, by each."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return {name: tensor for name, tensor in named if tensor.dim() > 0}
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from dreamkit import distributed
 from dreamkit.copying import copied
 from dreamkit.errors import NothingToPrune, TeacherMismatch
+from dreamkit.model_state import device_of, eval_mode
+from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.pruning.blocks import bypassed
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.stages.budget import Budget
@@ -154,6 +157,8 @@ class BlockRemoval:
                 check_outputs(Teacher(student, self.teacher.card, {}))
             except TeacherMismatch:
                 return None  # the network's code asks something of the block
+            if not _learns(student, self.teacher.card.input_size):
+                return None
             left = self.budget.shares(student, 1)
             saved = self.budget.progress(left) - self.budget.progress(shares)
             if saved <= 0 or self.budget.overshot(left):
@@ -184,3 +189,17 @@ class BlockRemoval:
         )
         if goes:
             self.context.log.note(f"block {removal.block} goes whole: less harm than by channels")
+
+
+def _learns(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Whether weights get gradients: what works in place on a sum may not on what led to it."""
+    images = torch.zeros(2, *input_size, device=device_of(model))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        with eval_mode(model), torch.enable_grad():
+            torch.autograd.grad(model(images).sum(), weights, allow_unused=True)
+    except RuntimeError as error:  # the model may be anyone's code
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True

@@ -13,6 +13,7 @@ from dreamkit.allocator import give_back
 from dreamkit.errors import NothingToPrune, TeacherMismatch
 from dreamkit.model_state import seeded
 from dreamkit.out_of_memory import enough_memory
+from dreamkit.pruning.activations import weighted_layers
 from dreamkit.pruning.blocks import residual_blocks
 from dreamkit.pruning.record import PruningRecord
 from dreamkit.stages.choosing import Choosing
@@ -127,7 +128,13 @@ class PruningRun(PruningState):
         """Let whole blocks go while that does less harm than channels do: the first round."""
         start, device = time.perf_counter(), self.context.device
         example = torch.zeros(2, *self.card.input_size, device=device)
-        blocks = residual_blocks(self.student, example)
+        limits = self.options.limits
+        alone = [name for name, _ in weighted_layers(self.student) if limits.leaves_alone(name)]
+        blocks = [
+            block
+            for block in residual_blocks(self.student, example)
+            if not any(layer.startswith(f"{block}.") for layer in alone)
+        ]
         if not blocks or self.options.target.channels is not None or self.budget.met(self.shares):
             return
         images = self._looked_at("depth", options.images)

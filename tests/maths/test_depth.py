@@ -14,7 +14,7 @@ from dreamkit.errors import ArtifactError
 from dreamkit.evaluation.cost import count
 from dreamkit.pruning.blocks import Bypass, bypassed, residual_blocks
 from dreamkit.pruning.record import PruningRecord
-from dreamkit.pruning.selection import Limits
+from dreamkit.pruning.selection import LayerLimits, Limits
 from dreamkit.registry import Term
 from dreamkit.report.tables import depth_rows
 from dreamkit.stages import pruning_run
@@ -195,6 +195,15 @@ def test_a_record_takes_blocks_away_again():
     later.rebuild(copy.deepcopy(model))
 
 
+def test_a_record_finds_a_shared_weight_by_each_of_its_names():
+    model = Network(Block(8), Block(8))
+    model.stage[1].conv1.weight = model.stage[0].conv1.weight
+    record = PruningRecord({"stage.1.conv1.weight": [[0, 2], None, None, None]})
+    record.bypassed.append("stage.0")
+    record.rebuild(model)
+    assert model.stage[1].conv1.weight.shape == (2, 8, 3, 3)
+
+
 @pytest.mark.parametrize("names", ["stage.0", [""], [3], {"stage.0": 1}])
 def test_a_file_that_claims_no_blocks_is_refused(names):
     with pytest.raises(ArtifactError, match="list of names"):
@@ -323,6 +332,36 @@ def test_a_block_that_the_code_needs_stays(toys, tmp_path):
     run = reached(pruning(), teacher, toys, toys.context(tmp_path))
     assert "stage.1" not in run.cut.bypassed
     assert run.shares["flops"] <= 0.6
+
+
+def test_a_block_whose_layers_are_left_alone_stays(toys, tmp_path):
+    limits = Limits(
+        min_channels=1, chunk=1, exceptions=(LayerLimits("stage.1.conv1", max_ratio=0),)
+    )
+    run = reached(pruning(limits=limits), idle(toys), toys, toys.context(tmp_path))
+    assert "stage.1" not in run.cut.bypassed
+    assert "stage.1.conv1.bias" not in run.cut.kept
+    assert run.student.stage[1].conv1.out_channels == 8
+
+
+class InPlace(Network):
+    """Works in place on what its blocks put out, behind a sigmoid that keeps its own."""
+
+    def forward(self, x):
+        x = self.stem(x).sigmoid()
+        for block in self.stage:
+            x = block(x).relu_()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_block_without_which_nothing_could_be_learnt_stays(toys, tmp_path):
+    model = filled(InPlace(*(Block(8, activation=False) for _ in range(3))))
+    for part in (model.stage[0].bn2.weight, model.stage[0].bn2.bias):
+        nn.init.zeros_(part)
+    teacher = toys.teacher(model, toys.card(SIZE))
+    options = pruning(recovery=Recovery(steps=1, batch_size=8))
+    outcome = options.run(teacher, images(toys), toys.context(tmp_path))
+    assert "stage.0" not in outcome.student.pruning_record["bypassed"]
 
 
 def test_an_interrupted_run_goes_on_without_its_blocks(toys, tmp_path, monkeypatch):
