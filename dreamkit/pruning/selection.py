@@ -79,10 +79,10 @@ class Limits:
             least = least if own.min_channels is None else own.min_channels
         return max(least, original - int(original * ratio + 1e-9))
 
-    def leaves_alone(self, layer: str) -> bool:
-        """Whether no channel of a layer may go, by the first exception that means it."""
+    def hold(self, layer: str) -> bool:
+        """Whether an exception says how much of a layer may go: then it does not go whole."""
         own = next((e for e in self.exceptions if e.mean_any([layer])), None)
-        return own is not None and own.max_ratio == 0
+        return own is not None and (own.max_ratio is not None or own.min_channels is not None)
 
     def check(self, makers: Sequence[str]) -> None:
         """Refuse exceptions that mean nothing of a network.

@@ -129,11 +129,11 @@ class PruningRun(PruningState):
         start, device = time.perf_counter(), self.context.device
         example = torch.zeros(2, *self.card.input_size, device=device)
         limits = self.options.limits
-        alone = [name for name, _ in weighted_layers(self.student) if limits.leaves_alone(name)]
+        held = [name for name, _ in weighted_layers(self.student) if limits.hold(name)]
         blocks = [
             block
             for block in residual_blocks(self.student, example)
-            if not any(layer.startswith(f"{block}.") for layer in alone)
+            if not any(layer.startswith(f"{block}.") for layer in held)
         ]
         if not blocks or self.options.target.channels is not None or self.budget.met(self.shares):
             return

@@ -334,10 +334,9 @@ def test_a_block_that_the_code_needs_stays(toys, tmp_path):
     assert run.shares["flops"] <= 0.6
 
 
-def test_a_block_whose_layers_are_left_alone_stays(toys, tmp_path):
-    limits = Limits(
-        min_channels=1, chunk=1, exceptions=(LayerLimits("stage.1.conv1", max_ratio=0),)
-    )
+@pytest.mark.parametrize("said", [{"max_ratio": 0}, {"max_ratio": 0.5}, {"min_channels": 6}])
+def test_a_block_whose_layers_are_left_alone_stays(toys, tmp_path, said):
+    limits = Limits(min_channels=1, chunk=1, exceptions=(LayerLimits("stage.1.conv1", **said),))
     run = reached(pruning(limits=limits), idle(toys), toys, toys.context(tmp_path))
     assert "stage.1" not in run.cut.bypassed
     assert "stage.1.conv1.bias" not in run.cut.kept
