@@ -335,12 +335,12 @@ def test_a_block_that_the_code_needs_stays(toys, tmp_path):
 
 
 @pytest.mark.parametrize("said", [{"max_ratio": 0}, {"max_ratio": 0.5}, {"min_channels": 6}])
-def test_a_block_whose_layers_are_left_alone_stays(toys, tmp_path, said):
+def test_a_block_of_which_limits_say_how_much_may_go_does_not_go_whole(toys, tmp_path, said):
     limits = Limits(min_channels=1, chunk=1, exceptions=(LayerLimits("stage.1.conv1", **said),))
     run = reached(pruning(limits=limits), idle(toys), toys, toys.context(tmp_path))
     assert "stage.1" not in run.cut.bypassed
-    assert "stage.1.conv1.bias" not in run.cut.kept
-    assert run.student.stage[1].conv1.out_channels == 8
+    least = said.get("min_channels", 8 - int(8 * said.get("max_ratio", 0)))
+    assert run.student.stage[1].conv1.out_channels >= least
 
 
 class InPlace(Network):
