@@ -8,7 +8,7 @@ float on the real images; so is accuracy. ``seconds`` are the processor's, of al
 comparison of the files. ``logits`` is the signal-to-noise ratio of the outputs on unseen images of
 the kind that was calibrated on. Needs the extra ``onnx``. Other tools are rows too, each in an
 environment of its own (see int8_rival.py): calibrated on the same dreams, and their files judged as
-dreamkit's are.
+dreamkit's are. With ``--weights int4`` all rows have weights of 4 bits.
 
     python benchmarks/int8.py ... --rivals nncf=envs/nncf/bin/python mct=envs/mct/bin/python
 """
@@ -55,7 +55,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "dreams + keep_float: auto": ("dreams", {**PLAIN, "keep_float": "auto"}),
     "dreams + equalise": ("dreams", {**PLAIN, "equalise": True}),
     "dreams + bias correction, equalise": ("dreams", {"equalise": True}),
-    "dreams + bias correction, training": ("dreams", {"training": {"steps": 200}}),
+    "dreams + bias correction, training": ("dreams", {"training": {}}),
     "dreams, one scale for all weights": ("dreams", {**PLAIN, "quantizer": ONE_SCALE}),
     "dreams, one scale, equalise": ("dreams", {**PLAIN, "quantizer": ONE_SCALE, "equalise": True}),
     "dreams, one scale, bias correction": ("dreams", {"quantizer": ONE_SCALE}),
@@ -65,7 +65,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dreams, one scale, bias correction, training": (
         "dreams",
-        {"quantizer": ONE_SCALE, "training": {"steps": 200}},
+        {"quantizer": ONE_SCALE, "training": {}},
     ),
     "dreams + all three, ranges: logits": ("dreams", {"ranges": "logits", "keep_float": "auto"}),
     "dreams, target: vnni": ("dreams", {**PLAIN, "target": "vnni"}),
@@ -143,6 +143,9 @@ def main() -> None:
     parser.add_argument("--dreams", type=Path, help="images dreamed before: a folder of pictures")
     parser.add_argument("--calibrate", type=int, default=64, help="images")
     parser.add_argument("--evaluate", type=int, default=300, help="real images")
+    parser.add_argument("--weights", choices=("int8", "int4"), default="int8")
+    parser.add_argument("--training", type=int, default=200, metavar="STEPS", help="of rows with it")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of rows with training")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(
         "--rivals", nargs="+", default=[], metavar="TOOL=PYTHON", help=f"of {', '.join(RIVALS)}"
@@ -207,6 +210,10 @@ def _row(
     evaluation: tuple[Tensor, Tensor],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
+    if "training" in settings:
+        settings = {**settings, "training": {"steps": options.training, "lr": options.lr}}
+    if not isinstance(settings.get("quantizer"), Quantizer):
+        settings = {**settings, "weights": options.weights}
     start, wall = _processor_seconds(), time.perf_counter()
     made = dreamkit.quantize(
         teacher,

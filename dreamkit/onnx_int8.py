@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class Numbers:
 
     Args:
         weight_bits: 8, or 7 where pairs of products of bytes are added in 16 bits, as x86 without
-            VNNI does: 2·255·64 fits, 2·255·127 does not.
+            VNNI does: 2·255·64 fits, 2·255·127 does not. Or 4, two in a byte, which ONNX Runtime
+            makes float again when it loads the file.
         signed_activations: bytes from -128 to 127, or else from 0 to 255.
         symmetric: activations have no zero point: their range is as far below zero as above it.
         pairs_on_weights: weights stay in float, with a quantize and a dequantize operator.
@@ -39,6 +41,29 @@ class Numbers:
     signed_activations: bool = False
     symmetric: bool = False
     pairs_on_weights: bool = False
+
+    @property
+    def weight_limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer of a weight."""
+        return {4: (-8, 7), 7: (-64, 64), 8: (-127, 127)}[self.weight_bits]
+
+
+@dataclass(frozen=True)
+class WeightSteps:
+    """What the integers of a layer's weights are multiplied by.
+
+    Args:
+        steps: for each channel (C,), or one for all (1,).
+        axis: of the channels; None for one step.
+    """
+
+    steps: Tensor
+    axis: int | None
+
+    def override(self) -> list[dict[str, Any]]:
+        """Return it as ONNX Runtime's tools take it."""
+        where = {} if self.axis is None else {"axis": self.axis}
+        return [{"scale": np.float32(step), "zero_point": 0, **where} for step in self.steps]
 
 
 NUMBERS: Mapping[str, Numbers] = {
@@ -57,6 +82,7 @@ def in_integers(
     image: Tensor,
     ranges: Mapping[str, tuple[float, float]],
     folder: Path,
+    steps: Mapping[str, WeightSteps] = MappingProxyType({}),
 ) -> Any:
     """Return a ``ModelProto`` with every layer in integers that ONNX Runtime has some for.
 
@@ -67,6 +93,7 @@ def in_integers(
         image: an input; of tensors without a range what it makes of them is taken.
         ranges: of tensors, by name.
         folder: for files of the work.
+        steps: of weights, by tensor; the largest weight decides on those of others.
 
     Raises:
         DreamkitError: ONNX Runtime's tools cannot do it.
@@ -78,6 +105,7 @@ def in_integers(
         name: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
         for name, (low, high) in ranges.items()
     }
+    given |= {name: some.override() for name, some in steps.items()}
     extra: dict[str, Any] = {"TensorQuantOverrides": given}
     operators = None
     extra["ActivationSymmetric"] = numbers.symmetric
@@ -89,6 +117,10 @@ def in_integers(
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": _TENSORRT,
         }
+    if four := numbers.weight_bits == 4:
+        # Layers compute in float. And ONNX Runtime's tools widen the steps of 8 bits, not of 4,
+        # where a bias would not fit into an integer.
+        extra["QuantizeBias"] = False
     file = folder / "quantized.onnx"
     with _quietly():
         tools.quantize_static(
@@ -101,7 +133,7 @@ def in_integers(
             per_channel=per_channel,
             reduce_range=numbers.weight_bits == 7,
             activation_type=kind,
-            weight_type=tools.QuantType.QInt8,
+            weight_type=tools.QuantType.QInt4 if four else tools.QuantType.QInt8,
             extra_options=extra,
         )
     made = onnx.load_model(file)

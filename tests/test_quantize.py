@@ -65,20 +65,28 @@ def test_a_network_in_memory_becomes_a_file_that_agrees_with_it(made, digits, dr
     assert "agreement, unseen images" in repr(made)
 
 
-def test_it_runs_with_onnxruntime_and_numpy_alone(made, digits, dreams, tmp_path):
+@pytest.fixture(scope="module")
+def small(digits, dreams):
+    return quantize(digits, dreams, weights="int4", **QUICK)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_it_runs_with_onnxruntime_and_numpy_alone(weights, made, small, digits, dreams, tmp_path):
     """By the lines of the how-to page, which compare with the labels themselves."""
+    made = {"int8": made, "int4": small}[weights]
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (lines,) = [block for block in blocks if "onnxruntime.InferenceSession" in block]
     made.save(tmp_path / "quantized")
     labels = made.load()(digits.card.normalise(dreams.images)).argmax(1)
     np.save(tmp_path / "pixels.npy", dreams.images.numpy())
     np.save(tmp_path / "labels.npy", labels.numpy())
+    lines = lines.replace("model.int8", f"model.{weights}")
     code = BLOCKED + lines + "print(logits.argmax(1).tolist())"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert json.loads(found.stdout) == labels.tolist()
-    told = json.loads((tmp_path / "quantized" / "model.int8.json").read_text())
+    told = json.loads((tmp_path / "quantized" / f"model.{weights}.json").read_text())
     assert told["quantization"]["backend"] == "onnxruntime"
     assert told["quantization"]["target"] == "portable"
     assert told["quantization"]["input"] == "images"
@@ -101,6 +109,15 @@ def test_what_is_trained_in_integers_agrees_with_float(digits, dreams):
     told = found.about["quantization"]
     assert (told["trained"], told["equalise"]) == ("LSQ", True)
     assert "steps: 20" in found.to_recipe()
+
+
+def test_training_makes_up_for_weights_of_4_bits(small, digits, dreams):
+    assert small.file_name == "model.int4.onnx"
+    options = {"training": {"steps": 40, "lr": 1e-3}, **QUICK}
+    trained = quantize(digits, dreams, weights="int4", **options)
+    assert trained.metrics["int8.logits_snr_db"] > small.metrics["int8.logits_snr_db"] + 1
+    assert "weights: int4" in trained.to_recipe()
+    assert len(trained.file) == pytest.approx(len(small.file), rel=0.01)
 
 
 def test_a_students_folder_does_as_the_model(digits, dreams, tmp_path):
@@ -133,6 +150,8 @@ def test_a_student_that_is_made_first_is_handed_back(digits, dreams, tmp_path):
     [
         ({"target": "avx"}, "target: .*'portable', 'vnni', 'arm'"),
         ({"ranges": "entropy"}, "ranges"),
+        ({"weights": "int2"}, "weights: .*'int8' or 'int4'"),
+        ({"weights": "int4", "target": "tensorrt"}, "weights: set it to int8"),
         ({"quantizer": "openvino"}, "no name 'openvino' among the quantizers"),
         ({"quantizer": OnnxQuantizer(), "target": "arm"}, "^target: leave it out"),
         ({"keep_float": ["layer9*"]}, r"^keep_float: no layer 'layer9\*'"),

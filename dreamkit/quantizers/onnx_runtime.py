@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dreamkit.errors import DreamkitError, import_extra
+from dreamkit.errors import DreamkitError, OptionError, import_extra
 from dreamkit.onnx_int8 import NUMBERS
 from dreamkit.onnx_model import OnnxSession, as_onnx
 from dreamkit.quantizers.bias_correction import MeanInputs, corrected, corrections
@@ -38,6 +38,9 @@ class OnnxQuantizer(Quantizer):
     Weights are symmetric about zero. Operators that ONNX Runtime has no integers for stay in float.
 
     Args:
+        weights: ``int8``; or ``int4`` for a smaller file, not a faster one: with activations of 8
+            bits, and steps of weights by the least squared error. ONNX Runtime makes these weights
+            float when it loads the file, and no other runtime reads it. Train in integers with it.
         target: the processor that the file will meet. ``portable``: weights of 7 bits, right on any
             x86 and ARM. ``vnni``: 8 bits, for x86 with VNNI; on others sums of products saturate.
             ``arm``: signed activations. ``tensorrt``: signed and symmetric, with operators on the
@@ -52,13 +55,30 @@ class OnnxQuantizer(Quantizer):
             rounded (the same paper, section 4.1); where only a ``Relu`` or the like is between.
     """
 
+    weights: Literal["int8", "int4"] = "int8"
     target: Target = "portable"
     per_channel: bool = True
     ranges: Literal["minmax", "mse", "logits"] = "minmax"
     bias_correction: bool = True
     equalise: bool = False
 
-    suffix = ".int8.onnx"
+    def __post_init__(self) -> None:
+        if self.weights == "int4" and self.target == "tensorrt":
+            raise OptionError(
+                "weights",
+                "set it to int8: a file with weights of 4 bits has operators of ONNX Runtime's "
+                "own, which TensorRT does not read",
+            )
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the file's name."""
+        return f".{self.weights}.onnx"
+
+    @property
+    def faster(self) -> bool:
+        """Whether a file is to be faster than float."""
+        return self.weights == "int8"
 
     @property
     def resolved(self) -> str:
@@ -93,6 +113,11 @@ class OnnxQuantizer(Quantizer):
     def note(self) -> str | None:
         """Return what the user must know of the target on this machine."""
         here = this_processor()
+        if self.weights == "int4":
+            return (
+                "weights of 4 bits make the file small, not fast: ONNX Runtime makes them float "
+                "when it loads it, and layers compute in float"
+            )
         if self.target == "auto":
             return f"the INT8 file is for this machine's processor: target {here.target}"
         if self.resolved == "vnni" and not here.has_vnni and not here.is_arm:
@@ -140,7 +165,7 @@ class _Calibration:
             means.see(values)
         self.step.advance(0.3)
         made = OnnxQuantization(
-            numbers=NUMBERS[target],
+            numbers=NUMBERS[target] if options.faster else replace(NUMBERS[target], weight_bits=4),
             per_channel=options.per_channel,
             graph=graph,
             ranges=widest.ranges,

@@ -20,6 +20,7 @@ from dreamkit.quantizers.ranges import Range
 from dreamkit.quantizers.signal_to_noise import read_back, signal_to_noise
 from dreamkit.quantizers.simulation import SimulatedNetwork
 from dreamkit.quantizers.watching import WATCHED, values_of
+from dreamkit.quantizers.weight_steps import weight_steps
 from dreamkit.types import FileLook, Quantization
 
 
@@ -76,9 +77,10 @@ class OnnxQuantization(Quantization):
         for layer in self.graph.layers:
             if layer.node in self.shifts:
                 graph.shift_bias(layer, self.shifts[layer.node])
-        image = graph.black_image()
+        numbers, image = self.numbers, graph.black_image()
+        steps = weight_steps(graph, numbers, self.per_channel) if numbers.weight_bits == 4 else {}
         return in_integers(
-            graph.proto, self.numbers, self.per_channel, image, self.ranges, self.folder
+            graph.proto, numbers, self.per_channel, image, self.ranges, self.folder, steps
         )
 
     def simulated(self, keep_float: Collection[str] = ()) -> SimulatedNetwork:
@@ -87,7 +89,7 @@ class OnnxQuantization(Quantization):
         return SimulatedNetwork(
             self.proto(keep_float),
             {integers: self.graph.constant(name) for integers, name in weights.items()},
-            64 if self.numbers.weight_bits == 7 else 127,
+            self.numbers.weight_limits,
             self,
         )
 
@@ -124,6 +126,7 @@ class OnnxQuantization(Quantization):
     def describe(self) -> dict[str, Any]:
         """Return what the file's JSON says of it."""
         each = "channel" if self.per_channel else "tensor"
+        bits = self.numbers.weight_bits
         return {
             "backend": "onnxruntime",
             "version": import_extra("onnxruntime", "onnx").__version__,
@@ -131,7 +134,7 @@ class OnnxQuantization(Quantization):
             "opset": OPSET,
             "input": INPUT,
             "output": OUTPUT,
-            "weights": f"int8, {self.numbers.weight_bits} bits, symmetric, per {each}",
+            "weights": f"int{4 if bits == 4 else 8}, {bits} bits, symmetric, per {each}",
             "activations": "int8" if self.numbers.signed_activations else "uint8",
             **self.told,
             "ranges": {name: list(self.ranges[name]) for name in self.graph.ranged},

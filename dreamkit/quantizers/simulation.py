@@ -36,7 +36,7 @@ class SimulatedNetwork(Simulation):
     Args:
         file: a ``ModelProto`` with quantize and dequantize operators.
         weights: in float, by the name of their integers; those of others are what integers say.
-        largest: integer of a weight.
+        limits: the smallest and the largest integer of a weight.
         untrained: the network that the file is of.
 
     Raises:
@@ -44,19 +44,20 @@ class SimulatedNetwork(Simulation):
     """
 
     def __init__(
-        self, file: Any, weights: Mapping[str, Tensor], largest: int, untrained: Quantization
+        self,
+        file: Any,
+        weights: Mapping[str, Tensor],
+        limits: tuple[int, int],
+        untrained: Quantization,
     ) -> None:
         super().__init__()
         onnx = import_extra("onnx", "onnx")
         self._file: bytes = file.SerializeToString()
-        self._untrained, self._largest = untrained, largest
+        self._untrained, self._limits = untrained, limits
         self._given, self._output = file.graph.input[0].name, file.graph.output[0].name
         self._operators = tuple(_operator(node, onnx.helper) for node in file.graph.node)
         self._makers = {op.output: op for op in self._operators}
-        found = {
-            t.name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(t)))
-            for t in file.graph.initializer
-        }
+        found = {t.name: _as_tensor(onnx.numpy_helper.to_array(t)) for t in file.graph.initializer}
         self._steps = nn.ModuleList()
         self._step_of: dict[str, int] = {}
         """Of integers by the name of their scale, of a file's constant ones by their own."""
@@ -185,8 +186,8 @@ class SimulatedNetwork(Simulation):
                 and found[source].dtype == torch.int8
             ):
                 zero = torch.zeros_like(found[op.inputs[1]])
-                scale, most = found[op.inputs[1]], self._largest
-                made = LearnedStep(scale, zero, -most, most, axis, of_weights=True)
+                scale = found[op.inputs[1]]
+                made = LearnedStep(scale, zero, *self._limits, axis, of_weights=True)
                 self._step_of[source] = len(self._steps)
             else:
                 continue
@@ -260,6 +261,12 @@ def _operator(node: Any, helper: Any) -> Operator:
         )
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return Operator(node.name, node.op_type, tuple(node.input), node.output[0], attributes)
+
+
+def _as_tensor(constant: Any) -> Tensor:
+    """Return a file's constant; integers of 4 bits, which PyTorch computes nothing with, as 8."""
+    array = np.array(constant)
+    return torch.from_numpy(array.astype(np.int8) if array.dtype.name == "int4" else array)
 
 
 def _dequantized(op: Operator, found: Mapping[str, Tensor]) -> Tensor:

@@ -161,7 +161,7 @@ def time_file(bench: Workbench, path: Path, batches: Sequence[int]) -> None:
     first = rows[0]
     metrics["float.latency_ms"], metrics["int8.latency_ms"] = first["float_ms"], first["int8_ms"]
     metrics["int8.speedup"] = first["float_ms"] / first["int8_ms"]
-    if metrics["int8.speedup"] < _FASTER:
+    if bench.quantizer.faster and metrics["int8.speedup"] < _FASTER:
         bench.context.log.note(
             f"integers are not faster on this processor: {first['int8_ms']:.3g} ms against "
             f"{first['float_ms']:.3g} in float. They are on processors with dot products of bytes: "

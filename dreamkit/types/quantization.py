@@ -109,6 +109,11 @@ class Quantizer(ABC):
     def suffix(self) -> str:
         """Ending of the file's name, such as ``.int8.onnx``."""
 
+    @property
+    def faster(self) -> bool:
+        """Whether a file is to be faster than float; if it is not then, a run says so."""
+        return True
+
     @abstractmethod
     def calibrate(self, step: QuantizationStep) -> Quantization:
         """Export a network and take the ranges of its activations."""

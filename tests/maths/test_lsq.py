@@ -101,7 +101,7 @@ def test_operators_do_what_onnx_says(toys):
     pytest.importorskip("onnxruntime", reason="needs the extra onnx")
     model, images = toys.fill(Everything()), torch.randn(4, 3, 9, 9)
     graph = FloatGraph(as_onnx(model, images, any_batch=True))
-    network = SimulatedNetwork(graph.proto, {}, 64, Quantization)
+    network = SimulatedNetwork(graph.proto, {}, (-64, 64), Quantization)
     torch.testing.assert_close(network(images), model(images), rtol=1e-4, atol=1e-5)
     network(images).sum().backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in network.parameters())
@@ -167,6 +167,8 @@ OPTIONS = [
     ({"target": "vnni", "equalise": True}, ()),
     ({"target": "arm"}, ("conv1", "fc")),
     ({"target": "tensorrt"}, ()),
+    ({"weights": "int4"}, ()),
+    ({"weights": "int4", "per_channel": False, "target": "arm"}, ("conv2",)),
 ]
 
 
@@ -219,4 +221,4 @@ def test_operators_of_several_outputs_are_refused(toys, residual, tmp_path):
     file = made.proto()
     file.graph.node[0].output.append("second")
     with pytest.raises(DreamkitError, match="does not know operators of several outputs"):
-        SimulatedNetwork(file, {}, 64, made)
+        SimulatedNetwork(file, {}, (-64, 64), made)

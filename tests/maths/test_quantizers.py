@@ -21,6 +21,7 @@ from dreamkit.quantizers.ranges import Histogram, Histograms, MinMax, least_erro
 from dreamkit.quantizers.signal_to_noise import decibels
 from dreamkit.quantizers.targets import Processor, this_processor
 from dreamkit.quantizers.watching import values_of
+from dreamkit.quantizers.weight_steps import least_error_steps
 from dreamkit.types import QuantizationStep
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -213,6 +214,90 @@ def _powers(found, right):
     return float(right.square().sum()), float((found - right).square().sum())
 
 
+# Weights of 4 bits.
+
+
+def test_steps_of_least_error_cut_off_what_is_rare():
+    rows = torch.zeros(3, 1000)
+    rows[0] = torch.linspace(-1, 1, 1000)
+    rows[1] = rows[0]
+    rows[1, -1] = 5.0  # alone: a step that reaches it has four integers for the rest
+    even, cut, none = least_error_steps(rows, -8, 7).tolist()
+    assert even == pytest.approx(1 / 7.5, rel=0.03)  # half a step over at both ends
+    assert 1 / 7.5 < cut < 0.5 * 5 / 7
+    assert none == 1
+
+    def error(step):
+        return float(((rows[1] / step).round().clamp(-8, 7) * step - rows[1]).square().sum())
+
+    tried = torch.linspace(0.3, 1, 701) * 5 / 7
+    assert error(cut) <= 1.01 * min(error(float(step)) for step in tried)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("target", ["portable", "arm"])
+def test_weights_of_4_bits_have_16_levels(toys, tmp_path, target, per_channel):
+    model, images = toys.plain(), toys.card().normalise(toys.images(8).images)
+    options = {"weights": "int4", "target": target, "per_channel": per_channel}
+    made = quantized(model, images, tmp_path, **options)
+    proto = made.proto()
+    types = {t.name: t.data_type for t in proto.graph.initializer}
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    for layer in made.graph.layers:
+        name = f"{layer.weight}_quantized"
+        assert types[name] == onnx.TensorProto.INT4
+        integers = torch.tensor(arrays[name].astype("int8"))
+        weight = made.graph.constant(layer.weight)
+        scale = torch.tensor(arrays[f"{layer.weight}_scale"])
+        assert scale.numel() == (len(weight) if per_channel else 1)
+        scale = scale.view(-1, *[1] * (weight.dim() - 1))
+        assert torch.equal(integers, (weight / scale).round().clamp(-8, 7).to(torch.int8))
+        assert -8 <= int(integers.min()) < -4
+        assert 4 < int(integers.max()) <= 7
+    # The activations are of 8 bits, and biases are not integers.
+    kind = onnx.TensorProto.INT8 if target == "arm" else onnx.TensorProto.UINT8
+    assert types["images_zero_point"] == kind
+    assert types["conv1.bias"] == onnx.TensorProto.FLOAT
+    assert "int4, 4 bits" in made.describe()["weights"]
+
+
+def test_a_transposed_layers_4_bits_have_the_steps_of_its_output_channels(tmp_path):
+    model = nn.Sequential(nn.ConvTranspose2d(3, 5, 2, stride=2), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.mul_(torch.tensor([1.0, 10.0, 100.0, 1000.0, 1e4]).view(1, 5, 1, 1))
+    images = torch.rand(8, 3, 4, 4)
+    made = quantized(model, images, tmp_path, weights="int4", bias_correction=False)
+    rounded, weight = made.rounded_weights()["0.weight"], model[0].weight.detach()
+    for channel in range(5):
+        assert decibels(*_powers(rounded[:, channel], weight[:, channel])) > 14
+
+
+def test_a_file_of_4_bits_is_half_as_large(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU(), nn.Conv2d(256, 64, 3), nn.Flatten(1))
+    images = torch.rand(4, 3, 6, 6)
+    size = {
+        weights: len(
+            quantized(model, images, tmp_path, weights=weights).proto().SerializeToString()
+        )
+        for weights in ("int8", "int4")
+    }
+    assert size["int4"] < 0.56 * size["int8"]
+
+
+def test_a_channel_of_hardly_any_weight_keeps_its_bias_in_a_file_of_4_bits(toys, tmp_path):
+    model, images = toys.plain(), toys.card().normalise(toys.images(8).images)
+    with torch.no_grad():
+        model.conv1.weight[0] *= 1e-12
+        model.conv1.bias[0] = 3.0
+    found = outputs(quantized(model, images, tmp_path, weights="int4").proto(), images, exact=True)
+    assert decibels(*_powers(found, model(images).detach())) > 12
+
+
+def test_tensorrt_reads_no_file_of_4_bits():
+    with pytest.raises(DreamkitError, match=r"weights: set it to int8: .* TensorRT does not read"):
+        OnnxQuantizer(weights="int4", target="tensorrt")
+
+
 def saturating():
     """Return a network whose sums of two products of bytes do not fit into 16 bits."""
     model = nn.Sequential(nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
@@ -371,5 +456,8 @@ def test_auto_says_what_it_is_for():
     assert told is not None
     assert f"target {this_processor().target}" in told
     assert OnnxQuantizer().note() is None
+    small = OnnxQuantizer(weights="int4")
+    assert "small, not fast" in (small.note() or "")
+    assert (small.suffix, OnnxQuantizer().suffix) == (".int4.onnx", ".int8.onnx")
     warned = OnnxQuantizer(target="vnni").note() is not None
     assert warned == (not this_processor().has_vnni and platform.machine() == "x86_64")
