@@ -144,7 +144,9 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=64, help="images")
     parser.add_argument("--evaluate", type=int, default=300, help="real images")
     parser.add_argument("--weights", choices=("int8", "int4"), default="int8")
-    parser.add_argument("--training", type=int, default=200, metavar="STEPS", help="of rows with it")
+    parser.add_argument(
+        "--training", type=int, default=200, metavar="STEPS", help="of rows with it"
+    )
     parser.add_argument("--lr", type=float, default=1e-4, help="of rows with training")
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(

@@ -101,6 +101,7 @@ def in_integers(
     onnx = import_extra("onnx", "onnx")
     tools = import_extra("onnxruntime.quantization", "onnx")
     kind = tools.QuantType.QInt8 if numbers.signed_activations else tools.QuantType.QUInt8
+    of_weights = tools.QuantType.QInt4 if numbers.weight_bits == 4 else tools.QuantType.QInt8
     given = {
         name: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
         for name, (low, high) in ranges.items()
@@ -117,10 +118,6 @@ def in_integers(
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": _TENSORRT,
         }
-    if four := numbers.weight_bits == 4:
-        # Layers compute in float. And ONNX Runtime's tools widen the steps of 8 bits, not of 4,
-        # where a bias would not fit into an integer.
-        extra["QuantizeBias"] = False
     file = folder / "quantized.onnx"
     with _quietly():
         tools.quantize_static(
@@ -133,7 +130,7 @@ def in_integers(
             per_channel=per_channel,
             reduce_range=numbers.weight_bits == 7,
             activation_type=kind,
-            weight_type=tools.QuantType.QInt4 if four else tools.QuantType.QInt8,
+            weight_type=of_weights,
             extra_options=extra,
         )
     made = onnx.load_model(file)

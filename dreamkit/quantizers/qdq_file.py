@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamkit.errors import import_extra
-from dreamkit.onnx_int8 import Numbers, computed_in_float, in_integers
+from dreamkit.onnx_int8 import Numbers, WeightSteps, computed_in_float, in_integers
 from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession
 from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.float_layers import put_back
@@ -77,8 +77,9 @@ class OnnxQuantization(Quantization):
         for layer in self.graph.layers:
             if layer.node in self.shifts:
                 graph.shift_bias(layer, self.shifts[layer.node])
-        numbers, image = self.numbers, graph.black_image()
-        steps = weight_steps(graph, numbers, self.per_channel) if numbers.weight_bits == 4 else {}
+        numbers, image, steps = self.numbers, graph.black_image(), dict[str, WeightSteps]()
+        if numbers.weight_bits == 4:
+            steps = weight_steps(graph, numbers, self.per_channel, self.ranges)
         return in_integers(
             graph.proto, numbers, self.per_channel, image, self.ranges, self.folder, steps
         )
