@@ -39,7 +39,7 @@ class OnnxQuantizer(Quantizer):
 
     Args:
         weights: ``int8``; or ``int4`` for a smaller file, not a faster one: with activations of 8
-            bits, and steps of weights by the least squared error. ONNX Runtime makes these weights
+            bits, and steps of weights by the least error. ONNX Runtime makes these weights
             float when it loads the file, and no other runtime reads it. Train in integers with it.
         target: the processor that the file will meet. ``portable``: weights of 7 bits, right on any
             x86 and ARM. ``vnni``: 8 bits, for x86 with VNNI; on others sums of products saturate.

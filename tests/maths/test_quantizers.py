@@ -224,11 +224,11 @@ def test_steps_of_least_error_cut_off_what_is_rare():
     rows[1, -1] = 5.0  # alone: a step that reaches it has four integers for the rest
     even, cut, none = least_error_steps(rows, -8, 7).tolist()
     assert even == pytest.approx(1 / 7.5, rel=0.03)  # half a step over at both ends
-    assert 1 / 7.5 < cut < 0.5 * 5 / 7
+    assert 0.6 * 5 / 7 < cut < 0.9 * 5 / 7
     assert none == 1
 
     def error(step):
-        return float(((rows[1] / step).round().clamp(-8, 7) * step - rows[1]).square().sum())
+        return float(((rows[1] / step).round().clamp(-8, 7) * step - rows[1]).abs().pow(3).sum())
 
     tried = torch.linspace(0.3, 1, 701) * 5 / 7
     assert error(cut) <= 1.01 * min(error(float(step)) for step in tried)
