@@ -116,7 +116,8 @@ class OnnxQuantizer(Quantizer):
         if self.weights == "int4":
             return (
                 "weights of 4 bits make the file small, not fast: ONNX Runtime makes them float "
-                "when it loads it, and layers compute in float"
+                "when it loads it, computes layers in float and rounds between, which can be "
+                "slower than float"
             )
         if self.target == "auto":
             return f"the INT8 file is for this machine's processor: target {here.target}"
