@@ -62,7 +62,8 @@ def test_ranges_weights_and_descriptions(schema: dict[str, Any]) -> None:
     dreams = entry(schema, "synthesizers", "deepinversion")["properties"]
     assert dreams["lr"]["exclusiveMinimum"] == 0
     assert dreams["lr"]["description"] == "Adam's learning rate"
-    listed, alone, weights = dreams["regularizers"]["anyOf"]
+    listed, alone, weights, auto = dreams["regularizers"]["anyOf"]
+    assert auto == {"const": "auto"}
     assert alone == listed["items"]
     assert listed == {"type": "array", "items": {"$ref": "#/$defs/weighted_regularizers"}}
     assert weights["additionalProperties"] == {"type": "number", "minimum": 0}

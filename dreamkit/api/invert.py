@@ -60,7 +60,8 @@ def invert(
     they are.
 
     Args:
-        model: trained, with BatchNorm; takes normalised images (N, C, H, W), returns logits (N, K).
+        model: trained; takes normalised images (N, C, H, W), returns logits (N, K). By what it is
+            inverted, with BatchNorm or without, its layers decide unless ``regularizers`` do.
         images: how many to dream.
         size: (channels, height, width) of what it takes; timm's and most of torchvision's networks
             know it, and then it may be left out, as ``mean`` and ``std`` may.

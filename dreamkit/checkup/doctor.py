@@ -14,9 +14,12 @@ from dreamkit.errors import DreamkitError
 from dreamkit.evaluation.cost import Cost, count
 from dreamkit.pruning.graph import ChannelGraph, Skipped
 from dreamkit.report.tables import quantity
+from dreamkit.synthesizers.automatic_terms import terms_for, told
+from dreamkit.synthesizers.block_outputs import feature_blocks
 from dreamkit.synthesizers.bn_statistics import batch_norm_layers
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.inversion_loss import needed
 from dreamkit.synthesizers.stage import DEFAULT_STEPS
 from dreamkit.teachers.intake import admit
 from dreamkit.types import ChannelGroup, ChannelRule, Estimate, Teacher
@@ -86,11 +89,23 @@ def diagnose(
     else:
         say(
             console,
-            f"inversion: yes, {bn_layers} BatchNorm layers; {DEFAULT_STEPS} steps of a batch take "
+            f"inversion: yes, {_means(teacher)}; {DEFAULT_STEPS} steps of a batch take "
             f"about {duration(inversion.seconds)} and "
             f"{inversion.memory_bytes / 2**30:.1f} GB here",
         )
     return Diagnosis(bn_layers, uninvertible, inversion, groups, skipped, unprunable, cost)
+
+
+def _means(teacher: Teacher) -> str:
+    """Return what a teacher that can be inverted is inverted by."""
+    bn_layers = len(batch_norm_layers(teacher.model))
+    terms = terms_for("auto", teacher)
+    if "bn_statistics" in needed(terms):
+        return f"{bn_layers} BatchNorm layers"
+    return (
+        f"without BatchNorm: by {told(terms)}, of what {len(feature_blocks(teacher))} blocks or "
+        "layers put out"
+    )
 
 
 def _cost(teacher: Teacher, console: Console) -> Cost | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dreamkit.errors import RecipePath
 from dreamkit.recipe.construct import Builder
+from dreamkit.recipe.open_terms import OpenTermsOf, is_auto
 from dreamkit.recipe.signature import nested_options, options_of
 from dreamkit.registry import EntriesOf, EntryOf, Registries, Term, TermsOf, mapping_of, name_key
 
@@ -84,6 +85,8 @@ class _Writer:
         """Return what stands for an option, with the defaults inside it."""
         if isinstance(marker, EntriesOf | TermsOf):
             if isinstance(marker, TermsOf):
+                if isinstance(marker, OpenTermsOf) and is_auto(value):
+                    return value
                 value = Builder(self.registries).listed(marker.kind, value)
             if not isinstance(value, list | tuple):
                 return value

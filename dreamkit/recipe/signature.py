@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from dreamkit.recipe.open_terms import OpenTermsOf, is_auto
 from dreamkit.recipe.shares import MixOf
 from dreamkit.registry import EntriesOf, EntryOf, Registered, Registries, TermsOf
 
@@ -158,7 +159,7 @@ def _default(option: Option, registries: Registries | None) -> str:
         cls = type(value)
         entries = {} if registries is None else registries[option.marker.kind].entries
         return _name_of(cls, entries) or cls.__name__
-    if isinstance(option.marker, TermsOf):
+    if isinstance(option.marker, TermsOf) and not is_auto(value):
         value = {term.name: term.weight for term in value}
     return json.dumps(value, default=_given, ensure_ascii=False)
 
@@ -190,7 +191,9 @@ def describe(annotation: Any) -> str:
     if origin is Annotated:
         marker = _marker(annotation)
         if isinstance(marker, TermsOf):
-            return f"list of weighted {marker.kind}"
+            return f"list of weighted {marker.kind}" + (
+                ' | "auto"' if isinstance(marker, OpenTermsOf) else ""
+            )
         if isinstance(marker, EntriesOf):
             return f"list of {marker.kind}"
         if isinstance(marker, MixOf):

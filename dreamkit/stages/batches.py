@@ -13,6 +13,7 @@ from dreamkit.model_state import eval_mode
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.seeds import derived_seed
 from dreamkit.stages.statistics_distance import statistics_distance
+from dreamkit.synthesizers.automatic_terms import terms_for
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.labels import with_class
 from dreamkit.types import (
@@ -58,20 +59,20 @@ def known_batches(synthesizer: Synthesizer, teacher: Teacher) -> int | None:
     return batches
 
 
-def doubts_of(synthesizer: Synthesizer, dreamer: Dreamer, num_classes: int) -> list[str]:
+def doubts_of(synthesizer: Synthesizer, dreamer: Dreamer, teacher: Teacher) -> list[str]:
     """Return what is doubtful of the numbers of images asked for, a sentence each.
 
     Args:
         synthesizer: what is asked for.
         dreamer: the same at work.
-        num_classes: of the teacher.
+        teacher: that it works on.
     """
     members = synthesizer.members
-    lacking = [classes_left_out(member, num_classes) for member in members]
+    lacking = [classes_left_out(member, teacher.card.num_classes) for member in members]
     found = lacking[:1] if all(lacking) else []  # what one leaves out another may show
     dreamers = dreamer.dreamers if isinstance(dreamer, TakingTurns) else [dreamer]
     for member, own in zip(members, dreamers, strict=True):
-        found.append(small_batches(member, own.batch_size))
+        found.append(small_batches(member, own.batch_size, teacher))
     return [doubt for doubt in found if doubt is not None]
 
 
@@ -99,14 +100,16 @@ def classes_left_out(synthesizer: Synthesizer, num_classes: int) -> str | None:
     return f"images: {asked} for {classes} classes: {shown}, {least}{lacking} {gets} no image"
 
 
-def small_batches(synthesizer: Synthesizer, batch_size: int) -> str | None:
+def small_batches(synthesizer: Synthesizer, batch_size: int, teacher: Teacher) -> str | None:
     """Return a sentence if statistics are matched by very few images; None if not.
 
     Args:
         synthesizer: its option ``regularizers``, if it has one, says whether they are.
         batch_size: images that are dreamed together, but for the last batch.
+        teacher: whose statistics they are.
     """
-    terms, images = getattr(synthesizer, "regularizers", ()), synthesizer.images
+    terms = terms_for(getattr(synthesizer, "regularizers", ()), teacher)
+    images = synthesizer.images
     if not any("bn_statistics" in term.entry.needs for term in terms):
         return None
     if 1 in (images, batch_size):

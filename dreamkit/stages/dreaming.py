@@ -164,7 +164,7 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
-        for doubt in doubts_of(self.synthesizer, self.dreamer, self.teacher.card.num_classes):
+        for doubt in doubts_of(self.synthesizer, self.dreamer, self.teacher):
             context.log.note(doubt)
         start = time.perf_counter()
         with context.log.progress("preparing", 1), self._enough_memory():

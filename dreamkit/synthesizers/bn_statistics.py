@@ -1,4 +1,4 @@
-"""What a teacher's layers see of a batch: the only place that hooks its forward pass."""
+"""What a teacher's BatchNorm layers see of a batch: the only place that hooks them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """DeepInversion: optimise noise until the teacher classifies it and knows its statistics.
 
-Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.
-Which regularizers stand in the recipe makes it Noise (none), DeepDream (tv, l2), DeepInversion
-(+ bn_feature) or Adaptive DeepInversion (+ js_compete).
+Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020. Its
+regularizers make it Noise (none), DeepDream (tv, l2), DeepInversion (+ bn_feature) or Adaptive
+DeepInversion (+ js_compete).
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from dreamkit.errors import placed
 from dreamkit.parameterisations.fourier import Fourier
-from dreamkit.registry import EntryOf, Term, TermsOf
-from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.recipe.open_terms import OpenTermsOf
+from dreamkit.registry import EntryOf
 from dreamkit.seeds import derived_seed
+from dreamkit.synthesizers.automatic_terms import terms_for
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
-from dreamkit.synthesizers.inversion_loss import bound_loss, check_terms, competing
+from dreamkit.synthesizers.inversion_loss import OpenTerms, bound_loss, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels, named
 from dreamkit.synthesizers.planning import Phase, default_batch
 from dreamkit.synthesizers.stage import DEFAULT_STEPS, Plateau, Stage, check_stages, default_stages
@@ -39,7 +40,6 @@ from dreamkit.types import (
     Dream,
     OnStep,
     Parameterisation,
-    Regularizer,
     Synthesizer,
     Teacher,
     TeacherSource,
@@ -56,16 +56,16 @@ LARGEST_BATCH = 1024
 class DeepInversion(Synthesizer):
     """DeepInversion and its ladder: cross-entropy to a label plus weighted regularizers.
 
-    Yin et al., CVPR 2020, eq. 2 to 9. Images are optimised by Adam in normalised space; the best
-    ones of the last stage are kept, by the whole batch's loss. The defaults are not the paper's:
-    they are what dreams well from networks of 8 to 224 pixels alike, in few steps.
+    Yin et al., CVPR 2020, eq. 2 to 9. Images are optimised by Adam in normalised space; the last
+    stage's best are kept, by the whole batch's loss. The defaults are not the paper's: in few steps
+    they dream well from networks of 8 to 224 pixels.
 
     Args:
-        regularizers: the weighted terms of R(x̂); by default ``bn_feature``.
+        regularizers: the weighted terms of R(x̂); ``auto`` chooses by what the teacher has.
         images: how many to dream.
-        stages: resolutions in turn, joined by nearest upsampling; the last one's size is the
-            images' size. Null is 240 steps; where the network takes inputs of 128 pixels or more,
-            and of half the side as well, the first 200 are at half the side.
+        stages: resolutions in turn, joined by nearest upsampling; the last is the images'. Null is
+            240 steps; where the network takes inputs of 128 pixels or more, and of half the side
+            as well, the first 200 are at half the side.
         batch_size: images optimised together, over which feature statistics are taken. Null is 32
             from 128 pixels on, else 64; ``auto`` is the most that fit, up to 1,024: on a CPU in
             60 % of the memory available then, on a GPU by trial.
@@ -78,20 +78,18 @@ class DeepInversion(Synthesizer):
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
         clip: keep pixels in the valid range after every step.
         parameterisation: what the optimizer moves.
-        patience: end a stage after this many steps in which its best loss fell by less than a
-            thousandth; looked at every 25 steps. Null never does.
+        patience: end a stage after so many steps in which its best loss fell by under a thousandth;
+            looked at every 25 steps. Null never does.
         labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
             draws them; a list of classes is dealt as all are.
-        unconditional: share of the images, in [0, 1], that are drawn to no class: statistics alone
-            shape them, without cross-entropy. Their labels are the teacher's choices in the end, so
-            that ``synthesis.teacher_accuracy`` counts them as right.
+        unconditional: share of the images, in [0, 1], that are drawn to no class: regularizers
+            alone shape them. Their labels are the teacher's choices in the end, so that
+            ``synthesis.teacher_accuracy`` counts them as right.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """
 
-    regularizers: Annotated[tuple[Term[Regularizer], ...], TermsOf("regularizers")] = (
-        Term("bn_feature", 30.0, BNFeature()),
-    )
+    regularizers: Annotated[OpenTerms, OpenTermsOf("regularizers")] = "auto"
     images: Annotated[int, Field(ge=1)] = 1024
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
@@ -140,12 +138,12 @@ class DeepInversion(Synthesizer):
         seed: int = 0,
     ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
-        check_terms(self.regularizers, teacher)
+        terms = terms_for(self.regularizers, teacher, note)
         with ExitStack() as stack:
             if (named := self._load_student(teacher, seed)) is not None:
                 student = named.to(device)
                 stack.enter_context(borrowed(student, teacher.card.input_size))
-            loss = stack.enter_context(bound_loss(teacher, self.regularizers, student))
+            loss = stack.enter_context(bound_loss(teacher, terms, student))
             inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note, seed))
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
@@ -160,7 +158,7 @@ class DeepInversion(Synthesizer):
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms, the labels or the student do not fit."""
-        check_terms(self.regularizers, teacher)
+        terms_for(self.regularizers, teacher)
         self._load_student(teacher)
         check_labels(self.labels, teacher.card)
         check_stages(self.stages or (), teacher)

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamkit.allocator import freed_memory_kept
-from dreamkit.errors import DreamkitError, TeacherMismatch
+from dreamkit.errors import DreamkitError, TeacherMismatch, placed
 from dreamkit.evaluation.features import find_layer, penultimate_layer
 from dreamkit.model_state import InputTap, eval_mode, inputs_of
 from dreamkit.registry import RECORDED, Term
+from dreamkit.synthesizers.block_outputs import (
+    BlockTap,
+    check_patches,
+    feature_blocks,
+    outputs_of,
+)
 from dreamkit.synthesizers.bn_statistics import (
     BatchNormTap,
     batch_norm_layers,
@@ -30,6 +36,8 @@ from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import NO_LABEL, InversionStep, LayerStatistics, Regularizer, Teacher
 
 Terms = Sequence[Term[Regularizer]]
+OpenTerms = tuple[Term[Regularizer], ...] | Literal["auto"]
+"""As a recipe has them; ``auto`` leaves them to what the teacher has."""
 
 
 class InversionLoss:
@@ -43,6 +51,7 @@ class InversionLoss:
         student: what a term lets the teacher compete with; it must be frozen while the loss is
             evaluated. Without it, terms that need it are left out.
         cross_entropy: weight of the classification term.
+        blocks: sees what the teacher's blocks put out, where a term needs it.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class InversionLoss:
         features: InputTap | None,
         student: nn.Module | None,
         cross_entropy: float = 1.0,
+        blocks: BlockTap | None = None,
     ) -> None:
         self.teacher = teacher
         self.regularizers = regularizers
@@ -60,6 +70,7 @@ class InversionLoss:
         self.features = features
         self.student = student
         self.cross_entropy = cross_entropy
+        self.blocks = blocks
         self.smoothed: SmoothedStatistics | None = None
         """Statistics of earlier batches, to be matched together with this one's."""
 
@@ -90,7 +101,8 @@ class InversionLoss:
             if self.student is not None:
                 student_logits = self.student(images).float()
         logits = logits.float()
-        step = InversionStep(images, labels, logits, student_logits, statistics, features)
+        blocks = () if self.blocks is None else self.blocks.outputs()
+        step = InversionStep(images, labels, logits, student_logits, statistics, features, blocks)
         # Over all images: one's share of the loss does not grow where others show no class.
         classified = F.cross_entropy(
             step.teacher_logits, labels, reduction="sum", ignore_index=NO_LABEL
@@ -124,13 +136,15 @@ def needed(regularizers: Terms) -> frozenset[str]:
     return frozenset().union(*(term.entry.needs for term in regularizers))
 
 
-def competing(regularizers: Terms) -> str | None:
+def competing(regularizers: Terms | OpenTerms) -> str | None:
     """Return the name of the first term that lets the teacher compete with a student."""
+    if regularizers == "auto":
+        return None
     return next((t.name for t in regularizers if "student_logits" in t.entry.needs), None)
 
 
 def check_terms(regularizers: Terms, teacher: Teacher) -> None:
-    """Refuse a teacher without the BatchNorm statistics or the features that a term looks at.
+    """Refuse a teacher without the statistics, features or patches that a term looks at.
 
     Raises:
         TeacherMismatch: naming the term, and what else could be done.
@@ -142,7 +156,7 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 f"records have the loss's own under '{term.name}': call the regularizer otherwise",
                 ("regularizers", index),
             )
-        lacks = _lack_of_statistics(teacher) if "bn_statistics" in term.entry.needs else None
+        lacks = lack_of_statistics(teacher) if "bn_statistics" in term.entry.needs else None
         if lacks is not None:
             raise TeacherMismatch(
                 f"{term.name} matches BatchNorm statistics, and {teacher.card.name} {lacks}. "
@@ -150,6 +164,9 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 "l2), or train on proxy images ({source: folder, path: ...})",
                 ("regularizers", index),
             )
+        if "block_outputs" in term.entry.needs:
+            with placed("regularizers", index):
+                _check_blocks(term.name, teacher)
         if "features" in term.entry.needs:
             try:
                 penultimate_layer(teacher.model, teacher.card)
@@ -161,7 +178,16 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
                 ) from error
 
 
-def _lack_of_statistics(teacher: Teacher) -> str | None:
+def _check_blocks(term: str, teacher: Teacher) -> None:
+    if not feature_blocks(teacher):
+        raise TeacherMismatch(
+            f"{term} compares patches, and no layer of {teacher.card.name} puts out tokens or "
+            "feature maps that could be seen; leave the term out"
+        )
+    check_patches(teacher, teacher.card.input_size[1:])
+
+
+def lack_of_statistics(teacher: Teacher) -> str | None:
     """Return why there are no BatchNorm statistics to match; None where there are."""
     model = teacher.model
     if isinstance(model, torch.jit.ScriptModule):
@@ -202,5 +228,8 @@ def bound_loss(
         if "features" in wants:
             layer = find_layer(model, teacher.card, None)
             features = stack.enter_context(inputs_of([layer]))
+        blocks = None
+        if "block_outputs" in wants:
+            blocks = stack.enter_context(outputs_of(model, feature_blocks(teacher)))
         rival = student if "student_logits" in wants else None
-        yield InversionLoss(model, regularizers, tap, features, rival, cross_entropy)
+        yield InversionLoss(model, regularizers, tap, features, rival, cross_entropy, blocks)

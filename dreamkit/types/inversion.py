@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dreamkit.types.models import Teacher
 from dreamkit.types.needs import check_needs
 
-Need = Literal["bn_statistics", "student_logits", "features"]
+Need = Literal["bn_statistics", "student_logits", "features", "block_outputs"]
 """What a regularizer may ask for; it is computed for those alone that do."""
 
 
@@ -59,6 +59,8 @@ class InversionStep:
         student_logits: (N, K), only when a regularizer needs them.
         bn_statistics: one for each BatchNorm layer in forward order, only when needed.
         features: (N, F), the input of the teacher's last linear layer, only when needed.
+        block_outputs: what each block of the teacher puts out, in forward order, (N, P, C): the
+            channels of P patches (tokens, or positions of a map), only when needed.
     """
 
     images: Tensor
@@ -67,6 +69,7 @@ class InversionStep:
     student_logits: Tensor | None = None
     bn_statistics: tuple[LayerStatistics, ...] = ()
     features: Tensor | None = None
+    block_outputs: tuple[Tensor, ...] = ()
 
 
 class Regularizer(ABC):

@@ -179,11 +179,15 @@ def test_batch_seeds_are_distinct_and_fit_a_generator():
         (5, 1, "dreamed one by one"),
     ],
 )
-def test_batches_too_small_for_statistics_are_said(images, batch_size, said):
-    found = small_batches(synthesizer(images), batch_size)
+def test_batches_too_small_for_statistics_are_said(toys, images, batch_size, said):
+    teacher = toys.teacher(toys.two_bn())
+    found = small_batches(synthesizer(images), batch_size, teacher)
     assert found is None if said is None else re.search(said, found)
     without = DeepInversion(images=images, regularizers=(), stages=(Stage(1),))
-    assert small_batches(without, batch_size) is None
+    assert small_batches(without, batch_size, teacher) is None
+    left_open = DeepInversion(images=images, stages=(Stage(1),))
+    assert small_batches(left_open, batch_size, teacher) == found
+    assert small_batches(left_open, batch_size, toys.teacher(toys.plain())) is None
 
 
 def test_a_small_last_batch_is_noted_and_left_out_of_the_distances(run):

@@ -300,15 +300,16 @@ def test_a_student_in_training_is_given_dreams_of_all(toys, teacher, tmp_path):
 def test_doubts_are_of_each_ones_own_batches(teacher):
     lonely = replace(SLOW, images=13, batch_size=12)
     mixed = Mixed((lonely, QUICK))
+    of_1000 = replace(teacher, card=replace(teacher.card, num_classes=1000))
     with mixed.session(teacher, CPU) as dreamer:
-        (said,) = doubts_of(mixed, dreamer, num_classes=4)
+        (said,) = doubts_of(mixed, dreamer, teacher)
     assert said.startswith("images: 13 in batches of 12 leave 1 for the last")
     with mixed.session(teacher, CPU) as dreamer:  # DAFL's labels are drawn, whatever they are
-        found = doubts_of(mixed, dreamer, num_classes=1000)
+        found = doubts_of(mixed, dreamer, of_1000)
     assert "images: 13 for 1000 classes: 13 are shown, 987 get no image" in found
     shown = Mixed((SLOW, replace(SLOW, images=1000)))
     with shown.session(teacher, CPU) as dreamer:
-        assert not any("classes" in doubt for doubt in doubts_of(shown, dreamer, 1000))
+        assert not any("classes" in doubt for doubt in doubts_of(shown, dreamer, of_1000))
 
 
 # --- what is refused --------------------------------------------------------------------------

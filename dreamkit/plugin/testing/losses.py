@@ -103,6 +103,7 @@ def _inversion_step(needs: frozenset[str]) -> InversionStep:
     # All of a step depends on the images, as in a run.
     to_logits = [torch.randn(flat.shape[1], CLASSES, generator=draws) / 8 for _ in range(2)]
     features = torch.randn(flat.shape[1], 5, generator=draws) / 8
+    patches = images.flatten(2).transpose(1, 2)
     seen = LayerStatistics(
         "bn1",
         images.mean((0, 2, 3)),
@@ -117,6 +118,7 @@ def _inversion_step(needs: frozenset[str]) -> InversionStep:
         flat @ to_logits[1] if "student_logits" in needs else None,
         (seen, replace(seen, name="bn2")) if "bn_statistics" in needs else (),
         flat @ features if "features" in needs else None,
+        (patches, patches.square()) if "block_outputs" in needs else (),
     )
 
 

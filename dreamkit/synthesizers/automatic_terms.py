@@ -1,0 +1,69 @@
+"""Which regularizers a teacher is inverted by when the recipe leaves it to what the teacher has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dreamkit.errors import TeacherMismatch, placed
+from dreamkit.registry import Term
+from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.gram import Gram
+from dreamkit.regularizers.patch_similarity import PatchSimilarity
+from dreamkit.regularizers.tv import TotalVariation
+from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks
+from dreamkit.synthesizers.inversion_loss import OpenTerms, Terms, check_terms, lack_of_statistics
+from dreamkit.types import Regularizer, Teacher
+
+STATISTICS: tuple[Term[Regularizer], ...] = (Term("bn_feature", 30.0, BNFeature()),)
+"""For a teacher with BatchNorm, which stores what its features were in training."""
+PATCHES: tuple[Term[Regularizer], ...] = (
+    Term("patch_similarity", 0.1, PatchSimilarity()),
+    Term("gram", 0.1, Gram(within=0.0)),
+    Term("tv", 0.01, TotalVariation("l1")),
+)
+"""For one without, whose features are known to be less alike in pictures than in noise."""
+
+
+def terms_for(
+    regularizers: Terms | OpenTerms,
+    teacher: Teacher,
+    note: Callable[[str], None] = lambda text: None,
+) -> Terms:
+    """Return the weighted terms to invert a teacher by, which fit it.
+
+    Args:
+        regularizers: the recipe's; ``auto`` chooses by what the teacher has.
+        teacher: to be inverted.
+        note: told what was chosen for a teacher without BatchNorm.
+
+    Raises:
+        TeacherMismatch: a term looks at what the teacher does not have, or nothing that it has
+            tells pictures from noise.
+    """
+    if not isinstance(regularizers, str):
+        check_terms(regularizers, teacher)
+        return regularizers
+    lacks = lack_of_statistics(teacher)
+    if lacks is None:
+        return STATISTICS
+    blocks = feature_blocks(teacher)
+    if not blocks:
+        raise TeacherMismatch(
+            f"{teacher.card.name} {lacks}, and no layer that could be seen puts out tokens or "
+            "feature maps: nothing but its classes would shape images. Choose a teacher that has "
+            "(a ResNet or a vision transformer, say), name the terms (DeepDream: tv and l2), or "
+            "train on proxy images ({source: folder, path: ...})",
+            ("regularizers",),
+        )
+    note(
+        f"regularizers: auto is {told(PATCHES)}, as {teacher.card.name} {lacks}; "
+        f"seen at {len(blocks)} modules, {blocks[0].name} to {blocks[-1].name}"
+    )
+    with placed("regularizers"):
+        check_patches(teacher, teacher.card.input_size[1:])
+    return PATCHES
+
+
+def told(terms: Terms) -> str:
+    """Return terms with their weights, in words."""
+    return ", ".join(f"{term.name} {term.weight:g}" for term in terms)
