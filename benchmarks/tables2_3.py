@@ -43,6 +43,7 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.report.figures import grid
 from dreamkit.sources.folder import Folder
 from dreamkit.stages.batches import batch_plans
+from dreamkit.synthesizers.automatic_terms import STATISTICS
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.types import Images, Regularizer, StoredImages, Teacher
 from dreamkit.version import __version__
@@ -66,7 +67,8 @@ def kinds(full: DeepInversion, compete: float | None) -> dict[str, DeepInversion
         full: DeepInversion's.
         compete: weight of the competition with a student; None leaves ADI out.
     """
-    priors = tuple(term for term in full.regularizers if term.name != "bn_feature")
+    terms = STATISTICS if full.regularizers == "auto" else full.regularizers
+    priors = tuple(term for term in terms if term.name != "bn_feature")
     priors = priors or (Term("tv", 1e-3, TotalVariation()),)
     made = {
         "Noise": replace(full, regularizers=(), parameterisation=Pixels()),
@@ -75,7 +77,7 @@ def kinds(full: DeepInversion, compete: float | None) -> dict[str, DeepInversion
     }
     if compete is not None:
         rival: Term[Regularizer] = Term("js_compete", compete, JSCompete())
-        made["ADI"] = replace(full, regularizers=(*full.regularizers, rival))
+        made["ADI"] = replace(full, regularizers=(*terms, rival))
     return made
 
 
