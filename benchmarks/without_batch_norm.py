@@ -25,7 +25,7 @@ from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.stages.batches import as_stored
 from dreamkit.stages.statistics_distance import overall
-from dreamkit.synthesizers.automatic_terms import PATCHES
+from dreamkit.synthesizers.automatic_terms import UNLIKE
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
@@ -40,10 +40,14 @@ METHODS: dict[str, Terms] = {
         Term("l2", 3e-8, L2Norm()),
     ),
     "patch_similarity 0.1": (Term("patch_similarity", 0.1, PatchSimilarity()),),
-    "gram 0.1, between images": (Term("gram", 0.1, Gram(within=0.0)),),
+    "gram 0.1, between images (auto)": UNLIKE,
     "gram 0.1, within an image": (Term("gram", 0.1, Gram(between=0.0)),),
     "tv 0.01, l1": (Term("tv", 0.01, TotalVariation("l1")),),
-    "auto without BatchNorm": PATCHES,
+    "patch_similarity 0.1, gram 0.1 between, tv 0.01": (
+        Term("patch_similarity", 0.1, PatchSimilarity()),
+        Term("gram", 0.1, Gram(within=0.0)),
+        Term("tv", 0.01, TotalVariation("l1")),
+    ),
     "bn_feature 30": (Term("bn_feature", 30.0, BNFeature()),),
 }
 
