@@ -273,7 +273,7 @@ def test_a_training_outlasts_a_failure_where_nothing_is_dreamed(
     }
     run = ("run", recipe_file(tiny), "--out", tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "write_artifact", full)
+        patched.setattr(runner, "save_student", full)
         assert invoke(*run)[::2] == (2, "error: no room\n")
     code, out, err = invoke(*run)
     assert code == 0, err

@@ -133,7 +133,11 @@ def test_defaults_of_synthesizers_backends_and_trackers(tmp_path):
     ("base", "needs", "message"),
     [
         (Regularizer, {"bn_statistic"}, "'bn_statistic'; did you mean 'bn_statistics'?"),
-        (Regularizer, {"replay"}, r"'replay' \(known: bn_statistics, student_logits, features\)"),
+        (
+            Regularizer,
+            {"replay"},
+            r"'replay' \(known: bn_statistics, student_logits, features, block_outputs\)",
+        ),
         (IncrementalLoss, {"repaly"}, "'repaly'; did you mean 'replay'?"),
         (Regularizer, "features", r'should be a set, such as frozenset\(\{"bn_statistics"\}\)'),
     ],

@@ -164,10 +164,10 @@ class Dreaming:
         images = sum(plan.size for plan in missing)
         ranks = distributed.size() if self.shared and not self.dreamer.state() else 1
         mine = missing[: math.ceil(len(missing) / ranks)]
-        for doubt in doubts_of(self.synthesizer, self.dreamer, self.teacher):
-            context.log.note(doubt)
         start = time.perf_counter()
         with context.log.progress("preparing", 1), self._enough_memory():
+            for doubt in doubts_of(self.synthesizer, self.dreamer, self.teacher):
+                context.log.note(doubt)
             cost = self.dreamer.prepare(sum(plan.size for plan in mine))
         context.log.metrics |= {
             "synthesis.preparation_seconds": time.perf_counter() - start,
