@@ -100,6 +100,20 @@ def _nested(classes: Iterable[type[Any]]) -> list[type[Any]]:
     return list(found)
 
 
+def benchmarks() -> str:
+    """Return what stands in the README of the benchmarks below its title, as a page has it."""
+    text = (DOCS.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    text = text.partition("\n")[2].strip()
+    text = re.sub(r"^!\[.*\n+", "", text, flags=re.MULTILINE)
+    text = text.replace("](../docs/evidence/", "](").replace("](../docs/", "](../")
+    text = re.sub(r"\[([^]]*)\]\((results/[^)]*)\)", r"\1 (`benchmarks/\2`)", text)
+    return re.sub(r"^(?: {4}.*\n)+", _fenced, text, flags=re.MULTILINE)
+
+
+def _fenced(block: re.Match[str]) -> str:
+    return f"```text\n{inspect.cleandoc(block[0])}\n```\n"
+
+
 def commands() -> str:
     """Return a heading, the help and the options of every command."""
     return "\n\n".join(_command(path, made) for path, made in every_command())
