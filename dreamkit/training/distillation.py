@@ -7,18 +7,22 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dreamkit import distributed
 from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.flat_state import below, prefixed
+from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.registry import EntryOf
-from dreamkit.seeds import stream
+from dreamkit.seeds import derived_seed, stream
 from dreamkit.training.augmenter import Mixed
-from dreamkit.training.feature_points import feature_points
+from dreamkit.training.feature_points import FeaturePoint, comparison_points
 from dreamkit.training.losses.distillation import (
     KLDivergence,
     mixed_cross_entropy,
 )
-from dreamkit.training.losses.feature_distance import FeatureDistance
+from dreamkit.training.losses.feature_distance import FeatureDistance, regressors_of
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
 from dreamkit.training.trainer import Trainer
@@ -40,10 +44,12 @@ class Distillation(Training):
         hard_labels: weight of the cross-entropy to the images' own labels; the distillation loss
             has the rest.
         features: weight of the mean squared difference between the student's features and the
-            teacher's, each as a share of its variance (Romero et al., ICLR 2015); added to the
-            losses above. For a student that was made from the teacher. They are taken where all
-            that a network goes on with is in one tensor: after each residual block, and after each
-            layer of a network without.
+            teacher's, each as a share of its variance (FitNets: Romero et al., ICLR 2015); added to
+            the losses above. They are taken where all that a network goes on with is in one tensor:
+            after each residual block, and after each layer of a network without. A student that
+            does not have the teacher's layers is compared at the last such place of each resolution
+            that both have, through a linear map where channels differ, which is trained with it and
+            then dropped.
     """
 
     soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
@@ -74,17 +80,38 @@ class Distiller(Trainer[Distillation]):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.features: FeatureDistance | None = None
+        self.regressors = nn.ModuleDict()
+        """Between features of different channels, by number of their point."""
         if self.options.features:
             draw = stream(self.seed, "noise that shows the features")
             noise = torch.randn(2, *self.card.input_size, generator=draw).to(self.device)
-            points = feature_points(self.teacher, self.student, self.kept, noise)
+            points = comparison_points(self.teacher, self.student, self.kept, noise)
             if points:
-                self.features = FeatureDistance(self.student, self.teacher, points)
+                self.features = self._hints(points)
             else:
                 self.note(
-                    "features has no effect: the student has no layer of the teacher's that is "
-                    "given all that the network goes on with"
+                    "features has no effect: student and teacher have no place of the same "
+                    "resolution where all that the network goes on with is in one tensor"
                 )
+
+    def _hints(self, points: list[FeaturePoint]) -> FeatureDistance:
+        """Set regressors where points want them, and have them trained with the student."""
+        with seeded(derived_seed(self.seed, "regressors of the features")):
+            self.regressors = regressors_of(points)
+        self.regressors.to(self.device)
+        learnt = list(self.regressors.parameters())
+        used = {
+            points[int(number)].name: _averaged(regressor)
+            for number, regressor in self.regressors.items()
+        }
+        if learnt:
+            self.parameters += learnt
+            self.optimizer.add_param_group({"params": learnt})
+            self.note(
+                f"features are compared at {', '.join(point.name for point in points)} of the "
+                f"teacher, {len(used)} of them through a linear map that is trained along"
+            )
+        return FeatureDistance(self.student, self.teacher, points, used)
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the distillation loss, mixed with the labels' cross-entropy where that is asked.
@@ -103,6 +130,15 @@ class Distiller(Trainer[Distillation]):
         distance = self.options.features * self.features.taken()
         return self._of_logits(mixed, student_logits, teacher_logits) + distance
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on, the regressors among it."""
+        return super().state() | prefixed("regressors", tensors_of(self.regressors))
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state that ``state`` returned."""
+        super().restore(state)
+        load_state(self.regressors, below("regressors", state))
+
     def _of_logits(self, mixed: Mixed, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         options = self.options
         soft = options.soft_loss(student_logits, teacher_logits, options.temperature)
@@ -110,3 +146,8 @@ class Distiller(Trainer[Distillation]):
             return soft
         hard = mixed_cross_entropy(student_logits, mixed)
         return (1 - options.hard_labels) * soft + options.hard_labels * hard
+
+
+def _averaged(regressor: nn.Module) -> nn.Module:
+    """Return a regressor with its gradients averaged over ranks where there are several."""
+    return DistributedDataParallel(regressor) if distributed.size() > 1 else regressor

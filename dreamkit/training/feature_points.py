@@ -17,17 +17,27 @@ from dreamkit.training.difference_statistics import Kept
 
 @dataclass(frozen=True)
 class FeaturePoint:
-    """A layer that is given all that a network goes on with.
+    """A layer of the teacher that is given all that a network goes on with, and the student's.
 
     Args:
-        name: of the layer; what it is given is the feature.
+        name: of the teacher's layer; what it is given is the feature.
         axis: of the feature's channels.
         channels: positions of the student's channels among the teacher's, None for all.
+        own: name of the student's layer, None for the same.
+        widths: how many channels the student's feature and the teacher's have, where they are not
+            the same ones: a regressor is to bring one to the other. None where they are.
     """
 
     name: str
     axis: int
     channels: Tensor | None
+    own: str | None = None
+    widths: tuple[int, int] | None = None
+
+    @property
+    def layer(self) -> str:
+        """Name of the student's layer."""
+        return self.name if self.own is None else self.own
 
     def of_teacher(self, feature: Tensor) -> Tensor:
         """Return the teacher's feature without the channels that the student lacks."""
@@ -39,6 +49,52 @@ class FeaturePoint:
         if self.channels is not None:
             sizes[self.axis] = len(self.channels)
         return torch.Size(sizes)
+
+
+def comparison_points(
+    teacher: nn.Module, student: nn.Module, kept: Kept, images: Tensor
+) -> list[FeaturePoint]:
+    """Return where a student's features are compared with its teacher's, whatever the student is.
+
+    A student that was made from the teacher, or has its layers, is compared layer by layer:
+    ``feature_points``. Of any other the last waist of each resolution is held against the
+    teacher's last of that resolution (FitNets: Romero et al., ICLR 2015): the ends of the stages,
+    and what the classifier is given. Where the two have other channels a regressor stands between.
+
+    Args:
+        teacher: with a graph from its images to its outputs.
+        student: likewise.
+        kept: which of the teacher's channels a student has that was made from it; else empty.
+        images: normalised, (N, C, H, W), on the device of both.
+
+    Returns:
+        In forward order; empty if the two have no resolution in common.
+    """
+    theirs, own = _waists(teacher, images), _waists(student, images)
+    if kept or (own and own.items() <= theirs.items()):
+        return feature_points(teacher, student, kept, images)
+    last_of_student = _last_of_each_resolution(student, own)
+    found = []
+    for resolution, name in _last_of_each_resolution(teacher, theirs).items():
+        if resolution in last_of_student:
+            axis, layer = resolution[0], last_of_student[resolution]
+            widths = own[layer][axis], theirs[name][axis]
+            regressed = None if widths[0] == widths[1] else widths
+            found.append(FeaturePoint(name, axis, None, layer, regressed))
+    return found
+
+
+def _last_of_each_resolution(
+    model: nn.Module, waists: Mapping[str, torch.Size]
+) -> dict[tuple[int, ...], str]:
+    """Return the last waist of each resolution: the channels' axis, and the other sizes."""
+    found: dict[tuple[int, ...], str] = {}
+    for name, shape in waists.items():
+        axis = _channel_axis(model.get_submodule(name))
+        positions = shape[2:] if axis == 1 else shape[1:-1]
+        found.pop((axis, *positions), None)  # the order is that of the last ones
+        found[axis, *positions] = name
+    return found
 
 
 def feature_points(
@@ -82,7 +138,11 @@ def feature_points(
 def _point(name: str, layer: nn.Module, kept: Kept, device: torch.device) -> FeaturePoint:
     axes = kept.get(f"{name}.weight")
     chosen = None if axes is None or axes[1] is None else torch.tensor(axes[1], device=device)
-    return FeaturePoint(name, -1 if isinstance(layer, nn.Linear) else 1, chosen)
+    return FeaturePoint(name, _channel_axis(layer), chosen)
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:

@@ -12,7 +12,7 @@ from dreamkit.model_state import seeded
 from dreamkit.stages.teaching import StudentTraining
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.feature_points import feature_points
+from dreamkit.training.feature_points import comparison_points, feature_points
 from dreamkit.training.losses.feature_distance import FeatureDistance
 from dreamkit.types import StoredImages
 
@@ -193,14 +193,91 @@ def test_a_training_leaves_no_hooks(toys):
     assert [toys.state(model)["hooks"] for model in (teacher, student)] == before
 
 
-def test_a_network_that_is_not_of_the_teacher_is_taught_by_logits_alone(toys):
-    other, told = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), []
+def test_a_network_without_a_place_to_compare_is_taught_by_logits_alone(toys):
+    other, told = nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), []
     how = Distillation(steps=1, batch_size=8, features=1.0)
     card, images = toys.card(classes=5), toys.images(8)
     made = Distiller(other, network(), card, how, CPU, 0, 1, told.append)
     assert made.features is None
     assert told[0].startswith("features has no effect")
     made.step(images.batch(range(8)))
+
+
+class Plain(nn.Module):
+    """Other layers than ``Residual``'s, of which two are at its first resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(7, 5, 3, padding=1)
+        self.third, self.norm = nn.Conv2d(5, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.out(torch.relu(self.norm(self.third(x))).mean((2, 3)))
+
+
+def unlike(seed=3):
+    with seeded(seed):
+        return Plain()
+
+
+def test_another_network_is_compared_where_each_resolution_ends():
+    found = comparison_points(network(), unlike(), {}, noise())
+    assert [(point.name, point.layer, point.widths) for point in found] == [
+        ("down", "third", (5, 4)),
+        ("classifier", "out", None),
+    ]
+
+
+def test_a_network_like_the_teacher_is_compared_layer_by_layer():
+    teacher, student = network(), network(seed=1)
+    found = comparison_points(teacher, student, {}, noise())
+    assert [point.layer for point in found] == ["inner.0", "down", "classifier"]
+    assert found == feature_points(teacher, student, {}, noise())
+
+
+def unlike_trainer(toys, told, weight=5.0):
+    how = Distillation(steps=60, batch_size=8, lr=0.01, optimizer="adamw", features=weight)
+    teacher = network().requires_grad_(False)
+    card = toys.card(classes=5)
+    return Distiller(unlike(), teacher, card, how, CPU, 0, 60, told.append)
+
+
+def test_regressors_are_trained_with_the_student_and_are_no_part_of_it(toys):
+    told: list[str] = []
+    made = unlike_trainer(toys, told)
+    before = [p.detach().clone() for p in made.regressors.parameters()]
+    assert [tuple(p.shape) for p in before] == [(4, 5, 1, 1), (4,)]
+    assert told == [
+        "features are compared at down, classifier of the teacher, 1 of them through a linear map "
+        "that is trained along"
+    ]
+    names = set(made.student.state_dict())
+    batch = toys.images(8).batch(range(8))
+    first = float(made.step(batch))
+    for _ in range(40):
+        last = float(made.step(batch))
+    assert last < 0.5 * first
+    assert all(
+        not torch.equal(p, q) for p, q in zip(before, made.regressors.parameters(), strict=True)
+    )
+    assert set(made.student.state_dict()) == names
+
+
+def test_an_interrupted_training_goes_on_with_its_regressors(toys):
+    batch = toys.images(8).batch(range(8))
+    whole = unlike_trainer(toys, [])
+    for _ in range(3):
+        whole.step(batch)
+    kept = {name: tensor.clone() for name, tensor in whole.state().items()}
+    whole.step(batch)
+    again = unlike_trainer(toys, [])
+    again.restore(kept)
+    again.step(batch)
+    mine, theirs = whole.state(), again.state()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_features_and_compilation_exclude_each_other():
