@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dreamkit.errors import DreamkitError, OptionError, placed
+from dreamkit.registry import EntryOf
 from dreamkit.stages.quantizing import Workbench, told_plainly
 from dreamkit.stages.teaching import train_student
 from dreamkit.training.distillation import Distillation
-from dreamkit.types import Images
+from dreamkit.training.losses.distillation import KLDivergence
+from dreamkit.types import DistillationLoss, Images
 
 STAGE = "training in integers"
 
@@ -24,6 +26,10 @@ class QuantizationAwareTraining(Distillation):
     folded into the weights before, so that options of it are none.
     """
 
+    soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
+        default_factory=KLDivergence
+    )
+    features: Annotated[float, Field(ge=0)] = 0.0
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=2)] = 32
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

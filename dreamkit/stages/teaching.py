@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,6 @@ from torch import nn
 from dreamkit.copying import copied
 from dreamkit.errors import placed
 from dreamkit.model_state import frozen, seeded
-from dreamkit.registry import EntryOf
 from dreamkit.stages.adaptive import Adaptive, AdaptivePool, adaptive_pool
 from dreamkit.stages.dreaming import images_of
 from dreamkit.stages.run_store import report_synthesis
@@ -23,9 +22,8 @@ from dreamkit.stages.training_run import TrainingRun
 from dreamkit.training.augmenter import check_window
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.losses.distillation import LogitDistance
 from dreamkit.training.trainer import Trainer, lay_out
-from dreamkit.types import DistillationLoss, Images, RunContext, Synthesis, Teacher
+from dreamkit.types import Images, RunContext, Synthesis, Teacher
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,6 @@ class Recovery(Distillation):
     that pruning left. SGD diverges where BatchNorm is frozen, at rates that teach; AdamW does not.
     """
 
-    soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
-        default_factory=LogitDistance
-    )
     temperature: Annotated[float, Field(gt=0)] = 5.0
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-3

@@ -94,6 +94,7 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "resnet34": partial(_imagenet_resnet, "resnet34"),
         "vgg11_bn": _vgg11_bn,
         "wrn_40_2": partial(_wide_resnet, 40, 2),
+        "wrn_40_1": partial(_wide_resnet, 40, 1),
         "wrn_16_1": partial(_wide_resnet, 16, 1),
         "wrn_16_2": partial(_wide_resnet, 16, 2),
         "mobilenetv2": _mobilenetv2,

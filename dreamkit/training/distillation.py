@@ -19,7 +19,7 @@ from dreamkit.seeds import derived_seed, stream
 from dreamkit.training.augmenter import Mixed
 from dreamkit.training.feature_points import FeaturePoint, comparison_points
 from dreamkit.training.losses.distillation import (
-    KLDivergence,
+    LogitDistance,
     mixed_cross_entropy,
 )
 from dreamkit.training.losses.feature_distance import FeatureDistance, regressors_of
@@ -53,11 +53,11 @@ class Distillation(Training):
     """
 
     soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
-        default_factory=KLDivergence
+        default_factory=LogitDistance
     )
     temperature: Annotated[float, Field(gt=0)] = 3.0
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
-    features: Annotated[float, Field(ge=0)] = 0.0
+    features: Annotated[float, Field(ge=0)] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

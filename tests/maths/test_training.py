@@ -17,6 +17,7 @@ from dreamkit.training.batches import Draws, NormalisedBatches, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.losses.distillation import (
+    KLDivergence,
     LogitDistance,
     distillation_loss,
     mixed_cross_entropy,
@@ -28,10 +29,9 @@ CPU = torch.device("cpu")
 
 
 def taught(epochs=30, temperature=3.0, **changes):
-    """Return options in float32, whatever this processor multiplies."""
-    return Distillation(
-        **({"epochs": epochs, "temperature": temperature, "precision": "float32"} | changes)
-    )
+    """Return options of the softmax alone, in float32, whatever this processor multiplies."""
+    alone = {"precision": "float32", "soft_loss": KLDivergence(), "features": 0.0}
+    return Distillation(**(alone | {"epochs": epochs, "temperature": temperature} | changes))
 
 
 def distiller(toys, student, teacher, images, options, seed=0):
