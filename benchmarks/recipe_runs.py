@@ -40,13 +40,23 @@ def run_recipe(
 
 
 def add_budget(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options that every table of recipes has.
+    """Add the options of a table of recipes that are run by one preset.
 
     Args:
         parser: of the script.
         out: where its runs go.
     """
     parser.add_argument("--preset", default="draft", help="the budget: smoke, draft, paper")
+    add_runs(parser, out)
+
+
+def add_runs(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the options that every table of recipes has.
+
+    Args:
+        parser: of the script.
+        out: where its runs go.
+    """
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="PATH=VALUE")
     parser.add_argument("--out", type=Path, default=Path(out))

@@ -1,4 +1,4 @@
-"""Training on labelled images by SGD, which can be interrupted: what ``train_teacher.py`` runs.
+"""Training on labelled images, which can be interrupted: what ``train_teacher.py`` runs.
 
 Everything random in an epoch comes from the seed and the epoch's number, so that a training in two
 parts ends where an uninterrupted one does.
@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import TrivialAugmentWide
 
 from dreamkit.card import Card
 from dreamkit.errors import DreamkitError
+from dreamkit.flat_state import below, optimizer_state, prefixed, restore_optimizer
 from dreamkit.model_state import seeded
 from dreamkit.stages.batches import batch_seed
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
@@ -28,6 +30,10 @@ from dreamkit.training.schedule import lr_factor
 from dreamkit.types import StoredImages
 
 PADDING, MOMENTUM, WARMUP = 4, 0.9, 0.05
+CLIP = 1.0
+"""Limit on the gradient's norm with AdamW."""
+ALIKE = 8
+"""Images that are recoloured alike by ``strong`` augmentation."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Settings:
     lr: float
     weight_decay: float
     label_smoothing: float
+    optimizer: str
+    augmentation: str
+    mixup: float
     precision: str
     seed: int
 
@@ -60,13 +69,8 @@ class Training:
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model) if compiled else self.model
         )
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=settings.lr,
-            momentum=MOMENTUM,
-            weight_decay=settings.weight_decay,
-            nesterov=True,
-        )
+        self.optimizer = optimizer_of(self.model, settings)
+        self.recolour = TrivialAugmentWide() if settings.augmentation == "strong" else None
         self.epoch = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -98,30 +102,36 @@ class Training:
                     factor = lr_factor(step, total, round(WARMUP * total), "cosine")
                     group["lr"] = settings.lr * factor
                 x = random_flip(random_crop(images.images[chosen], PADDING, generator), generator)
-                losses.append(self._step(self.card.normalise(x), images.labels[chosen]))
+                if self.recolour is not None:  # several images at a time, as drawing takes time
+                    x = torch.cat([self.recolour(few) for few in x.split(ALIKE)])
+                losses.append(self._step(self.card.normalise(x), images.labels[chosen], generator))
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
             raise DreamkitError(f"the loss is {loss} in epoch {self.epoch + 1}: lower --lr")
         self.epoch += 1
         return loss
 
-    def _step(self, x: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         low = self.settings.precision == "bfloat16"
+        wanted = F.one_hot(labels, self.card.num_classes).float()
+        if self.settings.mixup:
+            x, wanted = mixed(x, wanted, self.settings.mixup, generator)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             logits = self.forward(x)
         loss = F.cross_entropy(
-            logits.float(), labels, label_smoothing=self.settings.label_smoothing
+            logits.float(), wanted, label_smoothing=self.settings.label_smoothing
         )
         self.optimizer.zero_grad()
         loss.backward()
+        if self.settings.optimizer == "adamw":
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         return loss.detach()
 
     def save(self, path: Path) -> None:
         """Write everything that the next epoch needs into one file, whole or not at all."""
         tensors = {f"model/{key}": value for key, value in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"momentum/{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        tensors |= prefixed("optimizer", optimizer_state(self.optimizer))
         progress = {
             "settings": asdict(self.settings),
             "epoch": self.epoch,
@@ -149,8 +159,54 @@ class Training:
             )
         state = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         self.model.load_state_dict(state)
-        for name, parameter in self.model.named_parameters():
-            momentum = torch.empty_like(parameter).copy_(tensors[f"momentum/{name}"])
-            self.optimizer.state[parameter]["momentum_buffer"] = momentum.detach()
+        restore_optimizer(self.optimizer, below("optimizer", tensors))
         self.epoch, self.seconds = progress["epoch"], progress["seconds"]
         self.history = progress["history"]
+
+
+def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, which decays matrices and filters alone."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=settings.lr,
+            momentum=MOMENTUM,
+            weight_decay=settings.weight_decay,
+            nesterov=True,
+        )
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr)
+
+
+def mixed(
+    x: Tensor, wanted: Tensor, alpha: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix a batch with itself, by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), in turn.
+
+    Args:
+        x: images (N, C, H, W).
+        wanted: what is wanted of each class (N, K).
+        alpha: of Beta(α, α), by which the share is drawn.
+        generator: of all draws.
+    """
+    pair = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator)
+    share = float(pair[0] / pair.sum())
+    order = torch.randperm(len(x), generator=generator)
+    if int(torch.randint(2, (), generator=generator)):
+        height, width = x.shape[2:]
+        sides = [round(side * math.sqrt(1 - share)) for side in (height, width)]
+        top, left = (
+            int(torch.randint(whole - part + 1, (), generator=generator))
+            for whole, part in zip((height, width), sides, strict=True)
+        )
+        x = x.clone()
+        place = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+        x[place] = x[order][place]
+        share = 1 - sides[0] * sides[1] / (height * width)
+    else:
+        x = share * x + (1 - share) * x[order]
+    return x, share * wanted + (1 - share) * wanted[order]

@@ -8,7 +8,10 @@ python benchmarks/train_teacher.py --torchvision CIFAR10 data --classes bird cat
 The result is a teacher, read by
 ``{source: cifar, model: resnet20, weights: runs/teachers/resnet20.safetensors}``.
 SGD with Nesterov momentum on random crops and mirror images, a linear warm-up and a cosine. An
-interrupted training loses at most one epoch: the same command goes on.
+interrupted training loses at most one epoch: the same command goes on. Networks without BatchNorm:
+
+python benchmarks/train_teacher.py --train cifar10/train --test cifar10/test --model vit \\
+    --optimizer adamw --lr 1e-3 --weight-decay 0.05 --augmentation strong --mixup 0.8 --epochs 60
 """
 
 from __future__ import annotations
@@ -200,6 +203,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.1, help="the peak")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    parser.add_argument(
+        "--augmentation",
+        choices=["plain", "strong"],
+        default="plain",
+        help="strong: colours and shapes by chance too (TrivialAugment)",
+    )
+    parser.add_argument("--mixup", type=float, default=0.0, help="and CutMix: their alpha")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="takes a minute or two; try it")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -86,13 +86,18 @@ def test_what_is_written_is_a_teacher(
     assert "| wrn_16_1 | 16 | " in capsys.readouterr().out
 
 
+OTHER = ("--optimizer", "adamw", "--augmentation", "strong", "--mixup", "0.8", "--lr", "0.01")
+
+
+@pytest.mark.parametrize("how", [(), OTHER], ids=["sgd", "adamw, strong, mixed"])
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     script: ModuleType,
     train: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    how: tuple[str, ...],
 ) -> None:
-    whole = state(train())
+    whole = state(train(*how))
     save = script.Training.save
 
     def save_and_stop(training: object, path: Path) -> None:
@@ -101,20 +106,35 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
     monkeypatch.setattr(script.Training, "save", save_and_stop)
     with pytest.raises(SystemExit) as stopped:
-        train(out="parts")
+        train(*how, out="parts")
     monkeypatch.setattr(script.Training, "save", save)
     assert stopped.value.code == 130
     with pytest.raises(SystemExit) as refused:
-        train("--lr", "0.5", out="parts")
+        train(*how, "--epochs", "3", out="parts")
     assert refused.value.code == 2
-    assert "with lr 0.1, not 0.5: give its settings" in capsys.readouterr().err
-    folder = train(out="parts")
+    assert "with epochs 2, not 3: give its settings" in capsys.readouterr().err
+    folder = train(*how, out="parts")
     assert "going on after epoch 1" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"wrn_16_1.safetensors", "wrn_16_1.json"}
     parts = state(folder)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert not torch.equal(whole["fc.weight"], state(train("--seed", "1"))["fc.weight"])
+    assert not torch.equal(whole["fc.weight"], state(train(*how, "--seed", "1"))["fc.weight"])
+
+
+def test_mixed_images_have_the_labels_of_their_pixels(script: ModuleType) -> None:
+    mixed = importlib.import_module("supervised_training").mixed
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    kinds = set()
+    for _ in range(12):
+        images, wanted = mixed(x, torch.eye(4), 0.8, generator)
+        assert wanted.sum(1).tolist() == pytest.approx([1.0] * 4)
+        told = (wanted * torch.arange(4.0)).sum(1)  # each image has its number as its level
+        assert images.mean((1, 2, 3)).tolist() == pytest.approx(told.tolist(), abs=1e-5)
+        kinds.add(bool((images.flatten(1).std(1) > 1e-3).any()))
+    assert kinds == {True, False}, "mixup leaves images flat, CutMix does not"
+    assert x[0].max() == 0, "the images given are left alone"
 
 
 def test_a_bundled_teacher(

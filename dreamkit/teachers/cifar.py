@@ -42,14 +42,15 @@ class CifarTeacher(TeacherSource):
     ResNet-20, -32 and -56 are those of He et al. 2016, section 4.2, with shortcuts padded by zeros
     (option A). ResNet-18 and -34 are the ImageNet ones with a 3×3 stem of stride 1 and no max
     pooling, VGG-11 has one linear layer, MobileNetV2 two stages less of downsampling. WRN-d-k are
-    Zagoruyko and Komodakis 2016.
+    Zagoruyko and Komodakis 2016. The vision transformer and the ConvNeXt are timm's, have patches
+    of four pixels, and no BatchNorm.
 
     A JSON card of the same name beside the weights, as ``benchmarks/train_teacher.py`` writes it,
     fills in every option that is not given.
 
     Args:
         model: resnet20, resnet32, resnet56, resnet18, resnet34, vgg11_bn, wrn_40_2, wrn_40_1,
-            wrn_16_1, wrn_16_2 or mobilenetv2.
+            wrn_16_1, wrn_16_2, mobilenetv2, vit or convnext.
         weights: the path of a file, or null for random weights.
         key: dotted path to the state dict inside the file, e.g. ``state_dict``.
         prefix: removed from the front of its keys, e.g. ``module.``.

@@ -85,6 +85,38 @@ def _mobilenetv2(num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
+def _vit(num_classes: int, in_channels: int) -> nn.Module:
+    """Return timm's vision transformer at a size for 32×32: 64 patches, six blocks of width 192.
+
+    2.7 M parameters; it takes any size that its patches of 4 divide.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=192,
+        depth=6,
+        num_heads=3,
+        dynamic_img_size=True,
+    )
+
+
+def _convnext(num_classes: int, in_channels: int) -> nn.Module:
+    """Return timm's ConvNeXt for 32×32: its stem leaves 8×8, so most blocks come early."""
+    from timm.models.convnext import ConvNeXt
+
+    return ConvNeXt(
+        in_chans=in_channels,
+        num_classes=num_classes,
+        depths=(3, 6, 2, 1),
+        dims=(96, 192, 256, 256),
+        stem_type="overlap_tiered",
+    )
+
+
 NETWORKS: Mapping[str, Build] = MappingProxyType(
     {
         "resnet20": partial(_small_resnet, 20),
@@ -98,6 +130,8 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "wrn_16_1": partial(_wide_resnet, 16, 1),
         "wrn_16_2": partial(_wide_resnet, 16, 2),
         "mobilenetv2": _mobilenetv2,
+        "vit": _vit,
+        "convnext": _convnext,
     }
 )
 
