@@ -49,8 +49,8 @@ class CifarTeacher(TeacherSource):
     fills in every option that is not given.
 
     Args:
-        model: resnet20, resnet32, resnet56, resnet18, resnet34, vgg11_bn, wrn_40_2, wrn_40_1,
-            wrn_16_1, wrn_16_2, mobilenetv2, vit or convnext.
+        model: resnet20, resnet32, resnet56, resnet18, resnet18_half, resnet34, vgg11_bn, wrn_40_2,
+            wrn_40_1, wrn_16_1, wrn_16_2, mobilenetv2, vit or convnext.
         weights: the path of a file, or null for random weights.
         key: dotted path to the state dict inside the file, e.g. ``state_dict``.
         prefix: removed from the front of its keys, e.g. ``module.``.

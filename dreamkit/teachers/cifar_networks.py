@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -47,6 +48,24 @@ def _imagenet_resnet(name: str, num_classes: int, in_channels: int) -> nn.Module
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = stem, nn.Identity()
     return model
+
+
+def _half_resnet18(num_classes: int, in_channels: int) -> nn.Module:
+    """Return ResNet-18 with half of its channels, for what the whole takes too long for."""
+    from torchvision.models.resnet import BasicBlock
+
+    model: Any = _imagenet_resnet("resnet18", num_classes, in_channels)
+    model.conv1, model.bn1 = nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32)
+    model.inplanes = 32  # of the next layer to be made
+    for number, width in enumerate((32, 64, 128, 256), start=1):
+        layer = model._make_layer(BasicBlock, width, 2, stride=1 if number == 1 else 2)
+        setattr(model, f"layer{number}", layer)
+    model.fc = nn.Linear(256, num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    made: nn.Module = model
+    return made
 
 
 def _vgg11_bn(num_classes: int, in_channels: int) -> nn.Module:
@@ -123,6 +142,7 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "resnet32": partial(_small_resnet, 32),
         "resnet56": partial(_small_resnet, 56),
         "resnet18": partial(_imagenet_resnet, "resnet18"),
+        "resnet18_half": _half_resnet18,
         "resnet34": partial(_imagenet_resnet, "resnet34"),
         "vgg11_bn": _vgg11_bn,
         "wrn_40_2": partial(_wide_resnet, 40, 2),
