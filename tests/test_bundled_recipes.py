@@ -153,7 +153,7 @@ def test_a_wheel_has_them_and_runs_one_without_a_clone(tmp_path: Path) -> None:
 PIXELS = {"parameterisation.name": "pixels", "schedule": "constant", "clip": False, "lr": 0.05}
 SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "warmup": 0.0, "ema": None}
 CIFAR = {**SGD, "lr": 0.1, "batch_size": 256, "schedule": "step", "milestones": [0.4, 0.8]}
-ALONE = {"soft_loss.name": "kl", "features": 0.0, "augmentation.mixup": 0.0}
+ALONE = {"soft_loss.name": "kl", "features": 0.0, "clip_norm": None, "augmentation.mixup": 0.0}
 CIFAR |= {"temperature": 3.0, "weight_decay": 5e-4, **ALONE}
 FAST = {**SGD, "lr": 0.2, "batch_size": 256, "schedule": "cosine", "weight_decay": 1e-4}
 FAST |= {"temperature": 20.0, **ALONE}

@@ -30,6 +30,7 @@ class QuantizationAwareTraining(Distillation):
         default_factory=KLDivergence
     )
     features: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=2)] = 32
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -39,6 +39,7 @@ class Recovery(Distillation):
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     features: Annotated[float, Field(ge=0)] = 100.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
     freeze_bn: bool = True
     dropout: bool = False
 

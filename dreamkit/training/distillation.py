@@ -58,6 +58,9 @@ class Distillation(Training):
     temperature: Annotated[float, Field(gt=0)] = 3.0
     hard_labels: Annotated[float, Field(ge=0, le=1)] = 0.0
     features: Annotated[float, Field(ge=0)] = 10.0
+    # Untrained features may be ten times as large as the teacher's, and their squares throw a
+    # student off its course before it has one.
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 def taught(epochs=30, temperature=3.0, **changes):
     """Return options of the softmax alone, in float32, whatever this processor multiplies."""
     alone = {"precision": "float32", "soft_loss": KLDivergence(), "features": 0.0}
+    alone |= {"clip_norm": None}
     return Distillation(**(alone | {"epochs": epochs, "temperature": temperature} | changes))
 
 
