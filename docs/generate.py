@@ -104,9 +104,8 @@ def benchmarks() -> str:
     """Return what stands in the README of the benchmarks below its title, as a page has it."""
     text = (DOCS.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
     text = text.partition("\n")[2].strip()
-    text = re.sub(r"^!\[.*\n*", "", text, flags=re.MULTILINE)
     text = text.replace("](../docs/evidence/", "](").replace("](../docs/", "](../")
-    text = re.sub(r"\[([^]]*)\]\((results/[^)]*)\)", r"\1 (`benchmarks/\2`)", text)
+    text = re.sub(r"\[([^]]*)\]\(((?:results|images)/[^)]*)\)", r"\1 (`benchmarks/\2`)", text)
     return re.sub(r"^(?: {4}.*\n)+", _fenced, text, flags=re.MULTILINE)
 
 
