@@ -25,7 +25,7 @@ from dreamkit.model_state import seeded
 from dreamkit.stages.batches import batch_seed
 from dreamkit.store.checkpoint import read_checkpoint, write_checkpoint
 from dreamkit.teachers.cifar_networks import build_network
-from dreamkit.training.augmentation import random_crop, random_flip
+from dreamkit.training.augmentation import drawn_share, random_crop, random_flip
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import StoredImages
 
@@ -193,8 +193,7 @@ def mixed(
         alpha: of Beta(α, α), by which the share is drawn.
         generator: of all draws.
     """
-    pair = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator)
-    share = float(pair[0] / pair.sum())
+    share = drawn_share(alpha, generator)
     order = torch.randperm(len(x), generator=generator)
     if int(torch.randint(2, (), generator=generator)):
         height, width = x.shape[2:]

@@ -79,6 +79,13 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(draw.to(images.device) > 0, images.flip(3), images)
 
 
+def drawn_share(alpha: float, generator: torch.Generator) -> float:
+    """Draw from Beta(α, α), as a share of two gamma variables: torch's own takes no generator."""
+    variables = torch.full((2,), alpha, dtype=torch.float64)
+    pair = torch._standard_gamma(variables, generator=generator)
+    return float(pair[0] / pair.sum().clamp(min=1e-300))
+
+
 def _drawn(below: int, images: Tensor, generator: torch.Generator) -> Tensor:
     """Draw an integer in [0, below) for each image; return them as (N, 1)."""
     shape = (len(images), 1)

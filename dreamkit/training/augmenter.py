@@ -15,7 +15,7 @@ from dreamkit.errors import DreamkitError
 from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.seeds import derived_seed
-from dreamkit.training.augmentation import random_crop, random_flip, random_window
+from dreamkit.training.augmentation import drawn_share, random_crop, random_flip, random_window
 from dreamkit.wording import one_line
 
 
@@ -85,16 +85,10 @@ class Augmenter:
             images = random_flip(images, self.generator)
         if options.mixup == 0:
             return Mixed(images, labels, labels, 1.0)
-        share = self._beta()
+        share = drawn_share(options.mixup, self.generator)
         order = torch.randperm(len(images), generator=self.generator).to(images.device)
         images = share * images + (1 - share) * images[order]
         return Mixed(images, labels, labels[order], share)
-
-    def _beta(self) -> float:
-        """Draw from Beta(α, α) as a share of two gamma variables; torch's takes no generator."""
-        alpha = torch.full((2,), self.options.mixup, dtype=torch.float64)
-        pair = torch._standard_gamma(alpha, generator=self.generator)
-        return float(pair[0] / pair.sum().clamp(min=1e-300))
 
 
 def check_window(

@@ -70,9 +70,11 @@ def comparison_points(
     Returns:
         In forward order; empty if the two have no resolution in common.
     """
-    theirs, own = _waists(teacher, images), _waists(student, images)
-    if kept or (own and own.items() <= theirs.items()):
+    if kept:
         return feature_points(teacher, student, kept, images)
+    theirs, own = _waists(teacher, images), _waists(student, images)
+    if own and own.items() <= theirs.items():
+        return [_point(name, teacher.get_submodule(name), kept, images.device) for name in own]
     last_of_student = _last_of_each_resolution(student, own)
     found = []
     for resolution, name in _last_of_each_resolution(teacher, theirs).items():

@@ -12,6 +12,7 @@ from torch import nn
 from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
+from dreamkit.training.augmentation import drawn_share
 from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, NormalisedBatches, in_order
 from dreamkit.training.bn_recalibration import recalibrate
@@ -413,8 +414,8 @@ def test_mixup_by_its_own_share(toys):
 
 
 def test_shares_follow_the_beta_distribution():
-    made = augmenter(mixup=0.5)
-    shares = torch.tensor([made._beta() for _ in range(4000)])
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([drawn_share(0.5, generator) for _ in range(4000)])
     # Beta(½, ½) has mean ½ and variance 1/8; ± 5 standard deviations of the estimates.
     assert shares.mean().item() == pytest.approx(0.5, abs=0.028)
     assert shares.var().item() == pytest.approx(0.125, abs=0.01)

@@ -85,7 +85,10 @@ class FeatureDistance:
 
 
 def regressors_of(points: Sequence[FeaturePoint]) -> nn.ModuleDict:
-    """Return an untrained regressor for each point that wants one, by its number among them."""
+    """Return an untrained regressor for each point that wants one.
+
+    By the point's number among all: its name has dots in it, which such a dictionary refuses.
+    """
     made = nn.ModuleDict()
     for number, point in enumerate(points):
         if point.widths is not None:
