@@ -35,7 +35,12 @@ from dreamkit.store.atomic import write_json
 from dreamkit.store.source import Dreams, is_own_dreams
 from dreamkit.teachers.weights import hash_weights
 from dreamkit.training.batches import drawn_by_class
-from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
+from dreamkit.training.incremental import (
+    FirstOutputs,
+    IncrementalTrainer,
+    IncrementalTraining,
+    check_losses,
+)
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_distillation import ReplayDistillation
@@ -110,16 +115,7 @@ class Continual(Application):
                 "sets",
                 f"two have one name, or one is called '{BASE}', as the teacher's classes are",
             )
-        if not self.losses:
-            raise OptionError("losses", "give at least one loss")
-        looking = [term.name for term in self.losses if "replay" in term.entry.needs]
-        if looking and self.replay is None:
-            raise OptionError(
-                "replay",
-                f"the loss '{looking[0]}' needs images of old classes, so it cannot be null",
-            )
-        if not looking and self.replay is not None:
-            raise OptionError("replay", "no loss looks at images of old classes: set it to null")
+        check_losses(self.losses, self.replay, self.training)
         if self.adaptive is not None and not self.needs_synthesis:
             raise OptionError("adaptive", "it dreams, so 'replay' must be dreams of this run")
 
@@ -183,7 +179,7 @@ class _Learning:
         self.context = context
         self.images = images
         card = teacher.card
-        find_head(teacher.model, card.input_size, context.channel_rules)
+        self.head = find_head(teacher.model, card.input_size, context.channel_rules)
         self.course = Course(options.sets, options.names, card, context.log)
         if images is None and options.replay is not None:
             raise DreamkitError("this application needs a synthesizer, or images that are there")
@@ -260,6 +256,7 @@ class _Learning:
             step.seed,
             options.total_steps(len(task.train)),
             step.log.note,
+            head=self.head,
         )
         with self._old_images(step, old, new, number, trainer.total) as replay:
             sets = [task.train] if replay is None else [task.train, replay]

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         Event,
         Exporter,
         FileLook,
+        Heads,
         Images,
         ImageSource,
         IncrementalLoss,
@@ -118,7 +119,7 @@ __all__ = [  # noqa: RUF022
     "TeacherSource", "Tracker",
     # What entries see and return.
     "NO_LABEL", "BatchPlan", "Card", "ChannelCall", "ChannelGroup", "Chunk", "Dream", "Dreamer",
-    "Estimate", "FileLook", "Images", "IncrementalStep", "InversionStep", "Labelled",
+    "Estimate", "FileLook", "Heads", "Images", "IncrementalStep", "InversionStep", "Labelled",
     "LatencyTable", "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep",
     "Outcome", "PruningStep", "Quantization", "QuantizationStep", "RunContext", "RunLog", "Saved",
     "SelectionStep", "Simulation", "StoredImages", "Synthesis", "Teacher", "Timing", "Watchable",

@@ -6,18 +6,21 @@ DeepInversion (Yin et al., CVPR 2020), section 4.5, eq. 11.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamkit.errors import OptionError
+from dreamkit.model_state import inputs_of
 from dreamkit.registry import Term
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
 from dreamkit.training.trainer import Trainer
-from dreamkit.types import IncrementalLoss, IncrementalStep
+from dreamkit.types import Heads, ImageSource, IncrementalLoss, IncrementalStep
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,38 @@ class IncrementalTraining(Training):
             raise ValueError("augmentation.mixup: classes are learnt from whole images; use 0")
 
 
+def check_losses(
+    losses: Sequence[Term[IncrementalLoss]],
+    replay: ImageSource | None,
+    training: IncrementalTraining,
+) -> None:
+    """Refuse losses that would not get what they look at, and images that no loss looks at.
+
+    Args:
+        losses: the terms.
+        replay: what stands for the images of old classes.
+        training: how classes are learnt.
+
+    Raises:
+        OptionError: naming the option to change.
+    """
+    if not losses:
+        raise OptionError("losses", "give at least one loss")
+    looking = [term.name for term in losses if "replay" in term.entry.needs]
+    if looking and replay is None:
+        raise OptionError(
+            "replay", f"the loss '{looking[0]}' needs images of old classes, so it cannot be null"
+        )
+    if not looking and replay is not None:
+        raise OptionError("replay", "no loss looks at images of old classes: set it to null")
+    at_head = [term.name for term in losses if "head" in term.entry.needs]
+    if at_head and training.compile:
+        raise OptionError(
+            "training",
+            f"the loss '{at_head[0]}' sees the last layer by a hook: set compile to false",
+        )
+
+
 class IncrementalTrainer(Trainer[IncrementalTraining]):
     """A network that learns new classes on images of them, and keeps the old ones on others.
 
@@ -50,11 +85,18 @@ class IncrementalTrainer(Trainer[IncrementalTraining]):
         losses: the weighted terms of what it lowers.
         arguments: those of ``Trainer``. The student has the outputs of the ``teacher``, which is
             itself as it was, and then those of the new classes.
+        head: name of the layer that makes the outputs, for losses that look at it.
     """
 
-    def __init__(self, losses: Sequence[Term[IncrementalLoss]], *arguments: Any) -> None:
+    def __init__(
+        self, losses: Sequence[Term[IncrementalLoss]], *arguments: Any, head: str | None = None
+    ) -> None:
         self.losses = losses
         super().__init__(*arguments)
+        self._heads: list[tuple[str, nn.Module]] = []
+        if head is not None and any("head" in term.entry.needs for term in losses):
+            networks = {"own": self.student, "old": self.teacher}
+            self._heads = [(whose, model.get_submodule(head)) for whose, model in networks.items()]
 
     def loss(self, *batches: Batch) -> Tensor:
         """Return the weighted sum of the losses.
@@ -67,14 +109,25 @@ class IncrementalTrainer(Trainer[IncrementalTraining]):
         ]
         labels = [given for _, given in batches]
         sizes = [len(images) for images in varied]
-        ours, theirs = (logits.split(sizes) for logits in self.forward(torch.cat(varied)))
+        with inputs_of(self._heads) as tap:
+            ours, theirs = (logits.split(sizes) for logits in self.forward(torch.cat(varied)))
         step = IncrementalStep(ours[0], theirs[0], labels[0])
         if len(batches) > 1:
             step = IncrementalStep(ours[0], theirs[0], labels[0], ours[1], theirs[1], labels[1])
+        if self._heads:
+            given = [tap.inputs[whose].float() for whose, _ in self._heads]
+            step = replace(step, head=Heads(*given, *(partial(_logits, m) for _, m in self._heads)))
         total = torch.zeros((), device=self.device)
         for term in self.losses:
             total = total + term.weight * term.entry(step)
         return total
+
+
+def _logits(head: nn.Module, inputs: Tensor) -> Tensor:
+    """Return logits (N, K) of what a last layer is given, averaged over positions if it has any."""
+    found: Tensor = head(inputs)
+    positions = range(1, found.dim() - 1) if isinstance(head, nn.Linear) else range(2, found.dim())
+    return found.mean(list(positions)) if positions else found
 
 
 class FirstOutputs(nn.Module):

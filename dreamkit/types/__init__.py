@@ -27,7 +27,7 @@ from dreamkit.types.images import (
     WithNotes,
     notes_of,
 )
-from dreamkit.types.incremental import IncrementalLoss, IncrementalNeed, IncrementalStep
+from dreamkit.types.incremental import Heads, IncrementalLoss, IncrementalNeed, IncrementalStep
 from dreamkit.types.inversion import (
     BatchPlan,
     Dream,
@@ -87,6 +87,7 @@ __all__ = [
     "Event",
     "Exporter",
     "FileLook",
+    "Heads",
     "ImageSource",
     "ImageStatistics",
     "Images",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,8 +11,26 @@ from torch import Tensor
 
 from dreamkit.types.needs import check_needs
 
-IncrementalNeed = Literal["replay"]
-"""What a loss of learning new classes may ask for: images of old classes."""
+IncrementalNeed = Literal["replay", "head"]
+"""What a loss of learning new classes may ask for: images of old classes, last layers."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The last layers of a network that learns new classes, and of the network as it was.
+
+    Args:
+        inputs: what the layer of the network in training is given, float32, (N, ...): images of
+            new classes, and after them those of old ones where there are such.
+        old_inputs: of the same images in the network as it was, of the same shape.
+        logits_of: from such inputs to logits (N, K), by the layer in training.
+        old_logits_of: to logits (N, K_old), by the layer as it was; it does not learn.
+    """
+
+    inputs: Tensor
+    old_inputs: Tensor
+    logits_of: Callable[[Tensor], Tensor]
+    old_logits_of: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,7 @@ class IncrementalStep:
         replay_logits: of images of the old classes, (M, K); None where there are none.
         replay_old_logits: of those, by the network as it was, (M, K_old).
         replay_labels: (M,) int64, in [0, K_old), or ``NO_LABEL``.
+        head: the last layers, and what they are given; None where no loss looks at them.
     """
 
     logits: Tensor
@@ -33,6 +53,7 @@ class IncrementalStep:
     replay_logits: Tensor | None = None
     replay_old_logits: Tensor | None = None
     replay_labels: Tensor | None = None
+    head: Heads | None = None
 
 
 class IncrementalLoss(ABC):

@@ -17,12 +17,14 @@ from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.batches import Shifted, drawn_by_class, labels_of
 from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
 from dreamkit.training.losses.cross_entropy import CrossEntropy
+from dreamkit.training.losses.feature_distillation import FeatureDistillation
+from dreamkit.training.losses.head_cross_entropy import HeadCrossEntropy
 from dreamkit.training.losses.local_cross_entropy import LocalCrossEntropy
 from dreamkit.training.losses.lwf_mc import LwFMC
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_cross_entropy import ReplayCrossEntropy
 from dreamkit.training.losses.replay_distillation import ReplayDistillation
-from dreamkit.types import NO_LABEL, IncrementalStep, StoredImages
+from dreamkit.types import NO_LABEL, Heads, IncrementalStep, StoredImages
 
 LN2, LN3 = math.log(2), math.log(3)
 CPU = torch.device("cpu")
@@ -101,6 +103,45 @@ def test_lwf_mc_by_hand():
     assert LwFMC()(two).item() == pytest.approx(3 * LN2)  # averaged over the images
 
 
+def heads(inputs, old_inputs=None, weights=((1.0, 0, 0), (0, 1, 0), (0, 0, 1))):
+    """Last layers without bias: the old one has the first two rows of the weights."""
+    trained = torch.tensor(weights, requires_grad=True)
+    was = trained.detach()[:2].clone()
+    given = torch.tensor(inputs, requires_grad=True)
+    before = given.detach().clone() if old_inputs is None else torch.tensor(old_inputs)
+    return Heads(given, before, lambda x: x @ trained.T, lambda x: x @ was.T), trained
+
+
+def test_feature_distillation_by_hand():
+    # Old logits were (1, 0) and (0, 1), of variance ¼; of the first image they are (3, 0) now.
+    before = [[1.0, 0, 5], [0, 1, 5]]
+    found, trained = heads([[3.0, 0, -7], [0, 1, 5]], before)
+    loss = FeatureDistillation()(step(head=found))
+    assert loss.item() == pytest.approx((2**2 / 4) / 0.25)
+    loss.backward()
+    # The third feature weighed nothing in the old classes, so it is free; so is the head.
+    assert found.inputs.grad[:, 2].tolist() == [0, 0] and float(found.inputs.grad[0, 0]) > 0
+    assert trained.grad is None
+
+
+def test_head_cross_entropy_by_hand():
+    # One new image, of class 2, and one old, of class 0: (¼, ¼, ½) and (½, ¼, ¼). Two classes of
+    # three are old, so the old image weighs twice as much.
+    found, trained = heads([[0.0, 0, LN2], [LN3, 0, 0]])
+    loss = HeadCrossEntropy()(step(head=found))
+    assert loss.item() == pytest.approx((LN2 + 2 * math.log(5 / 3)) / 3)
+    loss.backward()
+    assert found.inputs.grad is None and trained.grad is not None
+    with pytest.raises(DreamkitError, match="have no labels"):
+        HeadCrossEntropy()(step(head=found, replay_labels=torch.tensor([NO_LABEL])))
+
+
+@pytest.mark.parametrize("loss", [FeatureDistillation(), HeadCrossEntropy()])
+def test_a_step_without_the_heads_that_a_loss_needs_is_named(loss):
+    with pytest.raises(DreamkitError, match="needs 'head'"):
+        loss(step())
+
+
 @pytest.mark.parametrize("loss", [ReplayDistillation(), ReplayCrossEntropy()])
 def test_a_step_without_the_images_that_a_loss_needs_is_named(loss):
     step = IncrementalStep(torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor([2, 2]))
@@ -109,21 +150,21 @@ def test_a_step_without_the_images_that_a_loss_needs_is_named(loss):
 
 
 def test_which_losses_look_at_old_classes():
-    looking = [ReplayDistillation, ReplayCrossEntropy]
-    for entry in (*looking, CrossEntropy, OldDistillation, LwFMC):
+    looking = [ReplayDistillation, ReplayCrossEntropy, HeadCrossEntropy]
+    for entry in (*looking, CrossEntropy, OldDistillation, LwFMC, FeatureDistillation):
         assert ("replay" in entry.needs) == (entry in looking)
 
 
 # --- the trainer ------------------------------------------------------------------------------
 
 
-def trainer(toys, old, student, losses, **changes):
+def trainer(toys, old, student, losses, head=None, **changes):
     options = IncrementalTraining(
         **({"steps": 4, "batch_size": 4, "lr": 0.1, "precision": "float32"} | changes)
     )
     card = toys.card()
     total = options.total_steps(8)
-    return IncrementalTrainer(losses, student, old, card, options, CPU, 1, total)
+    return IncrementalTrainer(losses, student, old, card, options, CPU, 1, total, head=head)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(toys):
@@ -148,6 +189,26 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(toys):
         loss = alone.loss((new.images, labels))
     expected = sum(term.weight * term.entry(found) for term in losses[1:])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_heads_are_those_of_both_networks(toys):
+    old, student = toys.two_bn(), toys.two_bn(classes=5)
+    seen = []
+
+    class Looks(FeatureDistillation):
+        def __call__(self, step):
+            seen.append(step)
+            return super().__call__(step)
+
+    made = trainer(toys, old, student, (Term("a", 1.0, Looks()),), head="fc")
+    with frozen(old):
+        made.loss((toys.images(4).images, torch.tensor([3, 4, 3, 4])), toys.images(4).batch([0, 1]))
+    (step,) = seen
+    for logits, expected in (
+        (step.head.logits_of(step.head.inputs), (step.logits, step.replay_logits)),
+        (step.head.old_logits_of(step.head.old_inputs), (step.old_logits, step.replay_old_logits)),
+    ):
+        torch.testing.assert_close(logits, torch.cat(expected))
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -19,6 +19,7 @@ from dreamkit.plugin.testing.tiny import (
 )
 from dreamkit.types import (
     DistillationLoss,
+    Heads,
     IncrementalLoss,
     IncrementalStep,
     InversionStep,
@@ -50,7 +51,8 @@ def check_regularizer(entry: Regularizer | type) -> None:
 def check_incremental_loss(entry: IncrementalLoss | type) -> None:
     """Check a loss of learning new classes: a finite scalar whose gradient reaches the network.
 
-    Unless ``needs`` declares ``replay``, there are no images of old classes.
+    Unless ``needs`` declares ``replay``, there are no images of old classes; unless it declares
+    ``head``, no last layers.
 
     Raises:
         ContractError: it is not.
@@ -70,6 +72,13 @@ def check_incremental_loss(entry: IncrementalLoss | type) -> None:
             replay_labels=torch.arange(_BATCH) % old,
         )
         sources.append(replayed)
+    if "head" in loss.needs:
+        inputs, weights = _features(len(sources) * _BATCH, draws), _features(classes, draws)
+        sources += [inputs.requires_grad_(), weights.requires_grad_()]
+        was, before = weights.detach()[:old], _features(len(inputs), draws)
+        step = replace(
+            step, head=Heads(inputs, before, lambda x: x @ weights.T, lambda x: x @ was.T)
+        )
     with working(f"{name} on a step with what its 'needs' declares ({_listed(loss)})"):
         value = loss(step)
     check_scalar(value, name)
@@ -124,6 +133,10 @@ def _inversion_step(needs: frozenset[str]) -> InversionStep:
 
 def _logits(classes: int, draws: torch.Generator) -> Tensor:
     return torch.randn(_BATCH, classes, generator=draws)
+
+
+def _features(rows: int, draws: torch.Generator) -> Tensor:
+    return torch.randn(rows, 5, generator=draws)
 
 
 def _listed(entry: Any) -> str:

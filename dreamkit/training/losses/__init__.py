@@ -12,6 +12,8 @@ def register_losses(register: Register) -> None:
     register("cross_entropy", f"{room}.cross_entropy:CrossEntropy")
     register("local_cross_entropy", f"{room}.local_cross_entropy:LocalCrossEntropy")
     register("old_distillation", f"{room}.old_distillation:OldDistillation")
+    register("feature_distillation", f"{room}.feature_distillation:FeatureDistillation")
+    register("head_cross_entropy", f"{room}.head_cross_entropy:HeadCrossEntropy")
     register("lwf_mc", f"{room}.lwf_mc:LwFMC")
 
 
