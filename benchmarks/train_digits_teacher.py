@@ -1,7 +1,9 @@
-"""Train the bundled teachers ``digits*_resnet8`` on scikit-learn's handwritten digits.
+"""Train the bundled teachers ``digits*`` on scikit-learn's handwritten digits.
 
     python benchmarks/train_digits_teacher.py            # rewrites the package's weights and card
     python benchmarks/train_digits_teacher.py --digits 7 # of 0 to 6: ``digits7_resnet8``
+    python benchmarks/train_digits_teacher.py --model vit       # without BatchNorm
+    python benchmarks/train_digits_teacher.py --model convnext
     python benchmarks/train_digits_teacher.py --quick --folder build/try
 
 Training is adversarial: a network that small shifts do not fool is one whose dreams people
@@ -26,7 +28,7 @@ from dreamkit.card import Card
 from dreamkit.evaluation.accuracy import accuracy
 from dreamkit.latency.processor import processor_name
 from dreamkit.sources.digits import SIZE, Digits
-from dreamkit.teachers.small_resnet import SmallResNet
+from dreamkit.teachers.bundled import build_bundled
 from dreamkit.training.batches import drawn, in_order
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
@@ -34,6 +36,17 @@ PACKAGE_FOLDER = Path(__file__).parents[1] / "dreamkit" / "teachers" / "weights"
 MEAN, STD = 0.3056, 0.3760
 # Largest shift of an image, as the ℓ2 norm over its pixels in [0, 1].
 RADIUS, ATTACK_STEPS = 0.8, 4
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "resnet8": {"depth": 8, "width": 16},
+    "vit": {"kind": "vit", "size": 8, "patch": 2, "width": 48, "depth": 4, "heads": 3},
+    "convnext": {
+        "kind": "convnext",
+        "depths": [1, 2, 1, 1],
+        "widths": [24, 32, 48, 64],
+        "patch": 1,
+        "kernel": 3,
+    },
+}
 
 
 def adversarial(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -52,34 +65,34 @@ def adversarial(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return x + shift
 
 
-def train(digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], SmallResNet, Card]:
-    """Train on adversarial images by Nesterov SGD with a cosine.
+def train(name: str, digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], nn.Module, Card]:
+    """Train on adversarial images with a cosine: a ResNet by Nesterov SGD, others by AdamW.
 
     Returns:
         The architecture, the model in eval mode and its card, with its accuracy on held-out images.
     """
     torch.manual_seed(seed)
+    changed = [] if name == "resnet8" else ["--model", name]
+    changed += [] if digits == 10 else ["--digits", str(digits)]
     card = Card(
-        name="bundled/digits_resnet8" if digits == 10 else f"bundled/digits{digits}_resnet8",
+        name=f"bundled/digits{'' if digits == 10 else digits}_{name}",
         input_size=SIZE,
         mean=(MEAN,),
         std=(STD,),
         num_classes=digits,
         class_names=tuple("0123456789")[:digits],
-        origin="python benchmarks/train_digits_teacher.py"
-        + ("" if digits == 10 else f" --digits {digits}"),
+        origin=" ".join(["python", "benchmarks/train_digits_teacher.py", *changed]),
     )
     images = Digits("train", tuple(range(digits))).open(card)
-    architecture: dict[str, Any] = {
-        "depth": 8,
-        "num_classes": digits,
-        "in_channels": 1,
-        "width": 16,
-    }
-    model = SmallResNet(**architecture)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+    architecture = ARCHITECTURES[name] | {"num_classes": digits, "in_channels": 1}
+    model = build_bundled(architecture)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        model.parameters(), lr=2e-3, weight_decay=0.05
     )
+    if name == "resnet8":
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -112,6 +125,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=PACKAGE_FOLDER, help="where to write")
     parser.add_argument("--digits", type=int, default=10, help="the first so many, 2 to 10")
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="resnet8")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="5 epochs")
@@ -123,7 +137,7 @@ def main() -> None:
         parser.error("--quick trains a worse teacher: give it a --folder of its own")
     start = time.perf_counter()
     epochs = 5 if options.quick else options.epochs
-    architecture, model, card = train(options.digits, epochs, options.seed)
+    architecture, model, card = train(options.model, options.digits, epochs, options.seed)
     seconds = time.perf_counter() - start
     name = card.name.removeprefix("bundled/")
     figures = {"architecture": architecture, "card": card.to_json()}

@@ -47,7 +47,7 @@ def _check_slice(call: Call, channels: Tensor, dim: int) -> None:
         place = cut + size if cut < 0 else cut
         if 0 < place < size:
             _note_cut(call, channels, dim, place)
-            held = _kept_number(call, channels, dim, place)
+            held = kept_number(call, channels, dim, place)
             call.trace.slices.append((call.trace.along(channels, dim, "a cut"), held))
 
 
@@ -60,8 +60,8 @@ def _check_split(call: Call, channels: Tensor, dim: int, parts: int | Sequence[i
         return
     _note_cut(call, channels, dim, parts[0])
     call.trace.couple_along(channels, dim, parts[0])
-    _kept_number(call, channels, dim, parts[0])
-    _kept_number(call, channels, dim, size)
+    kept_number(call, channels, dim, parts[0])
+    kept_number(call, channels, dim, size)
 
 
 def _note_cut(call: Call, channels: Tensor, dim: int, place: int) -> None:
@@ -69,7 +69,7 @@ def _note_cut(call: Call, channels: Tensor, dim: int, place: int) -> None:
     call.trace.cuts.append(call.trace.along(channels, dim, "a cut")[:place])
 
 
-def _kept_number(call: Call, channels: Tensor, dim: int, count: int) -> list[tuple[str, str]]:
+def kept_number(call: Call, channels: Tensor, dim: int, count: int) -> list[tuple[str, str]]:
     """Record attributes of the module under way that hold a number of channels.
 
     Whether they are what the code cuts at is seen when the model runs without some.

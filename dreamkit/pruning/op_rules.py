@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from dreamkit.pruning.attention_rules import (
+    ATTENTION,
+    attend,
+    heads_axis,
+    hold_numbers,
+    multiply,
+    refuse_biases,
+)
 from dreamkit.pruning.channels import NONE, any_channels, distinct
 from dreamkit.pruning.cut_rules import check_cuts
 from dreamkit.pruning.rules import Call
@@ -32,7 +41,8 @@ _POOLING = {
     *(aten.reflection_pad2d, aten.replication_pad2d, aten.avg_pool1d, aten.upsample_nearest1d),
 }
 _IN_PLACE_OF_EACH = {
-    *(aten._softmax, aten._log_softmax, aten.native_dropout, aten._to_copy, aten.copy_),
+    *(aten._softmax, aten._safe_softmax, aten._log_softmax),
+    *(aten.native_dropout, aten._to_copy, aten.copy_),
     *(aten.hardswish, aten.hardswish_, aten.mish, aten.mish_, aten.relu6, aten.relu6_),
     aten.as_strided_,  # of a pooled map, to change its layout
     *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like),
@@ -47,6 +57,10 @@ def follow_operation(call: Call) -> Tensor | Sequence[Tensor | None] | None:
         return _move(call)
     if operation in _POOLING:
         return call.spread(call.trace.along(call.args[0], 1, str(operation)), 1)
+    if operation in ATTENTION:
+        return attend(call)
+    if operation is aten.bmm:
+        return multiply(call)
     if operation in _REDUCING and isinstance(call.output, Tensor):
         return _reduce(call)
     if operation in _IN_PLACE_OF_EACH or _is_pointwise(call.target):
@@ -61,13 +75,19 @@ def _move(call: Call) -> list[Tensor]:
     first = call.args[0]
     if isinstance(first, Tensor):
         check_cuts(call, first)
+    if call.target.overloadpacket is aten.constant_pad_nd:  # what is put there is no channel's
+        call = replace(call, args=call.args[:2], kwargs={})
     moved: list[Tensor] = tree_flatten(call.repeat())[0]
     if isinstance(first, Tensor) and len(call.trace.varying(first)) == 1:
         for channels in moved:
             # Views that put channels side by side: (groups, channels), say. The groups stay as
-            # many, so what goes of one goes of all.
-            for dim in call.trace.varying(channels)[:-1]:
-                call.trace.couple_along(channels, dim)
+            # many, so what goes of one goes of all. Heads of attention go whole.
+            varying = call.trace.varying(channels)
+            heads = heads_axis(call, channels, varying)
+            for dim in varying:
+                if dim != (varying[-1] if heads is None else heads):
+                    call.trace.couple_along(channels, dim)
+            hold_numbers(call, channels)
     return moved
 
 
@@ -89,6 +109,8 @@ def _reduce(call: Call) -> Tensor | None:
 
 def _meet(call: Call) -> Tensor | None:
     """Follow an operation element by element: sums, products, activations."""
+    if refuse_biases(call):
+        return None
     found = tree_flatten(call.output)[0]
     output = found[0] if found and isinstance(found[0], Tensor) else None
     together: Tensor | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from types import MappingProxyType
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -14,6 +17,7 @@ from dreamkit.errors import OptionError, did_you_mean
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.weights import hash_weights, load_into
+from dreamkit.teachers.without_batch_norm import convnext, vision_transformer
 from dreamkit.types import Teacher, TeacherSource
 
 
@@ -50,10 +54,7 @@ class BundledTeacher(TeacherSource):
 
     def build(self) -> nn.Module:
         """Return the architecture with random weights."""
-        architecture = json.loads(self._file(".json"))["architecture"]
-        if "model" in architecture:
-            return build_network(**architecture)
-        return SmallResNet(**architecture)
+        return build_bundled(json.loads(self._file(".json"))["architecture"])
 
     def load(self, seed: int) -> Teacher:
         """Return the model in eval mode with its card."""
@@ -65,3 +66,21 @@ class BundledTeacher(TeacherSource):
             json.loads(self._file(".json"))["card"] | {"weights_sha256": hash_weights(model)}
         )
         return Teacher(model.eval(), card, {"source": "bundled", "model": self.model})
+
+
+def build_bundled(architecture: Mapping[str, Any]) -> nn.Module:
+    """Return the network of random weights that a bundled teacher's file describes.
+
+    Args:
+        architecture: what it is built with; ``model``, one of the ``cifar`` source's, or ``kind``
+            says which, and neither is a small ResNet.
+    """
+    options = dict(architecture)
+    if "model" in options:
+        return build_network(**options)
+    return _KINDS[options.pop("kind", "small_resnet")](**options)
+
+
+_KINDS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"small_resnet": SmallResNet, "vit": vision_transformer, "convnext": convnext}
+)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.teachers.wide_resnet import WideResNet
+from dreamkit.teachers.without_batch_norm import convnext, vision_transformer
 
 Build = Callable[[int, int], nn.Module]
 """From the number of classes and of the images' channels to a network of random weights."""
@@ -104,38 +105,6 @@ def _mobilenetv2(num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
-def _vit(num_classes: int, in_channels: int) -> nn.Module:
-    """Return timm's vision transformer at a size for 32×32: 64 patches, six blocks of width 192.
-
-    2.7 M parameters; it takes any size that its patches of 4 divide.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=32,
-        patch_size=4,
-        in_chans=in_channels,
-        num_classes=num_classes,
-        embed_dim=192,
-        depth=6,
-        num_heads=3,
-        dynamic_img_size=True,
-    )
-
-
-def _convnext(num_classes: int, in_channels: int) -> nn.Module:
-    """Return timm's ConvNeXt for 32×32: its stem leaves 8×8, so most blocks come early."""
-    from timm.models.convnext import ConvNeXt
-
-    return ConvNeXt(
-        in_chans=in_channels,
-        num_classes=num_classes,
-        depths=(3, 6, 2, 1),
-        dims=(96, 192, 256, 256),
-        stem_type="overlap_tiered",
-    )
-
-
 NETWORKS: Mapping[str, Build] = MappingProxyType(
     {
         "resnet20": partial(_small_resnet, 20),
@@ -150,8 +119,12 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "wrn_16_1": partial(_wide_resnet, 16, 1),
         "wrn_16_2": partial(_wide_resnet, 16, 2),
         "mobilenetv2": _mobilenetv2,
-        "vit": _vit,
-        "convnext": _convnext,
+        # 2.7 M parameters, 64 patches.
+        "vit": partial(vision_transformer, size=32, patch=4, width=192, depth=6, heads=3),
+        # Its stem leaves 8x8, so most blocks come early.
+        "convnext": partial(
+            convnext, depths=(3, 6, 2, 1), widths=(96, 192, 256, 256), stem="overlap_tiered"
+        ),
     }
 )
 

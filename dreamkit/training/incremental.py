@@ -115,8 +115,9 @@ class IncrementalTrainer(Trainer[IncrementalTraining]):
         if len(batches) > 1:
             step = IncrementalStep(ours[0], theirs[0], labels[0], ours[1], theirs[1], labels[1])
         if self._heads:
-            given = [tap.inputs[whose].float() for whose, _ in self._heads]
-            step = replace(step, head=Heads(*given, *(partial(_logits, m) for _, m in self._heads)))
+            own, old = (tap.inputs[whose].float() for whose, _ in self._heads)
+            logits_of, old_logits_of = (partial(_logits, layer) for _, layer in self._heads)
+            step = replace(step, head=Heads(own, old, logits_of, old_logits_of))
         total = torch.zeros((), device=self.device)
         for term in self.losses:
             total = total + term.weight * term.entry(step)

@@ -1,0 +1,116 @@
+"""Heads of attention as channels: which are found, and what a network without some computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dreamkit.pruning.graph import ChannelGraph
+from dreamkit.pruning.record import PruningRecord
+from dreamkit.teachers.without_batch_norm import vision_transformer
+
+SIZE = (1, 8, 8)
+WIDTH, HEADS = 24, 3
+
+
+class Attention(nn.Module):
+    """Attention as libraries write it.
+
+    Args:
+        fused: by torch's own function; else written out, with a product for each head.
+        bias: each head has one of its own, added to how much tokens go together.
+        says: the code reads the width of all heads from the module; else from the tokens.
+    """
+
+    def __init__(self, fused: bool = True, bias: bool = False, says: bool = True) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.all_heads = HEADS, WIDTH // HEADS, WIDTH
+        self.fused, self.says = fused, says
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.bias = nn.Parameter(torch.randn(1, HEADS, 4, 4)) if bias else None
+
+    def forward(self, x):
+        images, tokens, width = x.shape
+        parts = self.qkv(x).reshape(images, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        else:
+            seen = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+        flat = (images, tokens, self.all_heads if self.says else width)
+        return self.proj(seen.transpose(1, 2).reshape(flat))
+
+
+class Net(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, WIDTH, 4, 4)
+        self.attention = Attention(**options)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.attention(tokens)).mean(1))
+
+
+def groups_of(model):
+    found, skipped = ChannelGraph(model, SIZE).groups()
+    return {group.name: group for group in found}, {left.group: left.reason for left in skipped}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_without_a_head_the_rest_computes_what_it_did(fused):
+    torch.manual_seed(0)
+    model = Net(fused=fused).eval()
+    groups, _ = groups_of(model)
+    heads = groups["attention.qkv"]
+    assert heads.channels == HEADS
+    (makes,) = [m for m in heads.members if m.axis == "out"]
+    places = torch.arange(3 * WIDTH)
+    assert torch.equal(makes.channel[makes.index.argsort()], places // (WIDTH // HEADS) % HEADS)
+    expected = Net(fused=fused).eval()
+    expected.load_state_dict(model.state_dict())
+    with torch.no_grad():  # what the second head puts out is not read
+        expected.attention.proj.weight[:, WIDTH // HEADS : 2 * WIDTH // HEADS] = 0
+    images = torch.randn(2, *SIZE)
+    cut, record = ChannelGraph(model, SIZE).without({"attention.qkv": [1]})
+    torch.testing.assert_close(cut(images), expected(images))
+    assert (cut.attention.num_heads, cut.attention.head_dim, cut.attention.all_heads) == (2, 8, 16)
+    again = Net(fused=fused).eval()
+    PruningRecord.from_json(record.to_json()).rebuild(again)
+    again.load_state_dict(cut.state_dict())
+    torch.testing.assert_close(again(images), cut(images))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bias": True}, "each head has a bias of its own"),
+        ({"says": False}, "the model's code fixes how many there are"),
+    ],
+)
+def test_heads_stay_where_they_cannot_go(options, reason):
+    groups, left = groups_of(Net(**options).eval())
+    assert "attention.qkv" not in groups
+    assert left["attention.qkv"] == reason
+
+
+def test_timm_vision_transformers_lose_heads_and_what_is_between():
+    torch.manual_seed(0)
+    model = vision_transformer(10, 1, size=8, patch=4, width=WIDTH, depth=2, heads=HEADS).eval()
+    groups, left = groups_of(model)
+    assert {name: group.channels for name, group in groups.items()} == {
+        "blocks.0.attn.qkv": 3,
+        "blocks.0.mlp.fc1": 96,
+        "blocks.1.attn.qkv": 3,
+        "blocks.1.mlp.fc1": 96,
+    }
+    assert left["head"] == "makes the model's outputs"
+    graph = ChannelGraph(model, SIZE)
+    graph.remove({"blocks.0.attn.qkv": [0, 2], "blocks.1.mlp.fc1": [5]})
+    assert model(torch.randn(2, *SIZE)).shape == (2, 10)
+    assert model.blocks[0].attn.qkv.out_features == 24
+    # A head that is alone stays.
+    assert {g.name for g in graph.groups()[0] if g.channels == 1} == {"blocks.0.attn.qkv"}
