@@ -3,6 +3,7 @@
     python benchmarks/table7.py --seed 0 1 2                       # CIFAR-10: 6 to 8 to 10 classes
     python benchmarks/table7.py --train cifar10/train --test cifar10/test     # from image folders
     python benchmarks/table7.py --methods finetune deepinversion --steps 1
+    python benchmarks/table7.py --preset five_tasks+draft --steps 4    # 2, 4, 6, 8, 10 classes
     python benchmarks/table7.py --recipe recipes/imagenet/continual_cub_flowers.yaml --preset paper
     python benchmarks/table7.py --train cifar10/train --test cifar10/test --quick   # the mechanics
 
@@ -18,12 +19,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import yaml
 from recipe_runs import RECIPES, add_budget, publish, run_recipe, spread
 from rich.console import Console
 
 from dreamkit.errors import DreamkitError
+from dreamkit.plugins import build_registries
+from dreamkit.recipe import read_recipe
 
 METHODS = (
     "finetune",
@@ -31,6 +34,7 @@ METHODS = (
     "deepdream",
     "deepinversion",
     "adaptive",
+    "abd",
     "oracle_distill",
     "oracle_classify",
 )
@@ -46,17 +50,21 @@ PAPER = {
 
 def changes_of(method: str, options: argparse.Namespace) -> list[str]:
     """Return what of the recipe changes, as of ``dreamkit run --set``."""
-    recipe = yaml.safe_load(options.recipe.read_text())
+    loaded = read_recipe(options.recipe, build_registries, options.preset, options.changes)
+    recipe: Any = loaded.root.plain()
     sets = recipe["application"]["sets"][: options.steps]
     changes: dict[str, object] = {"application.sets": sets}
+    base: Any = (recipe["evaluation"] or {}).get("classes")
+    if method.startswith("oracle") and base is not None:
+        changes["application.replay.classes"] = base
     if options.train is not None:
-        base = recipe["evaluation"]["classes"]
         for added in sets:
             added["train"] = folder(options.train, added["train"]["classes"])
             added["test"] = folder(options.test, added["test"]["classes"])
         changes["evaluation"] = folder(options.test, base)
         if method.startswith("oracle"):
             changes["application.replay"] = folder(options.train, base)
+            del changes["application.replay.classes"]
     return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
 
 

@@ -103,7 +103,9 @@ def test_built_in_sources_list_their_models(registries: Registries) -> None:
     assert select(registries, ["bundled"], [], "default") == [
         ("bundled", "cifar10_resnet20"),
         ("bundled", "digits7_resnet8"),
+        ("bundled", "digits_convnext"),
         DIGITS,
+        ("bundled", "digits_vit"),
     ]
     everything = select(registries, ["timm", "torchvision"], ["resnet18", "resnet18.a1_*"], "null")
     assert everything == [

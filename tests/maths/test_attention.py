@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import dreamkit
 from dreamkit.pruning.graph import ChannelGraph
 from dreamkit.pruning.record import PruningRecord
+from dreamkit.sources.digits import Digits
 from dreamkit.teachers.without_batch_norm import vision_transformer
 
 SIZE = (1, 8, 8)
@@ -114,3 +116,20 @@ def test_timm_vision_transformers_lose_heads_and_what_is_between():
     assert model.blocks[0].attn.qkv.out_features == 24
     # A head that is alone stays.
     assert {g.name for g in graph.groups()[0] if g.channels == 1} == {"blocks.0.attn.qkv"}
+
+
+def test_a_trained_transformer_loses_heads_and_keeps_what_it_knows():
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn (dreamkit[demo])")
+    teacher = dreamkit.load_teacher("bundled:digits_vit")
+    test = Digits("test").open(teacher.card)
+    dreams = dreamkit.invert(teacher, 128, steps=60, jitter=0)
+    limits = {"min_channels": 1, "exceptions": [{"layers": "*.mlp.*", "max_ratio": 0}]}
+    small = dreamkit.prune(
+        teacher, dreams, flops=0.85, limits=limits, recovery={"steps": 20, "batch_size": 32}
+    )
+    heads = [block.attn.num_heads for block in small.model.blocks]
+    assert 4 <= sum(heads) < 12  # of four blocks
+    with torch.no_grad():
+        images, labels = test.batch(range(len(test)))
+        found = small.model(teacher.card.normalise(images)).argmax(1)
+    assert float((found == labels).float().mean()) > 0.8  # 0.1 is chance

@@ -47,9 +47,10 @@ def test_bundled_card():
     assert teacher.model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_bundled_accuracy_on_digits_it_never_saw():
+@pytest.mark.parametrize("model", ["digits_resnet8", "digits_vit", "digits_convnext"])
+def test_bundled_accuracy_on_digits_it_never_saw(model):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn (dreamkit[demo])")
-    teacher = BundledTeacher("digits_resnet8").load(0)
+    teacher = BundledTeacher(model).load(0)
     found = accuracy(teacher.model, Digits().open(teacher.card), teacher.card, torch.device("cpu"))
     assert found >= 0.97
     assert found == pytest.approx(teacher.card.notes["test_accuracy"], abs=2 / 540)
