@@ -30,7 +30,7 @@ from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.digits import Digits
 from dreamkit.stages.batches import as_stored
 from dreamkit.stages.statistics_distance import overall
-from dreamkit.synthesizers.automatic_terms import UNLIKE
+from dreamkit.synthesizers.automatic_terms import PATCHES
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage
@@ -48,8 +48,8 @@ METHODS: dict[str, Terms] = {
         Term("tv", 2.5e-5, TotalVariation()),
         Term("l2", 3e-8, L2Norm()),
     ),
-    "patch_similarity 0.1": (Term("patch_similarity", 0.1, PatchSimilarity()),),
-    "gram 0.1, between images (auto)": UNLIKE,
+    "patch_similarity 0.1 (auto)": PATCHES,
+    "gram 0.1, between images": (Term("gram", 0.1, Gram(within=0.0)),),
     "gram 0.1, within an image": (Term("gram", 0.1, Gram(between=0.0)),),
     "tv 0.01, l1": (Term("tv", 0.01, TotalVariation("l1")),),
     "patch_similarity 0.1, gram 0.1 between, tv 0.01": (

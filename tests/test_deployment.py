@@ -49,7 +49,7 @@ def test_the_doctor_tells_what_can_be_done(invoke):
 def test_a_network_without_batch_norm_can_be_pruned_all_the_same(invoke):
     code, out, _ = invoke("doctor", "torchvision:alexnet", "--device", "cpu")
     assert code == 0
-    assert "inversion: yes, without BatchNorm: by gram" in out
+    assert "inversion: yes, without BatchNorm: by patch_similarity" in out
     assert "pruning: 7 channel groups" in out
 
 

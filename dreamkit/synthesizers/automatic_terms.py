@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dreamkit.errors import TeacherMismatch, placed
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
-from dreamkit.regularizers.gram import Gram
+from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks
 from dreamkit.synthesizers.inversion_loss import OpenTerms, Terms, check_terms, lack_of_statistics
 from dreamkit.types import Regularizer, Teacher
 
 STATISTICS: tuple[Term[Regularizer], ...] = (Term("bn_feature", 30.0, BNFeature()),)
 """For a teacher with BatchNorm, which stores what its features were in training."""
-UNLIKE: tuple[Term[Regularizer], ...] = (Term("gram", 0.1, Gram(within=0.0)),)
-"""For one without: the images of a batch are unlike one another. Of the terms that need no
-statistics it is the one that brings dreams of a teacher whose statistics are known nearer to them
-by itself, and no other added to it does (``benchmarks/without_batch_norm.py``)."""
+PATCHES: tuple[Term[Regularizer], ...] = (Term("patch_similarity", 0.1, PatchSimilarity()),)
+"""For one without: some patches of an image are alike, and others are not. Of the terms that need
+no statistics it is the one whose dreams teach a student most on the whole: of a transformer, of a
+ConvNeXt, and of a network inverted as if it had none (``benchmarks/without_batch_norm.py``)."""
 
 
 def terms_for(
@@ -52,12 +52,12 @@ def terms_for(
             ("regularizers",),
         )
     note(
-        f"regularizers: auto is {told(UNLIKE)}, as {teacher.card.name} {lacks}; "
+        f"regularizers: auto is {told(PATCHES)}, as {teacher.card.name} {lacks}; "
         f"seen at {len(blocks)} modules, {blocks[0].name} to {blocks[-1].name}"
     )
     with placed("regularizers"):
         check_patches(teacher, teacher.card.input_size[1:])
-    return UNLIKE
+    return PATCHES
 
 
 def told(terms: Terms) -> str:

@@ -21,7 +21,7 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.gram import Gram
 from dreamkit.regularizers.patch_similarity import PatchSimilarity, differential_entropy
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.automatic_terms import STATISTICS, UNLIKE, terms_for
+from dreamkit.synthesizers.automatic_terms import PATCHES, STATISTICS, terms_for
 from dreamkit.synthesizers.block_outputs import (
     MOST_PATCHES,
     Block,
@@ -242,9 +242,9 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     notes = []
     assert terms_for("auto", toys.teacher(toys.two_bn()), notes.append) == STATISTICS
     assert notes == []
-    assert terms_for("auto", teacher_of(vit()), notes.append) == UNLIKE
+    assert terms_for("auto", teacher_of(vit()), notes.append) == PATCHES
     (note,) = notes
-    for term in UNLIKE:
+    for term in PATCHES:
         assert f"{term.name} {term.weight:g}" in note
     assert "2 modules, blocks.0 to blocks.1" in note
     given = (Term("tv", 1.0, TotalVariation()),)
@@ -315,9 +315,9 @@ def test_a_network_with_random_weights_is_dreamed_and_the_loss_falls(teacher_of,
             BatchPlan(0, 0, 4, 1), lambda step, terms: losses.append(SimpleNamespace(**terms))
         )
     assert dream.images.shape == (4, *SIZE)
-    assert any("auto is gram" in note for note in notes)
+    assert any("auto is patch_similarity" in note for note in notes)
     assert min(x.loss for x in losses[-3:]) < losses[0].loss
-    for term in UNLIKE:
+    for term in PATCHES:
         assert all(getattr(x, term.name).isfinite() for x in losses)
 
 
@@ -328,5 +328,5 @@ def test_doctor_says_what_a_teacher_is_inverted_by(teacher_of, capsys):
     assert found.uninvertible is None
     assert found.bn_layers == 0
     said = capsys.readouterr().out
-    assert "inversion: yes, without BatchNorm: by gram" in said
+    assert "inversion: yes, without BatchNorm: by patch_similarity" in said
     assert "of what 2 blocks or layers put out" in said
