@@ -54,7 +54,7 @@ def changes_of(method: str, options: argparse.Namespace) -> list[str]:
     recipe: Any = loaded.root.plain()
     sets = recipe["application"]["sets"][: options.steps]
     changes: dict[str, object] = {"application.sets": sets}
-    base: Any = (recipe["evaluation"] or {}).get("classes")
+    base: Any = (recipe.get("evaluation") or {}).get("classes")
     if method.startswith("oracle") and base is not None:
         changes["application.replay.classes"] = base
     if options.train is not None:

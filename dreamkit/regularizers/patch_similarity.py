@@ -16,6 +16,8 @@ from dreamkit.types.needs import supplied
 
 _TAIL = 4.0
 """Bandwidths that the grid goes beyond the ends of [-1, 1], where a kernel is as good as 0."""
+_NODES = 8
+"""Nodes of the fine grid in a bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,29 @@ class PatchSimilarity(Regularizer):
 def differential_entropy(values: Tensor, bandwidth: float) -> Tensor:
     """Return the entropy of the kernel density estimate of each row, in nats, (N,).
 
-    The integral is a sum over a grid as wide as the kernel, which is off by 5e-4 at the most.
+    Each value is shared out between the two nodes of a fine grid that it lies between, and the
+    kernel is laid over these counts: some forty times as fast as over the values, and the
+    entropy is off by 2e-3 at the most. The integral is a sum over a grid as wide as the kernel.
 
     Args:
         values: (N, M), in [-1, 1].
         bandwidth: the Gaussian kernel's standard deviation.
     """
     end = 1 + _TAIL * bandwidth
-    points = torch.linspace(-end, end, math.ceil(2 * end / bandwidth) + 1, device=values.device)
-    width = points[1] - points[0]
-    distances = (values.unsqueeze(-1) - points) / bandwidth
-    kernel = distances.square().mul(-0.5).exp()
-    density = kernel.mean(1) / (bandwidth * math.sqrt(2 * math.pi))
+    points, nodes = (
+        torch.linspace(-side, side, count + 1, device=values.device, dtype=values.dtype)
+        for side, count in (
+            (end, math.ceil(2 * end / bandwidth)),
+            (1.0, math.ceil(2 * _NODES / bandwidth)),
+        )
+    )
+    place = (values + 1) / (nodes[1] - nodes[0])
+    before = place.detach().floor().clamp(0, len(nodes) - 2).long()  # rounding goes beyond 1
+    share = place - before
+    counts = values.new_zeros(len(values), len(nodes))
+    counts = counts.scatter_add(1, before, 1 - share).scatter_add(1, before + 1, share)
+    kernel = ((nodes.unsqueeze(1) - points) / bandwidth).square().mul(-0.5).exp()
+    density = counts @ kernel / (values.shape[1] * bandwidth * math.sqrt(2 * math.pi))
     # ln 0 has no gradient; what is so small adds nothing.
+    width = points[1] - points[0]
     return -(density * density.clamp(min=1e-12).log()).sum(1) * width
