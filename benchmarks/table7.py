@@ -58,13 +58,17 @@ def changes_of(method: str, options: argparse.Namespace) -> list[str]:
     if method.startswith("oracle") and base is not None:
         changes["application.replay.classes"] = base
     if options.train is not None:
+        if base is None:
+            raise DreamkitError(
+                f"{options.recipe}: evaluation names no classes, which --train takes"
+            )
         for added in sets:
             added["train"] = folder(options.train, added["train"]["classes"])
             added["test"] = folder(options.test, added["test"]["classes"])
         changes["evaluation"] = folder(options.test, base)
         if method.startswith("oracle"):
             changes["application.replay"] = folder(options.train, base)
-            del changes["application.replay.classes"]
+            changes.pop("application.replay.classes", None)
     return [f"{path}={json.dumps(value)}" for path, value in changes.items()]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dreamkit.pruning.channels import any_channels
+from dreamkit.pruning.channels import any_channels, distinct
 from dreamkit.pruning.cut_rules import kept_number
 from dreamkit.pruning.rules import Call
 
@@ -30,11 +30,11 @@ _HEADS = re.compile(r"(?:n|num|attention|_)*heads?")
 """What modules call the number of their heads: ``num_heads``, ``num_attention_heads``."""
 
 
-def heads_axis(call: Call, channels: Tensor, varying: Sequence[int]) -> int | None:
+def make_heads(call: Call, channels: Tensor, varying: Sequence[int]) -> int | None:
     """Return the axis that a view has heads along, if it makes one inside a layer of attention.
 
     It is known by its size, which the module under way has under a name of heads, and by what is
-    beside it: the channels of each head come last.
+    beside it: the channels of each head come last. Numbers of heads under such names are recorded.
 
     Args:
         call: of an operation that moves elements.
@@ -44,15 +44,45 @@ def heads_axis(call: Call, channels: Tensor, varying: Sequence[int]) -> int | No
     if len(varying) < 2:
         return None
     counts = _counts(call)
-    return next((dim for dim in reversed(varying[:-1]) if channels.shape[dim] in counts), None)
+    axis = next((dim for dim in reversed(varying[:-1]) if channels.shape[dim] in counts), None)
+    if axis is not None:
+        for dim in varying:
+            if dim != axis:
+                call.trace.couple_along(channels, dim)
+        kept_number(call, channels, axis, channels.shape[axis], _HEADS.fullmatch)
+        call.trace.heads.update(call.along(channels, axis))
+    return axis
 
 
-def hold_numbers(call: Call, channels: Tensor) -> None:
-    """Record the numbers of a layer of attention that its views are made with."""
+def hold_width(call: Call, channels: Tensor) -> None:
+    """Record the width of all heads together, which a view puts them side by side with."""
     varying = call.trace.varying(channels)
-    if len(varying) == 1 and _counts(call):
+    if len(varying) == 1 and _counts(call) and _of_heads(call, channels):
         (dim,) = varying
-        kept_number(call, channels, dim, channels.shape[dim])
+        if channels.shape[dim] not in _counts(call):
+            kept_number(call, channels, dim, channels.shape[dim])
+
+
+def refuse_mixing(call: Call, dims: Sequence[int]) -> bool:
+    """Rule out heads that a softmax or a mean mixes: it is not attention that has them.
+
+    Args:
+        call: of an operation over axes of its first argument.
+        dims: these axes.
+    """
+    channels: Tensor = call.args[0]
+    mixed = {dim % channels.dim() for dim in dims} & set(call.trace.varying(channels))
+    if not mixed or not _of_heads(call, channels):
+        return False
+    call.fix(channels, f"they are mixed by {call.target.overloadpacket}")
+    return True
+
+
+def _of_heads(call: Call, channels: Tensor) -> bool:
+    """Whether channels are heads, all of them."""
+    heads = {call.trace.find(label) for label in call.trace.heads}
+    found = distinct(channels)[0].unique().tolist()
+    return all(call.trace.find(label) in heads for label in found)
 
 
 def refuse_biases(call: Call) -> bool:

@@ -57,7 +57,8 @@ class Trace:
     at which the code cuts an activation, in the order of its run. ``slices`` are the channels that
     are cut at one place, each with the uses that may hold its number. ``outputs`` are the channels
     of the first output, one after the other. ``training_size`` is that of the images on which the
-    model was followed as in training, too; None if it was not.
+    model was followed as in training, too; None if it was not. ``heads`` are the channels that are
+    heads of attention.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Trace:
         self.cuts: list[list[int]] = []
         self.slices: list[tuple[list[int], list[tuple[str, str]]]] = []
         self.outputs: list[int] = []
+        self.heads: set[int] = set()
         self.training_size: tuple[int, int, int] | None = None
         self._parents: list[int] = [NONE]
         self._roots: Tensor | None = None

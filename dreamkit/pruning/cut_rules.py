@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,15 +69,28 @@ def _note_cut(call: Call, channels: Tensor, dim: int, place: int) -> None:
     call.trace.cuts.append(call.trace.along(channels, dim, "a cut")[:place])
 
 
-def kept_number(call: Call, channels: Tensor, dim: int, count: int) -> list[tuple[str, str]]:
+def kept_number(
+    call: Call,
+    channels: Tensor,
+    dim: int,
+    count: int,
+    named: Callable[[str], object] = lambda key: True,
+) -> list[tuple[str, str]]:
     """Record attributes of the module under way that hold a number of channels.
 
     Whether they are what the code cuts at is seen when the model runs without some.
+
+    Args:
+        call: in the module.
+        channels: some that go through the call.
+        dim: their axis.
+        count: the number, of those that come first along it.
+        named: whether an attribute of a name may be one.
     """
     assert call.caller is not None
     name, module = call.caller
     along = call.trace.along(channels, dim, name)[:count]
-    held = [(name, f"attribute:{key}") for key in _attributes(module, count)]
+    held = [(name, f"attribute:{key}") for key in _attributes(module, count) if named(key)]
     for _, axis in held:
         call.trace.record(name, axis, along, sizes=(axis.partition(":")[2],))
     return held

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_flatten
 from dreamkit.pruning.attention_rules import (
     ATTENTION,
     attend,
-    heads_axis,
-    hold_numbers,
+    hold_width,
+    make_heads,
     multiply,
     refuse_biases,
+    refuse_mixing,
 )
 from dreamkit.pruning.channels import NONE, any_channels, distinct
 from dreamkit.pruning.cut_rules import check_cuts
@@ -40,8 +41,9 @@ _POOLING = {
     *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten._upsample_nearest_exact2d),
     *(aten.reflection_pad2d, aten.replication_pad2d, aten.avg_pool1d, aten.upsample_nearest1d),
 }
+_SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 _IN_PLACE_OF_EACH = {
-    *(aten._softmax, aten._safe_softmax, aten._log_softmax),
+    *_SOFTMAX,
     *(aten.native_dropout, aten._to_copy, aten.copy_),
     *(aten.hardswish, aten.hardswish_, aten.mish, aten.mish_, aten.relu6, aten.relu6_),
     aten.as_strided_,  # of a pooled map, to change its layout
@@ -83,11 +85,10 @@ def _move(call: Call) -> list[Tensor]:
             # Views that put channels side by side: (groups, channels), say. The groups stay as
             # many, so what goes of one goes of all. Heads of attention go whole.
             varying = call.trace.varying(channels)
-            heads = heads_axis(call, channels, varying)
-            for dim in varying:
-                if dim != (varying[-1] if heads is None else heads):
+            if make_heads(call, channels, varying) is None:
+                for dim in varying[:-1]:
                     call.trace.couple_along(channels, dim)
-            hold_numbers(call, channels)
+            hold_width(call, channels)
     return moved
 
 
@@ -99,7 +100,7 @@ def _reduce(call: Call) -> Tensor | None:
     dims = [dim % channels.dim() for dim in dims]
     varying = set(call.trace.varying(channels))
     mixed = sorted(varying & set(dims))
-    if mixed and varying <= set(dims):
+    if refuse_mixing(call, mixed) or (mixed and varying <= set(dims)):
         return None
     for dim in mixed:  # channels of several that are added up, as of stacked branches
         call.trace.couple_along(channels, dim)
@@ -109,7 +110,8 @@ def _reduce(call: Call) -> Tensor | None:
 
 def _meet(call: Call) -> Tensor | None:
     """Follow an operation element by element: sums, products, activations."""
-    if refuse_biases(call):
+    softmax = call.target.overloadpacket in _SOFTMAX
+    if refuse_biases(call) or (softmax and refuse_mixing(call, [call.args[1]])):
         return None
     found = tree_flatten(call.output)[0]
     output = found[0] if found and isinstance(found[0], Tensor) else None

@@ -14,13 +14,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamkit.errors import OptionError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.model_state import inputs_of
 from dreamkit.registry import Term
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
 from dreamkit.training.trainer import Trainer
 from dreamkit.types import Heads, ImageSource, IncrementalLoss, IncrementalStep
+
+_ROUNDING = 0.05
+"""Largest difference that bfloat16 makes of logits, as a share of the largest of them."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def check_losses(
         raise OptionError(
             "replay", f"the loss '{looking[0]}' needs images of old classes, so it cannot be null"
         )
-    if not looking and replay is not None:
-        raise OptionError("replay", "no loss looks at images of old classes: set it to null")
     at_head = [term.name for term in losses if "head" in term.entry.needs]
+    if not looking and not at_head and replay is not None:
+        raise OptionError("replay", "no loss looks at images of old classes: set it to null")
     if at_head and training.compile:
         raise OptionError(
             "training",
@@ -117,11 +120,29 @@ class IncrementalTrainer(Trainer[IncrementalTraining]):
         if self._heads:
             own, old = (tap.inputs[whose].float() for whose, _ in self._heads)
             logits_of, old_logits_of = (partial(_logits, layer) for _, layer in self._heads)
+            if self.done == 0:
+                with torch.no_grad():
+                    _check_last(logits_of(own), torch.cat(ours))
             step = replace(step, head=Heads(own, old, logits_of, old_logits_of))
         total = torch.zeros((), device=self.device)
         for term in self.losses:
             total = total + term.weight * term.entry(step)
         return total
+
+
+def _check_last(of_head: Tensor, outputs: Tensor) -> None:
+    """Refuse a network that goes on after its last layer, as losses would see other outputs.
+
+    Raises:
+        DreamkitError: it does.
+    """
+    limit = _ROUNDING * float(outputs.abs().max())
+    if of_head.shape != outputs.shape or float((of_head - outputs).abs().max()) > limit:
+        raise DreamkitError(
+            "the network goes on after its last layer, so what that puts out are not the logits: "
+            "leave out the losses that look at the head (feature_distillation, head_cross_entropy)",
+            ("losses",),
+        )
 
 
 def _logits(head: nn.Module, inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Heads:
         inputs: what the layer of the network in training is given, float32, (N, ...): images of
             new classes, and after them those of old ones where there are such.
         old_inputs: of the same images in the network as it was, of the same shape.
-        logits_of: from such inputs to logits (N, K), by the layer in training.
+        logits_of: from such inputs to logits (N, K), by the layer in training; the network's own.
         old_logits_of: to logits (N, K_old), by the layer as it was; it does not learn.
     """
 

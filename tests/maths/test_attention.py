@@ -99,6 +99,68 @@ def test_heads_stay_where_they_cannot_go(options, reason):
     assert left["attention.qkv"] == reason
 
 
+class NoAttention(nn.Module):
+    """It has a number of heads, and mixes them.
+
+    Args:
+        mixes: what is done to (N, tokens, heads, channels of a head).
+    """
+
+    def __init__(self, mixes) -> None:
+        super().__init__()
+        self.num_heads, self.mixes = 4, mixes
+        self.first, self.second = nn.Linear(WIDTH, 32), nn.LazyLinear(WIDTH)
+
+    def forward(self, x):
+        parts = self.first(x).view(*x.shape[:2], self.num_heads, -1)
+        return self.second(self.mixes(parts))
+
+
+@pytest.mark.parametrize("mixes", [lambda x: x.softmax(2).flatten(2), lambda x: x.mean(2)])
+def test_heads_that_something_mixes_stay(mixes):
+    model = Net().eval()
+    model.attention = NoAttention(mixes)
+    model(torch.zeros(1, *SIZE))
+    groups, left = groups_of(model)
+    assert "attention.first" not in groups
+    assert "they are mixed by aten" in left["attention.first"]
+
+
+def test_a_head_as_wide_as_there_are_heads():
+    torch.manual_seed(0)
+    model = vision_transformer(10, 1, size=8, patch=4, width=16, depth=1, heads=4).eval()
+    groups, _ = groups_of(model)
+    assert groups["blocks.0.attn.qkv"].channels == 4
+
+
+class Reduced(Attention):
+    """Keys and values are of fewer tokens, by a convolution over the map, as in PVT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = WIDTH  # as many as the heads' channels together
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.sr, self.qkv = nn.Conv2d(WIDTH, WIDTH, 2, 2), nn.Identity()
+
+    def forward(self, x):
+        images, tokens, width = x.shape
+        few = self.sr(x.permute(0, 2, 1).reshape(images, width, 2, 2)).flatten(2).transpose(1, 2)
+        q = self.q(x).reshape(images, tokens, self.num_heads, -1).permute(0, 2, 1, 3)
+        kv = self.kv(few).reshape(images, -1, 2, self.num_heads, self.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(seen.transpose(1, 2).reshape(images, tokens, self.dim))
+
+
+def test_what_heads_are_given_is_no_part_of_them():
+    torch.manual_seed(0)
+    model = Net().eval()
+    model.attention = Reduced()
+    groups, _ = groups_of(model)
+    assert groups["attention.q"].channels == HEADS
+    assert groups.get("embed") is None or groups["embed"].channels == WIDTH
+
+
 def test_timm_vision_transformers_lose_heads_and_what_is_between():
     torch.manual_seed(0)
     model = vision_transformer(10, 1, size=8, patch=4, width=WIDTH, depth=2, heads=HEADS).eval()

@@ -8,14 +8,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.joined_images import JoinedImages
 from dreamkit.model_state import frozen
 from dreamkit.registry import Term
 from dreamkit.stages.retention import confusion_matrix
+from dreamkit.store.source import Dreams
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.batches import Shifted, drawn_by_class, labels_of
-from dreamkit.training.incremental import FirstOutputs, IncrementalTrainer, IncrementalTraining
+from dreamkit.training.incremental import (
+    FirstOutputs,
+    IncrementalTrainer,
+    IncrementalTraining,
+    check_losses,
+)
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.feature_distillation import FeatureDistillation
 from dreamkit.training.losses.head_cross_entropy import HeadCrossEntropy
@@ -211,6 +217,35 @@ def test_the_heads_are_those_of_both_networks(toys):
         (step.head.old_logits_of(step.head.old_inputs), (step.old_logits, step.replay_old_logits)),
     ):
         torch.testing.assert_close(logits, torch.cat(expected))
+
+
+def test_a_network_that_goes_on_after_its_last_layer_is_refused(toys):
+    class Scaled(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return 2 * self.model(x)
+
+    old, student = Scaled(toys.two_bn()), Scaled(toys.two_bn(classes=5))
+    made = trainer(toys, old, student, (Term("a", 1.0, FeatureDistillation()),), head="model.fc")
+    with frozen(old), pytest.raises(DreamkitError, match="goes on after its last layer") as caught:
+        made.loss((toys.images(4).images, torch.tensor([3, 4, 3, 4])))
+    assert caught.value.path == ("losses",)
+
+
+def test_what_losses_look_at_is_there():
+    replay, plain = Dreams(), IncrementalTraining()
+    features = (Term("feature_distillation", 1.0, FeatureDistillation()),)
+    check_losses(features, replay, plain)
+    check_losses(features, None, plain)
+    with pytest.raises(OptionError, match="no loss looks at images of old classes"):
+        check_losses((Term("a", 1.0, CrossEntropy()),), replay, plain)
+    with pytest.raises(OptionError, match="cannot be null"):
+        check_losses((Term("a", 1.0, HeadCrossEntropy()),), None, plain)
+    with pytest.raises(OptionError, match="by a hook: set compile to false"):
+        check_losses(features, replay, IncrementalTraining(compile=True))
 
 
 @pytest.mark.parametrize("freeze", [True, False])

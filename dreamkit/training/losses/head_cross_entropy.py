@@ -17,8 +17,8 @@ class HeadCrossEntropy(IncrementalLoss):
     """Cross-entropy over all classes of images of all classes, whose gradient the last layer has.
 
     "Always Be Dreaming" (Smith et al., ICCV 2021), section 5, the fine-tuning of the last layer:
-    features do not learn from it to tell real images from dreams. Each class weighs alike, however
-    many images of it a step has.
+    features do not learn from it to tell real images from dreams. New and old classes weigh by how
+    many there are of them, not by how many images of them a step has.
     """
 
     needs = frozenset({"head", "replay"})
