@@ -41,11 +41,11 @@ from dreamkit.training.incremental import (
     IncrementalTraining,
     check_losses,
 )
+from dreamkit.training.layout import lay_out
 from dreamkit.training.losses.cross_entropy import CrossEntropy
 from dreamkit.training.losses.old_distillation import OldDistillation
 from dreamkit.training.losses.replay_distillation import ReplayDistillation
 from dreamkit.training.statistics import Statistics
-from dreamkit.training.trainer import lay_out
 from dreamkit.types import (
     Application,
     Images,

@@ -22,7 +22,8 @@ from dreamkit.stages.training_run import TrainingRun
 from dreamkit.training.augmenter import check_window
 from dreamkit.training.difference_statistics import Kept
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.trainer import Trainer, lay_out
+from dreamkit.training.layout import lay_out
+from dreamkit.training.trainer import Trainer
 from dreamkit.types import Images, RunContext, Synthesis, Teacher
 
 

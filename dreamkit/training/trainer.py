@@ -24,6 +24,7 @@ from dreamkit.seeds import stream
 from dreamkit.training.augmenter import Augmenter, check_window
 from dreamkit.training.batches import NormalisedBatches, drawn_evenly
 from dreamkit.training.difference_statistics import Kept, check_made_from, stating
+from dreamkit.training.layout import lay_out, overruns
 from dreamkit.training.options import Training
 from dreamkit.training.reading import Batch
 from dreamkit.training.statistics import take_statistics
@@ -85,6 +86,7 @@ class Trainer(ABC, Generic[Options]):
             check_window(options.augmentation, network, role, card, device)
         self.precision = resolve_precision(options.precision, device, student)
         lay_out(student, options, device)
+        self.channels_first = overruns(student)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
         self.augmenter = Augmenter(options.augmentation, seed)
@@ -167,7 +169,9 @@ class Trainer(ABC, Generic[Options]):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits (N, K) of normalised images, float32."""
-        if self.precision == "bfloat16":
+        if self.channels_first:
+            images = images.contiguous()
+        elif self.precision == "bfloat16":
             images = images.contiguous(memory_format=torch.channels_last)
         if self._forward == self._logits:
             return self._logits(images)
@@ -273,12 +277,6 @@ def several_rows() -> Iterator[None]:
             "images or more; dreams that come one batch at a time need a synthesis batch_size of "
             "2 or more"
         ) from error
-
-
-def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:
-    """Lay a student's weights out as its training reads them fastest."""
-    if resolve_precision(options.precision, device, student) == "bfloat16":
-        student.to(memory_format=torch.channels_last)
 
 
 _Forward = Callable[[Tensor], tuple[Tensor, Tensor]]

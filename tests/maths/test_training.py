@@ -17,6 +17,7 @@ from dreamkit.training.augmenter import Augmentation, Augmenter, Mixed
 from dreamkit.training.batches import Draws, NormalisedBatches, in_order
 from dreamkit.training.bn_recalibration import recalibrate
 from dreamkit.training.distillation import Distillation, Distiller
+from dreamkit.training.layout import overruns
 from dreamkit.training.losses.distillation import (
     KLDivergence,
     LogitDistance,
@@ -653,3 +654,10 @@ def test_a_seed_reaches_cuda_only_where_it_is_in_use(monkeypatch):
     assert len(set(drawn)) == 1
     assert kept == [[], [], [0, 1]]
     assert seeds == [5]
+
+
+def test_channels_stay_first_where_a_thin_shortcut_would_spoil_memory(toys):
+    thin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1, 2))
+    wide = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 1, 2))
+    square = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2), nn.Conv2d(6, 4, 1))
+    assert [overruns(model) for model in (thin, wide, square)] == [True, False, False]

@@ -1,0 +1,35 @@
+"""How a student's weights lie in memory while it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dreamkit.arithmetic import resolve_precision
+from dreamkit.training.options import Training
+
+_BLOCK = 16
+"""Channels of a block of oneDNN's, at the most."""
+
+
+def lay_out(student: nn.Module, options: Training, device: torch.device) -> None:
+    """Lay a student's weights out as its training reads them fastest."""
+    low = resolve_precision(options.precision, device, student) == "bfloat16"
+    if low and not overruns(student):
+        student.to(memory_format=torch.channels_last)
+
+
+def overruns(student: nn.Module) -> bool:
+    """Whether a layer's gradient may spoil memory where channels are last.
+
+    oneDNN writes beyond what it has, on AVX2 and AVX-512, for the weights of strided 1x1
+    convolutions with fewer inputs than it has in a block (github.com/uxlfoundation/oneDNN/issues
+    6035): shortcuts of networks that pruning left thin.
+    """
+    return any(
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < _BLOCK
+        for module in student.modules()
+    )
