@@ -86,7 +86,7 @@ class Trainer(ABC, Generic[Options]):
             check_window(options.augmentation, network, role, card, device)
         self.precision = resolve_precision(options.precision, device, student)
         lay_out(student, options, device)
-        self.channels_first = overruns(student)
+        self.channels_first = overruns(student, device)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
         self.augmenter = Augmenter(options.augmentation, seed)

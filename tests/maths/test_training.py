@@ -656,8 +656,9 @@ def test_a_seed_reaches_cuda_only_where_it_is_in_use(monkeypatch):
     assert seeds == [5]
 
 
-def test_channels_stay_first_where_a_thin_shortcut_would_spoil_memory(toys):
+def test_channels_stay_first_where_a_thin_shortcut_would_spoil_memory():
     thin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1, 2))
     wide = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 1, 2))
     square = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2), nn.Conv2d(6, 4, 1))
-    assert [overruns(model) for model in (thin, wide, square)] == [True, False, False]
+    assert [overruns(model, CPU) for model in (thin, wide, square)] == [True, False, False]
+    assert not overruns(thin, torch.device("cuda"))
