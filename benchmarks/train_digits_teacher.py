@@ -69,16 +69,11 @@ def adversarial(model: nn.Module, x: Tensor, labels: Tensor, share: float) -> Te
     return x + shift
 
 
-def train(name: str, digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], nn.Module, Card]:
-    """Train on adversarial images with a cosine: a ResNet by Nesterov SGD, others by AdamW.
-
-    Returns:
-        The architecture, the model in eval mode and its card, with its accuracy on held-out images.
-    """
-    torch.manual_seed(seed)
+def card_of(name: str, digits: int) -> Card:
+    """Return the card of a network that is yet to be trained."""
     changed = [] if name == "resnet8" else ["--model", name]
     changed += [] if digits == 10 else ["--digits", str(digits)]
-    card = Card(
+    return Card(
         name=f"bundled/digits{'' if digits == 10 else digits}_{name}",
         input_size=SIZE,
         mean=(MEAN,),
@@ -87,16 +82,29 @@ def train(name: str, digits: int, epochs: int, seed: int) -> tuple[dict[str, Any
         class_names=tuple("0123456789")[:digits],
         origin=" ".join(["python", "benchmarks/train_digits_teacher.py", *changed]),
     )
+
+
+def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Return Nesterov SGD for a ResNet, AdamW for others."""
+    if name == "resnet8":
+        return torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+
+
+def train(name: str, digits: int, epochs: int, seed: int) -> tuple[dict[str, Any], nn.Module, Card]:
+    """Train on adversarial images with a cosine: a ResNet by Nesterov SGD, others by AdamW.
+
+    Returns:
+        The architecture, the model in eval mode and its card, with its accuracy on held-out images.
+    """
+    torch.manual_seed(seed)
+    card = card_of(name, digits)
     images = Digits("train", tuple(range(digits))).open(card)
     architecture = ARCHITECTURES[name] | {"num_classes": digits, "in_channels": 1}
     model = build_bundled(architecture)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, weight_decay=0.05
-    )
-    if name == "resnet8":
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+    optimizer = optimizer_of(model, name)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

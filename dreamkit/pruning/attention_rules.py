@@ -80,6 +80,8 @@ def refuse_mixing(call: Call, dims: Sequence[int]) -> bool:
 
 def _of_heads(call: Call, channels: Tensor) -> bool:
     """Whether channels are heads, all of them."""
+    if not call.trace.heads:  # most networks have none, and this is asked of every mean
+        return False
     heads = {call.trace.find(label) for label in call.trace.heads}
     found = distinct(channels)[0].unique().tolist()
     return all(call.trace.find(label) in heads for label in found)
