@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 from supervised_training import Settings, Training
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamkit.arithmetic import resolve_precision
 from dreamkit.card import Card
@@ -172,15 +172,36 @@ def notes_of(
     }
 
 
-def write_teacher(folder: Path, stem: str, training: Training, card: Card) -> Path:
-    """Write weights, and the architecture with its card, as ``cifar`` and ``bundled`` read them."""
+def round_weights(model: nn.Module) -> None:
+    """Round weights to what float16 holds, in which bundled ones are kept."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
+
+
+def write_teacher(
+    folder: Path, stem: str, training: Training, card: Card, dtype: torch.dtype | None = None
+) -> Path:
+    """Write weights, and the architecture with its card, as ``cifar`` and ``bundled`` read them.
+
+    Args:
+        folder: where to.
+        stem: of the files' names.
+        training: which is over.
+        card: of the network.
+        dtype: of the weights in the file, None for as they are.
+    """
     settings = training.settings
     architecture = {
         "model": settings.model,
         "num_classes": card.num_classes,
         "in_channels": card.input_size[0],
     }
-    state = {key: value.cpu().contiguous() for key, value in training.model.state_dict().items()}
+    state = {
+        key: value.to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for key, value in training.model.state_dict().items()
+    }
     path = folder / f"{stem}.safetensors"
     write_atomically(path, safetensors.torch.save(state))
     write_json(folder / f"{stem}.json", {"architecture": architecture, "card": card.to_json()})
@@ -217,7 +238,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluate-every", type=int, default=5, metavar="EPOCHS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/teachers"), metavar="FOLDER")
-    parser.add_argument("--bundle", metavar="NAME", help="write into the package's weights too")
+    parser.add_argument(
+        "--bundle", metavar="NAME", help="write into the package's weights too, in float16"
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs of {QUICK_IMAGES} images"
     )
@@ -253,12 +276,16 @@ def run(options: argparse.Namespace) -> None:
     )
     checkpoint = options.out / f"{stem}.unfinished.safetensors"
     train(training, (images, tested), checkpoint, options.evaluate_every, console)
+    if options.bundle:
+        round_weights(training.model)
+        rounded = accuracy(training.model, tested, card, device)
+        training.history[-1]["test_accuracy"] = rounded
     notes = notes_of(training, tested, options.compile, options.command)
     card = replace(card, notes=notes)
     written = write_teacher(options.out, stem, training, card)
     if options.bundle:
         card = replace(card, name=f"bundled/{options.bundle}")
-        written = write_teacher(PACKAGE_FOLDER, options.bundle, training, card)
+        written = write_teacher(PACKAGE_FOLDER, options.bundle, training, card, torch.float16)
     checkpoint.unlink(missing_ok=True)
     if options.json:
         write_json(options.json, notes | {"history": training.history})

@@ -1,18 +1,21 @@
-"""What regularizers are worth that need no BatchNorm, on digits.
+"""What regularizers are worth that need no BatchNorm.
 
-Teachers are the bundled ones without BatchNorm, a vision transformer and a ConvNeXt, and the one
-with it, inverted as if it had none. Its statistics judge too: the distance of dreams from them, as
-a multiple of chance, which no term but ``bn_feature`` sees. All dreams are judged by a small
-network that was trained on the real digits (the extra ``demo`` brings them), and by how much of
-these two students know that were taught on the dreams.
+Teachers are the bundled ones without BatchNorm, a vision transformer and ConvNeXts, and those with
+it, inverted as if they had none. Their statistics judge too: the distance of dreams from them, as a
+multiple of chance, which no term but ``bn_feature`` sees. All dreams are judged by another network,
+and by how much of the test images students know that were taught on the dreams. On digits the judge
+is a small network that was trained on the real ones (the extra ``demo`` brings them); on CIFAR-10
+it is the other bundled teacher.
 
     python benchmarks/without_batch_norm.py
     python benchmarks/without_batch_norm.py --teachers digits_vit --methods gram
+    python benchmarks/without_batch_norm.py --teachers cifar10_convnext --test cifar10/test
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
@@ -21,26 +24,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dreamkit
+from dreamkit.errors import TeacherMismatch
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.feature_prior import FeaturePrior
 from dreamkit.regularizers.gram import Gram
 from dreamkit.regularizers.l2 import L2Norm
 from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.digits import Digits
+from dreamkit.sources.folder import Folder
 from dreamkit.stages.batches import as_stored
 from dreamkit.stages.statistics_distance import overall
 from dreamkit.synthesizers.automatic_terms import PATCHES
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.inversion_loss import check_terms
 from dreamkit.synthesizers.stage import Stage
+from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
+from dreamkit.training.augmentation import random_crop, random_flip
+from dreamkit.training.batches import in_order
 from dreamkit.types import BatchPlan, Images, Regularizer, StoredImages, Teacher
 
-TEACHERS = ("digits_vit", "digits_convnext", "digits_resnet8")
-IMAGES, BATCH, STEPS = 512, 256, 200
-STUDENTS, LESSONS = (0, 1), 300
-"""Seeds of the networks that are taught on dreams, and the steps of each."""
+DIGITS = ("digits_vit", "digits_convnext", "digits_resnet8")
+CIFAR = {"cifar10_convnext": "cifar10_resnet20", "cifar10_resnet20": "cifar10_convnext"}
+"""Teachers, and who judges their dreams."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is done for a row: dreams, and the students taught on them."""
+
+    images: int
+    steps: int
+    lessons: int
+    students: int
+
+
+BUDGETS = {"digits": Budget(512, 200, 300, 2), "cifar10": Budget(1024, 100, 800, 1)}
+BATCH = 256
 Terms = tuple[Term[Regularizer], ...]
 METHODS: dict[str, Terms] = {
     "cross-entropy alone": (),
@@ -49,6 +72,14 @@ METHODS: dict[str, Terms] = {
         Term("l2", 3e-8, L2Norm()),
     ),
     "patch_similarity 0.1 (auto)": PATCHES,
+    "feature_prior 10": (Term("feature_prior", 10.0, FeaturePrior()),),
+    **{
+        f"patch_similarity 0.1, feature_prior {weight}": (
+            *PATCHES,
+            Term("feature_prior", float(weight), FeaturePrior()),
+        )
+        for weight in (1, 10, 30)
+    },
     "gram 0.1, between images": (Term("gram", 0.1, Gram(within=0.0)),),
     "gram 0.1, within an image": (Term("gram", 0.1, Gram(between=0.0)),),
     "tv 0.01, l1": (Term("tv", 0.01, TotalVariation("l1")),),
@@ -95,42 +126,64 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    known = [*DIGITS, *CIFAR]
+    parser.add_argument("--teachers", nargs="+", choices=known, default=list(DIGITS))
     parser.add_argument("--methods", metavar="TEXT", default="", help="those with this in the name")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of dreams and students")
+    parser.add_argument("--test", metavar="DIR", help="class folders of CIFAR-10's test images")
+    options = parser.parse_args()
+    if options.test is None and not set(options.teachers).isdisjoint(CIFAR):
+        parser.error("teachers of CIFAR-10 need --test")
+    return options
 
 
 def main() -> None:
     """Print a row for each teacher and method."""
     options = parse()
     torch.set_num_threads(1)
-    teachers = {name: dreamkit.load_teacher(f"bundled:{name}") for name in options.teachers}
-    judge = verifier(next(iter(teachers.values())))
     print("| teacher | terms | verifier | student | distance |\n| --- | --- | --- | --- | --- |")
-    for name, teacher in teachers.items():
-        stated = any(isinstance(m, nn.BatchNorm2d) for m in teacher.model.modules())
+    for name in options.teachers:
+        teacher = dreamkit.load_teacher(f"bundled:{name}")
+        source = Folder(options.test) if name in CIFAR else Digits("test")
+        judge = verifier(teacher) if name not in CIFAR else _bundled(CIFAR[name])
         for method, terms in METHODS.items():
-            statistics = any(term.name == "bn_feature" for term in terms)
-            if options.methods in method and (stated or not statistics):
-                dreams, far = dreamed(teacher, terms)
-                known = _accuracy(judge, teacher.card.normalise(dreams.images), dreams.labels)
-                student = taught(teacher, dreams.images, Digits("test").open(teacher.card))
-                print(f"| {name} | {method} | {known:.3f} | {student:.3f} | {far} |", flush=True)
+            if options.methods not in method or not _fit(terms, teacher):
+                continue
+            budget = BUDGETS[name.partition("_")[0]]
+            dreams, far = dreamed(teacher, terms, budget, options.seed)
+            known = _accuracy(judge, teacher.card.normalise(dreams.images), dreams.labels)
+            student = taught(
+                teacher, dreams.images, source.open(teacher.card), budget, options.seed
+            )
+            print(f"| {name} | {method} | {known:.3f} | {student:.3f} | {far} |", flush=True)
 
 
-def dreamed(teacher: Teacher, terms: Terms) -> tuple[StoredImages, str]:
+def _bundled(name: str) -> nn.Module:
+    return dreamkit.load_teacher(f"bundled:{name}").model
+
+
+def _fit(terms: Terms, teacher: Teacher) -> bool:
+    try:
+        check_terms(terms, teacher)
+    except TeacherMismatch:
+        return False
+    return True
+
+
+def dreamed(teacher: Teacher, terms: Terms, budget: Budget, seed: int) -> tuple[StoredImages, str]:
     """Return dreams with their classes, and their distance to the teacher's statistics."""
     options = DeepInversion(
         regularizers=terms,
-        images=IMAGES,
+        images=budget.images,
         batch_size=BATCH,
-        stages=(Stage(STEPS),),
+        stages=(Stage(budget.steps),),
+        flip=teacher.card.input_size[0] > 1,
         engine=Engine("float32", compile=False),
     )
     images, labels, far = [], [], []
-    with options.session(teacher, torch.device("cpu"), seed=0) as dreamer:
-        for batch in range(IMAGES // BATCH):
-            plan = BatchPlan(batch, 0, BATCH, seed=batch)
+    with options.session(teacher, torch.device("cpu"), seed=seed) as dreamer:
+        for batch in range(budget.images // BATCH):
+            plan = BatchPlan(batch, 0, BATCH, seed=1000 * seed + batch)
             stored, quality = as_stored(dreamer.dream(plan, lambda step, terms: None), teacher)
             images.append(stored.images)
             labels.append(stored.labels)
@@ -140,19 +193,27 @@ def dreamed(teacher: Teacher, terms: Terms) -> tuple[StoredImages, str]:
     return StoredImages(torch.cat(images), torch.cat(labels)), distance
 
 
-def taught(teacher: Teacher, dreams: Tensor, real: Images) -> float:
-    """Return the accuracy of a ResNet-8 taught the teacher's logits on dreams: mean of seeds."""
+def taught(teacher: Teacher, dreams: Tensor, real: Images, budget: Budget, first: int) -> float:
+    """Return the accuracy of a ResNet taught the teacher's logits on dreams: mean of seeds."""
     normalised, found = teacher.card.normalise(dreams), []
-    stored, labels = real.batch(range(len(real)))
-    for seed in STUDENTS:
+    draws = torch.Generator()
+    coloured = teacher.card.input_size[0] > 1
+    for seed in range(first, first + budget.students):
         torch.manual_seed(seed)
-        student = SmallResNet(depth=8, num_classes=10, in_channels=1, width=16)
+        draws.manual_seed(seed)
+        student = (
+            build_network("resnet20")
+            if coloured
+            else SmallResNet(depth=8, num_classes=10, in_channels=1, width=16)
+        )
         optimizer = torch.optim.SGD(
             student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, LESSONS)
-        for _ in range(LESSONS):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.lessons)
+        for _ in range(budget.lessons):
             x = normalised[torch.randint(len(normalised), (64,))]
+            if coloured:
+                x = random_flip(random_crop(x, 4, draws), draws)
             with torch.no_grad():
                 wanted = teacher.model(x)
             optimizer.zero_grad()
@@ -160,7 +221,11 @@ def taught(teacher: Teacher, dreams: Tensor, real: Images) -> float:
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        found.append(_accuracy(student.eval(), teacher.card.normalise(stored), labels))
+        right = [
+            _accuracy(student.eval(), teacher.card.normalise(stored), labels) * len(labels)
+            for stored, labels in in_order(real, 1000)
+        ]
+        found.append(sum(right) / len(real))
     return mean(found)
 
 

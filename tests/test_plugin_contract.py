@@ -136,7 +136,7 @@ def test_defaults_of_synthesizers_backends_and_trackers(tmp_path):
         (
             Regularizer,
             {"replay"},
-            r"'replay' \(known: bn_statistics, student_logits, features, block_outputs\)",
+            r"'replay' \(known: bn_statistics, student_logits, features, block_outputs, norm_means",
         ),
         (IncrementalLoss, {"repaly"}, "'repaly'; did you mean 'replay'?"),
         (Regularizer, "features", r'should be a set, such as frozenset\(\{"bn_statistics"\}\)'),

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         LayerShape,
         LayerStatistics,
         Member,
+        NormMeans,
         Noted,
         OnImages,
         OnStep,
@@ -120,9 +121,10 @@ __all__ = [  # noqa: RUF022
     # What entries see and return.
     "NO_LABEL", "BatchPlan", "Card", "ChannelCall", "ChannelGroup", "Chunk", "Dream", "Dreamer",
     "Estimate", "FileLook", "Heads", "Images", "IncrementalStep", "InversionStep", "Labelled",
-    "LatencyTable", "LayerShape", "LayerStatistics", "Member", "MemoryLog", "OnImages", "OnStep",
-    "Outcome", "PruningStep", "Quantization", "QuantizationStep", "RunContext", "RunLog", "Saved",
-    "SelectionStep", "Simulation", "StoredImages", "Synthesis", "Teacher", "Timing", "Watchable",
+    "LatencyTable", "LayerShape", "LayerStatistics", "Member", "MemoryLog", "NormMeans", "OnImages",
+    "OnStep", "Outcome", "PruningStep", "Quantization", "QuantizationStep", "RunContext", "RunLog",
+    "Saved", "SelectionStep", "Simulation", "StoredImages", "Synthesis", "Teacher", "Timing",
+    "Watchable",
     # What applications are made with.
     "images_of",
     # Events.

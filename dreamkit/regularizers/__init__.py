@@ -15,4 +15,5 @@ def register_regularizers(register: Register) -> None:
     register("activation", "dreamkit.regularizers.activation:Activation")
     register("patch_similarity", "dreamkit.regularizers.patch_similarity:PatchSimilarity")
     register("gram", "dreamkit.regularizers.gram:Gram")
+    register("feature_prior", "dreamkit.regularizers.feature_prior:FeaturePrior")
     register("adversarial", "dreamkit.regularizers.adversarial:Adversarial")

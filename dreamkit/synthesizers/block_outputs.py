@@ -170,7 +170,8 @@ def _block(name: str, module: nn.Module, output: Any, images: Tensor) -> Block |
     if output.dim() == 4:
         block = Block(name, _channels_last(module, output))
     else:
-        block = Block(name, True, _extra_tokens(output.shape[1], images.shape[2:]))
+        grid = patch_grid(output.shape[1], *images.shape[2:])
+        block = Block(name, True, 0 if grid is None else grid[2])
     return block if block.patches(output).shape[1] > 1 else None
 
 
@@ -188,12 +189,14 @@ def _channels_last(module: nn.Module, output: Tensor) -> bool:
     return all(isinstance(layer, nn.Linear) for layer in layers)
 
 
-def _extra_tokens(tokens: int, size: torch.Size) -> int:
-    """Return how many tokens stand before those of patches, which make a grid over the image."""
-    height, width = size
+def patch_grid(tokens: int, height: int, width: int) -> tuple[int, int, int] | None:
+    """Return how tokens lie over an image of a size: rows, columns, and how many stand before them.
+
+    None where square patches make no grid of as many, or but few more, as there are tokens.
+    """
     for patch in range(1, min(height, width) + 1):
-        grid = (height // patch) * (width // patch)
-        if grid <= tokens and height % patch == 0 and width % patch == 0:
-            extra = tokens - grid
-            return extra if extra <= min(_MOST_EXTRA, grid) else 0
-    return 0
+        rows, columns = height // patch, width // patch
+        if rows * columns <= tokens and height % patch == 0 and width % patch == 0:
+            extra = tokens - rows * columns
+            return (rows, columns, extra) if extra <= min(_MOST_EXTRA, rows * columns) else None
+    return None

@@ -25,12 +25,13 @@ from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
 from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.automatic_terms import terms_for
-from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session
+from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import OpenTerms, bound_loss, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels, named
 from dreamkit.synthesizers.planning import Phase, default_batch
 from dreamkit.synthesizers.stage import DEFAULT_STEPS, Plateau, Stage, check_stages, default_stages
+from dreamkit.synthesizers.token_dropping import TokenDropping, TokenGate, check_tokens, gated
 from dreamkit.synthesizers.views import draw_views
 from dreamkit.teachers.checking import check_fits
 from dreamkit.teachers.intake import admit
@@ -85,6 +86,7 @@ class DeepInversion(Synthesizer):
         unconditional: share of the images, in [0, 1], that are drawn to no class: regularizers
             alone shape them. Their labels are the teacher's choices in the end, so that
             ``synthesis.teacher_accuracy`` counts them as right.
+        token_dropping: leave patches out, of a network that takes tokens; nothing is compiled then.
         student: the competitor of ``js_compete``.
         engine: how it is computed.
     """
@@ -106,6 +108,7 @@ class DeepInversion(Synthesizer):
     patience: Annotated[int, Field(ge=1)] | None = None
     labels: Labels = "balanced"
     unconditional: Annotated[float, Field(ge=0, le=1)] = 0.0
+    token_dropping: TokenDropping | None = None
     student: Annotated[TeacherSource | None, EntryOf("teachers")] = None
     engine: Engine = field(default_factory=Engine)
 
@@ -144,7 +147,9 @@ class DeepInversion(Synthesizer):
                 student = named.to(device)
                 stack.enter_context(borrowed(student, teacher.card.input_size))
             loss = stack.enter_context(bound_loss(teacher, terms, student))
-            inversion = Inversion(self, Session(teacher, loss, device, choices or {}, note, seed))
+            gate = stack.enter_context(gated(teacher, self.token_dropping, note))
+            work = Session(teacher, loss, device, choices or {}, note, seed)
+            inversion = Inversion(self, work, gate)
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
 
@@ -162,6 +167,7 @@ class DeepInversion(Synthesizer):
         self._load_student(teacher)
         check_labels(self.labels, teacher.card)
         check_stages(self.stages or (), teacher)
+        check_tokens(self.token_dropping, teacher)
 
 
 class Inversion(LossDreamer):
@@ -170,11 +176,14 @@ class Inversion(LossDreamer):
     Args:
         options: the recipe's.
         session: what it works with.
+        gate: leaves patches out of the teacher, where that is wanted.
     """
 
-    def __init__(self, options: DeepInversion, session: Session) -> None:
-        super().__init__(options.engine, session)
+    def __init__(self, options: DeepInversion, session: Session, gate: TokenGate | None) -> None:
+        eager = replace(options.engine, compile=False)  # each number of patches would be compiled
+        super().__init__(options.engine if gate is None else eager, session)
         self.options = options
+        self.gate = gate
         self.stages = options.stages or default_stages(self.teacher)
         self.deal = partial(
             deal_labels,
@@ -232,8 +241,9 @@ class Inversion(LossDreamer):
     ) -> Best:
         """Optimise at one resolution; return the best parameters of its steps."""
         options, size = self.options, stage.resolution(self.teacher.card)
+        form = options.parameterisation
         limits = self.teacher.card.pixel_range(parameters) if options.clip else None
-        parameters = self._clipped(parameters, size, limits).contiguous().requires_grad_()
+        parameters = clipped(form, parameters, size, limits).contiguous().requires_grad_()
         optimizer = torch.optim.Adam(
             [parameters],
             lr=stage.lr or options.lr,
@@ -244,11 +254,12 @@ class Inversion(LossDreamer):
         draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
+        evaluate = evaluator if self.gate is None else self.gate.begin(evaluator)
         for step in range(stage.steps):
             factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
-            images = options.parameterisation.render(parameters, size)
-            found = evaluator(images, labels, draws[step])
+            images = form.render(parameters, size)
+            found = evaluate(images, labels, draws[step])
             (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
@@ -256,22 +267,12 @@ class Inversion(LossDreamer):
             optimizer.step()
             if limits is not None:
                 with torch.no_grad():
-                    parameters.copy_(self._clipped(parameters, size, limits))
+                    parameters.copy_(clipped(form, parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
             self.on_images(images.detach(), labels)
             if (step + 1) % SYNC_EVERY == 0 and (not best.finite or plateau(step + 1, best.loss)):
                 break
         return best
-
-    def _clipped(
-        self, parameters: Tensor, size: tuple[int, int], limits: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Return the parameters of the images with their pixels within limits, if there are."""
-        if limits is None:
-            return parameters.detach()
-        with torch.no_grad():
-            images = self.options.parameterisation.render(parameters, size)
-            return self.options.parameterisation.encode(images.clamp(*limits))
 
     def phases(self) -> list[Phase]:
         """Return the stages of a full batch as what can be timed and compiled."""
@@ -284,7 +285,8 @@ class Inversion(LossDreamer):
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.options.parameterisation.render(start, resolution)
             sample = partial(self._sample, start, labels, stage)
-            found.append(Phase(stage.steps, sample, images, labels))
+            worth = stage.steps if self.gate is None else self.gate.options.worth(stage.steps)
+            found.append(Phase(worth, sample, images, labels))
         return found
 
     def _sample(

@@ -18,7 +18,7 @@ from dreamkit.model_state import frozen
 from dreamkit.synthesizers.engine import Engine, Evaluator, compile_seconds
 from dreamkit.synthesizers.inversion_loss import InversionLoss
 from dreamkit.synthesizers.planning import Phase, compile_phases, prepare
-from dreamkit.types import BatchPlan, Dream, Estimate, OnImages, OnStep, Teacher
+from dreamkit.types import BatchPlan, Dream, Estimate, OnImages, OnStep, Parameterisation, Teacher
 from dreamkit.wording import and_more
 
 
@@ -186,6 +186,20 @@ class LossDreamer(ABC):
         """Keep the student frozen; it may be one that is trained between dreams."""
         with frozen(self.student) if self.student is not None else nullcontext():
             yield
+
+
+def clipped(
+    parameterisation: Parameterisation,
+    parameters: Tensor,
+    size: tuple[int, int],
+    limits: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the parameters of images with their pixels within limits, if there are."""
+    if limits is None:
+        return parameters.detach()
+    with torch.no_grad():
+        images = parameterisation.render(parameters, size)
+        return parameterisation.encode(images.clamp(*limits))
 
 
 def _unseen(images: Tensor, labels: Tensor) -> None:

@@ -31,6 +31,7 @@ from dreamkit.synthesizers.bn_statistics import (
     tapped,
 )
 from dreamkit.synthesizers.engine import borrowed
+from dreamkit.synthesizers.norm_means import NormTap, means_of, norm_layers
 from dreamkit.synthesizers.smoothed_statistics import SmoothedStatistics
 from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import NO_LABEL, InversionStep, LayerStatistics, Regularizer, Teacher
@@ -52,6 +53,7 @@ class InversionLoss:
             evaluated. Without it, terms that need it are left out.
         cross_entropy: weight of the classification term.
         blocks: sees what the teacher's blocks put out, where a term needs it.
+        norms: sees what its LayerNorm and GroupNorm layers make of a batch, likewise.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class InversionLoss:
         student: nn.Module | None,
         cross_entropy: float = 1.0,
         blocks: BlockTap | None = None,
+        norms: NormTap | None = None,
     ) -> None:
         self.teacher = teacher
         self.regularizers = regularizers
@@ -71,6 +74,7 @@ class InversionLoss:
         self.student = student
         self.cross_entropy = cross_entropy
         self.blocks = blocks
+        self.norms = norms
         self.smoothed: SmoothedStatistics | None = None
         """Statistics of earlier batches, to be matched together with this one's."""
 
@@ -101,8 +105,11 @@ class InversionLoss:
             if self.student is not None:
                 student_logits = self.student(images).float()
         logits = logits.float()
-        blocks = () if self.blocks is None else self.blocks.outputs()
-        step = InversionStep(images, labels, logits, student_logits, statistics, features, blocks)
+        step = InversionStep(
+            *(images, labels, logits, student_logits, statistics, features),
+            () if self.blocks is None else self.blocks.outputs(),
+            () if self.norms is None else self.norms.means(),
+        )
         # Over all images: one's share of the loss does not grow where others show no class.
         classified = F.cross_entropy(
             step.teacher_logits, labels, reduction="sum", ignore_index=NO_LABEL
@@ -167,6 +174,12 @@ def check_terms(regularizers: Terms, teacher: Teacher) -> None:
         if "block_outputs" in term.entry.needs:
             with placed("regularizers", index):
                 _check_blocks(term.name, teacher)
+        if "norm_means" in term.entry.needs and not norm_layers(teacher):
+            raise TeacherMismatch(
+                f"{term.name} looks at LayerNorm and GroupNorm layers, and {teacher.card.name} has "
+                "none with scale and shift that could be seen; leave the term out",
+                ("regularizers", index),
+            )
         if "features" in term.entry.needs:
             try:
                 penultimate_layer(teacher.model, teacher.card)
@@ -231,5 +244,8 @@ def bound_loss(
         blocks = None
         if "block_outputs" in wants:
             blocks = stack.enter_context(outputs_of(model, feature_blocks(teacher)))
+        norms = None
+        if "norm_means" in wants:
+            norms = stack.enter_context(means_of(model, norm_layers(teacher)))
         rival = student if "student_logits" in wants else None
-        yield InversionLoss(model, regularizers, tap, features, rival, cross_entropy, blocks)
+        yield InversionLoss(model, regularizers, tap, features, rival, cross_entropy, blocks, norms)

@@ -29,13 +29,13 @@ class Phase:
     """Steps of one kind within a batch, such as a stage of an inversion.
 
     Args:
-        steps: how many a batch takes.
+        steps: how many a batch takes, or as many as they are worth in time.
         run: takes this many steps, throws them away and calls back after each of them.
         images: what is evaluated in each, for the compiler to look at.
         labels: of these images.
     """
 
-    steps: int
+    steps: float
     run: Callable[[int, OnStep], None]
     images: Tensor
     labels: Tensor

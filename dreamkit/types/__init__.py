@@ -33,9 +33,7 @@ from dreamkit.types.inversion import (
     Dream,
     Dreamer,
     Estimate,
-    ImageStatistics,
     InversionStep,
-    LayerStatistics,
     Need,
     OnImages,
     OnStep,
@@ -48,6 +46,7 @@ from dreamkit.types.inversion import (
     with_images,
 )
 from dreamkit.types.latency import LatencyBackend, LatencyTable, LayerShape, Timing
+from dreamkit.types.layer_statistics import ImageStatistics, LayerStatistics, NormMeans
 from dreamkit.types.models import Teacher, TeacherSource
 from dreamkit.types.pruning import (
     ChannelGroup,
@@ -102,6 +101,7 @@ __all__ = [
     "LayerStatistics",
     "Member",
     "Need",
+    "NormMeans",
     "Noted",
     "OnImages",
     "OnStep",

@@ -12,40 +12,12 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dreamkit.types.layer_statistics import LayerStatistics, NormMeans
 from dreamkit.types.models import Teacher
 from dreamkit.types.needs import check_needs
 
-Need = Literal["bn_statistics", "student_logits", "features", "block_outputs"]
+Need = Literal["bn_statistics", "student_logits", "features", "block_outputs", "norm_means"]
 """What a regularizer may ask for; it is computed for those alone that do."""
-
-
-@dataclass(frozen=True)
-class ImageStatistics:
-    """What one BatchNorm layer saw of each image: mean and biased variance, each (N, C)."""
-
-    mean: Tensor
-    var: Tensor
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What one BatchNorm layer saw of a batch, and what it stores of its training; each (C,).
-
-    Args:
-        name: the layer's.
-        mean: over the batch and all positions.
-        var: the same, biased.
-        running_mean: what the layer stores.
-        running_var: what the layer stores.
-        images: of each image by itself; only where that was asked for.
-    """
-
-    name: str
-    mean: Tensor
-    var: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    images: ImageStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +33,7 @@ class InversionStep:
         features: (N, F), the input of the teacher's last linear layer, only when needed.
         block_outputs: what each block of the teacher puts out, in forward order, (N, P, C): the
             channels of P patches (tokens, or positions of a map), only when needed.
+        norm_means: one for each LayerNorm and GroupNorm in forward order, only when needed.
     """
 
     images: Tensor
@@ -70,6 +43,7 @@ class InversionStep:
     bn_statistics: tuple[LayerStatistics, ...] = ()
     features: Tensor | None = None
     block_outputs: tuple[Tensor, ...] = ()
+    norm_means: tuple[NormMeans, ...] = ()
 
 
 class Regularizer(ABC):

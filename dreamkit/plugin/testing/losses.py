@@ -24,6 +24,7 @@ from dreamkit.types import (
     IncrementalStep,
     InversionStep,
     LayerStatistics,
+    NormMeans,
     Regularizer,
 )
 
@@ -120,6 +121,7 @@ def _inversion_step(needs: frozenset[str]) -> InversionStep:
         torch.zeros(SIZE[0]),
         torch.ones(SIZE[0]),
     )
+    norm = NormMeans("norm1", patches.mean((0, 1)), torch.ones(SIZE[0]))
     return InversionStep(
         images,
         torch.arange(_BATCH) % CLASSES,
@@ -128,6 +130,7 @@ def _inversion_step(needs: frozenset[str]) -> InversionStep:
         (seen, replace(seen, name="bn2")) if "bn_statistics" in needs else (),
         flat @ features if "features" in needs else None,
         (patches, patches.square()) if "block_outputs" in needs else (),
+        (norm, replace(norm, name="norm2")) if "norm_means" in needs else (),
     )
 
 
