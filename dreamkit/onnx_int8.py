@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -22,6 +22,9 @@ from dreamkit.wording import one_line
 
 _TENSORRT = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Add"]
 """It joins other operators with these itself."""
+_TO_INTEGERS = {"QuantizeLinear", "DynamicQuantizeLinear"}
+_FROM_INTEGERS = {"DequantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+"""The last two compute in integers, and put floats out."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,43 @@ def in_integers(
     return made
 
 
+def linear_in_integers(
+    model: Any, numbers: Numbers, per_channel: bool, keep_float: Sequence[str], folder: Path
+) -> Any:
+    """Return a ``ModelProto`` with linear layers in integers that take ranges as they run.
+
+    Args:
+        model: a ``ModelProto`` in float; it stays as it is.
+        numbers: how weights are written.
+        per_channel: a scale for each output channel of the weights.
+        keep_float: nodes that stay in float, by name.
+        folder: for files of the work.
+
+    Raises:
+        DreamkitError: ONNX Runtime's tools cannot do it.
+    """
+    onnx = import_extra("onnx", "onnx")
+    tools = import_extra("onnxruntime.quantization", "onnx")
+    copied, file = onnx.ModelProto(), folder / "quantized.onnx"
+    copied.CopyFrom(model)
+    with _quietly():
+        tools.quantize_dynamic(
+            copied,
+            file,
+            op_types_to_quantize=["Gemm", "MatMul"],
+            per_channel=per_channel,
+            reduce_range=numbers.weight_bits == 7,
+            weight_type=tools.QuantType.QInt8,
+            # A Gemm becomes a MatMul of this name and an Add first.
+            nodes_to_exclude=[*keep_float, *(f"{node}_MatMul" for node in keep_float)],
+            extra_options={"MatMulConstBOnly": True},  # products of attention stay in float
+        )
+    made = onnx.load_model(file)
+    file.unlink()
+    strip_traces(made)
+    return made
+
+
 def computed_in_float(model: bytes | Path) -> dict[str, int]:
     """Return how many operators of each type ONNX Runtime computes in float, once it has joined
     what it can: those that see what was dequantized.
@@ -149,9 +189,9 @@ def computed_in_float(model: bytes | Path) -> dict[str, int]:
     graph = joined(model).graph
     floats, counts = {value.name for value in graph.input}, Counter[str]()
     for node in graph.node:
-        if node.op_type == "DequantizeLinear":
+        if node.op_type in _FROM_INTEGERS:
             floats |= set(node.output)
-        elif node.op_type != "QuantizeLinear" and floats & set(node.input):
+        elif node.op_type not in _TO_INTEGERS and floats & set(node.input):
             floats |= set(node.output)
             counts[node.op_type] += 1
     return dict(counts)

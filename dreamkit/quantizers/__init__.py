@@ -7,3 +7,4 @@ from dreamkit.registry import Register, hookimpl
 def register_quantizers(register: Register) -> None:
     """Register the built-in quantizers."""
     register("onnxruntime", "dreamkit.quantizers.onnx_runtime:OnnxQuantizer")
+    register("onnxruntime_dynamic", "dreamkit.quantizers.onnx_dynamic:OnnxDynamicQuantizer")
