@@ -431,6 +431,21 @@ def test_a_problem_of_the_base_counts_once_with_many_presets(recipe_file: Write)
     assert problems(path) == [f"{path}:8:1 sede: unknown option; did you mean 'seed'?"]
 
 
+def test_options_over_a_list_are_refused_where_they_stand(recipe_file: Write) -> None:
+    two = "[{name: deepinversion, images: 8}, {name: deepinversion, images: 8}]"
+    text = f"name: a\nsynthesis: {two}\npresets:\n  less:\n    synthesis: {{images: 4}}\n"
+    path = recipe_file(text)
+    with pytest.raises(RecipeError, match=r":5:16: there is a list in the recipe \(.*:2:12\)"):
+        read_recipe(path, build_registries)
+    with pytest.raises(RecipeError, match="write the whole list here"):
+        read_recipe(
+            recipe_file(text.partition("presets")[0]),
+            build_registries,
+            None,
+            ["synthesis={images: 4}"],
+        )
+
+
 def test_an_unknown_preset(tiny: dict[str, Any], recipe_file: Write) -> None:
     tiny["presets"] = {"smoke": {"seed": 1}, "full": {"seed": 2}}
     path = recipe_file(tiny)

@@ -18,7 +18,16 @@ def merge(base: Node, over: Node, root: bool = False) -> Node:
     Mappings merge key by key, anything else replaces. A mapping that names another entry
     (``name`` or ``source`` differs) replaces too: the options of one entry mean nothing to another.
     At the ``root`` a name is the recipe's own.
+
+    Raises:
+        RecipeError: options are laid over a list, and name no entry to take its place.
     """
+    options = isinstance(over.value, dict) and not {"name", "source"} & over.value.keys()
+    if isinstance(base.value, list) and base.value and options:
+        raise RecipeError(
+            f"{over.where}: there is a list in the recipe ({base.where}), which has no options to "
+            "change: write the whole list here"
+        )
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     for key in () if root else ("name", "source"):
