@@ -15,6 +15,7 @@ it is the other bundled teacher.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
@@ -41,6 +42,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.inversion_loss import check_terms
 from dreamkit.synthesizers.stage import Stage
+from dreamkit.teachers.bundled import BundledTeacher
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.augmentation import random_crop, random_flip
@@ -49,7 +51,9 @@ from dreamkit.types import BatchPlan, Images, Regularizer, StoredImages, Teacher
 
 DIGITS = ("digits_vit", "digits_convnext", "digits_resnet8")
 CIFAR = {"cifar10_convnext": "cifar10_resnet20", "cifar10_resnet20": "cifar10_convnext"}
-"""Teachers, and who judges their dreams."""
+"""Teachers, and who judges their dreams; those of them that are bundled."""
+Judge = Callable[[Tensor], Tensor]
+"""From stored images to logits."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ METHODS: dict[str, Terms] = {
 }
 
 
-def verifier(teacher: Teacher) -> nn.Module:
+def verifier(teacher: Teacher) -> Judge:
     """Return a network of another kind, trained on 1,300 real digits, and say how good it is."""
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
@@ -114,11 +118,11 @@ def verifier(teacher: Teacher) -> nn.Module:
     print(
         f"the verifier knows {_accuracy(model, images[held_out], classes[held_out]):.3f} of digits"
     )
-    return model
+    return lambda stored: model(teacher.card.normalise(stored))
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def _accuracy(model: Judge, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(1) == labels).float().mean())
 
 
@@ -126,7 +130,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    known = [*DIGITS, *CIFAR]
+    bundled = BundledTeacher.known_models(pretrained=True)
+    known = [*DIGITS, *(name for name, judge in CIFAR.items() if {name, judge} <= {*bundled})]
     parser.add_argument("--teachers", nargs="+", choices=known, default=list(DIGITS))
     parser.add_argument("--methods", metavar="TEXT", default="", help="those with this in the name")
     parser.add_argument("--seed", type=int, default=0, help="of dreams and students")
@@ -141,25 +146,27 @@ def main() -> None:
     """Print a row for each teacher and method."""
     options = parse()
     torch.set_num_threads(1)
+    digits = verifier(dreamkit.load_teacher("bundled:digits_resnet8"))
     print("| teacher | terms | verifier | student | distance |\n| --- | --- | --- | --- | --- |")
     for name in options.teachers:
         teacher = dreamkit.load_teacher(f"bundled:{name}")
         source = Folder(options.test) if name in CIFAR else Digits("test")
-        judge = verifier(teacher) if name not in CIFAR else _bundled(CIFAR[name])
+        judge = _bundled(CIFAR[name]) if name in CIFAR else digits
         for method, terms in METHODS.items():
             if options.methods not in method or not _fit(terms, teacher):
                 continue
             budget = BUDGETS[name.partition("_")[0]]
             dreams, far = dreamed(teacher, terms, budget, options.seed)
-            known = _accuracy(judge, teacher.card.normalise(dreams.images), dreams.labels)
+            known = _accuracy(judge, dreams.images, dreams.labels)
             student = taught(
                 teacher, dreams.images, source.open(teacher.card), budget, options.seed
             )
             print(f"| {name} | {method} | {known:.3f} | {student:.3f} | {far} |", flush=True)
 
 
-def _bundled(name: str) -> nn.Module:
-    return dreamkit.load_teacher(f"bundled:{name}").model
+def _bundled(name: str) -> Judge:
+    judge = dreamkit.load_teacher(f"bundled:{name}")
+    return lambda stored: judge.model(judge.card.normalise(stored))
 
 
 def _fit(terms: Terms, teacher: Teacher) -> bool:

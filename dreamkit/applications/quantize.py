@@ -97,6 +97,12 @@ class Quantize(Application):
                 "leave it out: after another application the images are those that its student "
                 "was made on",
             )
+        if self.training is not None and not self.quantizer.calibrates:
+            raise OptionError(
+                "training",
+                "set it to null: the quantizer takes ranges as images pass, and there is nothing "
+                "to train in them; {name: onnxruntime} has",
+            )
 
     @property
     def needs_synthesis(self) -> bool:
@@ -169,6 +175,11 @@ class Quantize(Application):
 
     def _describe(self, some: Images, parts: Parts, context: RunContext) -> dict[str, Any]:
         """Return what the JSON says of the calibration images, and note what is wrong with them."""
+        if not self.quantizer.calibrates:
+            context.log.note(
+                f"nothing is calibrated; compared with float on {len(parts.compared)} images"
+            )
+            return {"images": 0}
         correlation = neighbour_correlation(some)
         if correlation < NOISE:
             context.log.note(

@@ -15,7 +15,7 @@ from dreamkit.onnx_int8 import NUMBERS, computed_in_float, linear_in_integers
 from dreamkit.onnx_model import INPUT, OPSET, OUTPUT, OnnxSession, as_onnx
 from dreamkit.quantizers.float_graph import FloatGraph, Layer
 from dreamkit.quantizers.signal_to_noise import signal_to_noise
-from dreamkit.quantizers.targets import this_processor
+from dreamkit.quantizers.targets import resolved, this_processor, told
 from dreamkit.quantizers.watching import WATCHED
 from dreamkit.types import FileLook, Quantization, QuantizationStep, Quantizer
 
@@ -27,8 +27,9 @@ class OnnxDynamicQuantizer(Quantizer):
     """Dynamic INT8 of linear layers in ONNX, run by ONNX Runtime. Needs the extra ``onnx``.
 
     What goes into a layer is rounded by its own range each time it runs, so that no image is wanted
-    to calibrate on. Transformers consist of such layers; convolutions stay in float, and a CNN has
-    next to nothing in integers.
+    to calibrate on. That is the range over all images of a pass: an image's outputs depend a little
+    on what it is shown with. Transformers consist of such layers; convolutions stay in float, and a
+    CNN has next to nothing in integers.
 
     Args:
         target: the processor that the file will meet. ``portable``: weights of 7 bits, right on any
@@ -46,9 +47,9 @@ class OnnxDynamicQuantizer(Quantizer):
         return ".int8.onnx"
 
     @property
-    def resolved(self) -> str:
-        """The target, with ``auto`` told."""
-        return this_processor().target if self.target == "auto" else self.target
+    def calibrates(self) -> bool:
+        """Whether images decide on its files."""
+        return False
 
     def calibrate(self, step: QuantizationStep) -> OnnxDynamicQuantization:
         """Export a network; no range is taken.
@@ -64,7 +65,7 @@ class OnnxDynamicQuantizer(Quantizer):
                 "integers too",
                 ("quantizer",),
             )
-        return OnnxDynamicQuantization(graph, self.resolved, self.per_channel, step.folder)
+        return OnnxDynamicQuantization(graph, resolved(self.target), self.per_channel, step.folder)
 
     def load(
         self, path: Path, threads: int | None = None, exact: bool = False
@@ -73,10 +74,8 @@ class OnnxDynamicQuantizer(Quantizer):
         return OnnxSession(path, threads, torch.zeros(()), exact=exact).run
 
     def note(self) -> str | None:
-        """Return what the target is, where it was left to the machine."""
-        if self.target != "auto":
-            return None
-        return f"the INT8 file is for this machine's processor: target {self.resolved}"
+        """Return what the user must know of the target on this machine."""
+        return told(self.target)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dreamkit.quantizers.equalisation import (
 from dreamkit.quantizers.float_graph import FloatGraph
 from dreamkit.quantizers.qdq_file import OnnxQuantization
 from dreamkit.quantizers.ranges import Histograms, MinMax, least_error
-from dreamkit.quantizers.targets import Target, this_processor
+from dreamkit.quantizers.targets import Target, resolved, this_processor, told
 from dreamkit.quantizers.watching import WATCHED, values_of
 from dreamkit.types import Quantization, QuantizationStep, Quantizer
 
@@ -80,11 +80,6 @@ class OnnxQuantizer(Quantizer):
         """Whether a file is to be faster than float."""
         return self.weights == "int8"
 
-    @property
-    def resolved(self) -> str:
-        """The target, with ``auto`` told."""
-        return this_processor().target if self.target == "auto" else self.target
-
     def calibrate(self, step: QuantizationStep) -> Quantization:
         """Export a network and take the ranges of its activations."""
         import_extra("onnxruntime", "onnx")
@@ -112,21 +107,13 @@ class OnnxQuantizer(Quantizer):
 
     def note(self) -> str | None:
         """Return what the user must know of the target on this machine."""
-        here = this_processor()
         if self.weights == "int4":
             return (
                 "weights of 4 bits make the file small, not fast: ONNX Runtime makes them float "
                 "when it loads it, computes layers in float and rounds between, which can be "
                 "slower than float"
             )
-        if self.target == "auto":
-            return f"the INT8 file is for this machine's processor: target {here.target}"
-        if self.resolved == "vnni" and not here.has_vnni and not here.is_arm:
-            return (
-                "this processor has no VNNI, or does not tell: a file for 'vnni' may saturate "
-                "here, and what is measured without saturation is what it does on one that has it"
-            )
-        return None
+        return told(self.target)
 
 
 def _equalised(graph: FloatGraph, step: QuantizationStep, per_channel: bool) -> FloatGraph:
@@ -159,7 +146,7 @@ class _Calibration:
     def done(self) -> OnnxQuantization:
         """Return the network, ready to be written."""
         options, graph = self.options, self.graph
-        target = options.resolved
+        target = resolved(options.target)
         widest, means = MinMax(), MeanInputs(corrected(graph.layers))
         for values in self._values(graph.tensors):
             widest.see(values)

@@ -45,6 +45,24 @@ class Processor:
         return {"machine": self.machine, "vnni": self.has_vnni}
 
 
+def resolved(target: Target) -> Target:
+    """Return a target, with ``auto`` told."""
+    return this_processor().target if target == "auto" else target
+
+
+def told(target: Target) -> str | None:
+    """Return what the user must know of a target on this machine, if anything."""
+    here = this_processor()
+    if target == "auto":
+        return f"the INT8 file is for this machine's processor: target {here.target}"
+    if target == "vnni" and not here.has_vnni and not here.is_arm:
+        return (
+            "this processor has no VNNI, or does not tell: a file for 'vnni' may saturate "
+            "here, and what is measured without saturation is what it does on one that has it"
+        )
+    return None
+
+
 def this_processor() -> Processor:
     """Return this machine's processor."""
     try:

@@ -18,15 +18,15 @@ class FeaturePrior(Regularizer):
     Σ_c (mean_c - β_c)² / Σ_c γ_c², averaged over layers. Such a layer normalises every position
     across channels, then scales channel c by γ_c and shifts it by β_c; BatchNorm would leave the
     channel at β_c on average. Here nothing makes it, and how near training came to it depends on
-    the layer: real images have 0.03 to 0.4 in the deep ones of small networks, noise 0.2 to 1. So
-    it is not what ``auto`` takes. 0 where all channels are at their shift, 1 where the channels do
-    not vary at all. It is no published term.
+    the layer: in the deep ones of small networks real images have less than noise, in the first
+    ones not. So it is not what ``auto`` takes. 0 where all channels are at their shift; about 1
+    where none varies and γ is even. It is no published term.
     """
 
     needs = frozenset({"norm_means"})
 
     def __call__(self, step: InversionStep) -> Tensor:
-        """Return the term, in [0, 1] as good as, of shape ()."""
+        """Return the term, >= 0, of shape ()."""
         layers = supplied(step.norm_means or None, "norm_means", self)
         return torch.stack([_from_shift(layer) for layer in layers]).mean()
 

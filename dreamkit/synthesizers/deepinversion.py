@@ -19,22 +19,25 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import placed
 from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
-from dreamkit.seeds import derived_seed
 from dreamkit.synthesizers.automatic_terms import terms_for
+from dreamkit.synthesizers.competitor import competitor
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
 from dreamkit.synthesizers.inversion_loss import OpenTerms, bound_loss, competing
 from dreamkit.synthesizers.labels import Labels, check_labels, deal_labels, named
 from dreamkit.synthesizers.planning import Phase, default_batch
 from dreamkit.synthesizers.stage import DEFAULT_STEPS, Plateau, Stage, check_stages, default_stages
-from dreamkit.synthesizers.token_dropping import TokenDropping, TokenGate, check_tokens, gated
+from dreamkit.synthesizers.token_dropping import (
+    Evaluate,
+    TokenDropping,
+    TokenGate,
+    gated,
+    token_entry,
+)
 from dreamkit.synthesizers.views import draw_views
-from dreamkit.teachers.checking import check_fits
-from dreamkit.teachers.intake import admit
 from dreamkit.training.schedule import lr_factor
 from dreamkit.types import (
     BatchPlan,
@@ -143,7 +146,7 @@ class DeepInversion(Synthesizer):
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
         terms = terms_for(self.regularizers, teacher, note)
         with ExitStack() as stack:
-            if (named := self._load_student(teacher, seed)) is not None:
+            if (named := competitor(self.student, self.regularizers, teacher, seed)) is not None:
                 student = named.to(device)
                 stack.enter_context(borrowed(student, teacher.card.input_size))
             loss = stack.enter_context(bound_loss(teacher, terms, student))
@@ -153,21 +156,14 @@ class DeepInversion(Synthesizer):
             stack.callback(inversion.evaluator.discard_compiled)
             yield inversion
 
-    def _load_student(self, teacher: Teacher, seed: int = 0) -> nn.Module | None:
-        if self.student is None or competing(self.regularizers) is None:
-            return None
-        with placed("student"):
-            student = admit(self.student.load(derived_seed(seed, "rival")), role="the competitor")
-            check_fits(student.card, teacher.card)
-        return student.model
-
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms, the labels or the student do not fit."""
         terms_for(self.regularizers, teacher)
-        self._load_student(teacher)
+        competitor(self.student, self.regularizers, teacher)
         check_labels(self.labels, teacher.card)
         check_stages(self.stages or (), teacher)
-        check_tokens(self.token_dropping, teacher)
+        if self.token_dropping is not None:
+            token_entry(teacher)
 
 
 class Inversion(LossDreamer):
@@ -223,7 +219,8 @@ class Inversion(LossDreamer):
             def counted(step: int, terms: Mapping[str, Tensor], done: int = done) -> None:
                 on_step(done + step, terms)
 
-            best = self._stage(start, labels, stage, generator, evaluator, counted)
+            evaluate = evaluator if self.gate is None else self.gate.begin(evaluator, stage.steps)
+            best = self._stage(start, labels, stage, generator, evaluate, counted)
             best.require_finite(plan)
             images = options.parameterisation.render(best.found, size)
             loss, done = float(best.loss), done + stage.steps
@@ -236,7 +233,7 @@ class Inversion(LossDreamer):
         labels: Tensor,
         stage: Stage,
         generator: torch.Generator,
-        evaluator: Evaluator,
+        evaluate: Evaluate,
         on_step: OnStep,
     ) -> Best:
         """Optimise at one resolution; return the best parameters of its steps."""
@@ -254,7 +251,6 @@ class Inversion(LossDreamer):
         draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
-        evaluate = evaluator if self.gate is None else self.gate.begin(evaluator)
         for step in range(stage.steps):
             factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
@@ -270,6 +266,8 @@ class Inversion(LossDreamer):
                     parameters.copy_(clipped(form, parameters, size, limits))
             on_step(step + 1, {"loss": found.loss, **found.terms})
             self.on_images(images.detach(), labels)
+            if self.gate is not None and self.gate.has_dropped:  # losses are of fewer patches
+                best, plateau = best.anew(), Plateau(options.patience)
             if (step + 1) % SYNC_EVERY == 0 and (not best.finite or plateau(step + 1, best.loss)):
                 break
         return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -221,6 +222,12 @@ class Best:
         self._terms: tuple[str, ...] = ()
         self._sound: Tensor | None = None
         """Whether each term was, at the first step whose loss was not; (terms,)."""
+
+    def anew(self) -> Best:
+        """Return one that takes what comes next; it still knows whether all losses were finite."""
+        other = copy.copy(self)
+        other.loss = torch.full_like(self.loss, torch.inf)
+        return other
 
     def offer(self, found: Tensor, loss: Tensor, terms: Mapping[str, Tensor] | None = None) -> None:
         """Take what a step found, if its loss (of shape ()) is lower.

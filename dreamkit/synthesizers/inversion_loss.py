@@ -91,6 +91,8 @@ class InversionLoss:
         student_logits: Tensor | None = None
         features: Tensor | None = None
         statistics: tuple[LayerStatistics, ...] = ()
+        if self.norms is not None:
+            self.norms.begin()
         # Told by None: older compilers cannot take a context's truth.
         with nullcontext() if arithmetic is None else arithmetic:
             if self.tap is not None:
@@ -106,9 +108,14 @@ class InversionLoss:
                 student_logits = self.student(images).float()
         logits = logits.float()
         step = InversionStep(
-            *(images, labels, logits, student_logits, statistics, features),
-            () if self.blocks is None else self.blocks.outputs(),
-            () if self.norms is None else self.norms.means(),
+            images,
+            labels,
+            logits,
+            student_logits,
+            statistics,
+            features,
+            block_outputs=() if self.blocks is None else self.blocks.outputs(),
+            norm_means=() if self.norms is None else self.norms.means(),
         )
         # Over all images: one's share of the loss does not grow where others show no class.
         classified = F.cross_entropy(

@@ -49,22 +49,31 @@ def _shifts(module: nn.Module) -> bool:
 
 
 class NormTap:
-    """Keeps what such layers made of their inputs in a model's last forward pass."""
+    """Keeps what such layers make of their inputs in a pass of a model, from ``begin`` on.
+
+    Passes that others run through the model leave no trace.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[NormMeans] = []
+        self._seen: list[NormMeans] | None = None
+
+    def begin(self) -> None:
+        """Begin to note: the next pass is looked at."""
+        self._seen = []
 
     def see(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Note one layer's input, normalised; what the layer puts out may be activated already."""
+        if self._seen is None:
+            return
         scale = module.weight
         assert isinstance(scale, Tensor)
         mean = _normalised(module, x.float()).mean(dim=0)
         self._seen.append(NormMeans(name, mean, scale.detach().float()))
 
     def means(self) -> tuple[NormMeans, ...]:
-        """Return what was seen, in forward order, and forget it: it holds the pass's graph."""
-        found = tuple(self._seen)
-        self._seen.clear()
+        """Return what was seen since ``begin``, in forward order, and look no longer."""
+        found = tuple(self._seen or ())
+        self._seen = None
         return found
 
 
@@ -75,7 +84,9 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
         return channels_first.transpose(0, 1).flatten(1).T
     assert isinstance(module, nn.LayerNorm)
     (channels,) = module.normalized_shape
-    if x.shape[-1] != channels:
+    # Those over maps transpose them; where a map is as wide as it has channels the name tells.
+    over_maps = "2d" in type(module).__name__.lower()
+    if x.shape[-1] != channels or (over_maps and x.shape[1] == channels):
         x = x.movedim(1, -1)
     return F.layer_norm(x, (channels,), eps=module.eps).flatten(0, -2)
 

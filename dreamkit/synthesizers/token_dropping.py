@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from typing import Annotated, Any
 
@@ -14,12 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.errors import TeacherMismatch
+from dreamkit.errors import TeacherMismatch, placed
 from dreamkit.model_state import eval_mode
-from dreamkit.synthesizers.block_outputs import feature_blocks, patch_grid
+from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks, patch_grid
 from dreamkit.synthesizers.engine import Evaluation
+from dreamkit.synthesizers.views import gathered
 from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import Teacher
+from dreamkit.wording import and_more
 
 Evaluate = Callable[[Tensor, Tensor, Tensor], Evaluation]
 """From images, labels and how they are rolled and mirrored, as ``Evaluator``."""
@@ -33,12 +35,13 @@ class TokenDropping:
     Applications", ICML 2024. A step takes as much less time as there are fewer tokens. The paper
     drops by the attention that the class pays a patch; here it is by the square of the loss's
     gradient in its pixels, summed since patches were dropped last: fused kernels show no attention.
-    A dropped patch stays in the image as it was, if pixels are what the optimizer moves; by
-    ``fourier`` it changes with the others, unseen, and whole images lose their class.
+    What is dropped stays in the image and is no longer seen. By ``pixels`` momentum, jitter and
+    terms of the pixels move it a little; by ``fourier`` it changes with the others, and whole
+    images may lose their class.
 
     Args:
         share: of the patches that are left, how many are dropped each time.
-        after: steps of each stage after which they are.
+        after: steps of each stage after which they are, two at least being left.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
@@ -72,36 +75,52 @@ def token_entry(teacher: Teacher) -> TokenEntry:
     """Return where patches can be left out of a teacher.
 
     Raises:
-        TeacherMismatch: it has no tokens, or does not take fewer of them.
+        TeacherMismatch: it has no tokens, does not take fewer of them, or tells their places later.
     """
-    model, size = teacher.model, teacher.card.input_size
+    model, name = teacher.model, teacher.card.name
+    with placed("token_dropping"):
+        check_patches(teacher, teacher.card.input_size[1:])
     blocks = feature_blocks(teacher)
-    images = blank_noise(model, size)
+    images = blank_noise(model, teacher.card.input_size)
     entry = _entry(model, blocks[0].name, images) if blocks else None
     if entry is None:
-        raise TeacherMismatch(
-            f"token_dropping leaves patches out, and {teacher.card.name} has no blocks that are "
-            "given them as tokens (a vision transformer has); set it to null",
-            ("token_dropping",),
-        )
+        raise _refused(name, "has no blocks that are given them as tokens, as a vision transformer")
     gate = TokenGate(entry, TokenDropping(0.5, (1,)))
     gate.seen(1, images.float())
-    try:
-        with torch.no_grad(), eval_mode(model), standing(model, gate), gate.shut(torch.zeros(3)):
-            model(images)
-    except Exception as error:  # anyone's code
-        raise TeacherMismatch(
-            f"token_dropping leaves patches out, and {teacher.card.name} takes all of them alone "
-            f"({type(error).__name__}); set it to null",
-            ("token_dropping",),
-        ) from error
+    with torch.no_grad(), eval_mode(model):
+        right = model(images)
+        with _hooked(model, entry, partial(_reversed, entry.extra)):
+            turned = model(images)
+        rounding = 1e3 * torch.finfo(right.dtype).eps * float(right.abs().max())
+        if not torch.allclose(turned, right, rtol=0, atol=rounding):
+            raise _refused(name, "tells patches' places only after they are tokens")
+        try:
+            with _hooked(model, entry, gate.filtered), gate.shut(torch.zeros(3)):
+                model(images)
+        except Exception as error:  # anyone's code
+            raise _refused(name, f"takes all of them alone ({type(error).__name__})") from error
     return entry
 
 
-def check_tokens(options: TokenDropping | None, teacher: Teacher) -> None:
-    """Refuse a teacher that patches are to be left out of, and that takes all of them alone."""
-    if options is not None:
-        token_entry(teacher)
+def _refused(name: str, why: str) -> TeacherMismatch:
+    return TeacherMismatch(
+        f"token_dropping leaves patches out, and {name} {why}; set it to null", ("token_dropping",)
+    )
+
+
+def _reversed(extra: int, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a block's inputs with the tokens of patches in reverse order."""
+    tokens, *others = inputs
+    return torch.cat([tokens[:, :extra], tokens[:, extra:].flip(1)], 1), *others
+
+
+@contextmanager
+def _hooked(model: nn.Module, entry: TokenEntry, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = model.get_submodule(entry.name).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _entry(model: nn.Module, name: str, images: Tensor) -> TokenEntry | None:
@@ -138,22 +157,33 @@ class TokenGate:
         self.entry = entry
         self.options = options
         self.left: Tensor | None = None
-        """Which patches are, (N, rows, columns); None for all."""
+        """Which patches are, 1 or 0, (N, 1, rows, columns); None for all."""
+        self.count = 0
+        """How many of an image are, once some were dropped."""
+        self.has_dropped = False
+        """Whether the step before did."""
         self._wanted: Tensor | None = None
-        self._view: tuple[int, int, bool] | None = None
+        self._view: Tensor | None = None
 
-    def begin(self, evaluate: Evaluate) -> Evaluate:
+    def begin(self, evaluate: Evaluate, steps: int) -> Evaluate:
         """Begin a stage with all patches; return what evaluates its steps one after the other.
 
         The network is shown all of an image outside of these.
+
+        Args:
+            evaluate: a step.
+            steps: of the stage; none is dropped after the last.
         """
-        self.left = self._wanted = None
-        steps = count(1)
+        self.left, self._wanted, self.has_dropped = None, None, False
+        numbers = count(1)
 
         def some_patches(images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
             with self.shut(draw):
                 found = evaluate(images, labels, draw)
-            self.seen(next(steps), found.gradient)
+            step = next(numbers)
+            self.has_dropped = False
+            if step < steps:
+                self.seen(step, found.gradient)
             return found
 
         return some_patches
@@ -165,9 +195,8 @@ class TokenGate:
         Args:
             draw: how images are rolled and mirrored, (3,), as ``View`` takes it.
         """
-        down, right, mirrored = draw.tolist()
         high, wide = self.entry.patch
-        self._view = round(down / high), round(right / wide), bool(mirrored)
+        self._view = torch.stack([draw[0] / high, draw[1] / wide, draw[2]]).round().long()
         try:
             yield
         finally:
@@ -176,47 +205,34 @@ class TokenGate:
     def seen(self, step: int, gradient: Tensor) -> None:
         """Add up how much the loss wants to change each patch; drop some if it is time to.
 
-        One at least is left.
-
         Args:
             step: that was taken, from 1.
             gradient: of the loss in the images, (N, C, H, W).
         """
-        wanted = gradient.square().sum(1, keepdim=True)
-        by_patch = F.avg_pool2d(wanted, self.entry.patch).squeeze(1)
+        by_patch = F.avg_pool2d(gradient.square().sum(1, keepdim=True), self.entry.patch)
         total = by_patch if self._wanted is None else self._wanted + by_patch
-        self._wanted = total
-        if step not in self.options.after:
+        self._wanted, self.has_dropped = total, step in self.options.after
+        if not self.has_dropped:
             return
-        before = torch.ones_like(total, dtype=torch.bool) if self.left is None else self.left
-        patches = int(before[0].sum())
-        stay = max(1, patches - math.floor(patches * self.options.share))
-        ranked = total.masked_fill(~before, -1).flatten(1).topk(stay).indices
-        left = torch.zeros_like(before).flatten(1).scatter(1, ranked, True)
-        self.left, self._wanted = left.view_as(before), None
+        if self.left is None:
+            self.left, self.count = torch.ones_like(total), total[0].numel()
+        # One patch has no other to be compared with.
+        self.count = max(min(2, self.count), self.count - int(self.count * self.options.share))
+        ranked = total.masked_fill(self.left == 0, -1).flatten(1).topk(self.count).indices
+        left = torch.zeros_like(total).flatten(1).scatter(1, ranked, 1.0)
+        self.left, self._wanted = left.view_as(total), None
 
     def filtered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Return a block's inputs without the tokens that were dropped; None for all, as hooks."""
         if self.left is None or self._view is None:
             return None
         tokens, *others = inputs
-        down, right, mirrored = self._view
-        shown = self.left.roll((down, right), (1, 2))
-        shown = (shown.flip(2) if mirrored else shown).flatten(1)
-        places = shown.nonzero()[:, 1].view(len(shown), -1) + self.entry.extra
+        shown = gathered(self.left, self._view).flatten(1)
+        # Of as many as are known to be left: a GPU need not be waited for.
+        places = shown.topk(self.count).indices.sort().values + self.entry.extra
         always = torch.arange(self.entry.extra, device=places.device).expand(len(shown), -1)
         places = torch.cat([always, places], 1).unsqueeze(2).expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, places), *others
-
-
-@contextmanager
-def standing(model: nn.Module, gate: TokenGate) -> Iterator[TokenGate]:
-    """Have a gate stand in a model while the block lasts."""
-    hook = model.get_submodule(gate.entry.name).register_forward_pre_hook(gate.filtered)
-    try:
-        yield gate
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -227,11 +243,11 @@ def gated(
     if options is None:
         yield None
         return
-    with standing(teacher.model, TokenGate(token_entry(teacher), options)) as gate:
-        left = (1 - options.share) ** len(options.after)
-        note(
-            f"token_dropping: {left:.0%} of the patches are left in the end, before "
-            f"{gate.entry.name}; steps are not compiled, and by another parameterisation than "
-            "pixels the rest of an image changes unseen"
-        )
+    gate = TokenGate(token_entry(teacher), options)
+    note(
+        f"token_dropping: before {gate.entry.name}, {options.share:.0%} of the patches left after "
+        f"steps {and_more([str(step) for step in options.after])} of each stage; steps are not "
+        "compiled, and by another parameterisation than pixels the rest of an image changes unseen"
+    )
+    with _hooked(teacher.model, gate.entry, gate.filtered):
         yield gate

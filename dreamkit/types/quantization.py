@@ -114,6 +114,11 @@ class Quantizer(ABC):
         """Whether a file is to be faster than float; if it is not then, a run says so."""
         return True
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether images decide on its files: their ranges are taken, and can be trained."""
+        return True
+
     @abstractmethod
     def calibrate(self, step: QuantizationStep) -> Quantization:
         """Export a network and take the ranges of its activations."""

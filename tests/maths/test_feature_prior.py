@@ -85,6 +85,19 @@ def groups(channels):
     return randomised(nn.GroupNorm(2, channels))
 
 
+def test_channels_are_told_from_columns_where_both_are_as_many(teacher_of):
+    model = body(nn.Conv2d(3, 6, 3, stride=3), norm2d(6))
+    images = torch.randn(4, 3, 18, 18)
+    outputs = model[1](model[0](images))
+    assert outputs.shape == (4, 6, 6, 6)
+    with means_of(model, ["1"]) as tap:
+        tap.begin()
+        model(images)
+        (found,) = tap.means()
+    expected = (outputs.mean((0, 2, 3)) - model[1].bias) / model[1].weight
+    assert torch.allclose(found.mean, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", [norm2d, groups])
 def test_it_is_the_mean_of_the_output_less_the_shift_by_the_scale(teacher_of, norm):
     model = body(nn.Conv2d(3, 6, 3, padding=1), norm(6))
@@ -92,6 +105,7 @@ def test_it_is_the_mean_of_the_output_less_the_shift_by_the_scale(teacher_of, no
     outputs = model[1](model[0](images)).mean((0, 2, 3))
     expected = (outputs - model[1].bias) / model[1].weight
     with means_of(model, norm_layers(teacher_of(model))) as tap:
+        tap.begin()
         model(images)
         (found,) = tap.means()
     assert found.name == "1"
@@ -105,6 +119,7 @@ def test_an_activation_within_the_layer_does_not_hide_it(teacher_of):
     plain = nn.GroupNorm(2, 6)
     images = torch.randn(4, *SIZE)
     with means_of(model, norm_layers(teacher_of(model))) as tap:
+        tap.begin()
         model(images)
         (found,) = tap.means()
     assert torch.allclose(found.mean, plain(model[0](images)).mean((0, 2, 3)), atol=1e-6)
@@ -117,6 +132,9 @@ def test_every_layer_of_a_transformer_in_forward_order(teacher_of):
     names = [f"blocks.{block}.norm{number}" for block in (0, 1) for number in (1, 2)]
     assert norm_layers(teacher_of(vit)) == [*names, "norm"]
     with means_of(vit, [*names, "norm"]) as tap:
+        vit(torch.randn(2, *SIZE))  # of another
+        assert tap.means() == ()
+        tap.begin()
         vit(torch.randn(2, *SIZE))
         assert [seen.name for seen in tap.means()] == [*names, "norm"]
         assert tap.means() == ()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.errors import DreamkitError
+from dreamkit.applications.quantize import Quantize
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.onnx_model import OnnxSession
 from dreamkit.quantizers.onnx_dynamic import OnnxDynamicQuantizer
 from dreamkit.quantizers.targets import this_processor
+from dreamkit.stages.quantization_aware import QuantizationAwareTraining
 from dreamkit.types import QuantizationStep
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -134,6 +136,13 @@ def test_a_network_without_linear_layers_is_refused(quantized):
     with pytest.raises(DreamkitError, match=r"no linear layer; \{name: onnxruntime\}") as caught:
         quantized(plain)
     assert caught.value.path == ("quantizer",)
+
+
+def test_training_in_integers_is_refused_where_nothing_is_calibrated():
+    assert not OnnxDynamicQuantizer().calibrates
+    with pytest.raises(OptionError, match="set it to null") as caught:
+        Quantize(quantizer=OnnxDynamicQuantizer(), training=QuantizationAwareTraining())
+    assert caught.value.option == "training"
 
 
 def test_what_auto_is_on_this_machine_is_said():

@@ -23,7 +23,6 @@ from dreamkit.synthesizers.token_dropping import (
     TokenDropping,
     TokenEntry,
     TokenGate,
-    standing,
     token_entry,
 )
 from dreamkit.synthesizers.views import View
@@ -80,11 +79,11 @@ def test_gradients_add_up_between_and_each_image_has_patches_of_its_own():
     assert bool(gate.left.flatten(1)[1, 3])
 
 
-def test_one_patch_is_always_left():
+def test_two_patches_are_always_left():
     gate = TokenGate(ENTRY, TokenDropping(0.99, (1, 2, 3)))
     for step in (1, 2, 3):
         gate.seen(step, torch.ones(2, 3, 16, 16))
-    assert gate.left.flatten(1).sum(1).tolist() == [1, 1]
+    assert gate.left.flatten(1).sum(1).tolist() == [2, 2]
 
 
 def test_steps_with_fewer_patches_are_worth_less():
@@ -104,18 +103,18 @@ def test_patches_that_are_left_pass_wherever_a_view_moves_them(draw):
     wanted = torch.zeros(16)
     wanted[[1, 2, 5, 7, 8, 11, 12, 14]] = 1
     tokens = F.avg_pool2d(View.apply(number, draws), 4).flatten(2).transpose(1, 2)
-    with standing(model, gate):
-        gate.seen(1, gradient_of([wanted.tolist()]))
-        with gate.shut(draws):
-            passed = model(tokens)
-        assert torch.equal(model(tokens), tokens)  # it is open again
+    hook = model[0].register_forward_pre_hook(gate.filtered)
+    gate.seen(1, gradient_of([wanted.tolist()]))
+    with gate.shut(draws):
+        passed = model(tokens)
+    assert torch.equal(model(tokens), tokens)  # it is open again
+    hook.remove()
     found = passed.flatten().sort().values
     expected = wanted.nonzero().flatten().float()
     near = draw[0] % 4 or draw[1] % 4  # within a patch: it holds a strip of its neighbours
     assert found.shape == expected.shape
     if not near:
         assert torch.equal(found, expected)
-    assert not model[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize("registers", [0, 2])
@@ -128,10 +127,11 @@ def test_a_transformer_is_given_the_tokens_left_and_those_of_no_patch(teacher_of
     model.blocks[1].register_forward_pre_hook(lambda module, inputs: put_out.append(inputs[0]))
     gate = TokenGate(entry, TokenDropping(0.5, (1,)))
     gate.seen(1, images)
-    with standing(model, gate), gate.shut(torch.zeros(3)), torch.no_grad():
+    model.blocks[0].register_forward_pre_hook(gate.filtered)
+    with gate.shut(torch.zeros(3)), torch.no_grad():
         model(images)  # the first hook sees all, the gate stands behind it
     places = [left.flatten().nonzero().flatten() + extra for left in gate.left]
-    with torch.no_grad():
+    with torch.no_grad():  # the gate is open
         for image, own in enumerate(places):
             alone = given[0][image : image + 1, torch.cat([torch.arange(extra), own])]
             assert torch.allclose(put_out[0][image], model.blocks[0](alone)[0], atol=1e-5)
@@ -152,12 +152,44 @@ def mixer():
     return MlpMixer(img_size=16, patch_size=4, num_blocks=1, embed_dim=8, num_classes=3)
 
 
+def places_later():
+    """Adds positions to the output of the first block."""
+    model = vit(pos_embed="none")
+    model.blocks.insert(1, AddsPlaces(12))
+    return model
+
+
+class AddsPlaces(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(1, 17, channels))
+
+    def forward(self, x):
+        return x + self.places[:, : x.shape[1]]
+
+
+class NeedsAll(nn.Module):
+    """Looks at how many tokens there are, and not at their order."""
+
+    def forward(self, x):
+        assert x.shape[1] == 17
+        return x
+
+
+def needs_all():
+    model = vit()
+    model.blocks.insert(1, NeedsAll())
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (swin, "no blocks that are given them as tokens"),
         (convnext, "no blocks that are given them as tokens"),
         (mixer, "takes all of them alone"),
+        (places_later, "tells patches' places only after they are tokens"),
+        (needs_all, "takes all of them alone"),
     ],
 )
 def test_what_takes_no_fewer_tokens_is_refused(teacher_of, model, why):
@@ -216,13 +248,45 @@ def test_steps_see_fewer_tokens_and_the_rest_of_the_image_stays(teacher_of, mode
     assert (moved > 0).any()
 
 
-def test_how_few_are_left_is_noted(teacher_of):
+def test_what_is_left_out_when_is_noted(teacher_of):
     notes = []
     options = DeepInversion(images=2, token_dropping=TokenDropping(0.5, (5, 10)))
     with options.session(teacher_of(vit()), torch.device("cpu"), note=notes.append) as session:
         assert session.choices["compile"] is False
     (note,) = [note for note in notes if note.startswith("token_dropping")]
-    assert "25% of the patches are left in the end, before blocks.0" in note
+    assert "before blocks.0, 50% of the patches left after steps 5, 10" in note
+
+
+def test_the_best_is_of_the_steps_after_the_last_drop(teacher_of):
+    torch.manual_seed(0)
+    losses = []
+    options = DeepInversion(
+        regularizers=(),
+        images=4,
+        batch_size=4,
+        stages=(Stage(12),),
+        jitter=0,
+        patience=100,
+        parameterisation=Pixels(),
+        token_dropping=TokenDropping(0.5, (6, 11, 12)),
+        engine=Engine("float32"),
+    )
+    with options.session(teacher_of(vit()), torch.device("cpu")) as session:
+        dream = session.dream(
+            BatchPlan(0, 0, 4, 1), lambda step, terms: losses.append(float(terms["loss"]))
+        )
+    assert dream.loss == pytest.approx(losses[11])
+    assert min(losses[:11]) < losses[11]  # fewer patches, a greater loss
+
+
+def test_patches_with_a_rest_are_refused(toys):
+    model = VisionTransformer(
+        img_size=18, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3
+    )
+    teacher = toys.teacher(model.eval(), toys.card(input_size=(3, 18, 18)))
+    with pytest.raises(TeacherMismatch, match="which do not divide images of 18x18") as caught:
+        token_entry(teacher)
+    assert caught.value.path == ("token_dropping",)
 
 
 def test_as_a_recipe_has_it():
