@@ -5,11 +5,12 @@ it, inverted as if they had none. Their statistics judge too: the distance of dr
 multiple of chance, which no term but ``bn_feature`` sees. All dreams are judged by another network,
 and by how much of the test images students know that were taught on the dreams. On digits the judge
 is a small network that was trained on the real ones (the extra ``demo`` brings them); on CIFAR-10
-it is the other bundled teacher.
+it is the bundled ResNet-20.
 
     python benchmarks/without_batch_norm.py
     python benchmarks/without_batch_norm.py --teachers digits_vit --methods gram
-    python benchmarks/without_batch_norm.py --teachers cifar10_convnext --test cifar10/test
+    python benchmarks/without_batch_norm.py --teachers --test cifar10/test \\
+        --convnext runs/teachers/convnext.safetensors
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.inversion_loss import check_terms
 from dreamkit.synthesizers.stage import Stage
-from dreamkit.teachers.bundled import BundledTeacher
+from dreamkit.teachers.cifar import CifarTeacher
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.augmentation import random_crop, random_flip
@@ -50,8 +51,7 @@ from dreamkit.training.batches import in_order
 from dreamkit.types import BatchPlan, Images, Regularizer, StoredImages, Teacher
 
 DIGITS = ("digits_vit", "digits_convnext", "digits_resnet8")
-CIFAR = {"cifar10_convnext": "cifar10_resnet20", "cifar10_resnet20": "cifar10_convnext"}
-"""Teachers, and who judges their dreams; those of them that are bundled."""
+CIFAR = "cifar10_convnext"
 Judge = Callable[[Tensor], Tensor]
 """From stored images to logits."""
 
@@ -130,15 +130,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    bundled = BundledTeacher.known_models(pretrained=True)
-    known = [*DIGITS, *(name for name, judge in CIFAR.items() if {name, judge} <= {*bundled})]
-    parser.add_argument("--teachers", nargs="+", choices=known, default=list(DIGITS))
+    parser.add_argument("--teachers", nargs="*", choices=DIGITS, default=list(DIGITS))
     parser.add_argument("--methods", metavar="TEXT", default="", help="those with this in the name")
     parser.add_argument("--seed", type=int, default=0, help="of dreams and students")
+    parser.add_argument("--convnext", metavar="FILE", help="a ConvNeXt of train_teacher.py too")
     parser.add_argument("--test", metavar="DIR", help="class folders of CIFAR-10's test images")
     options = parser.parse_args()
-    if options.test is None and not set(options.teachers).isdisjoint(CIFAR):
-        parser.error("teachers of CIFAR-10 need --test")
+    if (options.test is None) != (options.convnext is None):
+        parser.error("give --convnext and --test together")
     return options
 
 
@@ -146,18 +145,20 @@ def main() -> None:
     """Print a row for each teacher and method."""
     options = parse()
     torch.set_num_threads(1)
-    digits = verifier(dreamkit.load_teacher("bundled:digits_resnet8"))
+    teachers = {name: dreamkit.load_teacher(f"bundled:{name}") for name in options.teachers}
+    judges = dict.fromkeys(teachers, verifier(dreamkit.load_teacher("bundled:digits_resnet8")))
+    if options.convnext is not None:
+        teachers[CIFAR] = CifarTeacher("convnext", options.convnext).load(0)
+        judges[CIFAR] = _bundled("cifar10_resnet20")
     print("| teacher | terms | verifier | student | distance |\n| --- | --- | --- | --- | --- |")
-    for name in options.teachers:
-        teacher = dreamkit.load_teacher(f"bundled:{name}")
-        source = Folder(options.test) if name in CIFAR else Digits("test")
-        judge = _bundled(CIFAR[name]) if name in CIFAR else digits
+    for name, teacher in teachers.items():
+        source = Folder(options.test) if name == CIFAR else Digits("test")
         for method, terms in METHODS.items():
             if options.methods not in method or not _fit(terms, teacher):
                 continue
             budget = BUDGETS[name.partition("_")[0]]
             dreams, far = dreamed(teacher, terms, budget, options.seed)
-            known = _accuracy(judge, dreams.images, dreams.labels)
+            known = _accuracy(judges[name], dreams.images, dreams.labels)
             student = taught(
                 teacher, dreams.images, source.open(teacher.card), budget, options.seed
             )
