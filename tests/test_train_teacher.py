@@ -137,6 +137,20 @@ def test_mixed_images_have_the_labels_of_their_pixels(script: ModuleType) -> Non
     assert x[0].max() == 0, "the images given are left alone"
 
 
+def test_bundled_weights_are_halves_and_are_those_that_were_judged(
+    train: Callable[..., Path],
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(script, "PACKAGE_FOLDER", tmp_path / "package")
+    (tmp_path / "package").mkdir()
+    own, bundled = state(train("--bundle", "small")), state(tmp_path / "package", "small")
+    assert {v.dtype for v in bundled.values() if v.is_floating_point()} == {torch.float16}
+    assert {v.dtype for v in own.values() if v.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(value.float(), own[name].float()) for name, value in bundled.items())
+
+
 def test_a_bundled_teacher(
     script: ModuleType,
     train: Callable[..., Path],
