@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dreamkit import distributed
-from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.errors import DreamkitError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import load_state, seeded, tensors_of
 from dreamkit.registry import EntryOf
@@ -61,13 +61,6 @@ class Distillation(Training):
     # Untrained features may be ten times as large as the teacher's, and their squares throw a
     # student off its course before it has one.
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.features and self.compile:
-            raise OptionError(
-                "compile", "features are seen by hooks: set it to false, or features to 0"
-            )
 
 
 class Distiller(Trainer[Distillation]):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dreamkit.copying import copied
-from dreamkit.errors import DreamkitError, OptionError
+from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
 from dreamkit.stages.teaching import StudentTraining
 from dreamkit.training.augmenter import Augmentation
@@ -280,9 +280,24 @@ def test_an_interrupted_training_goes_on_with_its_regressors(toys):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_features_and_compilation_exclude_each_other():
-    with pytest.raises(OptionError, match="features are seen by hooks"):
-        Distillation(features=1.0, compile=True)
+def test_compiled_steps_see_the_same_features(toys, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(  # as it is traced, without the minutes that code takes to be made
+        torch, "compile", lambda function, **how: real(function, backend="eager", **how)
+    )
+    batch, losses, notes = toys.images(8).batch(range(8)), [], []
+    for compiled in (False, True):
+        how = Distillation(
+            steps=4, batch_size=8, lr=0.05, features=10.0, dropout=False, compile=compiled
+        )
+        student = network(seed=1)
+        made = Distiller(student, network(), toys.card(), how, CPU, 0, 4, note=notes.append)
+        losses.append([float(made.step(batch)) for _ in range(4)])
+        assert made.features is not None
+        assert not student.inner[0]._forward_pre_hooks
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][3] < losses[0][0]
+    assert notes == []  # it did not fall back to eager
 
 
 @pytest.mark.parametrize("dropout", [True, False])
