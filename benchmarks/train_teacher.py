@@ -239,7 +239,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/teachers"), metavar="FOLDER")
     parser.add_argument(
-        "--bundle", metavar="NAME", help="write into the package's weights too, in float16"
+        "--bundle",
+        metavar="NAME",
+        help="write into the package's weights too; both are rounded to float16",
     )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs of {QUICK_IMAGES} images"

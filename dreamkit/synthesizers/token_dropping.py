@@ -89,13 +89,13 @@ def token_entry(teacher: Teacher) -> TokenEntry:
     gate.seen(1, images.float())
     with torch.no_grad(), eval_mode(model):
         right = model(images)
-        with _hooked(model, entry, partial(_reversed, entry.extra)):
+        with _hooked(model, entry.name, partial(_reversed, entry.extra)):
             turned = model(images)
         rounding = 1e3 * torch.finfo(right.dtype).eps * float(right.abs().max())
         if not torch.allclose(turned, right, rtol=0, atol=rounding):
             raise _refused(name, "tells patches' places only after they are tokens")
         try:
-            with _hooked(model, entry, gate.filtered), gate.shut(torch.zeros(3)):
+            with _hooked(model, entry.name, gate.filtered), gate.shut(torch.zeros(3)):
                 model(images)
         except Exception as error:  # anyone's code
             raise _refused(name, f"takes all of them alone ({type(error).__name__})") from error
@@ -115,8 +115,8 @@ def _reversed(extra: int, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[A
 
 
 @contextmanager
-def _hooked(model: nn.Module, entry: TokenEntry, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = model.get_submodule(entry.name).register_forward_pre_hook(hook)
+def _hooked(model: nn.Module, name: str, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = model.get_submodule(name).register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -129,12 +129,8 @@ def _entry(model: nn.Module, name: str, images: Tensor) -> TokenEntry | None:
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         given.extend(x for x in inputs[:1] if isinstance(x, Tensor) and x.dim() == 3)
 
-    hook = model.get_submodule(name).register_forward_pre_hook(see)
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(images)
-    finally:
-        hook.remove()
+    with torch.no_grad(), eval_mode(model), _hooked(model, name, see):
+        model(images)
     if not given or len(given[0]) != len(images):
         return None
     height, width = images.shape[2:]
@@ -245,9 +241,10 @@ def gated(
         return
     gate = TokenGate(token_entry(teacher), options)
     note(
-        f"token_dropping: before {gate.entry.name}, {options.share:.0%} of the patches left after "
-        f"steps {and_more([str(step) for step in options.after])} of each stage; steps are not "
-        "compiled, and by another parameterisation than pixels the rest of an image changes unseen"
+        f"token_dropping: {options.share:.0%} of the patches that are left go after each of the "
+        f"steps {and_more([str(step) for step in options.after])} of a stage, before "
+        f"{gate.entry.name}. Steps are not compiled; unless the parameterisation is pixels, "
+        "patches that are gone still change unseen"
     )
-    with _hooked(teacher.model, gate.entry, gate.filtered):
+    with _hooked(teacher.model, gate.entry.name, gate.filtered):
         yield gate

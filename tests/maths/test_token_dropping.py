@@ -203,6 +203,21 @@ def test_what_takes_no_fewer_tokens_is_refused(teacher_of, model, why):
 # --- dreaming ---------------------------------------------------------------------------------
 
 
+def twelve_steps(*after, **options):
+    """Return an inversion of four images that drops half of the patches after some steps."""
+    return DeepInversion(
+        regularizers=(),
+        images=4,
+        batch_size=4,
+        stages=(Stage(12),),
+        jitter=0,
+        parameterisation=Pixels(),
+        token_dropping=TokenDropping(0.5, after),
+        engine=Engine("float32"),
+        **options,
+    )
+
+
 def torchvision_vit():
     return TorchvisionViT(
         image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16,
@@ -221,17 +236,7 @@ def test_steps_see_fewer_tokens_and_the_rest_of_the_image_stays(teacher_of, mode
     torch.manual_seed(0)
     teacher, counts, shown = teacher_of(model()), [], []
     nn.init.normal_(teacher.model.get_parameter(head))  # torchvision's is 0 at first
-    options = DeepInversion(
-        regularizers=(),
-        images=4,
-        batch_size=4,
-        stages=(Stage(12),),
-        jitter=0,
-        betas=(0.0, 0.9),
-        parameterisation=Pixels(),
-        token_dropping=TokenDropping(0.5, (4, 8)),
-        engine=Engine("float32"),
-    )
+    options = twelve_steps(4, 8, betas=(0.0, 0.9))
     teacher.model.get_submodule(block).register_forward_pre_hook(
         lambda module, inputs: counts.append(inputs[0].shape[1])
     )
@@ -254,23 +259,14 @@ def test_what_is_left_out_when_is_noted(teacher_of):
     with options.session(teacher_of(vit()), torch.device("cpu"), note=notes.append) as session:
         assert session.choices["compile"] is False
     (note,) = [note for note in notes if note.startswith("token_dropping")]
-    assert "before blocks.0, 50% of the patches left after steps 5, 10" in note
+    assert "50% of the patches that are left go after each of the steps 5, 10" in note
+    assert "before blocks.0" in note
 
 
 def test_the_best_is_of_the_steps_after_the_last_drop(teacher_of):
     torch.manual_seed(0)
     losses = []
-    options = DeepInversion(
-        regularizers=(),
-        images=4,
-        batch_size=4,
-        stages=(Stage(12),),
-        jitter=0,
-        patience=100,
-        parameterisation=Pixels(),
-        token_dropping=TokenDropping(0.5, (6, 11, 12)),
-        engine=Engine("float32"),
-    )
+    options = twelve_steps(6, 11, 12, patience=100)
     with options.session(teacher_of(vit()), torch.device("cpu")) as session:
         dream = session.dream(
             BatchPlan(0, 0, 4, 1), lambda step, terms: losses.append(float(terms["loss"]))
