@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from muon import Muon
 from rich.console import Console
 from rich.progress import track
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import TrivialAugmentWide
@@ -32,6 +34,8 @@ from dreamkit.types import StoredImages
 PADDING, MOMENTUM, WARMUP = 4, 0.9, 0.05
 CLIP = 1.0
 """Limit on the gradient's norm with AdamW."""
+WITH_PATCHES = 0.8
+"""Share of the epochs from which on no patches are dropped: how many there are is learned too."""
 ALIKE = 8
 """Images that are recoloured alike by ``strong`` augmentation."""
 
@@ -52,6 +56,7 @@ class Settings:
     optimizer: str
     augmentation: str
     mixup: float
+    patch_dropout: float
     precision: str
     seed: int
 
@@ -70,6 +75,8 @@ class Training:
             torch.compile(self.model) if compiled else self.model
         )
         self.optimizer = optimizer_of(self.model, settings)
+        if settings.patch_dropout and not hasattr(model, "patch_drop"):
+            raise DreamkitError(f"{settings.model} takes no patches to drop: omit --patch-dropout")
         self.recolour = TrivialAugmentWide() if settings.augmentation == "strong" else None
         self.epoch = 0
         self.seconds = 0.0
@@ -96,6 +103,9 @@ class Training:
         )
         losses = []
         self.model.train()
+        if settings.patch_dropout:
+            whole = self.epoch >= WITH_PATCHES * settings.epochs
+            self.model.patch_drop = nn.Identity() if whole else PatchDropout(settings.patch_dropout)
         with seeded(seed):  # dropout
             for step, chosen in enumerate(shown, start=self.epoch * steps):
                 for group in self.optimizer.param_groups:
@@ -165,7 +175,7 @@ class Training:
 
 
 def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW, which decays matrices and filters alone."""
+    """Return SGD with Nesterov momentum, or Muon or AdamW, which decay no biases and norms."""
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -175,6 +185,8 @@ def optimizer_of(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
             nesterov=True,
         )
     parameters = list(model.parameters())
+    if settings.optimizer == "muon":
+        return Muon(parameters, settings.lr, settings.weight_decay)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -87,9 +87,10 @@ def test_what_is_written_is_a_teacher(
 
 
 OTHER = ("--optimizer", "adamw", "--augmentation", "strong", "--mixup", "0.8", "--lr", "0.01")
+MUON = ("--optimizer", "muon", "--lr", "0.01")
 
 
-@pytest.mark.parametrize("how", [(), OTHER], ids=["sgd", "adamw, strong, mixed"])
+@pytest.mark.parametrize("how", [(), OTHER, MUON], ids=["sgd", "adamw, strong, mixed", "muon"])
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     script: ModuleType,
     train: Callable[..., Path],
@@ -137,6 +138,48 @@ def test_mixed_images_have_the_labels_of_their_pixels(script: ModuleType) -> Non
     assert x[0].max() == 0, "the images given are left alone"
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_muon_makes_all_directions_of_a_step_as_long(
+    script: ModuleType, shape: tuple[int, int]
+) -> None:
+    muon = importlib.import_module("muon")
+    matrix = torch.nn.Parameter(torch.zeros(shape))
+    bias = torch.nn.Parameter(torch.zeros(3))
+    steep = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    steep += 50 * torch.ones(shape)  # nearly of rank 1
+    optimizer = muon.Muon([matrix, bias], lr=0.1, weight_decay=0.0)
+    matrix.grad, bias.grad = steep, torch.tensor([1.0, -9.0, 0.0])
+    optimizer.step()
+    assert bias.detach().tolist() == pytest.approx([-0.1, 0.1, 0.0]), "AdamW's first step"
+    moved = torch.linalg.svdvals(matrix.detach()) / (0.1 * 0.2 * 40**0.5)
+    assert 0.6 < float(moved.min()) <= float(moved.max()) < 1.25
+    assert float((matrix.detach() * steep).sum()) < 0, "downhill"
+
+
+def test_patches_are_dropped_until_the_last_epochs(
+    script: ModuleType, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    run = script.Training.run_epoch
+
+    def count(training: object, *arguments: object) -> float:
+        blocks: list[int] = []
+        block = training.model.blocks[0]
+        hook = block.register_forward_pre_hook(lambda _, x: blocks.append(x[0].shape[1]))
+        loss = run(training, *arguments)
+        hook.remove()
+        seen.append(set(blocks))
+        return loss
+
+    monkeypatch.setattr(script.Training, "run_epoch", count)
+    train("--model", "vit", "--patch-dropout", "0.5", "--optimizer", "muon", "--lr", "1e-3")
+    assert seen == [{1 + 2}, {1 + 2}], "of two epochs none is in the last fifth"
+    seen.clear()
+    five = ("--epochs", "5", "--evaluate-every", "5")
+    train("--model", "vit", "--patch-dropout", "0.5", "--lr", "1e-3", *five, out="five")
+    assert seen == [{3}] * 4 + [{1 + 4}]
+
+
 def test_bundled_weights_are_halves_and_are_those_that_were_judged(
     train: Callable[..., Path],
     script: ModuleType,
@@ -165,6 +208,14 @@ def test_a_bundled_teacher(
     teacher = BundledTeacher("tiny").load(0)
     assert teacher.card.name == "bundled/tiny"
     assert torch.equal(teacher.model.state_dict()["fc.weight"], state(folder)["fc.weight"])
+
+
+def test_a_network_without_patches_has_none_to_drop(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train("--patch-dropout", "0.5")
+    assert "wrn_16_1 takes no patches to drop: omit --patch-dropout" in capsys.readouterr().err
 
 
 def test_torchvisions_data_sets(
@@ -209,6 +260,7 @@ def test_torchvisions_data_sets(
         (["--torchvision", "CIFAR1", "data"], "torchvision has no data set 'CIFAR1'"),
         (["--train", ".", "--test", ".", "--classes", "x"], "has no class 'x'"),
         (["--torchvision", "CIFAR10", "d", "--quick", "--bundle", "x"], "not for --bundle"),
+        (["--torchvision", "CIFAR10", "d", "--patch-dropout", "1"], "a share from 0 to below 1"),
         (["--train", "missing", "--test", "missing"], "no such folder: missing"),
     ],
 )

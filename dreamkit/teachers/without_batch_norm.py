@@ -54,6 +54,7 @@ def convnext(
     patch: int = 4,
     kernel: int = 7,
     stem: str = "patch",
+    layer_scale: bool = True,
 ) -> nn.Module:
     """Return a ConvNeXt (Liu et al. 2022) of random weights.
 
@@ -64,7 +65,9 @@ def convnext(
         widths: channels of each stage.
         patch: pixels that the stem makes one of.
         kernel: of the depthwise convolutions' sides.
-        stem: ``patch``, one convolution of the patches, or ``overlap_tiered``, two of 3x3.
+        stem: ``patch``, one convolution of the patches; ``overlap_tiered``, two of 3x3, which make
+            one of 4x4 pixels; ``overlap_act``, the same with an activation between.
+        layer_scale: multiply what each block adds by factors that start at 1e-6: for deep ones.
     """
     from timm.models.convnext import ConvNeXt
 
@@ -76,4 +79,5 @@ def convnext(
         kernel_sizes=kernel,
         patch_size=patch,
         stem_type=stem,
+        ls_init_value=1e-6 if layer_scale else None,
     )
