@@ -9,6 +9,7 @@ it is the bundled ResNet-20.
 
     python benchmarks/without_batch_norm.py
     python benchmarks/without_batch_norm.py --teachers digits_vit --methods gram
+    python benchmarks/without_batch_norm.py --features 0      # students learn by logits alone
     python benchmarks/without_batch_norm.py --teachers --test cifar10/test \\
         --convnext runs/teachers/convnext.safetensors
 """
@@ -46,8 +47,9 @@ from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.cifar import CifarTeacher
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
-from dreamkit.training.augmentation import random_crop, random_flip
+from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.batches import in_order
+from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.types import BatchPlan, Images, Regularizer, StoredImages, Teacher
 
 DIGITS = ("digits_vit", "digits_convnext", "digits_resnet8")
@@ -68,6 +70,7 @@ class Budget:
 
 BUDGETS = {"digits": Budget(512, 200, 300, 2), "cifar10": Budget(1024, 100, 800, 1)}
 BATCH = 256
+CPU = torch.device("cpu")
 Terms = tuple[Term[Regularizer], ...]
 METHODS: dict[str, Terms] = {
     "cross-entropy alone": (),
@@ -133,6 +136,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teachers", nargs="*", choices=DIGITS, default=list(DIGITS))
     parser.add_argument("--methods", metavar="TEXT", default="", help="those with this in the name")
     parser.add_argument("--seed", type=int, default=0, help="of dreams and students")
+    parser.add_argument(
+        "--features", type=float, default=Distillation().features, help="weight in what is taught"
+    )
     parser.add_argument("--convnext", metavar="FILE", help="a ConvNeXt of train_teacher.py too")
     parser.add_argument("--test", metavar="DIR", help="class folders of CIFAR-10's test images")
     options = parser.parse_args()
@@ -159,9 +165,8 @@ def main() -> None:
             budget = BUDGETS[name.partition("_")[0]]
             dreams, far = dreamed(teacher, terms, budget, options.seed)
             known = _accuracy(judges[name], dreams.images, dreams.labels)
-            student = taught(
-                teacher, dreams.images, source.open(teacher.card), budget, options.seed
-            )
+            real = source.open(teacher.card)
+            student = taught(teacher, dreams, real, budget, options.seed, options.features)
             print(f"| {name} | {method} | {known:.3f} | {student:.3f} | {far} |", flush=True)
 
 
@@ -189,7 +194,7 @@ def dreamed(teacher: Teacher, terms: Terms, budget: Budget, seed: int) -> tuple[
         engine=Engine("float32", compile=False),
     )
     images, labels, far = [], [], []
-    with options.session(teacher, torch.device("cpu"), seed=seed) as dreamer:
+    with options.session(teacher, CPU, seed=seed) as dreamer:
         for batch in range(budget.images // BATCH):
             plan = BatchPlan(batch, 0, BATCH, seed=1000 * seed + batch)
             stored, quality = as_stored(dreamer.dream(plan, lambda step, terms: None), teacher)
@@ -201,36 +206,32 @@ def dreamed(teacher: Teacher, terms: Terms, budget: Budget, seed: int) -> tuple[
     return StoredImages(torch.cat(images), torch.cat(labels)), distance
 
 
-def taught(teacher: Teacher, dreams: Tensor, real: Images, budget: Budget, first: int) -> float:
-    """Return the accuracy of a ResNet taught the teacher's logits on dreams: mean of seeds."""
-    normalised, found = teacher.card.normalise(dreams), []
-    draws = torch.Generator()
+def taught(
+    teacher: Teacher, dreams: StoredImages, real: Images, budget: Budget, first: int, weight: float
+) -> float:
+    """Return the accuracy of a ResNet taught on dreams: mean of seeds."""
+    found = []
     coloured = teacher.card.input_size[0] > 1
+    how = Distillation(
+        steps=budget.lessons,
+        batch_size=64,
+        weight_decay=5e-4,
+        features=weight,
+        augmentation=Augmentation(crop=4, flip=True) if coloured else Augmentation(),
+    )
     for seed in range(first, first + budget.students):
         torch.manual_seed(seed)
-        draws.manual_seed(seed)
         student = (
             build_network("resnet20")
             if coloured
             else SmallResNet(depth=8, num_classes=10, in_channels=1, width=16)
         )
-        optimizer = torch.optim.SGD(
-            student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.lessons)
+        lessons = Distiller(student, teacher.model, teacher.card, how, CPU, seed, how.steps)
         for _ in range(budget.lessons):
-            x = normalised[torch.randint(len(normalised), (64,))]
-            if coloured:
-                x = random_flip(random_crop(x, 4, draws), draws)
-            with torch.no_grad():
-                wanted = teacher.model(x)
-            optimizer.zero_grad()
-            F.l1_loss(student(x), wanted).backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            lessons.step(dreams.batch(torch.randint(len(dreams), (64,)).tolist()))
+        lessons.finish([dreams])
         right = [
-            _accuracy(student.eval(), teacher.card.normalise(stored), labels) * len(labels)
+            _accuracy(student, teacher.card.normalise(stored), labels) * len(labels)
             for stored, labels in in_order(real, 1000)
         ]
         found.append(sum(right) / len(real))
