@@ -264,7 +264,7 @@ def test_tokens_are_compared_as_maps_without_those_that_precede_patches(toys):
     found = comparison_points(teacher, unlike(), {}, noise())
     assert [(p.name, p.layer, p.maps) for p in found[:-1]] == [
         ("blocks.0.norm2", "second", (1, -1)),
-        ("norm", "third", (1, -1)),
+        ("blocks.1.norm2", "third", (1, -1)),
     ]
     assert (found[-1].name, found[-1].layer, found[-1].maps) == ("head", "out", None)
     places = torch.arange(16.0).view(1, 16, 1)
