@@ -56,6 +56,18 @@ def test_bundled_accuracy_on_digits_it_never_saw(model):
     assert found == pytest.approx(teacher.card.notes["test_accuracy"], abs=2 / 540)
 
 
+@pytest.mark.parametrize(("model", "norms"), [("cifar10_resnet20", 19), ("cifar10_convnext", 0)])
+def test_bundled_networks_of_photographs(model, norms):
+    teacher = BundledTeacher(model).load(0)
+    assert (teacher.card.input_size, teacher.card.num_classes) == ((3, 32, 32), 10)
+    assert teacher.card.class_names[0] == "airplane"
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.model.modules()) == norms
+    noise = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    logits = teacher.model(teacher.card.normalise(noise.byte()))
+    assert logits.shape == (4, 10)
+    assert float(logits.detach().std()) > 0.1, "trained"
+
+
 def test_bundled_build_is_the_architecture_unweighted():
     source = BundledTeacher("digits_resnet8")
     built, loaded = source.build(), source.load(0).model
