@@ -10,8 +10,7 @@ it is the bundled ResNet-20.
     python benchmarks/without_batch_norm.py
     python benchmarks/without_batch_norm.py --teachers digits_vit --methods gram
     python benchmarks/without_batch_norm.py --features 0      # students learn by logits alone
-    python benchmarks/without_batch_norm.py --teachers --test cifar10/test \\
-        --convnext runs/teachers/convnext.safetensors
+    python benchmarks/without_batch_norm.py --teachers --test cifar10/test
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.inversion_loss import check_terms
 from dreamkit.synthesizers.stage import Stage
-from dreamkit.teachers.cifar import CifarTeacher
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
 from dreamkit.training.augmenter import Augmentation
@@ -139,12 +137,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--features", type=float, default=Distillation().features, help="weight in what is taught"
     )
-    parser.add_argument("--convnext", metavar="FILE", help="a ConvNeXt of train_teacher.py too")
-    parser.add_argument("--test", metavar="DIR", help="class folders of CIFAR-10's test images")
-    options = parser.parse_args()
-    if (options.test is None) != (options.convnext is None):
-        parser.error("give --convnext and --test together")
-    return options
+    parser.add_argument(
+        "--test", metavar="DIR", help=f"class folders of CIFAR-10's test images: {CIFAR} too"
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -153,8 +149,8 @@ def main() -> None:
     torch.set_num_threads(1)
     teachers = {name: dreamkit.load_teacher(f"bundled:{name}") for name in options.teachers}
     judges = dict.fromkeys(teachers, verifier(dreamkit.load_teacher("bundled:digits_resnet8")))
-    if options.convnext is not None:
-        teachers[CIFAR] = CifarTeacher("convnext", options.convnext).load(0)
+    if options.test is not None:
+        teachers[CIFAR] = dreamkit.load_teacher(f"bundled:{CIFAR}")
         judges[CIFAR] = _bundled("cifar10_resnet20")
     print("| teacher | terms | verifier | student | distance |\n| --- | --- | --- | --- | --- |")
     for name, teacher in teachers.items():
