@@ -34,8 +34,8 @@ from dreamkit.types import StoredImages
 PADDING, MOMENTUM, WARMUP = 4, 0.9, 0.05
 CLIP = 1.0
 """Limit on the gradient's norm with AdamW."""
-WITH_PATCHES = 0.8
-"""Share of the epochs from which on no patches are dropped: how many there are is learned too."""
+WHOLE_FROM = 0.8
+"""Share of the epochs after which images are shown whole, as they are when the network is used."""
 ALIKE = 8
 """Images that are recoloured alike by ``strong`` augmentation."""
 
@@ -104,7 +104,7 @@ class Training:
         losses = []
         self.model.train()
         if settings.patch_dropout:
-            whole = self.epoch >= WITH_PATCHES * settings.epochs
+            whole = self.epoch >= WHOLE_FROM * settings.epochs
             self.model.patch_drop = nn.Identity() if whole else PatchDropout(settings.patch_dropout)
         with seeded(seed):  # dropout
             for step, chosen in enumerate(shown, start=self.epoch * steps):

@@ -121,8 +121,8 @@ NETWORKS: Mapping[str, Build] = MappingProxyType(
         "mobilenetv2": _mobilenetv2,
         # Both take less than 3 MB in float16. Of 64 patches:
         "vit": partial(vision_transformer, size=32, patch=4, width=128, depth=6, heads=4),
-        # Of 8x8 after two convolutions. It learns 1.4 times as much in its first 500 steps without
-        # layer scale and by Muon.
+        # Two convolutions make 8x8 of the image, where half of the blocks are. Layer scale is for
+        # deep networks; this one starts faster without.
         "convnext": partial(
             convnext,
             depths=(3, 3, 1, 1),

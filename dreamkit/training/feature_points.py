@@ -195,8 +195,10 @@ def _channel_axis(layer: nn.Module) -> int:
 
 def _sees_tokens(norm: nn.LayerNorm, x: Tensor) -> bool:
     """Whether a norm is given tokens (N, L, C) or maps (N, H, W, C), not (N, C, H, W)."""
-    width = norm.normalized_shape[-1]
-    return x.shape[-1] == width and (x.ndim == 3 or (x.ndim == 4 and x.shape[1] != width))
+    (width, *more) = reversed(norm.normalized_shape)
+    if more or x.shape[-1] != width:
+        return False
+    return x.ndim == 3 or (x.ndim == 4 and x.shape[1] != width)
 
 
 def _waists(model: nn.Module, images: Tensor, grouped: bool = False) -> dict[str, Waist]:

@@ -23,8 +23,8 @@ from dreamkit.teachers.cifar_networks import NETWORKS, build_network
 from dreamkit.teachers.wide_resnet import WideResNet
 
 # Millions of parameters as published for 10 classes (He et al. 2016, table 6; Zagoruyko and
-# Komodakis 2016, tables 4 and 5; ResNet-18 and -34 as in common CIFAR code; the last two counted
-# by hand below), BatchNorm layers, and the features' height where the classifier averages them.
+# Komodakis 2016, tables 4 and 5; ResNet-18 and -34 as in common CIFAR code; the last ones
+# counted by hand), BatchNorm layers, and the features' height where the classifier averages them.
 PUBLISHED = {
     "resnet20": (0.27, 19, 8),
     "resnet32": (0.46, 31, 8),

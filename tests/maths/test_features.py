@@ -16,6 +16,7 @@ from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.training.feature_points import (
     Waist,
     _at_equal_depth,
+    _sees_tokens,
     comparison_points,
     feature_points,
     patch_grid,
@@ -289,6 +290,21 @@ def test_a_transformer_is_compared_with_its_like_after_attention_and_after_mlps(
 )
 def test_how_many_tokens_are_a_square_of_patches(tokens, grid):
     assert patch_grid(tokens) == grid
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "told"),
+    [
+        (8, (2, 9, 8), True),
+        (8, (2, 4, 4, 8), True),
+        (8, (2, 8, 4, 4), False),
+        (8, (2, 8, 8, 8), False),  # channels cannot be told from columns
+        ((6, 4, 8), (2, 6, 4, 8), False),
+        (8, (2, 8), False),
+    ],
+)
+def test_what_norms_of_tokens_are(shape, given, told):
+    assert _sees_tokens(nn.LayerNorm(shape), torch.zeros(given)) is told
 
 
 def test_a_students_features_come_to_be_those_of_a_transformer(toys):
