@@ -340,8 +340,8 @@ def test_regressors_are_trained_with_the_student_and_are_no_part_of_it(toys):
     shapes = [(4, 7, 1, 1), (4,), (4, 5, 1, 1), (4,), (6, 6), (6,)]
     assert [tuple(p.shape) for p in before] == shapes
     assert told == [
-        "features are compared at inner.0, down, classifier of the teacher, through linear maps "
-        "that are trained along"
+        "features are compared at 3 places of the teacher, inner.0 to classifier, through linear "
+        "maps that are trained along"
     ]
     names = set(made.student.state_dict())
     batch = toys.images(8).batch(range(8))
