@@ -104,8 +104,8 @@ class Distiller(Trainer[Distillation]):
             self.parameters += learnt
             self.optimizer.add_param_group({"params": learnt})
             self.note(
-                f"features are compared at {len(points)} places of the teacher, {points[0].name} to "
-                f"{points[-1].name}, through linear maps that are trained along"
+                f"features are compared at {len(points)} places of the teacher, {points[0].name} "
+                f"to {points[-1].name}, through linear maps that are trained along"
             )
         return FeatureDistance(self.student, self.teacher, points, used)
 
