@@ -8,10 +8,9 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dreamkit.model_state import hooked
-from dreamkit.training.feature_points import FeaturePoint, patch_grid
+from dreamkit.training.feature_points import FeaturePoint
 
 _LEAST = 1e-8
 """Variance of a feature that says something, as a share of its mean square; rounding's is less."""
@@ -73,8 +72,6 @@ class FeatureDistance:
                 continue
             wanted = point.of_teacher(self._theirs[point.name].detach().float())
             own = self._own[point.name].float()
-            if point.maps is not None:
-                own, wanted = at_one_resolution(own, wanted, point.maps)
             if point.name in self.regressors:
                 own = self.regressors[point.name](own)
             error = (own - wanted).square().mean()
@@ -85,32 +82,6 @@ class FeatureDistance:
         self._own.clear()
         self._theirs.clear()
         return torch.stack(distances).mean() if distances else torch.zeros(())
-
-
-def at_one_resolution(own: Tensor, wanted: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return two features as maps (N, C, H, W) of the smaller height and width of the two.
-
-    Args:
-        own: maps, or tokens (N, L, C) of a square of patches.
-        wanted: likewise.
-        axes: of the channels of each.
-    """
-    maps = [_as_map(feature, axis) for feature, axis in zip((own, wanted), axes, strict=True)]
-    height, width = (min(map_.shape[axis] for map_ in maps) for axis in (2, 3))
-    first, second = (
-        map_ if map_.shape[2:] == (height, width) else F.adaptive_avg_pool2d(map_, (height, width))
-        for map_ in maps
-    )
-    return first, second
-
-
-def _as_map(feature: Tensor, axis: int) -> Tensor:
-    if feature.ndim == 3:
-        found = patch_grid(feature.shape[1])
-        assert found is not None  # or it were no point
-        side, before = found
-        feature = feature[:, before:].unflatten(1, (side, side))
-    return feature if axis == 1 else feature.movedim(-1, 1)
 
 
 def regressors_of(points: Sequence[FeaturePoint]) -> nn.ModuleDict:
