@@ -103,6 +103,7 @@ def test_built_in_sources_list_their_models(registries: Registries) -> None:
     assert select(registries, ["bundled"], [], "default") == [
         ("bundled", "cifar10_convnext"),
         ("bundled", "cifar10_resnet20"),
+        ("bundled", "cifar10_vit"),
         ("bundled", "digits7_resnet8"),
         ("bundled", "digits_convnext"),
         DIGITS,

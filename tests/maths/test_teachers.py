@@ -56,7 +56,9 @@ def test_bundled_accuracy_on_digits_it_never_saw(model):
     assert found == pytest.approx(teacher.card.notes["test_accuracy"], abs=2 / 540)
 
 
-@pytest.mark.parametrize(("model", "norms"), [("cifar10_resnet20", 19), ("cifar10_convnext", 0)])
+@pytest.mark.parametrize(
+    ("model", "norms"), [("cifar10_resnet20", 19), ("cifar10_convnext", 0), ("cifar10_vit", 0)]
+)
 def test_bundled_networks_of_photographs(model, norms):
     teacher = BundledTeacher(model).load(0)
     assert (teacher.card.input_size, teacher.card.num_classes) == ((3, 32, 32), 10)
