@@ -1,24 +1,26 @@
 """What regularizers are worth that need no BatchNorm.
 
-Teachers are the bundled ones without BatchNorm, a vision transformer and ConvNeXts, and those with
-it, inverted as if they had none. Their statistics judge too: the distance of dreams from them, as a
-multiple of chance, which no term but ``bn_feature`` sees. All dreams are judged by another network,
-and by how much of the test images students know that were taught on the dreams. On digits the judge
-is a small network that was trained on the real ones (the extra ``demo`` brings them); on CIFAR-10
-it is the bundled ResNet-20.
+Teachers are the bundled ones without BatchNorm, vision transformers and ConvNeXts, and the digits'
+ResNet-8, inverted as if it had none. Dreams are judged by three strangers: how many of them another
+network knows, how far they are from the statistics that a ResNet stores of the same training
+images, as a multiple of chance, and what students know of test images that were taught on them. On
+digits the other network is a small one that was trained on real digits (the extra ``demo`` brings
+them), and the statistics are the ResNet-8's; on CIFAR-10 the bundled ResNet-20 is both.
 
     python benchmarks/without_batch_norm.py
     python benchmarks/without_batch_norm.py --teachers digits_vit --methods gram
     python benchmarks/without_batch_norm.py --features 0      # students learn by logits alone
     python benchmarks/without_batch_norm.py --teachers --test cifar10/test
+    python benchmarks/without_batch_norm.py ... --images 256 --lessons 0      # without students
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import mean
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -27,18 +29,20 @@ from torch.nn import functional as F
 
 import dreamkit
 from dreamkit.errors import TeacherMismatch
+from dreamkit.parameterisations.fourier import Fourier
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.feature_prior import FeaturePrior
 from dreamkit.regularizers.gram import Gram
 from dreamkit.regularizers.l2 import L2Norm
-from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.sources.digits import Digits
 from dreamkit.sources.folder import Folder
 from dreamkit.stages.batches import as_stored
-from dreamkit.stages.statistics_distance import overall
+from dreamkit.stages.statistics_distance import overall, statistics_distance
 from dreamkit.synthesizers.automatic_terms import PATCHES
+from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.inversion_loss import check_terms
@@ -51,7 +55,7 @@ from dreamkit.training.distillation import Distillation, Distiller
 from dreamkit.types import BatchPlan, Images, Regularizer, StoredImages, Teacher
 
 DIGITS = ("digits_vit", "digits_convnext", "digits_resnet8")
-CIFAR = "cifar10_convnext"
+CIFAR = ("cifar10_vit", "cifar10_convnext")
 Judge = Callable[[Tensor], Tensor]
 """From stored images to logits."""
 
@@ -69,31 +73,42 @@ class Budget:
 BUDGETS = {"digits": Budget(512, 200, 300, 2), "cifar10": Budget(1024, 100, 800, 1)}
 BATCH = 256
 CPU = torch.device("cpu")
-Terms = tuple[Term[Regularizer], ...]
-METHODS: dict[str, Terms] = {
-    "cross-entropy alone": (),
-    "DeepDream: tv 2.5e-5, l2 3e-8": (
-        Term("tv", 2.5e-5, TotalVariation()),
-        Term("l2", 3e-8, L2Norm()),
-    ),
-    "patch_similarity 0.1 (auto)": PATCHES,
-    "feature_prior 10": (Term("feature_prior", 10.0, FeaturePrior()),),
+Options = Mapping[str, Any]
+"""Of ``DeepInversion``."""
+TV = (Term("tv", 0.01, TotalVariation("l1")),)
+BETWEEN = (Term("gram", 0.1, Gram(within=0.0)),)
+DREAM = (Term("tv", 2.5e-5, TotalVariation()), Term("l2", 3e-8, L2Norm()))
+PUBLISHED: Options = {
+    "parameterisation": Pixels(),
+    "lr": 0.05,
+    "betas": (0.9, 0.999),
+    "schedule": "constant",
+    "clip": False,
+}
+"""How DeepInversion's paper optimises images of CIFAR-10's size."""
+
+
+def prior(weight: float) -> tuple[Term[Regularizer], ...]:
+    return (Term("feature_prior", weight, FeaturePrior()),)
+
+
+METHODS: dict[str, Options] = {
+    "cross-entropy alone": {"regularizers": ()},
+    "DeepDream as published, on pixels": {"regularizers": DREAM, **PUBLISHED},
+    "DeepDream: tv 2.5e-5, l2 3e-8": {"regularizers": DREAM},
+    "patch_similarity 0.1": {"regularizers": PATCHES},
+    "feature_prior 10": {"regularizers": prior(10)},
     **{
-        f"patch_similarity 0.1, feature_prior {weight}": (
-            *PATCHES,
-            Term("feature_prior", float(weight), FeaturePrior()),
-        )
-        for weight in (1, 10, 30)
+        f"patch_similarity 0.1, feature_prior {weight}{chosen}": {
+            "regularizers": (*PATCHES, *prior(weight))
+        }
+        for weight, chosen in ((1, " (auto)"), (10, ""), (30, ""))
     },
-    "gram 0.1, between images": (Term("gram", 0.1, Gram(within=0.0)),),
-    "gram 0.1, within an image": (Term("gram", 0.1, Gram(between=0.0)),),
-    "tv 0.01, l1": (Term("tv", 0.01, TotalVariation("l1")),),
-    "patch_similarity 0.1, gram 0.1 between, tv 0.01": (
-        Term("patch_similarity", 0.1, PatchSimilarity()),
-        Term("gram", 0.1, Gram(within=0.0)),
-        Term("tv", 0.01, TotalVariation("l1")),
-    ),
-    "bn_feature 30": (Term("bn_feature", 30.0, BNFeature()),),
+    "gram 0.1, between images": {"regularizers": BETWEEN},
+    "gram 0.1, within an image": {"regularizers": (Term("gram", 0.1, Gram(between=0.0)),)},
+    "tv 0.01, l1": {"regularizers": TV},
+    "patch_similarity 0.1, gram 0.1 between, tv 0.01": {"regularizers": (*PATCHES, *BETWEEN, *TV)},
+    "bn_feature 30": {"regularizers": (Term("bn_feature", 30.0, BNFeature()),)},
 }
 
 
@@ -127,6 +142,10 @@ def _accuracy(model: Judge, images: Tensor, labels: Tensor) -> float:
     return float((model(images).argmax(1) == labels).float().mean())
 
 
+def told(field: str) -> str:
+    return " and ".join(f"{getattr(budget, field)} ({name})" for name, budget in BUDGETS.items())
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -138,8 +157,16 @@ def parse() -> argparse.Namespace:
         "--features", type=float, default=Distillation().features, help="weight in what is taught"
     )
     parser.add_argument(
-        "--test", metavar="DIR", help=f"class folders of CIFAR-10's test images: {CIFAR} too"
+        "--test",
+        metavar="DIR",
+        help=f"class folders of CIFAR-10's test images: {' and '.join(CIFAR)} too",
     )
+    parser.add_argument(
+        "--decay", type=float, default=Fourier().decay, help="of Fourier's amplitudes"
+    )
+    parser.add_argument("--images", type=int, help=f"a multiple of {BATCH}; else {told('images')}")
+    parser.add_argument("--steps", type=int, help=f"of dreaming; else {told('steps')}")
+    parser.add_argument("--lessons", type=int, help=f"else {told('lessons')}")
     return parser.parse_args()
 
 
@@ -148,30 +175,39 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     teachers = {name: dreamkit.load_teacher(f"bundled:{name}") for name in options.teachers}
-    judges = dict.fromkeys(teachers, verifier(dreamkit.load_teacher("bundled:digits_resnet8")))
+    strangers = {"digits": dreamkit.load_teacher("bundled:digits_resnet8")}
+    judges = dict.fromkeys(teachers, verifier(strangers["digits"]))
     if options.test is not None:
-        teachers[CIFAR] = dreamkit.load_teacher(f"bundled:{CIFAR}")
-        judges[CIFAR] = _bundled("cifar10_resnet20")
-    print("| teacher | terms | verifier | student | distance |\n| --- | --- | --- | --- | --- |")
+        teachers |= {name: dreamkit.load_teacher(f"bundled:{name}") for name in CIFAR}
+        strangers["cifar10"] = dreamkit.load_teacher("bundled:cifar10_resnet20")
+        judges |= dict.fromkeys(CIFAR, _judge(strangers["cifar10"]))
+    print("| teacher | terms | verifier | distance | student |\n| --- | --- | --- | --- | --- |")
     for name, teacher in teachers.items():
-        source = Folder(options.test) if name == CIFAR else Digits("test")
-        for method, terms in METHODS.items():
-            if options.methods not in method or not _fit(terms, teacher):
+        source = Folder(options.test) if name in CIFAR else Digits("test")
+        for method, how in METHODS.items():
+            if options.methods not in method or not _fit(how["regularizers"], teacher):
                 continue
-            budget = BUDGETS[name.partition("_")[0]]
-            dreams, far = dreamed(teacher, terms, budget, options.seed)
+            kind = name.partition("_")[0]
+            given = {key: getattr(options, key) for key in ("images", "steps", "lessons")}
+            asked = {key: value for key, value in given.items() if value is not None}
+            budget = replace(BUDGETS[kind], **asked)
+            form = {"parameterisation": Fourier(decay=options.decay)}
+            dreams = dreamed(teacher, form | dict(how), budget, options.seed)
+            far = distance(dreams, strangers[kind])
             known = _accuracy(judges[name], dreams.images, dreams.labels)
             real = source.open(teacher.card)
-            student = taught(teacher, dreams, real, budget, options.seed, options.features)
-            print(f"| {name} | {method} | {known:.3f} | {student:.3f} | {far} |", flush=True)
+            learnt = ""
+            if budget.lessons:
+                student = taught(teacher, dreams, real, budget, options.seed, options.features)
+                learnt = f"{student:.3f}"
+            print(f"| {name} | {method} | {known:.3f} | {far:.2f} | {learnt} |", flush=True)
 
 
-def _bundled(name: str) -> Judge:
-    judge = dreamkit.load_teacher(f"bundled:{name}")
+def _judge(judge: Teacher) -> Judge:
     return lambda stored: judge.model(judge.card.normalise(stored))
 
 
-def _fit(terms: Terms, teacher: Teacher) -> bool:
+def _fit(terms: tuple[Term[Regularizer], ...], teacher: Teacher) -> bool:
     try:
         check_terms(terms, teacher)
     except TeacherMismatch:
@@ -179,27 +215,37 @@ def _fit(terms: Terms, teacher: Teacher) -> bool:
     return True
 
 
-def dreamed(teacher: Teacher, terms: Terms, budget: Budget, seed: int) -> tuple[StoredImages, str]:
-    """Return dreams with their classes, and their distance to the teacher's statistics."""
+def dreamed(teacher: Teacher, how: Options, budget: Budget, seed: int) -> StoredImages:
+    """Return dreams with their classes."""
     options = DeepInversion(
-        regularizers=terms,
+        **how,
         images=budget.images,
         batch_size=BATCH,
         stages=(Stage(budget.steps),),
         flip=teacher.card.input_size[0] > 1,
         engine=Engine("float32", compile=False),
     )
-    images, labels, far = [], [], []
+    images, labels = [], []
     with options.session(teacher, CPU, seed=seed) as dreamer:
         for batch in range(budget.images // BATCH):
             plan = BatchPlan(batch, 0, BATCH, seed=1000 * seed + batch)
-            stored, quality = as_stored(dreamer.dream(plan, lambda step, terms: None), teacher)
+            stored, _ = as_stored(dreamer.dream(plan, lambda step, terms: None), teacher)
             images.append(stored.images)
             labels.append(stored.labels)
-            far.append(overall(quality.statistics_distance))
-    distances = [distance for distance in far if distance is not None]
-    distance = f"{mean(distances):.2f}" if distances else ""
-    return StoredImages(torch.cat(images), torch.cat(labels)), distance
+    return StoredImages(torch.cat(images), torch.cat(labels))
+
+
+@torch.no_grad()
+def distance(dreams: StoredImages, stranger: Teacher) -> float:
+    """Return how far dreams are from a network's statistics, as a multiple of chance."""
+    found = []
+    with tapped(stranger.model, each_image=True) as tap:
+        for stored in dreams.images.split(BATCH):
+            _, layers = tap(stranger.card.normalise(stored))
+            far = overall(statistics_distance(layers))
+            assert far is not None  # it has BatchNorm
+            found.append(far)
+    return mean(found)
 
 
 def taught(

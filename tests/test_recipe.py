@@ -648,7 +648,13 @@ def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file
     assert application["limits"] == {
         **{"chunk": 2, "max_ratio": 0.9, "min_channels": 2, "exceptions": []},
     }
-    assert application["recovery"]["augmentation"].keys() == {"size", "crop", "flip", "mixup"}
+    assert application["recovery"]["augmentation"].keys() == {
+        "size",
+        "crop",
+        "flip",
+        "mixup",
+        "cutmix",
+    }
 
 
 def test_recipes_that_differ_in_how_they_are_written_resolve_alike(

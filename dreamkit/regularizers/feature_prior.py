@@ -19,8 +19,8 @@ class FeaturePrior(Regularizer):
     across channels, then scales channel c by γ_c and shifts it by β_c; BatchNorm would leave the
     channel at β_c on average. Here nothing makes it, and how near training came to it depends on
     the layer: in the deep ones of small networks real images have less than noise, in the first
-    ones not. So it is not what ``auto`` takes. 0 where all channels are at their shift; about 1
-    where none varies and γ is even. It is no published term.
+    ones not. 0 where all channels are at their shift; about 1 where none varies and γ is even. It
+    is no published term.
     """
 
     needs = frozenset({"norm_means"})

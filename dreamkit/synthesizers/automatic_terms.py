@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dreamkit.errors import TeacherMismatch, placed
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
+from dreamkit.regularizers.feature_prior import FeaturePrior
 from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks
 from dreamkit.synthesizers.inversion_loss import OpenTerms, Terms, check_terms, lack_of_statistics
+from dreamkit.synthesizers.norm_means import norm_layers
 from dreamkit.types import Regularizer, Teacher
 
 STATISTICS: tuple[Term[Regularizer], ...] = (Term("bn_feature", 30.0, BNFeature()),)
@@ -18,6 +20,9 @@ PATCHES: tuple[Term[Regularizer], ...] = (Term("patch_similarity", 0.1, PatchSim
 """For one without: some patches of an image are alike, and others are not. Of the terms that need
 no statistics it is the one whose dreams teach a student most on the whole: of a transformer, of a
 ConvNeXt, and of a network inverted as if it had none (``benchmarks/without_batch_norm.py``)."""
+SHIFTS: tuple[Term[Regularizer], ...] = (Term("feature_prior", 1.0, FeaturePrior()),)
+"""Beside it, for one with LayerNorm or GroupNorm: the nearest to a statistic that such layers tell.
+On photographs it halves how far dreams are from what another network states of real images."""
 
 
 def terms_for(
@@ -51,13 +56,14 @@ def terms_for(
             "train on proxy images ({source: folder, path: ...})",
             ("regularizers",),
         )
+    terms = (*PATCHES, *SHIFTS) if norm_layers(teacher) else PATCHES
     note(
-        f"regularizers: auto is {told(PATCHES)}, as {teacher.card.name} {lacks}; "
+        f"regularizers: auto is {told(terms)}, as {teacher.card.name} {lacks}; "
         f"seen at {len(blocks)} modules, {blocks[0].name} to {blocks[-1].name}"
     )
     with placed("regularizers"):
         check_patches(teacher, teacher.card.input_size[1:])
-    return PATCHES
+    return terms
 
 
 def told(terms: Terms) -> str:

@@ -79,6 +79,38 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(draw.to(images.device) > 0, images.flip(3), images)
 
 
+def random_paste(
+    images: Tensor, share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Paste a rectangle of another image of the batch into some, each at its place in both.
+
+    Its sides are a quarter to three quarters of the image's. (Yun et al., "CutMix", ICCV 2019,
+    paste the same rectangle into all.)
+
+    Args:
+        images: (N, C, H, W), stored or normalised.
+        share: of the images, each chosen with this probability.
+        generator: of all draws.
+
+    Returns:
+        The images (N, C, H, W), of each which other it has a part of (N,), and its own share of
+        the pixels (N,), which is 1 where nothing was pasted.
+    """
+    count, device = len(images), images.device
+    others = torch.randperm(count, generator=generator, device=generator.device).to(device)
+    drawn = torch.rand(count, generator=generator, device=generator.device).to(device)
+    inside = (drawn < share)[:, None, None]
+    for side, shape in zip(images.shape[2:], ((count, -1, 1), (count, 1, -1)), strict=True):
+        least, most = side // 4, side - side // 4
+        length = least + _drawn(most - least + 1, images, generator)
+        at = torch.rand(length.shape, generator=generator, device=generator.device).to(device)
+        first = (at * (side - length + 1)).long()
+        line = torch.arange(side, device=device)
+        inside = inside & ((line >= first) & (line < first + length)).view(shape)
+    pasted = torch.where(inside[:, None], images[others], images)
+    return pasted, others, 1 - inside.float().mean((1, 2))
+
+
 def drawn_share(alpha: float, generator: torch.Generator) -> float:
     """Draw from Beta(α, α), as a share of two gamma variables: torch's own takes no generator."""
     variables = torch.full((2,), alpha, dtype=torch.float64)

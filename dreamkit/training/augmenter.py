@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from dreamkit import distributed
 from dreamkit.card import Card
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
 from dreamkit.seeds import derived_seed
-from dreamkit.training.augmentation import drawn_share, random_crop, random_flip, random_window
+from dreamkit.training.augmentation import (
+    drawn_share,
+    random_crop,
+    random_flip,
+    random_paste,
+    random_window,
+)
 from dreamkit.wording import one_line
 
 
@@ -30,29 +36,36 @@ class Augmentation:
         flip: mirror half of the images left to right.
         mixup: α of the Beta(α, α) distribution by which images are mixed in pairs (Zhang et al.
             2018); 0 does not mix.
+        cutmix: share of the images that have a rectangle of another one pasted in (after Yun et
+            al. 2019).
     """
 
     size: Annotated[int, Field(ge=8)] | None = None
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mixup and self.cutmix:
+            raise OptionError("cutmix", "images are mixed by mixup already: set one of them to 0")
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Images, and the two labels of each with the first one's share.
+    """Images, and the two labels of each with their own's share.
 
     Args:
         images: (N, C, H, W), normalised.
         labels: (N,), those of the images themselves.
         others: (N,), those of what is mixed in.
-        share: of the images themselves, in (0, 1]; the same for the whole batch.
+        share: (N,), of the images themselves, in [0, 1].
     """
 
     images: Tensor
     labels: Tensor
     others: Tensor
-    share: float
+    share: Tensor
 
 
 class Augmenter:
@@ -83,12 +96,16 @@ class Augmenter:
             images = random_window(images, options.size, self.generator)
         if options.flip:
             images = random_flip(images, self.generator)
+        whole = torch.ones(len(images), device=images.device)
+        if options.cutmix:
+            images, others, own = random_paste(images, options.cutmix, self.generator)
+            return Mixed(images, labels, labels[others], own)
         if options.mixup == 0:
-            return Mixed(images, labels, labels, 1.0)
+            return Mixed(images, labels, labels, whole)
         share = drawn_share(options.mixup, self.generator)
         order = torch.randperm(len(images), generator=self.generator).to(images.device)
         images = share * images + (1 - share) * images[order]
-        return Mixed(images, labels, labels[order], share)
+        return Mixed(images, labels, labels[order], share * whole)
 
 
 def check_window(

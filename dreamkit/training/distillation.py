@@ -47,9 +47,9 @@ class Distillation(Training):
             teacher's, each as a share of its variance (FitNets: Romero et al., ICLR 2015); added to
             the losses above. They are taken where all that a network goes on with is in one tensor:
             after each residual block, and after each layer of a network without. A student that
-            does not have the teacher's layers is compared at the last such place of each resolution
-            that both have, through a linear map where channels differ, which is trained with it and
-            then dropped.
+            does not have the teacher's layers is compared at equal shares of the way through both,
+            at the lower of two resolutions, through linear maps that are trained with it and then
+            dropped; there each channel of the teacher is a share of its own variance.
     """
 
     soft_loss: Annotated[DistillationLoss, EntryOf("distillation_losses")] = field(
@@ -86,8 +86,8 @@ class Distiller(Trainer[Distillation]):
                 self.features = self._hints(points)
             else:
                 self.note(
-                    "features has no effect: student and teacher have no place of the same "
-                    "resolution where all that the network goes on with is in one tensor"
+                    "features has no effect: student and teacher have no place where all that the "
+                    "network goes on with is in one tensor, as maps, tokens or a vector in both"
                 )
 
     def _hints(self, points: list[FeaturePoint]) -> FeatureDistance:
@@ -104,8 +104,8 @@ class Distiller(Trainer[Distillation]):
             self.parameters += learnt
             self.optimizer.add_param_group({"params": learnt})
             self.note(
-                f"features are compared at {', '.join(point.name for point in points)} of the "
-                f"teacher, {len(used)} of them through a linear map that is trained along"
+                f"features are compared at {len(points)} places of the teacher, {points[0].name} "
+                f"to {points[-1].name}, through linear maps that are trained along"
             )
         return FeatureDistance(self.student, self.teacher, points, used)
 

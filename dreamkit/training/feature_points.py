@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,21 @@ from torch.autograd.graph import Node
 from dreamkit.graph_edges import Edge, edge
 from dreamkit.model_state import eval_mode, hooked
 from dreamkit.training.difference_statistics import Kept
+
+MOST_PREFIX = 8
+"""Tokens before those of the patches, of the class and registers, that a feature may have."""
+
+
+class Waist(NamedTuple):
+    """What a layer is given that is all that a network goes on with.
+
+    Its shape, the axis of its channels, and how much of the way from the images to the outputs lies
+    before it: the share of the layers that are looked at.
+    """
+
+    shape: torch.Size
+    axis: int
+    way: float
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,8 @@ class FeaturePoint:
         own: name of the student's layer, None for the same.
         widths: how many channels the student's feature and the teacher's have, where they are not
             the same ones: a regressor is to bring one to the other. None where they are.
+        maps: axes of the channels of the student's feature and the teacher's, where the two are
+            compared as maps (N, C, H, W) of the lower resolution. None where as they are.
     """
 
     name: str
@@ -33,6 +52,7 @@ class FeaturePoint:
     channels: Tensor | None
     own: str | None = None
     widths: tuple[int, int] | None = None
+    maps: tuple[int, int] | None = None
 
     @property
     def layer(self) -> str:
@@ -57,9 +77,10 @@ def comparison_points(
     """Return where a student's features are compared with its teacher's, whatever the student is.
 
     A student that was made from the teacher, or has its layers, is compared layer by layer:
-    ``feature_points``. Of any other the last waist of each resolution is held against the
-    teacher's last of that resolution (FitNets: Romero et al., ICLR 2015): the ends of the stages,
-    and what the classifier is given. Where the two have other channels a regressor stands between.
+    ``feature_points``. Of any other each waist is held against the teacher's at the same share of
+    the way from the images to the outputs, maps and tokens against one another, at the lower of the
+    two resolutions, and vectors against vectors. A regressor stands between (FitNets: Romero et
+    al., ICLR 2015, who do so at one place).
 
     Args:
         teacher: with a graph from its images to its outputs.
@@ -68,35 +89,59 @@ def comparison_points(
         images: normalised, (N, C, H, W), on the device of both.
 
     Returns:
-        In forward order; empty if the two have no resolution in common.
+        Maps, then vectors, in forward order; empty if the two have neither in common.
     """
     if kept:
         return feature_points(teacher, student, kept, images)
     theirs, own = _waists(teacher, images), _waists(student, images)
-    if own and own.items() <= theirs.items():
+    shapes = [{name: w.shape for name, w in waists.items()} for waists in (own, theirs)]
+    if own and shapes[0].items() <= shapes[1].items():
         return [_point(name, teacher.get_submodule(name), kept, images.device) for name in own]
-    last_of_student = _last_of_each_resolution(student, own)
+    theirs, own = (_waists(model, images, grouped=True) for model in (teacher, student))
     found = []
-    for resolution, name in _last_of_each_resolution(teacher, theirs).items():
-        if resolution in last_of_student:
-            axis, layer = resolution[0], last_of_student[resolution]
-            widths = own[layer][axis], theirs[name][axis]
-            regressed = None if widths[0] == widths[1] else widths
-            found.append(FeaturePoint(name, axis, None, layer, regressed))
+    for dimensions in ({3, 4}, {2}):
+        given, wanted = (
+            [(name, w) for name, w in waists.items() if _comparable(w, dimensions)]
+            for waists in (own, theirs)
+        )
+        for (layer, mine), (name, its) in _at_equal_depth(given, wanted):
+            widths = mine.shape[mine.axis], its.shape[its.axis]
+            if dimensions == {2}:
+                found.append(FeaturePoint(name, -1, None, layer, widths))
+            else:
+                found.append(FeaturePoint(name, 1, None, layer, widths, (mine.axis, its.axis)))
     return found
 
 
-def _last_of_each_resolution(
-    model: nn.Module, waists: Mapping[str, torch.Size]
-) -> dict[tuple[int, ...], str]:
-    """Return the last waist of each resolution: the channels' axis, and the other sizes."""
-    found: dict[tuple[int, ...], str] = {}
-    for name, shape in waists.items():
-        axis = _channel_axis(model.get_submodule(name))
-        positions = shape[2:] if axis == 1 else shape[1:-1]
-        found.pop((axis, *positions), None)  # the order is that of the last ones
-        found[axis, *positions] = name
-    return found
+def patch_grid(tokens: int) -> tuple[int, int] | None:
+    """Return the side of the square of patches that so many tokens are, and how many precede it.
+
+    None if they are no square, but for up to ``MOST_PREFIX`` tokens.
+    """
+    side = math.isqrt(tokens)
+    before = tokens - side * side
+    return (side, before) if before <= MOST_PREFIX and side > 1 else None
+
+
+def _comparable(waist: Waist, dimensions: set[int]) -> bool:
+    shape = waist.shape
+    return len(shape) in dimensions and (len(shape) != 3 or patch_grid(shape[1]) is not None)
+
+
+def _at_equal_depth(
+    own: list[tuple[str, Waist]], theirs: list[tuple[str, Waist]]
+) -> list[tuple[tuple[str, Waist], tuple[str, Waist]]]:
+    """Return each of the shorter list with the nearest of the other, which the nearest one has."""
+    short, long = sorted((own, theirs), key=len)
+    found: dict[str, tuple[float, tuple[str, Waist], tuple[str, Waist]]] = {}
+    for one in short:
+        distance, other = min(
+            ((abs(one[1].way - other[1].way), other) for other in long), key=lambda pair: pair[0]
+        )
+        if other[0] not in found or distance < found[other[0]][0]:
+            found[other[0]] = distance, one, other
+    pairs = [(one, other) for _, one, other in found.values()]
+    return pairs if short is own else [(other, one) for one, other in pairs]
 
 
 def feature_points(
@@ -104,11 +149,11 @@ def feature_points(
 ) -> list[FeaturePoint]:
     """Return the layers by whose inputs a student can be compared with what it was made from.
 
-    These are convolutions and linear layers whose input is a waist of the network: every path from
-    the images to the outputs goes through it. It is what a block with a residual sum around it puts
-    out, and what any layer of a plain network does; the inside of a block is not one. So a student
-    that has them right has all right, and is free in how it comes to them. (In graphs' terms: the
-    node dominates the output.)
+    These are convolutions, linear layers and norms of tokens whose input is a waist of the network:
+    every path from the images to the outputs goes through it. It is what a block with a residual
+    sum around it puts out, and what any layer of a plain network does; a block's inside is not one.
+    So a student that has them right has all right, and is free in how it comes to them. (In graphs'
+    terms: the node dominates the output.)
 
     Args:
         teacher: with a graph from its images to its outputs.
@@ -130,36 +175,53 @@ def feature_points(
     with torch.no_grad(), eval_mode(student), hooked(watched, see):
         student(images)
     found = []
-    for name, shape in given.items():
+    for name, waist in given.items():
         point = _point(name, teacher.get_submodule(name), kept, images.device)
-        if name in shapes and point.left_of(shape) == shapes[name]:
+        if name in shapes and point.left_of(waist.shape) == shapes[name]:
             found.append(point)
     return found
 
 
 def _point(name: str, layer: nn.Module, kept: Kept, device: torch.device) -> FeaturePoint:
     axes = kept.get(f"{name}.weight")
-    chosen = None if axes is None or axes[1] is None else torch.tensor(axes[1], device=device)
+    read = None if axes is None else axes[0 if isinstance(layer, nn.LayerNorm) else 1]
+    chosen = None if read is None else torch.tensor(read, device=device)
     return FeaturePoint(name, _channel_axis(layer), chosen)
 
 
 def _channel_axis(layer: nn.Module) -> int:
-    return -1 if isinstance(layer, nn.Linear) else 1
+    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
-def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
-    """Return the layers, called once, that are given a waist, with the shape of it."""
+def _sees_tokens(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether a norm is given tokens (N, L, C) or maps (N, H, W, C), not (N, C, H, W)."""
+    (width, *more) = reversed(norm.normalized_shape)
+    if more or x.shape[-1] != width:
+        return False
+    return x.ndim == 3 or (x.ndim == 4 and x.shape[1] != width)
+
+
+def _waists(model: nn.Module, images: Tensor, grouped: bool = False) -> dict[str, Waist]:
+    """Return the layers, called once, that are given a waist, with its shape and channels.
+
+    Args:
+        model: with a graph from its images to its outputs.
+        images: normalised, (N, C, H, W).
+        grouped: convolutions of several groups may be among the layers.
+    """
     layers = [
         (name, m)
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+        if isinstance(m, nn.Linear | nn.LayerNorm)
+        or (isinstance(m, nn.Conv2d) and (m.groups == 1 or grouped))
     ]
-    given: dict[str, tuple[Edge | None, torch.Size]] = {}
+    given: dict[str, tuple[Edge | None, Waist]] = {}
     calls: Counter[str] = Counter()
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        given[name] = edge(x), x.shape
-        calls[name] += 1
+        if not isinstance(layer, nn.LayerNorm) or _sees_tokens(layer, x):
+            given[name] = edge(x), Waist(x.shape, _channel_axis(layer), calls.total())
+            calls[name] += 1
 
     start = images.clone().requires_grad_(True)
     with torch.enable_grad(), eval_mode(model), hooked(layers, see):
@@ -167,12 +229,12 @@ def _waists(model: nn.Module, images: Tensor) -> dict[str, torch.Size]:
     if last is None:
         return {}
     graph = _graph(last)
-    found: dict[Edge, tuple[str, torch.Size]] = {}
-    for name, (place, shape) in given.items():
+    found: dict[Edge, tuple[str, Waist]] = {}
+    for name, (place, waist) in given.items():
         if place is None or place[0] not in graph or place in found or calls[name] > 1:
             continue
         if not _reaches(graph, last, start, place):
-            found[place] = name, shape
+            found[place] = name, waist._replace(way=waist.way / calls.total())
     return dict(found.values())
 
 

@@ -45,8 +45,11 @@ class IncrementalTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.augmentation.mixup:
-            raise ValueError("augmentation.mixup: classes are learnt from whole images; use 0")
+        for option in ("mixup", "cutmix"):
+            if getattr(self.augmentation, option):
+                raise ValueError(
+                    f"augmentation.{option}: classes are learnt from whole images; use 0"
+                )
 
 
 def check_losses(

@@ -10,10 +10,19 @@ from dreamkit.copying import copied
 from dreamkit.errors import DreamkitError
 from dreamkit.model_state import seeded
 from dreamkit.stages.teaching import StudentTraining
+from dreamkit.teachers.without_batch_norm import vision_transformer
 from dreamkit.training.augmenter import Augmentation
 from dreamkit.training.distillation import Distillation, Distiller
-from dreamkit.training.feature_points import comparison_points, feature_points
-from dreamkit.training.losses.feature_distance import FeatureDistance
+from dreamkit.training.feature_points import (
+    FeaturePoint,
+    Waist,
+    _at_equal_depth,
+    _sees_tokens,
+    comparison_points,
+    feature_points,
+    patch_grid,
+)
+from dreamkit.training.losses.feature_distance import FeatureDistance, at_one_resolution
 from dreamkit.types import StoredImages
 
 CPU = torch.device("cpu")
@@ -138,6 +147,31 @@ def test_a_feature_that_is_the_same_everywhere_says_nothing():
     assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)
 
 
+def test_behind_a_regressor_every_channel_of_the_teacher_is_of_mean_0_and_variance_1():
+    def compared(scales):
+        teacher = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1), nn.Flatten())
+        student = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten())
+        with torch.no_grad():
+            teacher[0].weight.copy_(torch.diag(torch.tensor(scales)).view(3, 3, 1, 1))
+            teacher[0].bias.fill_(7.0)
+            student[0].weight.copy_(torch.eye(3)[:2].view(2, 3, 1, 1))
+            student[0].bias.zero_()
+        regressor = nn.Conv2d(2, 3, 1)
+        with torch.no_grad():
+            regressor.weight.copy_(torch.eye(3)[:, :2].view(3, 2, 1, 1))
+            regressor.bias.zero_()
+        images = torch.tensor([[1.0, 1, 2], [-1, -1, 4]]).view(2, 3, 1, 1)
+        point = FeaturePoint("1", 1, None, "1", (2, 3), (1, 1))
+        distance = FeatureDistance(student, teacher, [point], {"1": regressor})
+        with distance.watched():
+            teacher(images), student(images)
+        return distance.taken().item()
+
+    # The first two are what they are to be; the third channel, which varies by 1, is told nothing.
+    assert compared([2.0, 300.0, 1.0]) == pytest.approx(1 / 3, rel=1e-4)
+    assert compared([2.0, 300.0, 0.0]) == pytest.approx(0.0, abs=1e-5)  # it never varies
+
+
 def trainer(toys, teacher, student, **options):
     how = Distillation(
         **({"steps": 60, "batch_size": 8, "lr": 0.01, "optimizer": "adamw"} | options)
@@ -222,12 +256,93 @@ def unlike(seed=3):
         return Plain()
 
 
-def test_another_network_is_compared_where_each_resolution_ends():
+def test_another_network_is_compared_at_equal_shares_of_the_way():
     found = comparison_points(network(), unlike(), {}, noise())
     assert [(point.name, point.layer, point.widths) for point in found] == [
+        ("inner.0", "second", (7, 4)),
         ("down", "third", (5, 4)),
-        ("classifier", "out", None),
+        ("classifier", "out", (6, 6)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "paired"),
+    [
+        ([0.1, 0.5, 0.9], [0.0, 0.2, 0.4, 0.6, 0.8, 0.95], [(0, 0), (1, 2), (2, 5)]),
+        ([0.0, 0.2, 0.4, 0.6, 0.8, 0.95], [0.1, 0.5, 0.9], [(0, 0), (2, 1), (5, 2)]),
+        ([0.3, 0.6], [0.0, 0.1, 0.33, 0.66], [(0, 2), (1, 3)]),  # not by their numbers
+        ([0.1, 0.45, 0.5], [0.0, 0.1, 0.2, 0.52], [(0, 1), (2, 3)]),  # the nearer has it
+        ([0.9], [0.1, 0.8], [(0, 1)]),
+        ([], [0.5], []),
+    ],
+)
+def test_pairs_are_as_far_on_the_way_as_one_another(own, theirs, paired):
+    lists = [
+        [(f"{number}", Waist(noise().shape, 1, way)) for number, way in enumerate(ways)]
+        for ways in (own, theirs)
+    ]
+    pairs = _at_equal_depth(*lists)
+    assert [(int(one[0]), int(other[0])) for one, other in pairs] == paired
+
+
+def test_tokens_are_compared_as_maps_without_those_that_precede_patches(toys):
+    with seeded(0):
+        teacher = vision_transformer(5, 3, 8, 2, 8, 3, 2).eval()
+    found = comparison_points(teacher, unlike(), {}, noise())
+    assert [(p.name, p.layer, p.maps) for p in found[:-1]] == [
+        ("blocks.0.norm2", "second", (1, -1)),
+        ("blocks.1.norm2", "third", (1, -1)),
+    ]
+    assert (found[-1].name, found[-1].layer, found[-1].maps) == ("head", "out", None)
+    places = torch.arange(16.0).view(1, 16, 1)
+    tokens = torch.cat([torch.full((1, 1, 1), 99.0), places], 1)  # the class first
+    own, wanted = at_one_resolution(torch.zeros(1, 3, 2, 2), tokens, (1, -1))
+    assert own.shape == (1, 3, 2, 2)
+    assert wanted.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]  # of four patches each
+    last = torch.arange(8.0).view(1, 2, 2, 2)
+    assert torch.equal(at_one_resolution(last, last, (-1, 1))[0], last.movedim(-1, 1))
+
+
+def test_a_transformer_is_compared_with_its_like_after_attention_and_after_mlps():
+    with seeded(0):
+        teacher, student = (vision_transformer(5, 3, 8, 2, 8, 3, 2).eval() for _ in range(2))
+    names = [point.name for point in comparison_points(teacher, student, {}, noise())]
+    norms = [f"blocks.{block}.norm{half}" for block in range(3) for half in (1, 2)]
+    assert names == [*norms, "norm", "head"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"), [(64, (8, 0)), (65, (8, 1)), (201, (14, 5)), (1, None), (80, None)]
+)
+def test_how_many_tokens_are_a_square_of_patches(tokens, grid):
+    assert patch_grid(tokens) == grid
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "told"),
+    [
+        (8, (2, 9, 8), True),
+        (8, (2, 4, 4, 8), True),
+        (8, (2, 8, 4, 4), False),
+        (8, (2, 8, 8, 8), False),  # channels cannot be told from columns
+        ((6, 4, 8), (2, 6, 4, 8), False),
+        (8, (2, 8), False),
+    ],
+)
+def test_what_norms_of_tokens_are(shape, given, told):
+    assert _sees_tokens(nn.LayerNorm(shape), torch.zeros(given)) is told
+
+
+def test_a_students_features_come_to_be_those_of_a_transformer(toys):
+    with seeded(0):
+        teacher = vision_transformer(5, 3, 8, 2, 8, 3, 2).eval().requires_grad_(False)
+    how = Distillation(steps=60, batch_size=8, lr=0.01, optimizer="adamw", features=5.0)
+    made = Distiller(unlike(), teacher, toys.card(classes=5), how, CPU, 0, 60)
+    batch = toys.images(8).batch(range(8))
+    first = float(made.step(batch))
+    for _ in range(40):
+        last = float(made.step(batch))
+    assert last < 0.6 * first
 
 
 def test_a_network_like_the_teacher_is_compared_layer_by_layer():
@@ -248,10 +363,11 @@ def test_regressors_are_trained_with_the_student_and_are_no_part_of_it(toys):
     told: list[str] = []
     made = unlike_trainer(toys, told)
     before = [p.detach().clone() for p in made.regressors.parameters()]
-    assert [tuple(p.shape) for p in before] == [(4, 5, 1, 1), (4,)]
+    shapes = [(4, 7, 1, 1), (4,), (4, 5, 1, 1), (4,), (6, 6), (6,)]
+    assert [tuple(p.shape) for p in before] == shapes
     assert told == [
-        "features are compared at down, classifier of the teacher, 1 of them through a linear map "
-        "that is trained along"
+        "features are compared at 3 places of the teacher, inner.0 to classifier, through linear "
+        "maps that are trained along"
     ]
     names = set(made.student.state_dict())
     batch = toys.images(8).batch(range(8))

@@ -289,9 +289,10 @@ def test_the_gradient_is_clipped(toys, monkeypatch):
     assert seen == [0.1]
 
 
-def test_mixup_has_no_place():
-    with pytest.raises(ValueError, match="mixup"):
-        IncrementalTraining(augmentation=Augmentation(mixup=1.0))
+@pytest.mark.parametrize("option", ["mixup", "cutmix"])
+def test_mixed_images_have_no_place(option):
+    with pytest.raises(ValueError, match=f"augmentation.{option}"):
+        IncrementalTraining(augmentation=Augmentation(**{option: 1.0}))
 
 
 def test_first_outputs(toys):

@@ -225,7 +225,7 @@ def test_an_evaluation_is_done_in_parts(toys):
 def test_a_training_that_does_not_fit_says_what_to_lower(toys, tmp_path):
     teacher = toys.teacher(toys.two_bn())
     options = Distillation(steps=3, batch_size=4, precision="float32")
-    student = Scarce(toys.two_bn(), passes=1)
+    student = Scarce(toys.two_bn(), passes=2)  # which tell where its features are
     with pytest.raises(OutOfMemory, match=r"training.*lower batch_size \(4 now\).*accumulate") as e:
         train_student(teacher, student, toys.images(8), options, toys.context(tmp_path), "training")
     assert e.value.path == ("batch_size",)

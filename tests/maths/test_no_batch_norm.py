@@ -21,7 +21,7 @@ from dreamkit.registry import Term
 from dreamkit.regularizers.gram import Gram
 from dreamkit.regularizers.patch_similarity import PatchSimilarity, differential_entropy
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.automatic_terms import PATCHES, STATISTICS, terms_for
+from dreamkit.synthesizers.automatic_terms import PATCHES, SHIFTS, STATISTICS, terms_for
 from dreamkit.synthesizers.block_outputs import (
     MOST_PATCHES,
     Block,
@@ -242,10 +242,11 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     notes = []
     assert terms_for("auto", toys.teacher(toys.two_bn()), notes.append) == STATISTICS
     assert notes == []
-    assert terms_for("auto", teacher_of(vit()), notes.append) == PATCHES
-    (note,) = notes
-    for term in PATCHES:
-        assert f"{term.name} {term.weight:g}" in note
+    assert terms_for("auto", teacher_of(vgg()), notes.append) == PATCHES
+    assert terms_for("auto", teacher_of(vit()), notes.append) == (*PATCHES, *SHIFTS)
+    without, note = notes
+    assert "feature_prior" not in without
+    assert "patch_similarity 0.1, feature_prior 1" in note
     assert "2 modules, blocks.0 to blocks.1" in note
     given = (Term("tv", 1.0, TotalVariation()),)
     assert terms_for(given, teacher_of(vit())) == given
@@ -317,7 +318,7 @@ def test_a_network_with_random_weights_is_dreamed_and_the_loss_falls(teacher_of,
     assert dream.images.shape == (4, *SIZE)
     assert any("auto is patch_similarity" in note for note in notes)
     assert min(x.loss for x in losses[-3:]) < losses[0].loss
-    for term in PATCHES:
+    for term in terms_for("auto", teacher):
         assert all(getattr(x, term.name).isfinite() for x in losses)
 
 

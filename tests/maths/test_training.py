@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamkit.errors import DreamkitError
+from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.flat_state import below, prefixed
 from dreamkit.model_state import frozen, seeded
 from dreamkit.training.augmentation import drawn_share
@@ -403,15 +403,44 @@ def test_without_augmentation_images_stay_as_they_are(toys):
     mixed = augmenter()(images, labels)
     assert mixed.images is images
     assert torch.equal(mixed.labels, labels)
-    assert mixed.share == 1
+    assert mixed.share.tolist() == [1] * 4
 
 
 def test_mixup_by_its_own_share(toys):
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
     mixed = augmenter(mixup=1.0)(images, labels)
-    assert 0 < mixed.share < 1
-    expected = mixed.share * images + (1 - mixed.share) * images[mixed.others]
+    share = float(mixed.share[0])
+    assert mixed.share.tolist() == [share] * 6
+    assert 0 < share < 1
+    expected = share * images + (1 - share) * images[mixed.others]
     torch.testing.assert_close(mixed.images, expected)
+
+
+def test_cutmix_pastes_a_rectangle_of_another_image_and_says_how_much_is_left():
+    count, side = 400, 8
+    images = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 2, side, side)
+    mixed = augmenter(cutmix=0.5)(images, torch.arange(count) % 10)
+    pasted = mixed.images != images
+    assert torch.equal(pasted[:, 0], pasted[:, 1])
+    of_others = torch.where(pasted, mixed.images, 0).amax((1, 2, 3))
+    assert torch.equal(torch.where(pasted, of_others.view(-1, 1, 1, 1), images), mixed.images)
+    some = pasted.any(1).any(1).any(1)
+    assert torch.equal(mixed.others[some], of_others[some].long() % 10), "labels of the others"
+    rows, columns = pasted[:, 0].any(2).sum(1), pasted[:, 0].any(1).sum(1)
+    assert torch.equal(pasted[:, 0].sum((1, 2)), rows * columns), "a rectangle"
+    torch.testing.assert_close(mixed.share[some], (1 - rows * columns / side**2)[some])
+    sides = torch.cat([rows, columns])[torch.cat([rows, columns]) > 0]
+    assert set(sides.tolist()) == {2, 3, 4, 5, 6}
+    # 400 draws of ½, ± 5 standard deviations; some images are given a part of themselves.
+    assert (mixed.share < 1).float().mean().item() == pytest.approx(0.5, abs=0.13)
+    assert torch.equal(augmenter(cutmix=0.5)(images, mixed.labels).images, mixed.images)
+    assert torch.equal(augmenter(1, cutmix=0.0)(images, mixed.labels).images, images)
+
+
+def test_images_are_mixed_in_one_way():
+    with pytest.raises(OptionError, match="mixed by mixup already") as caught:
+        Augmentation(mixup=1.0, cutmix=0.5)
+    assert caught.value.option == "cutmix"
 
 
 def test_shares_follow_the_beta_distribution():
@@ -424,10 +453,14 @@ def test_shares_follow_the_beta_distribution():
 
 def test_cross_entropy_to_mixed_labels_by_hand():
     logits = torch.tensor([[math.log(3), 0.0]])
-    mixed = Mixed(torch.zeros(1, 1, 1, 1), torch.tensor([0]), torch.tensor([1]), 0.75)
-    # -¾ ln ¾ - ¼ ln ¼
-    expected = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert mixed_cross_entropy(logits, mixed).item() == pytest.approx(expected, rel=1e-5)
+    labels, others = torch.tensor([0, 1]), torch.tensor([1, 1])
+    share = torch.tensor([0.75, 1.0])
+    mixed = Mixed(torch.zeros(2, 1, 1, 1), labels, others, share)
+    # -¾ ln ¾ - ¼ ln ¼, and -ln ¼
+    first = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    expected = (first - math.log(0.25)) / 2
+    found = mixed_cross_entropy(logits.expand(2, 2), mixed).item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # --- batches ----------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def mixed_cross_entropy(logits: Tensor, mixed: Mixed) -> Tensor:
 
     Zhang et al. 2018; for images that are not mixed it is the plain one.
     """
-    first = F.cross_entropy(logits, mixed.labels)
-    if mixed.share == 1:
-        return first
-    return mixed.share * first + (1 - mixed.share) * F.cross_entropy(logits, mixed.others)
+    own, other = (
+        F.cross_entropy(logits, labels, reduction="none") for labels in (mixed.labels, mixed.others)
+    )
+    return (mixed.share * own + (1 - mixed.share) * other).mean()

@@ -8,9 +8,10 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dreamkit.model_state import hooked
-from dreamkit.training.feature_points import FeaturePoint
+from dreamkit.training.feature_points import FeaturePoint, patch_grid
 
 _LEAST = 1e-8
 """Variance of a feature that says something, as a share of its mean square; rounding's is less."""
@@ -21,7 +22,8 @@ class FeatureDistance:
 
     Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, at each point. A regressor
     stands between features of different channels, linear and alike at all positions: the paper's
-    convolution, of 1×1. There is none where what pruning left of a feature are channels of the
+    convolution, of 1×1; what it is to put out are the teacher's channels, each of mean 0 and
+    variance 1 over the batch. There is none where what pruning left of a feature are channels of the
     teacher's, or a student has the teacher's layers. An image says far more of a network in its
     features than in its logits: some hundred thousand numbers in place of a thousand. Wang et al.
     ("Compressing Models with Few Samples: Mimicking then Replacing", CVPR 2022) find so with few
@@ -72,16 +74,59 @@ class FeatureDistance:
                 continue
             wanted = point.of_teacher(self._theirs[point.name].detach().float())
             own = self._own[point.name].float()
+            if point.maps is not None:
+                own, wanted = at_one_resolution(own, wanted, point.maps)
+            told = _LEAST * wanted.square().mean()
             if point.name in self.regressors:
-                own = self.regressors[point.name](own)
+                # A regressor starts small, and would not reach features of another scale for long.
+                own, wanted = self.regressors[point.name](own), _standardised(wanted, told)
+                distances.append((own - wanted).square().mean())
+                continue
             error = (own - wanted).square().mean()
             spread = wanted.var(correction=0)
             # A feature that is the same everywhere, such as one of a dead layer, says nothing.
-            told = spread > _LEAST * wanted.square().mean()
-            distances.append(torch.where(told, error / torch.where(told, spread, 1.0), 0.0))
+            distances.append(torch.where(spread > told, error / spread.clamp(min=told), 0.0))
         self._own.clear()
         self._theirs.clear()
         return torch.stack(distances).mean() if distances else torch.zeros(())
+
+
+def _standardised(features: Tensor, least: Tensor) -> Tensor:
+    """Return features with mean 0 and variance 1 of each channel, 0 where it never varies.
+
+    Args:
+        features: (N, C) or (N, C, H, W).
+        least: variance below which a channel counts as one that does not.
+    """
+    over = [axis for axis in range(features.ndim) if axis != 1]
+    var, mean = torch.var_mean(features, over, correction=0, keepdim=True)
+    return torch.where(var > least, (features - mean) * var.clamp(min=least).rsqrt(), 0.0)
+
+
+def at_one_resolution(own: Tensor, wanted: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return two features as maps (N, C, H, W) of the smaller height and width of the two.
+
+    Args:
+        own: maps, or tokens (N, L, C) of a square of patches.
+        wanted: likewise.
+        axes: of the channels of each.
+    """
+    maps = [_as_map(feature, axis) for feature, axis in zip((own, wanted), axes, strict=True)]
+    height, width = (min(map_.shape[axis] for map_ in maps) for axis in (2, 3))
+    first, second = (
+        map_ if map_.shape[2:] == (height, width) else F.adaptive_avg_pool2d(map_, (height, width))
+        for map_ in maps
+    )
+    return first, second
+
+
+def _as_map(feature: Tensor, axis: int) -> Tensor:
+    if feature.ndim == 3:
+        found = patch_grid(feature.shape[1])
+        assert found is not None  # or it were no point
+        side, before = found
+        feature = feature[:, before:].unflatten(1, (side, side))
+    return feature if axis == 1 else feature.movedim(-1, 1)
 
 
 def regressors_of(points: Sequence[FeaturePoint]) -> nn.ModuleDict:
