@@ -22,8 +22,8 @@ class FeatureDistance:
 
     Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, at each point. A regressor
     stands between features of different channels, linear and alike at all positions: the paper's
-    convolution, of 1×1; what it is to put out are the teacher's channels, each of mean 0 and
-    variance 1 over the batch. There is none where what pruning left of a feature are channels of the
+    convolution, of 1×1. It is to put out the teacher's channels, each with mean 0 and variance 1
+    over the batch. There is none where what pruning left of a feature are channels of the
     teacher's, or a student has the teacher's layers. An image says far more of a network in its
     features than in its logits: some hundred thousand numbers in place of a thousand. Wang et al.
     ("Compressing Models with Few Samples: Mimicking then Replacing", CVPR 2022) find so with few
