@@ -96,7 +96,7 @@ METHODS: dict[str, Options] = {
     "cross-entropy alone": {"regularizers": ()},
     "DeepDream as published, on pixels": {"regularizers": DREAM, **PUBLISHED},
     "DeepDream: tv 2.5e-5, l2 3e-8": {"regularizers": DREAM},
-    "patch_similarity 0.1": {"regularizers": PATCHES},
+    "patch_similarity 0.1 alone": {"regularizers": PATCHES},
     "feature_prior 10": {"regularizers": prior(10)},
     **{
         f"patch_similarity 0.1, feature_prior {weight}{chosen}": {
@@ -161,9 +161,7 @@ def parse() -> argparse.Namespace:
         metavar="DIR",
         help=f"class folders of CIFAR-10's test images: {' and '.join(CIFAR)} too",
     )
-    parser.add_argument(
-        "--decay", type=float, default=Fourier().decay, help="of Fourier's amplitudes"
-    )
+    parser.add_argument("--decay", type=float, help="of Fourier's amplitudes; else by the teacher")
     parser.add_argument("--images", type=int, help=f"a multiple of {BATCH}; else {told('images')}")
     parser.add_argument("--steps", type=int, help=f"of dreaming; else {told('steps')}")
     parser.add_argument("--lessons", type=int, help=f"else {told('lessons')}")
@@ -191,7 +189,7 @@ def main() -> None:
             given = {key: getattr(options, key) for key in ("images", "steps", "lessons")}
             asked = {key: value for key, value in given.items() if value is not None}
             budget = replace(BUDGETS[kind], **asked)
-            form = {"parameterisation": Fourier(decay=options.decay)}
+            form = {} if options.decay is None else {"parameterisation": Fourier(options.decay)}
             dreams = dreamed(teacher, form | dict(how), budget, options.seed)
             far = distance(dreams, strangers[kind])
             known = _accuracy(judges[name], dreams.images, dreams.labels)

@@ -634,7 +634,7 @@ def test_the_resolved_recipe_holds_preset_and_overrides_and_reads_the_same(
 
 
 def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file: Write) -> None:
-    tiny["synthesis"]["regularizers"] = {"tv": 1}
+    tiny["synthesis"] |= {"regularizers": {"tv": 1}, "parameterisation": {"name": "fourier"}}
     tiny["application"] = prune(limits={"chunk": 2})
     loaded = read_recipe(recipe_file(tiny), build_registries)
     data = yaml.safe_load(loaded.resolved_yaml())

@@ -32,7 +32,7 @@ class Fourier(Parameterisation):
             of an EfficientNet-Lite0 stores.
     """
 
-    decay: Annotated[float, Field(ge=0)] = 1.75
+    decay: Annotated[float, Field(ge=0)] = 1.5
     deviation: Annotated[float, Field(gt=0)] = 0.3
     luminance: Annotated[float, Field(gt=0)] = 1.4
     colour: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.35, 0.2)

@@ -1,10 +1,11 @@
-"""Which regularizers a teacher is inverted by when the recipe leaves it to what the teacher has."""
+"""How a teacher is inverted when the recipe leaves it to what the teacher has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from dreamkit.errors import TeacherMismatch, placed
+from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.feature_prior import FeaturePrior
@@ -12,7 +13,7 @@ from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks
 from dreamkit.synthesizers.inversion_loss import OpenTerms, Terms, check_terms, lack_of_statistics
 from dreamkit.synthesizers.norm_means import norm_layers
-from dreamkit.types import Regularizer, Teacher
+from dreamkit.types import Parameterisation, Regularizer, Teacher
 
 STATISTICS: tuple[Term[Regularizer], ...] = (Term("bn_feature", 30.0, BNFeature()),)
 """For a teacher with BatchNorm, which stores what its features were in training."""
@@ -23,6 +24,10 @@ ConvNeXt, and of a network inverted as if it had none (``benchmarks/without_batc
 SHIFTS: tuple[Term[Regularizer], ...] = (Term("feature_prior", 1.0, FeaturePrior()),)
 """Beside it, for one with LayerNorm or GroupNorm: the nearest to a statistic that such layers tell.
 On photographs it halves how far dreams are from what another network states of real images."""
+
+STEEPER = Fourier(decay=1.75)
+"""For one without statistics: they hold fine detail back, and no other term does as much. Dreams of
+a ConvNeXt of photographs are then half as far from what another network states of real images."""
 
 
 def terms_for(
@@ -64,6 +69,13 @@ def terms_for(
     with placed("regularizers"):
         check_patches(teacher, teacher.card.input_size[1:])
     return terms
+
+
+def parameterisation_for(chosen: Parameterisation | None, teacher: Teacher) -> Parameterisation:
+    """Return what an inversion's optimizer moves: as the recipe has it, or Fourier coefficients."""
+    if chosen is not None:
+        return chosen
+    return Fourier() if lack_of_statistics(teacher) is None else STEEPER
 
 
 def told(terms: Terms) -> str:

@@ -19,10 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
-from dreamkit.synthesizers.automatic_terms import terms_for
+from dreamkit.synthesizers.automatic_terms import parameterisation_for, terms_for
 from dreamkit.synthesizers.competitor import competitor
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
@@ -81,7 +80,8 @@ class DeepInversion(Synthesizer):
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
         clip: keep pixels in the valid range after every step.
-        parameterisation: what the optimizer moves.
+        parameterisation: what the optimizer moves; null is ``fourier``, whose ``decay`` is 1.75 for
+            a teacher without BatchNorm.
         patience: end a stage after so many steps in which its best loss fell by under a thousandth;
             looked at every 25 steps. Null never does.
         labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
@@ -105,9 +105,7 @@ class DeepInversion(Synthesizer):
     jitter: Annotated[int, Field(ge=0)] | None = None
     flip: bool = False
     clip: bool = True
-    parameterisation: Annotated[Parameterisation, EntryOf("parameterisations")] = field(
-        default_factory=Fourier
-    )
+    parameterisation: Annotated[Parameterisation | None, EntryOf("parameterisations")] = None
     patience: Annotated[int, Field(ge=1)] | None = None
     labels: Labels = "balanced"
     unconditional: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -179,6 +177,7 @@ class Inversion(LossDreamer):
         eager = replace(options.engine, compile=False)  # each number of patches would be compiled
         super().__init__(options.engine if gate is None else eager, session)
         self.options = options
+        self.form = parameterisation_for(options.parameterisation, self.teacher)
         self.gate = gate
         self.stages = options.stages or default_stages(self.teacher)
         self.deal = partial(
@@ -202,7 +201,7 @@ class Inversion(LossDreamer):
         Raises:
             NonFiniteLoss: its loss overflowed.
         """
-        options, card = self.options, self.teacher.card
+        card = self.teacher.card
         generator = torch.Generator().manual_seed(plan.seed)
         labels = self.deal(plan, generator).to(self.device)
         images: Tensor | None = None
@@ -211,10 +210,10 @@ class Inversion(LossDreamer):
             size = stage.resolution(card)
             if images is None:
                 shape = (plan.size, card.input_size[0], *size)
-                start = options.parameterisation.start(shape, generator).to(self.device)
+                start = self.form.start(shape, generator).to(self.device)
             else:
                 images = F.interpolate(images, size=size, mode="nearest")
-                start = options.parameterisation.encode(images)
+                start = self.form.encode(images)
 
             def counted(step: int, terms: Mapping[str, Tensor], done: int = done) -> None:
                 on_step(done + step, terms)
@@ -222,7 +221,7 @@ class Inversion(LossDreamer):
             evaluate = evaluator if self.gate is None else self.gate.begin(evaluator, stage.steps)
             best = self._stage(start, labels, stage, generator, evaluate, counted)
             best.require_finite(plan)
-            images = options.parameterisation.render(best.found, size)
+            images = self.form.render(best.found, size)
             loss, done = float(best.loss), done + stage.steps
         assert images is not None  # there is a stage
         return Dream(images, named(images, labels, self.teacher.model), loss)
@@ -237,8 +236,8 @@ class Inversion(LossDreamer):
         on_step: OnStep,
     ) -> Best:
         """Optimise at one resolution; return the best parameters of its steps."""
-        options, size = self.options, stage.resolution(self.teacher.card)
-        form = options.parameterisation
+        options, form = self.options, self.form
+        size = stage.resolution(self.teacher.card)
         limits = self.teacher.card.pixel_range(parameters) if options.clip else None
         parameters = clipped(form, parameters, size, limits).contiguous().requires_grad_()
         optimizer = torch.optim.Adam(
@@ -279,9 +278,9 @@ class Inversion(LossDreamer):
             generator = torch.Generator().manual_seed(0)
             resolution = stage.resolution(card)
             shape = (size, card.input_size[0], *resolution)
-            start = self.options.parameterisation.start(shape, generator).to(self.device)
+            start = self.form.start(shape, generator).to(self.device)
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
-            images = self.options.parameterisation.render(start, resolution)
+            images = self.form.render(start, resolution)
             sample = partial(self._sample, start, labels, stage)
             worth = stage.steps if self.gate is None else self.gate.options.worth(stage.steps)
             found.append(Phase(worth, sample, images, labels))

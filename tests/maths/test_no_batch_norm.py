@@ -15,13 +15,20 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 
 from dreamkit.checkup.doctor import diagnose
 from dreamkit.errors import DreamkitError, TeacherMismatch
+from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.plugins import build_registries
 from dreamkit.recipe.construct import Builder
 from dreamkit.registry import Term
 from dreamkit.regularizers.gram import Gram
 from dreamkit.regularizers.patch_similarity import PatchSimilarity, differential_entropy
 from dreamkit.regularizers.tv import TotalVariation
-from dreamkit.synthesizers.automatic_terms import PATCHES, SHIFTS, STATISTICS, terms_for
+from dreamkit.synthesizers.automatic_terms import (
+    PATCHES,
+    SHIFTS,
+    STATISTICS,
+    parameterisation_for,
+    terms_for,
+)
 from dreamkit.synthesizers.block_outputs import (
     MOST_PATCHES,
     Block,
@@ -250,6 +257,12 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     assert "2 modules, blocks.0 to blocks.1" in note
     given = (Term("tv", 1.0, TotalVariation()),)
     assert terms_for(given, teacher_of(vit())) == given
+
+
+def test_a_teacher_without_statistics_has_a_steeper_spectrum(toys, teacher_of):
+    assert parameterisation_for(None, toys.teacher(toys.two_bn())).decay == 1.5
+    assert parameterisation_for(None, teacher_of(vit())).decay == 1.75
+    assert parameterisation_for(Pixels(), teacher_of(vit())) == Pixels()
 
 
 def test_a_teacher_with_nothing_to_see_is_refused(teacher_of):
