@@ -23,11 +23,11 @@ no statistics it is the one whose dreams teach a student most on the whole: of a
 ConvNeXt, and of a network inverted as if it had none (``benchmarks/without_batch_norm.py``)."""
 SHIFTS: tuple[Term[Regularizer], ...] = (Term("feature_prior", 1.0, FeaturePrior()),)
 """Beside it, for one with LayerNorm or GroupNorm: the nearest to a statistic that such layers tell.
-On photographs it halves how far dreams are from what another network states of real images."""
+It brings a ConvNeXt's dreams of photographs a third nearer to what another network states."""
 
 STEEPER = Fourier(decay=1.75)
-"""For one without statistics: they hold fine detail back, and no other term does as much. Dreams of
-a ConvNeXt of photographs are then half as far from what another network states of real images."""
+"""For one without statistics: these hold fine detail back, and no other term does as much. Dreams
+of a ConvNeXt of photographs are then half as far from what another network states of real ones."""
 
 
 def terms_for(

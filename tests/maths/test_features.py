@@ -129,11 +129,12 @@ def test_distance_is_over_what_is_kept_and_a_share_of_the_variance():
     assert distance.taken().item() == pytest.approx(0.5 / 1.25)
 
 
-def test_a_feature_that_is_the_same_everywhere_says_nothing():
+@pytest.mark.parametrize("value", [0.5, 0.0])
+def test_a_feature_that_is_the_same_everywhere_says_nothing(value):
     teacher = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten())
     with torch.no_grad():
         teacher[0].weight.zero_()
-        teacher[0].bias.fill_(0.5)
+        teacher[0].bias.fill_(value)
     student, images = copied(teacher), noise()
     with torch.no_grad():
         student[0].bias.add_(1e-3)

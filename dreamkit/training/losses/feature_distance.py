@@ -76,16 +76,17 @@ class FeatureDistance:
             own = self._own[point.name].float()
             if point.maps is not None:
                 own, wanted = at_one_resolution(own, wanted, point.maps)
-            told = _LEAST * wanted.square().mean()
+            least = _LEAST * wanted.square().mean()
             if point.name in self.regressors:
                 # A regressor starts small, and would not reach features of another scale for long.
-                own, wanted = self.regressors[point.name](own), _standardised(wanted, told)
+                own, wanted = self.regressors[point.name](own), _standardised(wanted, least)
                 distances.append((own - wanted).square().mean())
                 continue
             error = (own - wanted).square().mean()
             spread = wanted.var(correction=0)
             # A feature that is the same everywhere, such as one of a dead layer, says nothing.
-            distances.append(torch.where(spread > told, error / spread.clamp(min=told), 0.0))
+            told = spread > least
+            distances.append(torch.where(told, error / torch.where(told, spread, 1.0), 0.0))
         self._own.clear()
         self._theirs.clear()
         return torch.stack(distances).mean() if distances else torch.zeros(())
@@ -100,7 +101,8 @@ def _standardised(features: Tensor, least: Tensor) -> Tensor:
     """
     over = [axis for axis in range(features.ndim) if axis != 1]
     var, mean = torch.var_mean(features, over, correction=0, keepdim=True)
-    return torch.where(var > least, (features - mean) * var.clamp(min=least).rsqrt(), 0.0)
+    told = var > least
+    return torch.where(told, (features - mean) * torch.where(told, var, 1.0).rsqrt(), 0.0)
 
 
 def at_one_resolution(own: Tensor, wanted: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
