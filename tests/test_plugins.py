@@ -394,11 +394,11 @@ def test_broken_plugin_that_a_recipe_names_is_an_error(case, tmp_path):
 
 def test_an_entry_that_cannot_be_imported_does_not_hide_what_another_is_called():
     registries = build_registries()
-    registry = registries["parameterisations"]
+    registry = registries["quantizers"]
     registry.register("a_broken_one", "gone_module:Gone", "plugin x")
     registry.entries = dict(sorted(registry.entries.items()))  # it comes first
-    rows = option_rows(registries["synthesizers"].resolve("deepinversion"), registries)
-    assert {row.name: row.default for row in rows}["parameterisation"] == "fourier"
+    rows = option_rows(registries["applications"].resolve("quantize"), registries)
+    assert {row.name: row.default for row in rows}["quantizer"] == "onnxruntime"
 
 
 def test_missing_plugin_is_an_error_that_names_where_it_was_sought(tmp_path, monkeypatch):
