@@ -44,7 +44,7 @@ def dreams(teacher: Teacher, options: argparse.Namespace) -> GIVEN:
 
 
 def noise(teacher: Teacher, options: argparse.Namespace) -> GIVEN:
-    """Return pixels that are all alike likely, labelled by chance."""
+    """Return uniform noise, labelled by chance."""
     draw = torch.Generator().manual_seed(options.seed)
     shape = (options.images, *teacher.card.input_size)
     images = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
