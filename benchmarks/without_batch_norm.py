@@ -84,6 +84,7 @@ PUBLISHED: Options = {
     "betas": (0.9, 0.999),
     "schedule": "constant",
     "clip": False,
+    "colour_shift": 0.0,
 }
 """How DeepInversion's paper optimises images of CIFAR-10's size."""
 
@@ -162,6 +163,9 @@ def parse() -> argparse.Namespace:
         help=f"class folders of CIFAR-10's test images: {' and '.join(CIFAR)} too",
     )
     parser.add_argument("--decay", type=float, help="of Fourier's amplitudes; else by the teacher")
+    parser.add_argument(
+        "--colour-shift", type=float, help="of what each step sees; else by the teacher"
+    )
     parser.add_argument("--images", type=int, help=f"a multiple of {BATCH}; else {told('images')}")
     parser.add_argument("--steps", type=int, help=f"of dreaming; else {told('steps')}")
     parser.add_argument("--lessons", type=int, help=f"else {told('lessons')}")
@@ -190,6 +194,8 @@ def main() -> None:
             asked = {key: value for key, value in given.items() if value is not None}
             budget = replace(BUDGETS[kind], **asked)
             form = {} if options.decay is None else {"parameterisation": Fourier(options.decay)}
+            if options.colour_shift is not None:
+                form["colour_shift"] = options.colour_shift
             dreams = dreamed(teacher, form | dict(how), budget, options.seed)
             far = distance(dreams, strangers[kind])
             known = _accuracy(judges[name], dreams.images, dreams.labels)

@@ -28,6 +28,9 @@ It brings a ConvNeXt's dreams of photographs a third nearer to what another netw
 STEEPER = Fourier(decay=1.75)
 """For one without statistics: these hold fine detail back, and no other term does as much. Dreams
 of a ConvNeXt of photographs are then half as far from what another network states of real ones."""
+COLOUR_SHIFT = 0.5
+"""For one without statistics: these hold contrast back, too. Without either a class is shown in
+glaring colours: a quarter of the pixels of a vision transformer's dreams of photographs."""
 
 
 def terms_for(
@@ -76,6 +79,13 @@ def parameterisation_for(chosen: Parameterisation | None, teacher: Teacher) -> P
     if chosen is not None:
         return chosen
     return Fourier() if lack_of_statistics(teacher) is None else STEEPER
+
+
+def colour_shift_for(chosen: float | None, teacher: Teacher) -> float:
+    """Return how far each step of an inversion changes colours: as the recipe has it, or so."""
+    if chosen is not None:
+        return chosen
+    return 0.0 if lack_of_statistics(teacher) is None else COLOUR_SHIFT
 
 
 def told(terms: Terms) -> str:

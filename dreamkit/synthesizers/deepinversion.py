@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
-from dreamkit.synthesizers.automatic_terms import parameterisation_for, terms_for
+from dreamkit.synthesizers import automatic_terms
+from dreamkit.synthesizers.colour_shift import draw_colours
 from dreamkit.synthesizers.competitor import competitor
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed
@@ -79,9 +80,9 @@ class DeepInversion(Synthesizer):
         jitter: largest random shift in pixels at the last stage's size, scaled in the others;
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
+        colour_shift: how far each step changes colours; null is 0, and 0.5 without BatchNorm.
         clip: keep pixels in the valid range after every step.
-        parameterisation: what the optimizer moves; null is ``fourier``, whose ``decay`` is 1.75 for
-            a teacher without BatchNorm.
+        parameterisation: what moves; null is ``fourier``, its ``decay`` 1.75 without BatchNorm.
         patience: end a stage after so many steps in which its best loss fell by under a thousandth;
             looked at every 25 steps. Null never does.
         labels: ``balanced`` deals all classes out, shuffled, before any comes again; ``random``
@@ -104,6 +105,7 @@ class DeepInversion(Synthesizer):
     warmup: Annotated[int, Field(ge=0)] = 0
     jitter: Annotated[int, Field(ge=0)] | None = None
     flip: bool = False
+    colour_shift: Annotated[float, Field(ge=0)] | None = None
     clip: bool = True
     parameterisation: Annotated[Parameterisation | None, EntryOf("parameterisations")] = None
     patience: Annotated[int, Field(ge=1)] | None = None
@@ -142,7 +144,7 @@ class DeepInversion(Synthesizer):
         seed: int = 0,
     ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
-        terms = terms_for(self.regularizers, teacher, note)
+        terms = automatic_terms.terms_for(self.regularizers, teacher, note)
         with ExitStack() as stack:
             if (named := competitor(self.student, self.regularizers, teacher, seed)) is not None:
                 student = named.to(device)
@@ -156,7 +158,7 @@ class DeepInversion(Synthesizer):
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms, the labels or the student do not fit."""
-        terms_for(self.regularizers, teacher)
+        automatic_terms.terms_for(self.regularizers, teacher)
         competitor(self.student, self.regularizers, teacher)
         check_labels(self.labels, teacher.card)
         check_stages(self.stages or (), teacher)
@@ -177,7 +179,8 @@ class Inversion(LossDreamer):
         eager = replace(options.engine, compile=False)  # each number of patches would be compiled
         super().__init__(options.engine if gate is None else eager, session)
         self.options = options
-        self.form = parameterisation_for(options.parameterisation, self.teacher)
+        self.form = automatic_terms.parameterisation_for(options.parameterisation, self.teacher)
+        self.colour_shift = automatic_terms.colour_shift_for(options.colour_shift, self.teacher)
         self.gate = gate
         self.stages = options.stages or default_stages(self.teacher)
         self.deal = partial(
@@ -187,8 +190,9 @@ class Inversion(LossDreamer):
             session.seed,
             unconditional=options.unconditional,
         )
-        known = options.known_batch_size(self.teacher)
-        self._batch_size = session.choices.get("batch_size", known) or self._largest_batch()
+        known = session.choices.get("batch_size", options.known_batch_size(self.teacher))
+        largest = max((s.resolution(self.teacher.card) for s in self.stages), key=math.prod)
+        self._batch_size = known or self.largest_batch(min(options.images, LARGEST_BATCH), largest)
 
     @property
     def batch_size(self) -> int:
@@ -248,14 +252,17 @@ class Inversion(LossDreamer):
         )
         jitter = stage.jitter(options.jitter, self.stages[-1], self.teacher.card)
         draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
+        batch = len(labels), self.teacher.card.input_size[0]
+        colours = draw_colours((stage.steps, *batch), self.colour_shift, generator).to(self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
             factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
             images = form.render(parameters, size)
-            found = evaluate(images, labels, draws[step])
-            (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
+            shown = colours.shown(images, step)
+            found = evaluate(shown, labels, draws[step])
+            (gradient,) = torch.autograd.grad(shown, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
             best.offer(parameters, found.loss, found.terms)  # of before the step
@@ -291,7 +298,3 @@ class Inversion(LossDreamer):
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self._stage(start, labels, replace(stage, steps=steps), generator, self.evaluator, on_step)
-
-    def _largest_batch(self) -> int:
-        size = max((stage.resolution(self.teacher.card) for stage in self.stages), key=math.prod)
-        return self.largest_batch(min(self.options.images, LARGEST_BATCH), size)
