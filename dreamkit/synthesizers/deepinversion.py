@@ -205,7 +205,7 @@ class Inversion(LossDreamer):
         Raises:
             NonFiniteLoss: its loss overflowed.
         """
-        card = self.teacher.card
+        card, gate = self.teacher.card, self.gate
         generator = torch.Generator().manual_seed(plan.seed)
         labels = self.deal(plan, generator).to(self.device)
         images: Tensor | None = None
@@ -222,7 +222,7 @@ class Inversion(LossDreamer):
             def counted(step: int, terms: Mapping[str, Tensor], done: int = done) -> None:
                 on_step(done + step, terms)
 
-            evaluate = evaluator if self.gate is None else self.gate.begin(evaluator, stage.steps)
+            evaluate = gate.begin(evaluator, stage.steps, generator) if gate else evaluator
             best = self._stage(start, labels, stage, generator, evaluate, counted)
             best.require_finite(plan)
             images = self.form.render(best.found, size)

@@ -1,4 +1,4 @@
-"""Sparse inversion: patches that shape an image least are left out as dreaming goes on."""
+"""Patches are left out as dreaming goes on: those that shape an image least, or at random."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -29,26 +29,34 @@ Evaluate = Callable[[Tensor, Tensor, Tensor], Evaluation]
 
 @dataclass(frozen=True)
 class TokenDropping:
-    """Sparse inversion: patches that shape an image least are left out as dreaming goes on.
+    """Patches left out of a network that takes tokens: a step takes as much less time.
 
-    Hu et al., "Sparse Model Inversion: Efficient Inversion of Vision Transformers for Data-Free
-    Applications", ICML 2024. A step takes as much less time as there are fewer tokens. The paper
-    drops by the attention that the class pays a patch; here it is by the square of the loss's
-    gradient in its pixels, summed since patches were dropped last: fused kernels show no attention.
-    What is dropped stays in the image and is no longer seen. By ``pixels`` momentum, jitter and
-    terms of the pixels move it a little; by ``fourier`` it changes with the others, and whole
-    images may lose their class.
+    By ``gradient`` it is sparse inversion: those that shape an image least go for good as dreaming
+    goes on (Hu et al., "Sparse Model Inversion: Efficient Inversion of Vision Transformers for
+    Data-Free Applications", ICML 2024). The paper drops by the attention that the class pays a
+    patch; here it is by the square of the loss's gradient in its pixels, summed since patches were
+    dropped last: fused kernels show no attention. What is dropped stays in the image and is no
+    longer seen. By ``pixels`` momentum, jitter and terms of the pixels move it a little; by
+    ``fourier`` it changes with the others, and whole images may lose their class.
+
+    At ``random`` each step leaves out others, so that a class shows all over the image (as in
+    training: Liu et al., "PatchDropout: Economizing Vision Transformers Using Patch Dropout", WACV
+    2023).
 
     Args:
-        share: of the patches that are left, how many are dropped each time.
-        after: steps of each stage after which they are, two at least being left.
+        share: of the patches that are left, how many are dropped each time; two at least stay.
+        after: steps of each stage after which they are, by ``gradient``; ``random`` does not look.
+        by: what decides which patches go.
     """
 
     share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     after: tuple[Annotated[int, Field(ge=1)], ...] = (50, 100, 200, 300)
+    by: Literal["gradient", "random"] = "gradient"
 
     def worth(self, steps: int) -> float:
         """Return how many steps with all patches those of a stage take as long as."""
+        if self.by == "random":
+            return steps * (1 - self.share)
         marks = sorted({0, steps, *(step for step in self.after if step < steps)})
         return sum(
             (end - start) * (1 - self.share) ** number
@@ -161,7 +169,7 @@ class TokenGate:
         self._wanted: Tensor | None = None
         self._view: Tensor | None = None
 
-    def begin(self, evaluate: Evaluate, steps: int) -> Evaluate:
+    def begin(self, evaluate: Evaluate, steps: int, generator: torch.Generator) -> Evaluate:
         """Begin a stage with all patches; return what evaluates its steps one after the other.
 
         The network is shown all of an image outside of these.
@@ -169,16 +177,22 @@ class TokenGate:
         Args:
             evaluate: a step.
             steps: of the stage; none is dropped after the last.
+            generator: a CPU generator, of what goes at random.
         """
         self.left, self._wanted, self.has_dropped = None, None, False
         numbers = count(1)
 
         def some_patches(images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
+            if self.options.by == "random":
+                sides = [a // b for a, b in zip(images.shape[2:], self.entry.patch, strict=True)]
+                chance = torch.rand(len(images), 1, *sides, generator=generator)
+                self.count = chance[0].numel()
+                self._keep_most(chance.to(images.device))
             with self.shut(draw):
                 found = evaluate(images, labels, draw)
             step = next(numbers)
             self.has_dropped = False
-            if step < steps:
+            if self.options.by == "gradient" and step < steps:
                 self.seen(step, found.gradient)
             return found
 
@@ -212,11 +226,15 @@ class TokenGate:
             return
         if self.left is None:
             self.left, self.count = torch.ones_like(total), total[0].numel()
+        self._keep_most(total.masked_fill(self.left == 0, -1))
+        self._wanted = None
+
+    def _keep_most(self, worth: Tensor) -> None:
+        """Drop those of an image's patches that are worth least, (N, 1, rows, columns)."""
         # One patch has no other to be compared with.
         self.count = max(min(2, self.count), self.count - int(self.count * self.options.share))
-        ranked = total.masked_fill(self.left == 0, -1).flatten(1).topk(self.count).indices
-        left = torch.zeros_like(total).flatten(1).scatter(1, ranked, 1.0)
-        self.left, self._wanted = left.view_as(total), None
+        ranked = worth.flatten(1).topk(self.count).indices
+        self.left = torch.zeros_like(worth).flatten(1).scatter(1, ranked, 1.0).view_as(worth)
 
     def filtered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Return a block's inputs without the tokens that were dropped; None for all, as hooks."""
@@ -240,11 +258,17 @@ def gated(
         yield None
         return
     gate = TokenGate(token_entry(teacher), options)
-    note(
-        f"token_dropping: {options.share:.0%} of the patches that are left go after each of the "
-        f"steps {and_more([str(step) for step in options.after])} of a stage, before "
-        f"{gate.entry.name}. Steps are not compiled; unless the parameterisation is pixels, "
-        "patches that are gone still change unseen"
-    )
+    if options.by == "random":
+        note(
+            f"token_dropping: each step leaves out {options.share:.0%} of the patches, at random, "
+            f"before {gate.entry.name}. Steps are not compiled"
+        )
+    else:
+        note(
+            f"token_dropping: {options.share:.0%} of the patches that are left go after each of "
+            f"the steps {and_more([str(step) for step in options.after])} of a stage, before "
+            f"{gate.entry.name}. Steps are not compiled; unless the parameterisation is pixels, "
+            "patches that are gone still change unseen"
+        )
     with _hooked(teacher.model, gate.entry.name, gate.filtered):
         yield gate

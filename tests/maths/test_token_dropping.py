@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from timm.models.convnext import ConvNeXt
@@ -17,7 +19,7 @@ from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.plugins import build_registries
 from dreamkit.recipe.construct import Builder
 from dreamkit.synthesizers.deepinversion import DeepInversion
-from dreamkit.synthesizers.engine import Engine
+from dreamkit.synthesizers.engine import Engine, Evaluation
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.synthesizers.token_dropping import (
     TokenDropping,
@@ -253,6 +255,54 @@ def test_steps_see_fewer_tokens_and_the_rest_of_the_image_stays(teacher_of, mode
     assert (moved > 0).any()
 
 
+@pytest.mark.parametrize("draw", [(0, 0, 0), (4, -8, 1)])
+def test_at_random_each_step_and_each_image_leaves_out_others(draw):
+    gate = TokenGate(ENTRY, TokenDropping(0.5, by="random"))
+    model, passed = nn.Sequential(nn.Identity()), []
+    number = spread_out(torch.arange(16.0).view(1, 1, 4, 4)).repeat(3, 1, 1, 1)
+    model[0].register_forward_pre_hook(gate.filtered)
+
+    def evaluate(images, labels, draw):
+        patches = F.avg_pool2d(View.apply(images, draw), 4).flatten(2).transpose(1, 2)
+        passed.append(model(patches).flatten(1).sort().values)
+        return Evaluation({}, torch.tensor(0.0), torch.zeros_like(images))
+
+    def steps(seed):
+        passed.clear()
+        run = gate.begin(evaluate, 200, torch.Generator().manual_seed(seed))
+        for _ in range(200):
+            run(number, torch.zeros(3), torch.tensor(draw))
+            assert not gate.has_dropped  # losses of two steps are of as many patches
+        return torch.stack(passed)
+
+    found = steps(0)
+    assert found.shape == (200, 3, 8)
+    assert (found.diff(dim=2) > 0).all(), "no patch comes twice"
+    times = torch.bincount(found.flatten().long())
+    assert times.shape == (16,)
+    assert ((times - 300).abs() < 5 * (600 * 0.25) ** 0.5).all()
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[:, 0], found[:, 1])
+    assert torch.equal(found, steps(0))
+    assert not torch.equal(found, steps(1))
+
+
+def test_at_random_the_same_plan_makes_the_same_dreams(teacher_of):
+    teacher, given = teacher_of(vit()), TokenDropping(0.5, by="random")
+    options, counts = twelve_steps(4), []
+    options = dataclasses.replace(options, token_dropping=given)
+    teacher.model.blocks[1].register_forward_pre_hook(
+        lambda module, inputs: counts.append(inputs[0].shape[1])
+    )
+    with options.session(teacher, torch.device("cpu")) as session:
+        counts.clear()
+        first = session.dream(BatchPlan(0, 0, 4, 1), lambda step, terms: None)
+        assert counts[:12] == [9] * 12
+        again = session.dream(BatchPlan(0, 0, 4, 1), lambda step, terms: None)
+    assert torch.equal(first.images, again.images)
+    assert given.worth(12) == 6
+
+
 def test_what_is_left_out_when_is_noted(teacher_of):
     notes = []
     options = DeepInversion(images=2, token_dropping=TokenDropping(0.5, (5, 10)))
@@ -260,6 +310,9 @@ def test_what_is_left_out_when_is_noted(teacher_of):
         assert session.choices["compile"] is False
     (note,) = [note for note in notes if note.startswith("token_dropping")]
     assert "50% of the patches that are left go after each of the steps 5, 10" in note
+    options = DeepInversion(images=2, token_dropping=TokenDropping(0.25, by="random"))
+    with options.session(teacher_of(vit()), torch.device("cpu"), note=notes.append):
+        assert "each step leaves out 25% of the patches, at random, before blocks.0" in notes[-1]
     assert "before blocks.0" in note
 
 
