@@ -45,7 +45,7 @@ from dreamkit.synthesizers.automatic_terms import PATCHES
 from dreamkit.synthesizers.bn_statistics import tapped
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
-from dreamkit.synthesizers.inversion_loss import check_terms
+from dreamkit.synthesizers.inversion_loss import OpenTerms, check_terms, lack_of_statistics
 from dreamkit.synthesizers.stage import Stage
 from dreamkit.teachers.cifar_networks import build_network
 from dreamkit.teachers.small_resnet import SmallResNet
@@ -84,7 +84,6 @@ PUBLISHED: Options = {
     "betas": (0.9, 0.999),
     "schedule": "constant",
     "clip": False,
-    "colour_shift": 0.0,
 }
 """How DeepInversion's paper optimises images of CIFAR-10's size."""
 
@@ -100,11 +99,12 @@ METHODS: dict[str, Options] = {
     "patch_similarity 0.1 alone": {"regularizers": PATCHES},
     "feature_prior 10": {"regularizers": prior(10)},
     **{
-        f"patch_similarity 0.1, feature_prior {weight}{chosen}": {
+        f"patch_similarity 0.1, feature_prior {weight}": {
             "regularizers": (*PATCHES, *prior(weight))
         }
-        for weight, chosen in ((1, " (auto)"), (10, ""), (30, ""))
+        for weight in (1, 10, 30)
     },
+    "auto": {"regularizers": "auto"},
     "gram 0.1, between images": {"regularizers": BETWEEN},
     "gram 0.1, within an image": {"regularizers": (Term("gram", 0.1, Gram(between=0.0)),)},
     "tv 0.01, l1": {"regularizers": TV},
@@ -163,9 +163,7 @@ def parse() -> argparse.Namespace:
         help=f"class folders of CIFAR-10's test images: {' and '.join(CIFAR)} too",
     )
     parser.add_argument("--decay", type=float, help="of Fourier's amplitudes; else by the teacher")
-    parser.add_argument(
-        "--colour-shift", type=float, help="of what each step sees; else by the teacher"
-    )
+    parser.add_argument("--colour-shift", type=float, default=0.0, help="of what each step sees")
     parser.add_argument("--images", type=int, help=f"a multiple of {BATCH}; else {told('images')}")
     parser.add_argument("--steps", type=int, help=f"of dreaming; else {told('steps')}")
     parser.add_argument("--lessons", type=int, help=f"else {told('lessons')}")
@@ -193,9 +191,9 @@ def main() -> None:
             given = {key: getattr(options, key) for key in ("images", "steps", "lessons")}
             asked = {key: value for key, value in given.items() if value is not None}
             budget = replace(BUDGETS[kind], **asked)
-            form = {} if options.decay is None else {"parameterisation": Fourier(options.decay)}
-            if options.colour_shift is not None:
-                form["colour_shift"] = options.colour_shift
+            form: dict[str, Any] = {"colour_shift": options.colour_shift}
+            if options.decay is not None:
+                form["parameterisation"] = Fourier(options.decay)
             dreams = dreamed(teacher, form | dict(how), budget, options.seed)
             far = distance(dreams, strangers[kind])
             known = _accuracy(judges[name], dreams.images, dreams.labels)
@@ -211,7 +209,9 @@ def _judge(judge: Teacher) -> Judge:
     return lambda stored: judge.model(judge.card.normalise(stored))
 
 
-def _fit(terms: tuple[Term[Regularizer], ...], teacher: Teacher) -> bool:
+def _fit(terms: OpenTerms, teacher: Teacher) -> bool:
+    if isinstance(terms, str):
+        return lack_of_statistics(teacher) is not None
     try:
         check_terms(terms, teacher)
     except TeacherMismatch:

@@ -16,4 +16,5 @@ def register_regularizers(register: Register) -> None:
     register("patch_similarity", "dreamkit.regularizers.patch_similarity:PatchSimilarity")
     register("gram", "dreamkit.regularizers.gram:Gram")
     register("feature_prior", "dreamkit.regularizers.feature_prior:FeaturePrior")
+    register("natural_spectrum", "dreamkit.regularizers.natural_spectrum:NaturalSpectrum")
     register("adversarial", "dreamkit.regularizers.adversarial:Adversarial")

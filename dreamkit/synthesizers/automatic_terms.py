@@ -9,6 +9,7 @@ from dreamkit.parameterisations.fourier import Fourier
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.feature_prior import FeaturePrior
+from dreamkit.regularizers.natural_spectrum import NaturalSpectrum
 from dreamkit.regularizers.patch_similarity import PatchSimilarity
 from dreamkit.synthesizers.block_outputs import check_patches, feature_blocks
 from dreamkit.synthesizers.inversion_loss import OpenTerms, Terms, check_terms, lack_of_statistics
@@ -24,13 +25,13 @@ ConvNeXt, and of a network inverted as if it had none (``benchmarks/without_batc
 SHIFTS: tuple[Term[Regularizer], ...] = (Term("feature_prior", 1.0, FeaturePrior()),)
 """Beside it, for one with LayerNorm or GroupNorm: the nearest to a statistic that such layers tell.
 It brings a ConvNeXt's dreams of photographs a third nearer to what another network states."""
+PHOTOGRAPHS: tuple[Term[Regularizer], ...] = (Term("natural_spectrum", 1.0, NaturalSpectrum()),)
+"""Beside them, for images of three channels: statistics that no network has to tell, as photographs
+of anything have them. A student learns more from a ConvNeXt's dreams."""
 
 STEEPER = Fourier(decay=1.75)
 """For one without statistics: these hold fine detail back, and no other term does as much. Dreams
 of a ConvNeXt of photographs are then half as far from what another network states of real ones."""
-COLOUR_SHIFT = 0.5
-"""For one without statistics: these hold contrast back, too. Without either a class is shown in
-glaring colours: a quarter of the pixels of a vision transformer's dreams of photographs."""
 
 
 def terms_for(
@@ -64,7 +65,9 @@ def terms_for(
             "train on proxy images ({source: folder, path: ...})",
             ("regularizers",),
         )
-    terms = (*PATCHES, *SHIFTS) if norm_layers(teacher) else PATCHES
+    shifts = SHIFTS if norm_layers(teacher) else ()
+    photographs = PHOTOGRAPHS if teacher.card.input_size[0] == 3 else ()
+    terms = (*PATCHES, *shifts, *photographs)
     note(
         f"regularizers: auto is {told(terms)}, as {teacher.card.name} {lacks}; "
         f"seen at {len(blocks)} modules, {blocks[0].name} to {blocks[-1].name}"
@@ -79,13 +82,6 @@ def parameterisation_for(chosen: Parameterisation | None, teacher: Teacher) -> P
     if chosen is not None:
         return chosen
     return Fourier() if lack_of_statistics(teacher) is None else STEEPER
-
-
-def colour_shift_for(chosen: float | None, teacher: Teacher) -> float:
-    """Return how far each step of an inversion changes colours: as the recipe has it, or so."""
-    if chosen is not None:
-        return chosen
-    return 0.0 if lack_of_statistics(teacher) is None else COLOUR_SHIFT
 
 
 def told(terms: Terms) -> str:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
-from dreamkit.synthesizers import automatic_terms
+from dreamkit.synthesizers.automatic_terms import parameterisation_for, terms_for
 from dreamkit.synthesizers.colour_shift import draw_colours
 from dreamkit.synthesizers.competitor import competitor
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
@@ -80,7 +80,8 @@ class DeepInversion(Synthesizer):
         jitter: largest random shift in pixels at the last stage's size, scaled in the others;
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
-        colour_shift: how far each step changes colours; null is 0, and 0.5 without BatchNorm.
+        colour_shift: how far each step changes contrast and brightness of each image's channels, at
+            random (ColorShift: ``draw_colours``).
         clip: keep pixels in the valid range after every step.
         parameterisation: what moves; null is ``fourier``, its ``decay`` 1.75 without BatchNorm.
         patience: end a stage after so many steps in which its best loss fell by under a thousandth;
@@ -105,7 +106,7 @@ class DeepInversion(Synthesizer):
     warmup: Annotated[int, Field(ge=0)] = 0
     jitter: Annotated[int, Field(ge=0)] | None = None
     flip: bool = False
-    colour_shift: Annotated[float, Field(ge=0)] | None = None
+    colour_shift: Annotated[float, Field(ge=0)] = 0.0
     clip: bool = True
     parameterisation: Annotated[Parameterisation | None, EntryOf("parameterisations")] = None
     patience: Annotated[int, Field(ge=1)] | None = None
@@ -144,7 +145,7 @@ class DeepInversion(Synthesizer):
         seed: int = 0,
     ) -> Iterator[Inversion]:
         """Freeze the teacher and tap its statistics; on leaving it is as it was."""
-        terms = automatic_terms.terms_for(self.regularizers, teacher, note)
+        terms = terms_for(self.regularizers, teacher, note)
         with ExitStack() as stack:
             if (named := competitor(self.student, self.regularizers, teacher, seed)) is not None:
                 student = named.to(device)
@@ -158,7 +159,7 @@ class DeepInversion(Synthesizer):
 
     def check(self, teacher: Teacher) -> None:
         """Refuse a teacher that the terms, the labels or the student do not fit."""
-        automatic_terms.terms_for(self.regularizers, teacher)
+        terms_for(self.regularizers, teacher)
         competitor(self.student, self.regularizers, teacher)
         check_labels(self.labels, teacher.card)
         check_stages(self.stages or (), teacher)
@@ -179,19 +180,13 @@ class Inversion(LossDreamer):
         eager = replace(options.engine, compile=False)  # each number of patches would be compiled
         super().__init__(options.engine if gate is None else eager, session)
         self.options = options
-        self.form = automatic_terms.parameterisation_for(options.parameterisation, self.teacher)
-        self.colour_shift = automatic_terms.colour_shift_for(options.colour_shift, self.teacher)
+        self.form = parameterisation_for(options.parameterisation, self.teacher)
         self.gate = gate
         self.stages = options.stages or default_stages(self.teacher)
-        self.deal = partial(
-            deal_labels,
-            options.labels,
-            session.teacher.card,
-            session.seed,
-            unconditional=options.unconditional,
-        )
+        card, share = self.teacher.card, options.unconditional
+        self.deal = partial(deal_labels, options.labels, card, session.seed, unconditional=share)
         known = session.choices.get("batch_size", options.known_batch_size(self.teacher))
-        largest = max((s.resolution(self.teacher.card) for s in self.stages), key=math.prod)
+        largest = max((stage.resolution(card) for stage in self.stages), key=math.prod)
         self._batch_size = known or self.largest_batch(min(options.images, LARGEST_BATCH), largest)
 
     @property
@@ -253,7 +248,9 @@ class Inversion(LossDreamer):
         jitter = stage.jitter(options.jitter, self.stages[-1], self.teacher.card)
         draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
         batch = len(labels), self.teacher.card.input_size[0]
-        colours = draw_colours((stage.steps, *batch), self.colour_shift, generator).to(self.device)
+        colours = draw_colours((stage.steps, *batch), options.colour_shift, generator).to(
+            self.device
+        )
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
@@ -284,8 +281,9 @@ class Inversion(LossDreamer):
         for stage in self.stages:
             generator = torch.Generator().manual_seed(0)
             resolution = stage.resolution(card)
-            shape = (size, card.input_size[0], *resolution)
-            start = self.form.start(shape, generator).to(self.device)
+            start = self.form.start((size, card.input_size[0], *resolution), generator).to(
+                self.device
+            )
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.form.render(start, resolution)
             sample = partial(self._sample, start, labels, stage)

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
-from dreamkit.regularizers.l2 import L2Norm
-from dreamkit.synthesizers.automatic_terms import colour_shift_for
 from dreamkit.synthesizers.colour_shift import draw_colours
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
@@ -98,18 +96,3 @@ def test_terms_see_shifted_images_and_the_gradient_goes_back_through_the_shift(t
     assert sure.float().mean() > 0.9
     step = (moved - start)[sure]
     torch.testing.assert_close(step, -0.25 * x.grad.sign()[sure], rtol=5e-3, atol=0)
-
-
-def test_it_is_on_where_no_statistics_hold_colours(toys):
-    with_statistics, without = toys.teacher(toys.two_bn()), toys.teacher(toys.plain())
-    assert colour_shift_for(None, with_statistics) == 0
-    assert colour_shift_for(None, without) == 0.5
-    assert colour_shift_for(0.0, without) == 0
-    given = {"regularizers": (Term("l2", 1.0, L2Norm()),)}
-    off = dream(without, colour_shift=0, **given)
-    assert torch.equal(
-        dream(without, colour_shift=0.5, **given).images, dream(without, **given).images
-    )
-    assert not torch.equal(off.images, dream(without, **given).images)
-    same = dream(with_statistics, colour_shift=0, **given).images
-    assert torch.equal(dream(with_statistics, **given).images, same)

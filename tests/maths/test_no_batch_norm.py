@@ -24,6 +24,7 @@ from dreamkit.regularizers.patch_similarity import PatchSimilarity, differential
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.automatic_terms import (
     PATCHES,
+    PHOTOGRAPHS,
     SHIFTS,
     STATISTICS,
     parameterisation_for,
@@ -249,11 +250,13 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     notes = []
     assert terms_for("auto", toys.teacher(toys.two_bn()), notes.append) == STATISTICS
     assert notes == []
-    assert terms_for("auto", teacher_of(vgg()), notes.append) == PATCHES
-    assert terms_for("auto", teacher_of(vit()), notes.append) == (*PATCHES, *SHIFTS)
+    assert terms_for("auto", teacher_of(vgg()), notes.append) == (*PATCHES, *PHOTOGRAPHS)
+    assert terms_for("auto", teacher_of(vit()), notes.append) == (*PATCHES, *SHIFTS, *PHOTOGRAPHS)
     without, note = notes
     assert "feature_prior" not in without
-    assert "patch_similarity 0.1, feature_prior 1" in note
+    assert "patch_similarity 0.1, feature_prior 1, natural_spectrum 1" in note
+    grey = toys.card(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    assert terms_for("auto", toys.teacher(vit(in_chans=1), grey)) == (*PATCHES, *SHIFTS)
     assert "2 modules, blocks.0 to blocks.1" in note
     given = (Term("tv", 1.0, TotalVariation()),)
     assert terms_for(given, teacher_of(vit())) == given
@@ -321,7 +324,7 @@ def test_a_network_with_random_weights_is_dreamed_and_the_loss_falls(teacher_of,
     torch.manual_seed(0)
     teacher = admit(teacher_of(model()), learnt=False)
     options = DeepInversion(
-        images=4, batch_size=4, stages=(Stage(12),), engine=Engine("float32", compile=False)
+        images=4, batch_size=4, stages=(Stage(40),), engine=Engine("float32", compile=False)
     )
     losses, notes = [], []
     with options.session(teacher, CPU, note=notes.append) as session:
