@@ -24,8 +24,8 @@ class NaturalSpectrum(Regularizer):
     Photographs of anything have one spectrum, counted in periods an image, at 32 pixels as at 224:
     amplitudes fall as (f + offset)^-decay (after Field, "Relations between the statistics of
     natural images and the response properties of cortical cells", 1987), and nine tenths of the
-    variance are brightness. Pixels of training images have mean 0 and deviation 1 as the teacher's
-    normalisation makes them, so that is a standard deviation σ for every band and colour axis. The
+    variance are brightness. With a mean and a deviation of all pixels that is a standard deviation
+    σ for every band and colour axis. The
     term is the mean over bands and axes of (σ̂ - σ)² / σ², where σ̂ is the batch's root mean square,
     plus the mean over axes of μ̂² / σ² of the images' means. Bands are half an octave wide, and the
     first is the images' means. Images of other than three channels have one axis for each, of the
@@ -37,14 +37,19 @@ class NaturalSpectrum(Regularizer):
     Args:
         decay: power by which amplitudes fall.
         offset: in periods an image: it flattens the lowest frequencies.
+        mean: of photographs' pixels as the teacher's normalisation makes them; 0 where that is by
+            the mean of its training images.
+        deviation: likewise, and 1; of pixels in [0, 1] photographs have 0.26.
     """
 
     decay: Annotated[float, Field(ge=0)] = 1.4
     offset: Annotated[float, Field(gt=0)] = 0.6
+    mean: float = 0.0
+    deviation: Annotated[float, Field(gt=0)] = 1.0
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
-        axes = _axes(step.images.float())
+        axes = _axes((step.images.float() - self.mean) / self.deviation)
         spectrum = torch.view_as_real(torch.fft.rfft2(axes, norm="forward"))
         power = spectrum.square().sum(4).mean(0)
         periods = _periods(axes)

@@ -44,6 +44,9 @@ def test_images_made_by_the_law_have_next_to_nothing(channels, height, width):
     # A sampled deviation is 1/√(2·2000) off, of the means alone; squared and averaged over bands.
     assert term(images).item() < 2e-3
     assert term(images.flip(3).transpose(2, 3)).item() < 2e-3
+    shown = 0.5 * images - 0.1  # of another normalisation
+    assert term(shown, mean=-0.1, deviation=0.5).item() < 2e-3
+    assert term(shown).item() > 0.1
     other = by_the_law(2000, height, width, decay=0.7, offset=0.2, channels=channels)
     assert term(other).item() > 0.05
     assert term(other, decay=0.7, offset=0.2).item() < 2e-3

@@ -24,10 +24,10 @@ from dreamkit.regularizers.patch_similarity import PatchSimilarity, differential
 from dreamkit.regularizers.tv import TotalVariation
 from dreamkit.synthesizers.automatic_terms import (
     PATCHES,
-    PHOTOGRAPHS,
     SHIFTS,
     STATISTICS,
     parameterisation_for,
+    spectrum_for,
     terms_for,
 )
 from dreamkit.synthesizers.block_outputs import (
@@ -250,8 +250,10 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     notes = []
     assert terms_for("auto", toys.teacher(toys.two_bn()), notes.append) == STATISTICS
     assert notes == []
-    assert terms_for("auto", teacher_of(vgg()), notes.append) == (*PATCHES, *PHOTOGRAPHS)
-    assert terms_for("auto", teacher_of(vit()), notes.append) == (*PATCHES, *SHIFTS, *PHOTOGRAPHS)
+    spectrum = spectrum_for(teacher_of(vit()).card)
+    assert [term.name for term in spectrum] == ["natural_spectrum"]
+    assert terms_for("auto", teacher_of(vgg()), notes.append) == (*PATCHES, *spectrum)
+    assert terms_for("auto", teacher_of(vit()), notes.append) == (*PATCHES, *SHIFTS, *spectrum)
     without, note = notes
     assert "feature_prior" not in without
     assert "patch_similarity 0.1, feature_prior 1, natural_spectrum 1" in note
@@ -260,6 +262,19 @@ def test_terms_are_chosen_by_what_a_teacher_has(toys, teacher_of):
     assert "2 modules, blocks.0 to blocks.1" in note
     given = (Term("tv", 1.0, TotalVariation()),)
     assert terms_for(given, teacher_of(vit())) == given
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "expected"),
+    [
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.05, 1.15)),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (-0.08, 0.52)),  # as timm's vision transformers
+        ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.46, 0.26)),
+    ],
+)
+def test_photographs_are_told_as_the_teacher_is_shown_them(toys, mean, std, expected):
+    (term,) = spectrum_for(toys.card(input_size=SIZE, mean=mean, std=std))
+    assert (term.entry.mean, term.entry.deviation) == pytest.approx(expected)
 
 
 def test_a_teacher_without_statistics_has_a_steeper_spectrum(toys, teacher_of):
