@@ -81,7 +81,7 @@ class DeepInversion(Synthesizer):
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
         colour_shift: how far each step changes contrast and brightness of each image's channels, at
-            random (ColorShift: ``draw_colours``).
+            random (ColorShift: ``draw_colours``); terms of the pixels see it as well.
         clip: keep pixels in the valid range after every step.
         parameterisation: what moves; null is ``fourier``, its ``decay`` 1.75 without BatchNorm.
         patience: end a stage after so many steps in which its best loss fell by under a thousandth;
