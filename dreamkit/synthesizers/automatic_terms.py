@@ -89,7 +89,8 @@ def spectrum_for(card: Card) -> Terms:
     mean, deviation = fmean(card.mean), fmean(card.std)
     of_photographs, spread = PHOTOGRAPHS
     term = NaturalSpectrum(
-        mean=round((of_photographs - mean) / deviation, 2), deviation=round(spread / deviation, 2)
+        mean=round((of_photographs - mean) / deviation, 2),
+        deviation=float(f"{spread / deviation:.3g}"),
     )
     return (Term("natural_spectrum", 1.0, term),)
 

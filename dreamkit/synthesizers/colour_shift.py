@@ -20,12 +20,6 @@ class Colours:
     scale: Tensor | None
     offset: Tensor | None
 
-    def to(self, device: torch.device) -> Colours:
-        """Return them on a device."""
-        if self.scale is None or self.offset is None:
-            return self
-        return Colours(self.scale.to(device), self.offset.to(device))
-
     def shown(self, images: Tensor, step: int) -> Tensor:
         """Return normalised images (N, C, H, W) as a step, counted from 0, sees them: σ·x - μ."""
         if self.scale is None or self.offset is None:
@@ -34,7 +28,7 @@ class Colours:
 
 
 def draw_colours(
-    shape: tuple[int, int, int], strength: float, generator: torch.Generator
+    shape: tuple[int, int, int], strength: float, generator: torch.Generator, device: torch.device
 ) -> Colours:
     """Draw each step's colours; nothing is drawn where the strength is 0.
 
@@ -45,8 +39,9 @@ def draw_colours(
         shape: steps, images, and channels of an image.
         strength: >= 0; μ is in standard deviations of a channel.
         generator: a CPU generator.
+        device: where images are.
     """
     if not strength:
         return Colours(None, None)
     logarithm, offset = strength * (2 * torch.rand(2, *shape, 1, 1, generator=generator) - 1)
-    return Colours(logarithm.exp(), offset)
+    return Colours(logarithm.exp().to(device), offset.to(device))

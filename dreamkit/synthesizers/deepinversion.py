@@ -247,10 +247,8 @@ class Inversion(LossDreamer):
         )
         jitter = stage.jitter(options.jitter, self.stages[-1], self.teacher.card)
         draws = draw_views(stage.steps, jitter, options.flip, generator).to(self.device)
-        batch = len(labels), self.teacher.card.input_size[0]
-        colours = draw_colours((stage.steps, *batch), options.colour_shift, generator).to(
-            self.device
-        )
+        drawn = stage.steps, len(labels), self.teacher.card.input_size[0]
+        colours = draw_colours(drawn, options.colour_shift, generator, self.device)
         best = Best(parameters.detach().clone())
         plateau = Plateau(options.patience)
         for step in range(stage.steps):
@@ -281,9 +279,8 @@ class Inversion(LossDreamer):
         for stage in self.stages:
             generator = torch.Generator().manual_seed(0)
             resolution = stage.resolution(card)
-            start = self.form.start((size, card.input_size[0], *resolution), generator).to(
-                self.device
-            )
+            shape = (size, card.input_size[0], *resolution)
+            start = self.form.start(shape, generator).to(self.device)
             labels = self.deal(BatchPlan(0, 0, size, 0), generator).to(self.device)
             images = self.form.render(start, resolution)
             sample = partial(self._sample, start, labels, stage)

@@ -44,7 +44,8 @@ class TokenDropping:
     2023).
 
     Args:
-        share: of the patches that are left, how many are dropped each time; two at least stay.
+        share: of the patches that are left, how many are dropped each time: one at least, and two
+            stay.
         after: steps of each stage after which they are, by ``gradient``; ``random`` does not look.
         by: what decides which patches go.
     """
@@ -187,7 +188,7 @@ class TokenGate:
                 sides = [a // b for a, b in zip(images.shape[2:], self.entry.patch, strict=True)]
                 chance = torch.rand(len(images), 1, *sides, generator=generator)
                 self.count = chance[0].numel()
-                self._keep_most(chance.to(images.device))
+                self._keep_most(chance.to(images.device, non_blocking=True))
             with self.shut(draw):
                 found = evaluate(images, labels, draw)
             step = next(numbers)
@@ -232,7 +233,8 @@ class TokenGate:
     def _keep_most(self, worth: Tensor) -> None:
         """Drop those of an image's patches that are worth least, (N, 1, rows, columns)."""
         # One patch has no other to be compared with.
-        self.count = max(min(2, self.count), self.count - int(self.count * self.options.share))
+        gone = max(1, int(self.count * self.options.share))
+        self.count = max(min(2, self.count), self.count - gone)
         ranked = worth.flatten(1).topk(self.count).indices
         self.left = torch.zeros_like(worth).flatten(1).scatter(1, ranked, 1.0).view_as(worth)
 

@@ -51,7 +51,7 @@ def dream(teacher, **changes):
 
 
 def test_contrast_and_brightness_are_drawn_anew_for_each_step_image_and_channel():
-    colours = draw_colours((400, 5, 3), 0.5, generator())
+    colours = draw_colours((400, 5, 3), 0.5, generator(), CPU)
     values = torch.stack([colours.scale.log(), colours.offset])
     assert values.shape == (2, 400, 5, 3, 1, 1)
     assert values.abs().max() <= 0.5
@@ -68,7 +68,7 @@ def test_contrast_and_brightness_are_drawn_anew_for_each_step_image_and_channel(
 def test_no_strength_leaves_images_and_the_generator_alone():
     drawn = generator()
     images = torch.randn(2, 3, 4, 4)
-    assert draw_colours((3, 2, 3), 0.0, drawn).to(CPU).shown(images, 1) is images
+    assert draw_colours((3, 2, 3), 0.0, drawn, CPU).shown(images, 1) is images
     assert torch.equal(drawn.get_state(), generator().get_state())
 
 
@@ -77,8 +77,8 @@ def test_terms_see_shifted_images_and_the_gradient_goes_back_through_the_shift(t
     # mirrored here, so that a gradient which forgot the scale would go the other way.
     from dreamkit.synthesizers import deepinversion
 
-    def mirrored(shape, strength, generator):
-        colours = draw_colours(shape, strength, generator)
+    def mirrored(*given):
+        colours = draw_colours(*given)
         colours.scale[:, :, 1] *= -1
         drawn.append(colours)
         return colours
@@ -92,7 +92,7 @@ def test_terms_see_shifted_images_and_the_gradient_goes_back_through_the_shift(t
     moved = (watcher.seen[1] + colours.offset[1]) / colours.scale[1]
     x = start.clone().requires_grad_()
     F.cross_entropy(model(colours.scale[0] * x - colours.offset[0]), found.labels).backward()
-    sure = x.grad.abs() > 1e-6
+    sure = x.grad.abs() > 1e-5
     assert sure.float().mean() > 0.9
     step = (moved - start)[sure]
     torch.testing.assert_close(step, -0.25 * x.grad.sign()[sure], rtol=5e-3, atol=0)
