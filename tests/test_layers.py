@@ -32,6 +32,7 @@ LAYERS = (
         "devices",
         "joined_images",
         "resizing",
+        "colour_axes",
         "onnx_model",
         "onnx_int8",
     },

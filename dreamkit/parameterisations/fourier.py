@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamkit.colour_axes import colour_axes
 from dreamkit.types import Parameterisation
 
 
@@ -81,8 +82,4 @@ class Fourier(Parameterisation):
         """Undo ``_channels``: its axes are orthonormal but for their scales."""
         if channels.shape[1] != 3:
             return channels / self.luminance
-        red, green, blue = channels.unbind(1)
-        brightness = (red + green + blue) / (math.sqrt(3) * self.luminance)
-        red_blue = (red - blue) / (math.sqrt(2) * self.colour[0])
-        magenta = (red - 2 * green + blue) / (math.sqrt(6) * self.colour[1])
-        return torch.stack([brightness, red_blue, magenta], dim=1)
+        return colour_axes(channels, (self.luminance, *self.colour))

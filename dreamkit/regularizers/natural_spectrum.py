@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamkit.colour_axes import colour_axes
 from dreamkit.types import InversionStep, Regularizer
 
-_SHARES = (0.9, 0.08, 0.02)
-"""Of photographs' variance: brightness, red against blue, and green against magenta."""
+_SCALES = (math.sqrt(3 * 0.9), math.sqrt(3 * 0.08), math.sqrt(3 * 0.02))
+"""Deviations of photographs along colour axes, if channels have 1: by their shares of variance."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,22 @@ class NaturalSpectrum(Regularizer):
 
     def __call__(self, step: InversionStep) -> Tensor:
         """Return the term, >= 0, of shape ()."""
-        axes = _axes((step.images.float() - self.mean) / self.deviation)
+        axes = (step.images.float() - self.mean) / self.deviation
+        if axes.shape[1] == 3:
+            axes = colour_axes(axes, _SCALES)  # of variance 1 each
         spectrum = torch.view_as_real(torch.fft.rfft2(axes, norm="forward"))
         power = spectrum.square().sum(4).mean(0)
         periods = _periods(axes)
         count, bands = _bands(periods, axes.shape[3])
         law = (periods + self.offset).pow(-2 * self.decay)
         law = law / (law.flatten() @ count)
-        variance = axes.new_tensor(_SHARES) * 3 if axes.shape[1] == 3 else axes.new_ones(1)
-        expected = variance[:, None] * (law.flatten() @ bands)
+        expected = law.flatten() @ bands
         filled = expected > 0  # tiny images have no frequency in some band
         share = torch.where(filled, power.flatten(1) @ bands, 1) / torch.where(filled, expected, 1)
         # The root has no gradient at 0.
         spread = ((share + 1e-6).sqrt() - 1).square() * filled
-        mean = axes.mean((0, 2, 3)).square() / expected[:, 0] - 1 / len(axes)
-        return spread.sum() / filled.expand_as(spread).sum() + mean.mean().clamp(min=0)
-
-
-def _axes(images: Tensor) -> Tensor:
-    """Return brightness, red-blue and magenta-green, orthonormal; other than three: as they are."""
-    if images.shape[1] != 3:
-        return images
-    red, green, blue = images.unbind(1)
-    brightness = (red + green + blue) / math.sqrt(3)
-    return torch.stack(
-        [brightness, (red - blue) / math.sqrt(2), (red - 2 * green + blue) / math.sqrt(6)], 1
-    )
+        mean = axes.mean((0, 2, 3)).square() / expected[0] - 1 / len(axes)
+        return spread.sum() / filled.sum() / len(spread) + mean.mean().clamp(min=0)
 
 
 def _periods(images: Tensor) -> Tensor:
