@@ -81,7 +81,7 @@ class DeepInversion(Synthesizer):
             null is a sixteenth of the side (2 at 32×32).
         flip: mirror the batch left to right in half of the steps; wrong for digits and text.
         colour_shift: how far each step changes contrast and brightness of each image's channels, at
-            random (ColorShift: ``draw_colours``); terms of the pixels see it as well.
+            random, as networks see them (ColorShift: ``draw_colours``).
         clip: keep pixels in the valid range after every step.
         parameterisation: what moves; null is ``fourier``, its ``decay`` 1.75 without BatchNorm.
         patience: end a stage after so many steps in which its best loss fell by under a thousandth;
@@ -255,9 +255,9 @@ class Inversion(LossDreamer):
             factor = lr_factor(step, stage.steps, options.warmup, options.schedule)
             optimizer.param_groups[0]["lr"] = (stage.lr or options.lr) * factor
             images = form.render(parameters, size)
-            shown = colours.shown(images, step)
-            found = evaluate(shown, labels, draws[step])
-            (gradient,) = torch.autograd.grad(shown, [parameters], found.gradient)
+            seen = None if colours is None else colours[step]
+            found = evaluate(images, labels, draws[step], seen)
+            (gradient,) = torch.autograd.grad(images, [parameters], found.gradient)
             # Fused Adam pairs values by their place in memory, whatever the strides say.
             parameters.grad = gradient.contiguous()
             best.offer(parameters, found.loss, found.terms)  # of before the step
@@ -285,7 +285,10 @@ class Inversion(LossDreamer):
             images = self.form.render(start, resolution)
             sample = partial(self._sample, start, labels, stage)
             worth = stage.steps if self.gate is None else self.gate.options.worth(stage.steps)
-            found.append(Phase(worth, sample, images, labels))
+            drawn = 1, size, card.input_size[0]
+            colours = draw_colours(drawn, self.options.colour_shift, generator, self.device)
+            seen = None if colours is None else colours[0]
+            found.append(Phase(worth, sample, images, labels, seen))
         return found
 
     def _sample(

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,31 @@ from torch import Tensor, nn
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import device_of, frozen
+from dreamkit.synthesizers.colour_shift import recoloured
 from dreamkit.synthesizers.padding import padding_joined
 from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View
 from dreamkit.teachers.trying import blank_noise
 
 Terms = dict[str, Tensor]
-Objective = Callable[[Tensor, Tensor, AbstractContextManager[Any]], Terms]
-"""From normalised images (N, C, H, W) and labels (N,) to the weighted terms, each of shape ().
 
-Networks run inside the context it is given, which sets their precision.
-"""
+
+class Objective(Protocol):
+    """From normalised images (N, C, H, W) and labels (N,) to the weighted terms, of shape ()."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        arithmetic: AbstractContextManager[Any],
+        shown: Tensor | None = None,
+    ) -> Terms:
+        """Return the terms.
+
+        Networks run inside ``arithmetic``, which sets their precision, and are given ``shown`` in
+        the images' place, where it is there.
+        """
+
 
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """How far a compiled loss may be from the eager one, relative."""
@@ -142,21 +156,26 @@ class Evaluator:
         self.device = device
         self.precision = precision
         self.dtype: torch.dtype = getattr(torch, precision)
-        self._compiled: dict[tuple[int, ...], _Loss] = {}
+        self._compiled: dict[tuple[object, ...], _Loss] = {}
         self._strided = StridedDepthwise()
         self._strided.wanted = device.type == "cpu" and self.dtype == torch.bfloat16
 
-    def __call__(self, images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
-        """Return the terms at images as rolled and mirrored by ``draw``, and the gradient."""
-        function = self._compiled.get(tuple(images.shape))
+    def __call__(
+        self, images: Tensor, labels: Tensor, draw: Tensor, colours: Tensor | None = None
+    ) -> Evaluation:
+        """Return the terms at images as rolled and mirrored by ``draw``, and the gradient.
+
+        Networks see them in ``colours``, as ``draw_colours`` returns a step's.
+        """
+        function = self._compiled.get(_key(images, colours))
         if function is None:
-            return self._evaluate(self._loss, images, labels, draw)
+            return self._evaluate(self._loss, images, labels, draw, colours)
         try:
-            return self._evaluate(function, images, labels, draw)
+            return self._evaluate(function, images, labels, draw, colours)
         except Exception as error:  # it may be compiled anew, when a term is added, and fail
             self.discard_compiled()
             self.note(f"inversion goes on without compilation: {reason_of(error)}")
-            return self._evaluate(self._loss, images, labels, draw)
+            return self._evaluate(self._loss, images, labels, draw, colours)
 
     @property
     def exact(self) -> bool:
@@ -171,31 +190,42 @@ class Evaluator:
         """
         return self._strided.wanted
 
-    def _loss(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Terms]:
+    def _loss(
+        self, images: Tensor, labels: Tensor, draw: Tensor, colours: Tensor | None
+    ) -> tuple[Tensor, Terms]:
         # Weights are constants here: the cache of their casts would only hold memory.
         arithmetic = autocast(self.precision, self.device, cache=False)
-        terms = self.objective(View.apply(images, draw), labels, arithmetic)
+        viewed = View.apply(images, draw)
+        shown = None if colours is None else recoloured(viewed, colours)
+        terms = self.objective(viewed, labels, arithmetic, shown)
         return torch.stack(list(terms.values())).sum(), terms
 
     def _evaluate(
-        self, function: _Loss, images: Tensor, labels: Tensor, draw: Tensor
+        self,
+        function: _Loss,
+        images: Tensor,
+        labels: Tensor,
+        draw: Tensor,
+        colours: Tensor | None,
     ) -> Evaluation:
         if self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         leaf = images.detach().contiguous().requires_grad_()
         with full_float32(self.precision, self.device):
-            loss, terms = function(leaf, labels, draw)
+            loss, terms = function(leaf, labels, draw, colours)
             with self._strided() if function == self._loss else nullcontext():
                 (gradient,) = torch.autograd.grad(loss, [leaf])
         return Evaluation({k: v.detach() for k, v in terms.items()}, loss.detach(), gradient)
 
-    def compile(self, images: Tensor, labels: Tensor) -> str | None:
+    def compile(self, images: Tensor, labels: Tensor, colours: Tensor | None = None) -> str | None:
         """Compile for the shape of ``images``, unless it is, and compare with eager there.
+
+        Args are such as will be evaluated.
 
         Returns:
             Why it is left eager; None if it is compiled.
         """
-        if tuple(images.shape) in self._compiled:
+        if _key(images, colours) in self._compiled:
             return None
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
         # The first call compiles, the second records a CUDA graph, the third replays it: on another
@@ -207,22 +237,23 @@ class Evaluator:
                     with_cache_of_its_own(self._loss), dynamic=False, fullgraph=True, mode=mode
                 )
                 for view in views:
-                    found = self._evaluate(function, images, labels, view)
+                    found = self._evaluate(function, images, labels, view, colours)
         except Exception as error:  # whatever a compiler raises, eager still works
             return f"it could not be compiled ({reason_of(error)})"
-        expected = self._evaluate(self._loss, images, labels, views[-1])
+        expected = self._evaluate(self._loss, images, labels, views[-1], colours)
         off = _distance(found, expected)
         allowed = LOSS_TOLERANCE[self.dtype], GRADIENT_TOLERANCE[self.dtype]
         if not _within(off, allowed) and self.dtype != torch.float32:
             # Through many layers rounding alone may put two bfloat16 results this far apart: the
             # compiled one holds good if it is about as near to float32 as the eager one.
-            exact = Evaluator(self.objective, self.device, "float32")(images, labels, views[-1])
+            float32 = Evaluator(self.objective, self.device, "float32")
+            exact = float32(images, labels, views[-1], colours)
             loss_off, gradient_off = _distance(expected, exact)
             allowed = max(allowed[0], 1.5 * loss_off), max(allowed[1], 1.5 * gradient_off)
             off = _distance(found, exact)
         if not _within(off, allowed):
             return f"compiled, its loss is {off[0]:.1e} and its gradient {off[1]:.1e} off"
-        self._compiled[tuple(images.shape)] = function
+        self._compiled[_key(images, colours)] = function
         return None
 
     def discard_compiled(self) -> None:
@@ -234,7 +265,12 @@ class Evaluator:
                 torch.cuda.empty_cache()
 
 
-_Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Terms]]
+_Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Terms]]
+
+
+def _key(images: Tensor, colours: Tensor | None) -> tuple[object, ...]:
+    """Return what a function is compiled for."""
+    return *images.shape, colours is not None
 
 
 def _distance(found: Evaluation, expected: Evaluation) -> tuple[float, float]:

@@ -79,15 +79,21 @@ class InversionLoss:
         """Statistics of earlier batches, to be matched together with this one's."""
 
     def __call__(
-        self, images: Tensor, labels: Tensor, arithmetic: AbstractContextManager[Any] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        arithmetic: AbstractContextManager[Any] | None = None,
+        shown: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms on images as the teacher sees them, each of shape ().
+        """Return the weighted terms on images, each of shape ().
 
         Args:
             images: (N, C, H, W), normalised.
             labels: (N,); ``NO_LABEL`` where the teacher may see any class.
             arithmetic: sets the networks' precision.
+            shown: what the networks see in their place; terms of the pixels look at ``images``.
         """
+        seen = images if shown is None else shown
         student_logits: Tensor | None = None
         features: Tensor | None = None
         statistics: tuple[LayerStatistics, ...] = ()
@@ -96,16 +102,16 @@ class InversionLoss:
         # Told by None: older compilers cannot take a context's truth.
         with nullcontext() if arithmetic is None else arithmetic:
             if self.tap is not None:
-                logits, statistics = self.tap(images)
+                logits, statistics = self.tap(seen)
                 if self.smoothed is not None:
                     statistics = self.smoothed.blended(statistics)
             else:
-                logits = self.teacher(images)
+                logits = self.teacher(seen)
             if self.features is not None:
                 (features,) = self.features.inputs.values()
                 features = features.float().flatten(1)
             if self.student is not None:
-                student_logits = self.student(images).float()
+                student_logits = self.student(seen).float()
         logits = logits.float()
         step = InversionStep(
             images,

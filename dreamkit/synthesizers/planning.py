@@ -33,12 +33,14 @@ class Phase:
         run: takes this many steps, throws them away and calls back after each of them.
         images: what is evaluated in each, for the compiler to look at.
         labels: of these images.
+        colours: that networks see them in, where these are not their own.
     """
 
     steps: float
     run: Callable[[int, OnStep], None]
     images: Tensor
     labels: Tensor
+    colours: Tensor | None = None
 
 
 def default_batch(teacher: Teacher) -> int:
@@ -122,7 +124,7 @@ def _pays(seconds: float, cost: float, evaluator: Evaluator, note: Callable[[str
 def compile_phases(evaluator: Evaluator, phases: Sequence[Phase]) -> str | None:
     """Compile for full batches of every phase; return why that did not work, if so."""
     for phase in phases:
-        problem = evaluator.compile(phase.images, phase.labels)
+        problem = evaluator.compile(phase.images, phase.labels, phase.colours)
         if problem is not None:
             return problem
     return None

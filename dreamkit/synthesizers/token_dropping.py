@@ -23,8 +23,8 @@ from dreamkit.teachers.trying import blank_noise
 from dreamkit.types import Teacher
 from dreamkit.wording import and_more
 
-Evaluate = Callable[[Tensor, Tensor, Tensor], Evaluation]
-"""From images, labels and how they are rolled and mirrored, as ``Evaluator``."""
+Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor | None], Evaluation]
+"""From images, labels, how they are rolled and mirrored, and colours, as ``Evaluator``."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,16 @@ class TokenGate:
         self.left, self._wanted, self.has_dropped = None, None, False
         numbers = count(1)
 
-        def some_patches(images: Tensor, labels: Tensor, draw: Tensor) -> Evaluation:
+        def some_patches(
+            images: Tensor, labels: Tensor, draw: Tensor, colours: Tensor | None
+        ) -> Evaluation:
             if self.options.by == "random":
                 sides = [a // b for a, b in zip(images.shape[2:], self.entry.patch, strict=True)]
                 chance = torch.rand(len(images), 1, *sides, generator=generator)
                 self.count = chance[0].numel()
                 self._keep_most(chance.to(images.device, non_blocking=True))
             with self.shut(draw):
-                found = evaluate(images, labels, draw)
+                found = evaluate(images, labels, draw, colours)
             step = next(numbers)
             self.has_dropped = False
             if self.options.by == "gradient" and step < steps:

@@ -51,7 +51,7 @@ def options(**changes):
     return DeepInversion(**(known | changes))
 
 
-def quadratic(images, labels, arithmetic):
+def quadratic(images, labels, arithmetic, shown=None):
     """An objective by hand: the sum of squares, whose gradient is 2x."""
     return {"squares": images.square().sum()}
 
@@ -80,7 +80,7 @@ def test_loss_terms_and_gradient_by_hand():
 def test_networks_alone_run_in_lower_precision(toys):
     seen = {}
 
-    def objective(x, labels, arithmetic):
+    def objective(x, labels, arithmetic, shown=None):
         with arithmetic:
             seen["inside"] = F.conv2d(x, torch.ones(1, 3, 1, 1)).dtype
         seen["outside"] = F.conv2d(x, torch.ones(1, 3, 1, 1)).dtype
@@ -163,8 +163,8 @@ def broken(change):
     """Return a stand-in for ``torch.compile`` whose result is changed."""
 
     def compile(function, **settings):
-        def compiled(x, labels, draw):
-            return change(function(x, labels, draw))
+        def compiled(*given):
+            return change(function(*given))
 
         return compiled
 
@@ -191,7 +191,7 @@ def test_a_compiled_gradient_that_differs_is_not_used(monkeypatch):
 
 @pytest.mark.parametrize(("error", "used"), [(0.25, True), (0.6, False)])
 def test_rounding_of_a_deep_network_is_no_reason_against_a_compiled_one(monkeypatch, error, used):
-    def objective(x, labels, arithmetic):
+    def objective(x, labels, arithmetic, shown=None):
         # Eager bfloat16 is a quarter too high; compiled, as much too low or much more.
         eager = torch.is_autocast_enabled("cpu")
         with arithmetic:
@@ -200,8 +200,8 @@ def test_rounding_of_a_deep_network_is_no_reason_against_a_compiled_one(monkeypa
         return {"squares": x.square().sum() * (1.25 if lower else 1.0)}
 
     def compile(function, **settings):
-        def compiled(x, labels, draw):
-            loss, terms = function(x, labels, draw)
+        def compiled(*given):
+            loss, terms = function(*given)
             return loss / 1.25 * (1 - error), terms
 
         return compiled
@@ -311,7 +311,7 @@ def test_a_copied_method_is_compiled_apart():
     copy = compilation.with_cache_of_its_own(held._loss)
     assert copy.__func__.__code__ is not held._loss.__func__.__code__
     x = images(1, 1, 2, 2)
-    assert torch.equal(copy(x, None, NO_VIEW)[0], held._loss(x, None, NO_VIEW)[0])
+    assert torch.equal(copy(x, None, NO_VIEW, None)[0], held._loss(x, None, NO_VIEW, None)[0])
 
 
 # --- what is borrowed -------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def tf32():
 def test_float32_on_cuda_is_no_tf32_and_the_setting_stays(tf32):
     seen = []
 
-    def objective(images, labels, arithmetic):
+    def objective(images, labels, arithmetic, shown=None):
         seen.append(tf32())
         return {"square": images.square().sum()}
 

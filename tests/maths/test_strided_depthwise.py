@@ -55,7 +55,7 @@ def test_it_looks_no_longer_where_there_are_none():
 def test_an_evaluator_in_bfloat16_takes_them_so(precision, wanted):
     conv = nn.Conv2d(3, 3, 3, 2, 1, groups=3, bias=False).requires_grad_(False)
 
-    def objective(images, labels, arithmetic):
+    def objective(images, labels, arithmetic, shown=None):
         with arithmetic:
             return {"square": conv(images).float().square().sum()}
 

@@ -268,7 +268,7 @@ def test_at_random_each_step_and_each_image_leaves_out_others(draw):
     number = spread_out(torch.arange(16.0).view(1, 1, 4, 4)).repeat(3, 1, 1, 1)
     model[0].register_forward_pre_hook(gate.filtered)
 
-    def evaluate(images, labels, draw):
+    def evaluate(images, labels, draw, colours):
         patches = F.avg_pool2d(View.apply(images, draw), 4).flatten(2).transpose(1, 2)
         passed.append(model(patches).flatten(1).sort().values)
         return Evaluation({}, torch.tensor(0.0), torch.zeros_like(images))
@@ -277,7 +277,7 @@ def test_at_random_each_step_and_each_image_leaves_out_others(draw):
         passed.clear()
         run = gate.begin(evaluate, 200, torch.Generator().manual_seed(seed))
         for _ in range(200):
-            run(number, torch.zeros(3), torch.tensor(draw))
+            run(number, torch.zeros(3), torch.tensor(draw), None)
             assert not gate.has_dropped  # losses of two steps are of as many patches
         return torch.stack(passed)
 
