@@ -33,6 +33,7 @@ LAYERS = (
         "joined_images",
         "resizing",
         "colour_axes",
+        "colour_shift",
         "onnx_model",
         "onnx_int8",
     },

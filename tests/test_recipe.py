@@ -654,6 +654,7 @@ def test_the_resolved_recipe_has_every_default(tiny: dict[str, Any], recipe_file
         "flip",
         "mixup",
         "cutmix",
+        "colour_shift",
     }
 
 

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamkit.colour_shift import draw_colours
 from dreamkit.recipe.open_terms import OpenTermsOf
 from dreamkit.registry import EntryOf
 from dreamkit.synthesizers.automatic_terms import parameterisation_for, terms_for
-from dreamkit.synthesizers.colour_shift import draw_colours
 from dreamkit.synthesizers.competitor import competitor
 from dreamkit.synthesizers.dreamer import Best, LossDreamer, Session, clipped
 from dreamkit.synthesizers.engine import Engine, Evaluator, borrowed

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dreamkit.arithmetic import Precision, autocast, full_float32, resolve_precision
+from dreamkit.colour_shift import recoloured
 from dreamkit.compilation import quiet_compiler, reason_of, with_cache_of_its_own
 from dreamkit.model_state import device_of, frozen
-from dreamkit.synthesizers.colour_shift import recoloured
 from dreamkit.synthesizers.padding import padding_joined
 from dreamkit.synthesizers.strided_depthwise import StridedDepthwise
 from dreamkit.synthesizers.views import View

@@ -1,4 +1,4 @@
-"""Varying the images of a training step: crops, mirrors, mixtures."""
+"""Varying the images of a training step: colours, crops, mirrors, mixtures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dreamkit import distributed
 from dreamkit.card import Card
+from dreamkit.colour_shift import draw_colours, recoloured
 from dreamkit.errors import DreamkitError, OptionError
 from dreamkit.model_state import eval_mode
 from dreamkit.out_of_memory import is_out_of_memory
@@ -38,6 +39,8 @@ class Augmentation:
             2018); 0 does not mix.
         cutmix: share of the images that have a rectangle of another one pasted in (after Yun et
             al. 2019).
+        colour_shift: how far contrast and brightness of each image's channels are changed, by
+            ``draw_colours``.
     """
 
     size: Annotated[int, Field(ge=8)] | None = None
@@ -45,6 +48,7 @@ class Augmentation:
     flip: bool = False
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0, le=1)] = 0.0
+    colour_shift: Annotated[float, Field(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
         if self.mixup and self.cutmix:
@@ -89,7 +93,10 @@ class Augmenter:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Mixed:
         """Return images (N, C, H, W), normalised, varied, with what their labels (N,) become."""
-        options = self.options
+        options, shape = self.options, (1, *images.shape[:2])
+        colours = draw_colours(shape, options.colour_shift, self.generator, images.device)
+        if colours is not None:
+            images = recoloured(images, colours[0])
         if options.crop:
             images = random_crop(images, options.crop, self.generator, "zeros")
         if options.size is not None:

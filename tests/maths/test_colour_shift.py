@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dreamkit.colour_shift import draw_colours, recoloured
 from dreamkit.parameterisations.pixels import Pixels
 from dreamkit.registry import Term
 from dreamkit.regularizers.bn_feature import BNFeature
 from dreamkit.regularizers.js_compete import JSCompete
 from dreamkit.regularizers.natural_spectrum import NaturalSpectrum
-from dreamkit.synthesizers.colour_shift import draw_colours, recoloured
 from dreamkit.synthesizers.deepinversion import DeepInversion
 from dreamkit.synthesizers.engine import Engine
 from dreamkit.synthesizers.stage import Stage

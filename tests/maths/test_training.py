@@ -437,6 +437,22 @@ def test_cutmix_pastes_a_rectangle_of_another_image_and_says_how_much_is_left():
     assert torch.equal(augmenter(1, cutmix=0.0)(images, mixed.labels).images, images)
 
 
+def test_colours_are_shifted_for_each_image_and_channel_before_its_border_is_filled():
+    images = torch.randn(50, 3, 8, 8)
+    shifted = augmenter(colour_shift=0.5)(images, torch.arange(50)).images
+    flat, found = images.flatten(2), shifted.flatten(2)
+    scale = found.std(2) / flat.std(2)
+    offset = scale * flat.mean(2) - found.mean(2)
+    torch.testing.assert_close(found, scale[..., None] * flat - offset[..., None])
+    for drawn in (scale.log(), offset):
+        assert drawn.abs().max() <= 0.5 + 1e-5
+        assert drawn.unique().numel() > 140  # of 150
+        assert drawn.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.2)
+    zeros = augmenter(colour_shift=0.5, crop=2)(images, torch.arange(50)).images
+    assert (zeros == 0).sum() > 50 * 3 * 8
+    assert torch.equal(augmenter(1, colour_shift=0.0)(images, torch.arange(50)).images, images)
+
+
 def test_images_are_mixed_in_one_way():
     with pytest.raises(OptionError, match="mixed by mixup already") as caught:
         Augmentation(mixup=1.0, cutmix=0.5)

@@ -1,4 +1,4 @@
-"""ColorShift: networks see images in other colours each step, so that no class hangs on one."""
+"""ColorShift: images in other colours each step, so that no class hangs on one."""
 
 from __future__ import annotations
 
